@@ -1,0 +1,23 @@
+"""PyTorch on Azure Blob Storage.
+
+.. code-block:: text
+
+            torch.save/load   DataLoader      DataPipes / nodes    torch.distributed.checkpoint
+                  |               |                  |                        |
+   public     io.BlobIO       datasets         datapipes, nodes         checkpoint
+                  `---------------'---------.--------'------------------------'
+   core                              _blob.client    one blob or container: size, read, write, list, delete
+                        .------------.------'-----.-----------.
+                    download      upload       listing     readahead
+                        `------------'-----.------'-----------'
+                       engine: threads, byte budget, per process     retry
+                                           |
+   edge          transport: HTTP     credentials     sdk: azure-storage-blob     url
+
+Imports point down this picture. Importing the package itself loads neither torch nor the Azure SDK; each
+module loads what it needs.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.3.0.dev0"
