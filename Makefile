@@ -13,7 +13,7 @@ AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types check build clean
+.PHONY: help setup demo test test-slow lint format types check build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,8 @@ demo: setup  ## train on images in Azurite, lose the process, resume from the ch
 test: setup  ## run the tests, without those marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test-slow: setup  ## run the tests marked slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(DEV)  ## check style and formatting
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""Tests of azstoragetorch, laid out like the package."""

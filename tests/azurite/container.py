@@ -1,0 +1,86 @@
+"""A container of one test, with the SDK as the other door: what we write it reads, and the reverse."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from azure.storage.blob import (
+    AccountSasPermissions,
+    BlobServiceClient,
+    ContainerClient,
+    ResourceTypes,
+    generate_account_sas,
+)
+
+from recipes.azurite import Azurite
+
+
+@dataclass
+class Container:
+    """A fresh container and every way in."""
+
+    service: Azurite
+    name: str
+    client: ContainerClient = field(repr=False)
+    """The SDK's client, with the account key."""
+
+    @property
+    def url(self) -> str:
+        """Without a query: needs a credential, unless the container is public."""
+        return f"{self.service.account_url}/{self.name}"
+
+    @property
+    def key(self) -> AzureNamedKeyCredential:
+        return AzureNamedKeyCredential(self.service.account_name, self.service.account_key)
+
+    @property
+    def sas_credential(self) -> AzureSasCredential:
+        return AzureSasCredential(self.sas())
+
+    @property
+    def sas_url(self) -> str:
+        return f"{self.url}?{self.sas()}"
+
+    def sas(self, permission: str = "rwdlac", *, valid_for: float = 3600.0) -> str:
+        """A signed query string for everything in the account, good for *valid_for* seconds."""
+        return generate_account_sas(
+            self.service.account_name,
+            self.service.account_key,
+            ResourceTypes(container=True, object=True),
+            AccountSasPermissions.from_string(permission),
+            expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=valid_for),
+        )
+
+    def blob_url(self, blob: str) -> str:
+        """The URL of *blob*, without a query."""
+        return f"{self.url}/{quote(blob, safe='/')}"
+
+    def blob_sas_url(self, blob: str, permission: str = "rwdlac") -> str:
+        return f"{self.blob_url(blob)}?{self.sas(permission)}"
+
+    def put(self, blob: str, data: bytes) -> str:
+        """Store *data* through the SDK; returns the blob's URL with a SAS."""
+        self.client.upload_blob(blob, data, overwrite=True)
+        return self.blob_sas_url(blob)
+
+    def get(self, blob: str) -> bytes:
+        """What the SDK reads."""
+        return self.client.download_blob(blob).readall()
+
+    def names(self) -> list[str]:
+        """Names of all blobs as the SDK lists them."""
+        return list(self.client.list_blob_names())
+
+    def uncommitted(self, blob: str) -> int:
+        """How many blocks of *blob* are staged and not committed."""
+        return len(self.client.get_blob_client(blob).get_block_list("uncommitted")[1])
+
+
+def open_service(azurite: Azurite) -> BlobServiceClient:
+    """The SDK's client of the whole account."""
+    key = AzureNamedKeyCredential(azurite.account_name, azurite.account_key)
+    verify = str(azurite.ca_path) if azurite.ca_path else True
+    return BlobServiceClient(azurite.account_url, credential=key, connection_verify=verify)
