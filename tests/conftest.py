@@ -1,3 +1,3 @@
 from __future__ import annotations
 
-pytest_plugins = ["tests.azurite.fixtures"]
+pytest_plugins = ["tests.azurite.fixtures", "tests.faults.fixtures"]

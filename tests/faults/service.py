@@ -1,0 +1,476 @@
+"""The scripted fault service: enough of the Azure Blob REST API over a real socket, failing exactly as it is told.
+
+    with FaultService() as service:
+        service.put("data", "blob", b"0123456789")
+        service.script("get_blob", [Torn(after=3), Status(503)])
+        ...  # read service.blob_url("data", "blob") with a client
+        assert service.requests("get_blob")[1].status == 503
+
+Blobs live in memory, in this process. Requests without a rule that is due are answered as the real service does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote
+
+from . import faults as f
+from .effects import End, Wait, alter_answer, alter_page, delivery, inverted
+from .store import BlobStore, Request, ServiceError, error_xml, parse_range
+from .wire import Answer, Bytes, Connection, Gone, Head, LoopbackServer
+
+SERVICE_VERSION = "2025-05-05"
+
+_ERROR_CODES = {
+    400: "InvalidInput",
+    401: "InvalidAuthenticationInfo",
+    403: "AuthorizationFailure",
+    404: "BlobNotFound",
+    408: "RequestTimeout",
+    409: "BlobAlreadyExists",
+    412: "ConditionNotMet",
+    429: "TooManyRequests",
+    500: "InternalError",
+    503: "ServerBusy",
+}
+_CHALLENGE = (
+    "Bearer authorization_uri=https://login.microsoftonline.com/00000000-0000-0000-0000-000000000000/oauth2/authorize "
+    "resource_id=https://storage.azure.com"
+)
+
+
+@dataclass(slots=True, eq=False)
+class LoggedRequest:
+    """One request as it arrived, and what became of it. Kept up to date while the request is under way."""
+
+    number: int  # from 1, in order of arrival
+    connection: int
+    time: float  # time.monotonic() at which the head was there
+    operation: str
+    method: str
+    target: str
+    headers: Mapping[str, str]  # names in lower case
+    query: Mapping[str, str]
+    container: str
+    blob: str
+    body_length: int = 0  # bytes of body received
+    fault: f.Fault | None = None
+    status: int | None = None  # None: no status line was sent
+    sent: int = 0  # bytes of body handed to the socket, or about to be
+    finished: float | None = None  # time.monotonic()
+
+    @property
+    def path(self) -> str:
+        """The path as sent, still percent-encoded."""
+        return self.target.partition("?")[0]
+
+    @property
+    def range(self) -> tuple[int, int | None] | None:
+        """First and one-past-last byte asked for (None: to the end)."""
+        return parse_range(self.headers)
+
+
+class FaultService(LoopbackServer):
+    """A blob service on loopback whose faults are scripted.
+
+    Everything it has is public to the test: blobs, uncommitted blocks, every request, every connection.
+    """
+
+    def __init__(
+        self,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        account: str = "devstoreaccount1",
+        host: str = "127.0.0.1",
+        versioning: bool = False,
+        hierarchical: bool = False,
+    ) -> None:
+        self.account = account
+        self.store = BlobStore(versioning=versioning, hierarchical=hierarchical)
+        self.latency = 0.0  # seconds before every answer
+        self.log: list[LoggedRequest] = []
+        self.active = 0  # requests under way now
+        self.peak_active = 0  # the most there were at once since the log was reset
+        self._rules: list[f.Rule] = []
+        self._tokens: set[str] | None = None
+        self._sas: str | None = None
+        self._numbers = itertools.count(1)
+        self._book = threading.Lock()  # of the log, the rules and the counters
+        super().__init__(ssl_context=ssl_context, host=host)
+        self.origin = f"{'https' if ssl_context else 'http'}://{self.address}"
+        self.url = f"{self.origin}/{account}"
+
+    # ------------------------------------------------------------------ addresses
+
+    def container_url(self, container: str) -> str:
+        return f"{self.url}/{container}"
+
+    def blob_url(self, container: str, name: str, **query: str) -> str:
+        tail = "&".join(f"{key}={quote(value, safe='')}" for key, value in query.items())
+        return f"{self.url}/{container}/{quote(name, safe='/~')}" + (f"?{tail}" if tail else "")
+
+    # ------------------------------------------------------------------ blobs
+
+    def create_container(self, container: str) -> None:
+        """Does nothing if it is there. `put` calls it too."""
+        self.store.create_container(container)
+
+    def put(
+        self, container: str, name: str, data: Bytes, *, metadata: Mapping[str, str] | None = None
+    ) -> str:
+        """Make *data* the blob, bypassing scripts and log, and return its ETag with quotes."""
+        return self.store.put(container, name, bytes(data), metadata=metadata).etag
+
+    def get(self, container: str, name: str) -> bytes:
+        """The committed blob. KeyError if there is none."""
+        blob = self.store.find(container, name)
+        if blob is None:
+            raise KeyError(f"{container}/{name}")
+        return bytes(blob.data)
+
+    def exists(self, container: str, name: str) -> bool:
+        return self.store.find(container, name) is not None
+
+    def delete(self, container: str, name: str) -> None:
+        self.store.delete(container, name)
+
+    def names(self, container: str) -> list[str]:
+        """Names of the committed blobs, sorted."""
+        return self.store.names(container)
+
+    def uncommitted(self, container: str, name: str) -> dict[str, bytes]:
+        """Staged blocks that no block list has committed, by block id."""
+        return self.store.uncommitted(container, name)
+
+    def snapshot(self, container: str, name: str) -> str:
+        """Take a snapshot and return its id, for `snapshot=` in a URL."""
+        return self.store.snapshot(container, name)
+
+    # ------------------------------------------------------------------ who may come in
+
+    def allow_anonymous(self) -> None:
+        """The default: credentials are neither needed nor looked at."""
+        self._tokens = self._sas = None
+
+    def require_token(self, *accepted: str) -> None:
+        """Answer 401 unless the bearer token is one of *accepted*. Call it again to change them while requests run."""
+        self._tokens, self._sas = set(accepted), None
+
+    def require_sas(self, sig: str) -> None:
+        """Answer 403 unless the query's `sig`, decoded, is *sig*."""
+        self._tokens, self._sas = None, sig
+
+    # ------------------------------------------------------------------ script and log
+
+    def script(self, match: f.Match | str, faults: Iterable[f.Fault], *, repeat: bool = False) -> f.Rule:
+        """Let *faults* befall the requests that *match* selects, one each and in order; afterwards all is well again.
+
+        A string is the name of an operation. With *repeat* the faults start over for ever. When several rules are due,
+        the oldest acts and the others wait for their next request.
+        """
+        rule = f.Rule(f.Match(match) if isinstance(match, str) else match, tuple(faults), repeat)
+        with self._book:
+            self._rules.append(rule)
+        return rule
+
+    def clear_script(self) -> None:
+        with self._book:
+            self._rules.clear()
+
+    def unused_faults(self) -> list[f.Rule]:
+        """Rules whose faults have not all come to pass: most often a test that tests less than it says."""
+        with self._book:
+            return [rule for rule in self._rules if not rule.is_exhausted]
+
+    def requests(
+        self,
+        operation: str | None = None,
+        *,
+        method: str | None = None,
+        path: str | None = None,
+        status: int | None = None,
+    ) -> list[LoggedRequest]:
+        """The logged requests for which all that is given holds; *path* is searched as a regex in the decoded path."""
+        match = f.Match(operation, method, path)
+        with self._book:
+            log = list(self.log)
+        return [
+            entry
+            for entry in log
+            if match.covers(entry.operation, entry.method, unquote(entry.path))
+            and status in (None, entry.status)
+        ]
+
+    def reset_log(self) -> None:
+        with self._book:
+            self.log = []
+            self.peak_active = self.active
+
+    def wait_until_idle(self, timeout: float = 5.0) -> None:
+        """Wait until no request is under way; TimeoutError if that takes more than *timeout* seconds."""
+        _wait_until(lambda: self.active == 0, timeout, "requests are still under way")
+
+    def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 5.0) -> None:
+        """Wait until *count* requests have arrived; TimeoutError if that takes more than *timeout* seconds."""
+        _wait_until(
+            lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived"
+        )
+
+    # ------------------------------------------------------------------ serving
+
+    def serve(self, connection: Connection) -> None:
+        while (head := connection.read_head()) is not None:
+            entry = self._begin(connection, head)
+            try:
+                keeps_alive = self._respond(connection, head, entry)
+            finally:
+                with self._book:
+                    self.active -= 1
+                    entry.finished = time.monotonic()
+            if not keeps_alive or head.headers.get("connection", "").lower() == "close":
+                return
+
+    def _begin(self, connection: Connection, head: Head) -> LoggedRequest:
+        container, blob = self._split(head.raw_path)
+        query = head.query
+        entry = LoggedRequest(
+            number=next(self._numbers),
+            connection=connection.number,
+            time=time.monotonic(),
+            operation=_operation(head, query, container, blob),
+            method=head.method,
+            target=head.target,
+            headers=head.headers,
+            query=query,
+            container=container,
+            blob=blob,
+        )
+        path = unquote(head.raw_path)
+        with self._book:
+            self.log.append(entry)
+            self.active += 1
+            self.peak_active = max(self.peak_active, self.active)
+            for rule in self._rules:
+                fault = rule.next_fault(
+                    entry.operation, head.method, path, already_hit=entry.fault is not None
+                )
+                entry.fault = entry.fault or fault
+        return entry
+
+    def _respond(self, connection: Connection, head: Head, entry: LoggedRequest) -> bool:
+        """Carry out and answer one request. False: the connection ends here."""
+        fault = entry.fault
+        if isinstance(fault, f.ResetUpload):
+            entry.body_length = len(connection.read_body(head, limit=fault.after))
+            connection.reset_at_end()
+            return False
+        if isinstance(fault, f.Status) and fault.before_body:
+            self._send(connection, entry, self._complete(entry, self._error_answer(entry, fault)))
+            return False
+        body = connection.read_body(head)
+        entry.body_length = len(body)
+        if self.latency:
+            connection.wait(self.latency)
+        if isinstance(fault, f.ConnectionRefused):
+            connection.reset_at_end()
+            connection.close()
+            self.refuse_for(fault.seconds)
+            return False
+        if isinstance(fault, f.Hold):
+            while not fault.gate.wait(0.01):
+                connection.wait(0)
+        answer = alter_answer(fault, self._complete(entry, self._answer(entry, body)))
+        return self._send(connection, entry, answer)
+
+    def _send(self, connection: Connection, entry: LoggedRequest, answer: Answer) -> bool:
+        body_left = len(answer.body)
+        for step in delivery(entry.fault, answer):
+            match step:
+                case Wait(seconds):
+                    connection.wait(seconds)
+                case End.FIN:
+                    return False
+                case End.RST:
+                    connection.reset_at_end()
+                    return False
+                case End.FIN_ON_NEXT_REQUEST:
+                    connection.wait_for_input()
+                    return False
+                case _:
+                    body_left = self._send_piece(connection, entry, answer, step, body_left)
+        return "close" not in answer.headers.get("Connection", "")
+
+    @staticmethod
+    def _send_piece(
+        connection: Connection, entry: LoggedRequest, answer: Answer, piece: Bytes, body_left: int
+    ) -> int:
+        # The log is written first: a peer that has the answer must find it there.
+        if entry.status is None and not isinstance(entry.fault, f.GarbageStatusLine | f.ResetInHeaders):
+            entry.status = answer.status
+            body_bytes = max(0, len(piece) - len(answer.head()))
+        else:
+            body_bytes = min(len(piece), body_left) if entry.status is not None else 0
+        entry.sent += body_bytes
+        connection.send(piece)
+        return body_left - body_bytes
+
+    def _answer(self, entry: LoggedRequest, body: Bytes) -> Answer:
+        """Carry the operation out, as far as the request's fault lets it."""
+        fault = entry.fault
+        headers = entry.headers
+        match fault:
+            case f.Status():
+                return self._error_answer(entry, fault)
+            case f.Redirect(to, status):
+                return Answer(status, {"Location": to.rstrip("/") + entry.target})
+            case f.Reset() | f.Hangup():
+                return Answer(500)
+            case f.ChangedEtag(data, ignores_conditions):
+                old = self.store.find(entry.container, entry.blob)
+                if old is not None:
+                    self.store.put(
+                        entry.container,
+                        entry.blob,
+                        inverted(old.data) if data is None else data,
+                        metadata=old.metadata,
+                        settings={
+                            name: value for name, value in old.settings.items() if name != "Content-MD5"
+                        },
+                    )
+                if ignores_conditions:
+                    headers = {name: value for name, value in headers.items() if not name.startswith("if-")}
+            case f.FullInsteadOfPartial():
+                dropped = (
+                    "range",
+                    "x-ms-range",
+                    "x-ms-range-get-content-md5",
+                    "x-ms-range-get-content-crc64",
+                )
+                headers = {name: value for name, value in headers.items() if name not in dropped}
+        source = None
+        if entry.operation == "copy_blob":
+            url, _, tail = headers["x-ms-copy-source"].partition("?")
+            container, blob = self._split("/" + url.partition("://")[2].partition("/")[2])
+            source = (url, container, blob, Head("GET", f"?{tail}", {}).query)
+        request = Request(entry.operation, entry.container, entry.blob, entry.query, headers, body, source)
+        try:
+            self._check_credentials(request)
+            if request.operation == "list_blobs":
+                page = alter_page(fault, self.store.list_page(request), self.store)
+                return self.store.render(page, self.url)
+            return self.store.carry_out(request)
+        except ServiceError as error:
+            return self._error(entry, error)
+
+    def _check_credentials(self, request: Request) -> None:
+        if self._tokens is not None:
+            scheme, _, token = request.headers.get("authorization", "").partition(" ")
+            if scheme != "Bearer":
+                raise ServiceError(401, "NoAuthenticationInformation", {"WWW-Authenticate": _CHALLENGE})
+            if token not in self._tokens:
+                raise ServiceError(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": _CHALLENGE})
+        if self._sas is not None:
+            if request.query.get("sig") != self._sas:
+                raise ServiceError(403, "AuthenticationFailed")
+            if request.source is not None and request.source[3].get("sig") != self._sas:
+                raise ServiceError(403, "CannotVerifyCopySource")
+
+    def _error_answer(self, entry: LoggedRequest, fault: f.Status) -> Answer:
+        headers = {}
+        if fault.retry_after is not None:
+            headers["Retry-After"] = f"{fault.retry_after:g}"
+        if fault.retry_after_ms is not None:
+            headers["x-ms-retry-after-ms"] = str(fault.retry_after_ms)
+        if fault.code == 401:
+            headers["WWW-Authenticate"] = _CHALLENGE
+        if fault.before_body:
+            headers["Connection"] = "close"
+        code = fault.error_code or _ERROR_CODES.get(fault.code, f"Status{fault.code}")
+        answer = self._error(entry, ServiceError(fault.code, code, headers))
+        if fault.body is None:
+            return answer
+        return replace(answer, body=fault.body)
+
+    def _error(self, entry: LoggedRequest, error: ServiceError) -> Answer:
+        headers = {"x-ms-error-code": error.code, **error.headers}
+        if entry.method == "HEAD" or error.status == 304:
+            return Answer(error.status, headers)
+        headers["Content-Type"] = "application/xml"
+        return Answer(error.status, headers, error_xml(error.code, _request_id(entry)))
+
+    def _complete(self, entry: LoggedRequest, answer: Answer) -> Answer:
+        """Add the headers that every answer has."""
+        headers = {
+            "Content-Length": str(len(answer.body)),
+            "Server": "Windows-Azure-Blob/1.0 Microsoft-HTTPAPI/2.0",
+            "x-ms-request-id": _request_id(entry),
+            "x-ms-version": entry.headers.get("x-ms-version", SERVICE_VERSION),
+            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
+            **answer.headers,
+        }
+        if (client_id := entry.headers.get("x-ms-client-request-id")) is not None:
+            headers["x-ms-client-request-id"] = client_id
+        if entry.headers.get("connection", "").lower() == "close":
+            headers["Connection"] = "close"
+        if answer.status == 304:
+            del headers["Content-Length"]
+        return Answer(answer.status, headers, answer.body)
+
+    def _split(self, raw_path: str) -> tuple[str, str]:
+        """Container and blob of a path, with or without the account before them."""
+        path = raw_path.removeprefix("/")
+        account, slash, rest = path.partition("/")
+        if account == self.account:
+            path = rest
+        container, _, blob = path.partition("/")
+        return unquote(container), unquote(blob)
+
+
+def _request_id(entry: LoggedRequest) -> str:
+    return f"00000000-0000-0000-0000-{entry.number:012d}"
+
+
+def _operation(head: Head, query: Mapping[str, str], container: str, blob: str) -> str:
+    comp, method = query.get("comp", ""), head.method
+    if blob:
+        names = {
+            ("GET", ""): "get_blob",
+            ("GET", "blocklist"): "get_block_list",
+            ("HEAD", ""): "head",
+            ("DELETE", ""): "delete",
+            ("PUT", ""): "copy_blob" if "x-ms-copy-source" in head.headers else "put_blob",
+            ("PUT", "block"): "put_block",
+            ("PUT", "blocklist"): "put_block_list",
+            ("PUT", "metadata"): "set_metadata",
+            ("PUT", "snapshot"): "snapshot_blob",
+        }
+    elif query.get("restype") == "account":
+        names = {
+            ("GET", "properties"): "get_account_information",
+            ("HEAD", "properties"): "get_account_information",
+        }
+    elif container:
+        names = {
+            ("GET", "list"): "list_blobs",
+            ("GET", ""): "get_container",
+            ("HEAD", ""): "get_container",
+            ("PUT", ""): "create_container",
+            ("DELETE", ""): "delete_container",
+        }
+    else:
+        names = {("GET", "list"): "list_containers"}
+    return names.get((method, comp), "unknown")
+
+
+def _wait_until(holds: Callable[[], bool], timeout: float, complaint: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout} s {complaint}")
+        time.sleep(0.002)

@@ -1,0 +1,389 @@
+"""HTTP/1.1 on bare sockets, server side, with the control that faults need.
+
+A connection here can send half a head, end with FIN after too few bytes, or with RST; `http.server` hides all of that.
+Every server is one acceptor thread and one thread for each connection, and `close()` leaves neither thread nor socket.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from urllib.parse import unquote
+
+_MAX_HEAD = 1 << 20  # bytes; far above what any client here sends, so that a broken one is noticed
+_RECEIVE = 1 << 16
+_JOIN_TIMEOUT = (
+    10.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
+)
+
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's first line and headers; header names in lower case."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def raw_path(self) -> str:
+        """The path as sent, still percent-encoded."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> dict[str, str]:
+        """Decoded query parameters. A `+` is a plus, as it is for the service."""
+        pairs = (pair.partition("=") for pair in self.target.partition("?")[2].split("&") if pair)
+        return {unquote(name): unquote(value) for name, _, value in pairs}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server means to send. `headers` lacks Content-Length when the body's own length is the true one."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Bytes = b""
+
+    def head(self) -> bytes:
+        try:
+            reason = HTTPStatus(self.status).phrase
+        except ValueError:
+            reason = "Unknown"
+        lines = [f"HTTP/1.1 {self.status} {reason}"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class Gone(Exception):
+    """The peer closed its side, or this server is closing."""
+
+
+class Connection:
+    """One accepted socket. Only its own thread reads, writes and closes it; others may `interrupt()` it."""
+
+    def __init__(self, sock: socket.socket, number: int) -> None:
+        self.number = number
+        self.sock = sock
+        self.is_waiting_for_request = False
+        self._received = bytearray()
+        self._reset_at_end = False
+
+    def read_head(self) -> Head | None:
+        """The next request's head, or None when the peer closed the connection between requests."""
+        self.is_waiting_for_request = not self._received
+        while (end := self._received.find(b"\r\n\r\n")) < 0:
+            if len(self._received) > _MAX_HEAD:
+                raise Gone
+            data = self.sock.recv(_RECEIVE)
+            self.is_waiting_for_request = False
+            if not data:
+                return None
+            self._received += data
+        first, *lines = self._received[:end].decode("latin-1").split("\r\n")
+        del self._received[: end + 4]
+        words = first.split(" ")
+        if len(words) != 3:
+            raise Gone
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.strip().lower(), value.strip()
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        return Head(words[0], words[1], headers)
+
+    def read_body(self, head: Head, limit: int | None = None) -> bytearray:
+        """The request's body, or its first *limit* bytes."""
+        if head.headers.get("expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.headers.get("transfer-encoding", "").lower() == "chunked":
+            body = bytearray()
+            while size := int(self._read_line().partition(b";")[0], 16):
+                body += self._read_exactly(size)
+                self._read_line()
+                if limit is not None and len(body) >= limit:
+                    return body[:limit]
+            while self._read_line():
+                pass
+            return body
+        length = int(head.headers.get("content-length", "0"))
+        return self._read_exactly(length if limit is None else min(limit, length))
+
+    def send(self, data: Bytes) -> None:
+        self.sock.sendall(data)
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass. Raises Gone as soon as the peer hangs up or the server closes."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        # Nobody pipelines here, so input in the middle of an answer is the peer's end of stream.
+        if poll.poll(seconds * 1000):
+            raise Gone
+
+    def wait_for_input(self) -> None:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        if not self._received:
+            poll.poll()
+
+    def reset_at_end(self) -> None:
+        """End with RST instead of FIN, once the peer's kernel has what was sent so far."""
+        self._reset_at_end = True
+
+    def interrupt(self, *, reset: bool = False, sending: bool = True) -> None:
+        """From another thread: make the owner stop waiting for input (and, if *sending*, for room to send)."""
+        self._reset_at_end |= reset
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR if sending and not reset else socket.SHUT_RD)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if self._reset_at_end:
+                self._drain()
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                # Unlike close(), shutdown() reaches the peer even if a forked child still holds the descriptor.
+                self.sock.shutdown(socket.SHUT_WR)
+        self.sock.close()
+
+    def _drain(self) -> None:
+        """Wait until the peer acknowledged everything: a reset discards what is still queued here."""
+        import fcntl
+        import termios
+
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            queued = struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+            if not queued:
+                return
+            time.sleep(0.001)
+
+    def _read_line(self) -> bytes:
+        while (end := self._received.find(b"\r\n")) < 0:
+            self._receive_more()
+        line = bytes(self._received[:end])
+        del self._received[: end + 2]
+        return line
+
+    def _read_exactly(self, size: int) -> bytearray:
+        body = bytearray(size)
+        have = min(size, len(self._received))
+        body[:have] = self._received[:have]
+        del self._received[:have]
+        with memoryview(body) as view:
+            while have < size:
+                count = self.sock.recv_into(view[have:])
+                if not count:
+                    raise Gone
+                have += count
+        return body
+
+    def _receive_more(self) -> None:
+        data = self.sock.recv(_RECEIVE)
+        if not data:
+            raise Gone
+        self._received += data
+
+
+class LoopbackServer:
+    """Accepts on 127.0.0.1 and runs `serve()` for each connection in a thread of its own.
+
+    Subclasses override `serve`. With *ssl_context* every connection is TLS.
+    """
+
+    def __init__(self, *, ssl_context: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+        self.host = host
+        self._ssl_context = ssl_context
+        self._lock = threading.Lock()
+        self._connections: set[Connection] = set()
+        self._threads: set[threading.Thread] = set()
+        self._connections_opened = 0
+        self._closing = threading.Event()
+        self._listener = _bind(host, 0)
+        self.port: int = self._listener.getsockname()[1]
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._acceptor: threading.Thread | None = None
+        _live.add(self)
+        self._listen()
+
+    def serve(self, connection: Connection) -> None:
+        raise NotImplementedError
+
+    def __enter__(self):  # type: ignore[no-untyped-def]  # typing.Self is 3.11
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop accepting, end every connection and join every thread. Calling it again does nothing."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._stop_listening()
+        self._listener.close()
+        with self._lock:
+            connections, threads = list(self._connections), list(self._threads)
+        for connection in connections:
+            connection.interrupt()
+        for thread in threads:
+            thread.join(_JOIN_TIMEOUT)
+        self._wake_read.close()
+        self._wake_write.close()
+        stuck = [thread.name for thread in threads if thread.is_alive()]
+        if stuck:
+            raise RuntimeError(f"connection threads did not end: {stuck}")
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that this side still holds open. A peer's close is noticed within moments, not at once."""
+        return len(self._connections)
+
+    @property
+    def connections_opened(self) -> int:
+        """Connections accepted since the start."""
+        return self._connections_opened
+
+    def drop_connections(self, *, reset: bool = False) -> int:
+        """End every open connection, with RST if *reset*, and return how many there were."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.interrupt(reset=reset)
+        return len(connections)
+
+    def drop_idle_connections(self) -> int:
+        """Close kept-alive connections on which no request is under way, as a service does after a while."""
+        with self._lock:
+            idle = [connection for connection in self._connections if connection.is_waiting_for_request]
+        for connection in idle:
+            connection.interrupt()
+        return len(idle)
+
+    @contextmanager
+    def refusing_connections(self) -> Iterator[None]:
+        """Within the block every connection attempt is refused and no old connection lives on."""
+        self._refuse()
+        try:
+            yield
+        finally:
+            self._listen()
+
+    def refuse_for(self, seconds: float) -> None:
+        """Refuse connections for *seconds*; blocks meanwhile, so only a connection's thread calls it."""
+        self._refuse()
+        if not self._closing.wait(seconds):
+            self._listen()
+
+    def _refuse(self) -> None:
+        self._stop_listening()
+        with self._lock:
+            self._listener.close()
+            # Bound without listen(): the kernel refuses connections, and nobody else can take the port meanwhile.
+            self._listener = _bind(self.host, self.port)
+        self.drop_connections(reset=True)
+
+    def _listen(self) -> None:
+        with self._lock:
+            if self._closing.is_set() or self._acceptor is not None:
+                return
+            self._listener.listen(1024)
+            self._acceptor = threading.Thread(
+                target=self._accept, name=f"{self.address} acceptor", daemon=True
+            )
+            self._acceptor.start()
+
+    def _stop_listening(self) -> None:
+        with self._lock:
+            acceptor, self._acceptor = self._acceptor, None
+        if acceptor is not None:
+            self._wake_write.send(b"x")
+            acceptor.join(_JOIN_TIMEOUT)
+            self._wake_read.recv(1)
+
+    def _accept(self) -> None:
+        listener = self._listener
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(self._wake_read, select.POLLIN)
+        while True:
+            ready = [descriptor for descriptor, _ in poll.poll()]
+            if self._wake_read.fileno() in ready:
+                return
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                continue
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._connections_opened += 1
+                connection = Connection(sock, self._connections_opened)
+                thread = threading.Thread(
+                    target=self._run,
+                    args=(connection,),
+                    name=f"{self.address} #{connection.number}",
+                    daemon=True,
+                )
+                self._connections.add(connection)
+                self._threads.add(thread)
+            thread.start()
+
+    def _run(self, connection: Connection) -> None:
+        try:
+            if self._ssl_context is not None:
+                connection.sock = self._ssl_context.wrap_socket(connection.sock, server_side=True)
+            if not self._closing.is_set():
+                self.serve(connection)
+        except (Gone, OSError):
+            pass  # the peer left, or close() interrupted us: either way only cleaning up remains
+        finally:
+            connection.close()
+            with self._lock:
+                self._connections.discard(connection)
+                self._threads.discard(threading.current_thread())
+
+    def _abandon_in_child(self) -> None:
+        """After fork: let go of the parent's sockets, or its FINs and resets would not reach the peers."""
+        self._closing.set()
+        for connection in list(self._connections):
+            connection.sock.close()
+        for sock in (self._listener, self._wake_read, self._wake_write):
+            sock.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+_live: weakref.WeakSet[LoopbackServer] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for server in list(_live):
+        server._abandon_in_child()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
