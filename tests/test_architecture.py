@@ -1,0 +1,429 @@
+"""The rules of the house, read off the source: which way imports point, who uses what, what is described.
+
+Each rule is a function from a module's source to complaints, and each is shown a module that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "azstoragetorch"
+
+FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
+
+# The picture in the package's docstring, from the ground up. A module imports from rows below its own;
+# in a row of _blob also from its neighbours, as long as no circle forms.
+ROWS = [
+    {"exceptions", "_blob"},
+    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
+    {"_blob.transport", "_blob.credentials", "_blob.sdk", "_blob.url"},
+    {"_blob.engine", "_blob.retry"},
+    {"_blob.download", "_blob.upload", "_blob.listing", "_blob.readahead"},
+    {"_blob.client"},
+    {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
+    FACES - {"io"},
+    {""},
+]
+
+# Where each dependency may be imported. The longest prefix that matches decides.
+MAY_IMPORT = {
+    "torch": FACES - {"io"},
+    "torchdata": {"nodes"},
+    "azure.core": {"_blob", "exceptions", *FACES},
+    "azure.identity": {"_blob.credentials"},
+    "azure.storage.blob": {"_blob.sdk", "_blob.credentials"},
+    "typing_extensions": {"", "_blob", "exceptions", *FACES},
+}
+
+# Private names of others that are used all the same: (module, name) -> why there is no public way.
+ALLOWED_PRIVATE: dict[tuple[str, str], str] = {}
+
+MAKES_THREADS = "_blob.engine"
+THREAD_MAKERS = (
+    "threading.Thread",
+    "threading.Timer",
+    "_thread.start_new_thread",
+    "concurrent.futures.ThreadPoolExecutor",
+    "concurrent.futures.ProcessPoolExecutor",
+    "concurrent.futures.thread",
+    "concurrent.futures.process",
+    "multiprocessing.Process",
+    "multiprocessing.Pool",
+    "multiprocessing.get_context",
+    "multiprocessing.context",
+    "multiprocessing.pool",
+    "multiprocessing.process",
+    "asyncio.to_thread",
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the package; *name* is relative to it, the package itself is ''."""
+
+    name: str
+    source: str
+    is_package: bool = False
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(filter(None, ["azstoragetorch", self.name]))
+
+    @cached_property
+    def bindings(self) -> dict[str, str]:
+        """What each imported local name stands for, as an absolute dotted name."""
+        bound = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    first = alias.name.partition(".")[0]
+                    bound[alias.asname or first] = alias.name if alias.asname else first
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    bound[alias.asname or alias.name] = f"{self.absolute(node)}.{alias.name}"
+        return bound
+
+    @cached_property
+    def imports(self) -> set[str]:
+        """Every imported module or member, as an absolute dotted name."""
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {f"{self.absolute(node)}.{alias.name}" for alias in node.names}
+        return found
+
+    @cached_property
+    def uses(self) -> set[str]:
+        """Dotted names of what is reached through imports: ``threading.Thread``, ``torch.utils.data``."""
+        found = set(self.imports)
+        for node in ast.walk(self.tree):
+            path = []
+            while isinstance(node, ast.Attribute):
+                path.append(node.attr)
+                node = node.value
+            if isinstance(node, ast.Name) and node.id in self.bindings:
+                found.add(".".join([self.bindings[node.id], *reversed(path)]))
+        return found
+
+    def absolute(self, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        parts = self.dotted.split(".")
+        kept = parts[: len(parts) - node.level + (1 if self.is_package else 0)]
+        return ".".join([*kept, *filter(None, [node.module])])
+
+
+def read_package() -> dict[str, Module]:
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        modules[name] = Module(name, path.read_text(encoding="utf-8"), is_package)
+    return modules
+
+
+MODULES = read_package()
+
+
+def begins_with(name: str, prefix: str) -> bool:
+    """Whether dotted *name* is *prefix* or inside it."""
+    return name == prefix or prefix == "" or name.startswith(f"{prefix}.")
+
+
+def row_of(name: str) -> int | None:
+    rooms = [name, name.partition(".")[0]] if name.startswith("checkpoint.") else [name]
+    return next((row for row, members in enumerate(ROWS) if members & set(rooms)), None)
+
+
+def own_imports(module: Module, names: set[str]) -> set[str]:
+    """Modules of the package that *module* imports; a member counts as the module that holds it."""
+    found = set()
+    for dotted in module.imports:
+        if begins_with(dotted, "azstoragetorch"):
+            name = dotted.removeprefix("azstoragetorch").removeprefix(".")
+            while name not in names and name:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {module.name}
+
+
+def imports_pointing_up(module: Module) -> Iterator[str]:
+    row = row_of(module.name)
+    if row is None:
+        yield f"{module.dotted} has no place in the picture; give it one in ROWS"
+        return
+    names = set(MODULES) | set().union(*ROWS)
+    for other in sorted(own_imports(module, names)):
+        target = row_of(other)
+        same_room = module.name.partition(".")[0] == other.partition(".")[0] != ""
+        if target is None or target > row or (target == row and not same_room):
+            yield f"{module.dotted} imports azstoragetorch.{other}, which is not below it"
+
+
+def misplaced_dependencies(module: Module) -> Iterator[str]:
+    for dotted in sorted(module.imports):
+        top = dotted.partition(".")[0]
+        if top in sys.stdlib_module_names or top == "azstoragetorch":
+            continue
+        known = max((name for name in MAY_IMPORT if begins_with(dotted, name)), key=len, default=None)
+        if known is None:
+            yield f"{module.dotted} imports {dotted}, which is no declared dependency"
+        elif not any(
+            module.name == room or (room and begins_with(module.name, room)) for room in MAY_IMPORT[known]
+        ):
+            yield f"{module.dotted} imports {dotted}, which belongs to {sorted(MAY_IMPORT[known])}"
+
+
+def is_private(name: str) -> bool:
+    return (
+        name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name.strip("_") != ""
+    )
+
+
+def own_private_names() -> set[str]:
+    """Private names that the package itself defines, wherever it does."""
+    names = set()
+    for module in MODULES.values():
+        names.update(part for part in module.name.split(".") if is_private(part))
+        for node in ast.walk(module.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return {name for name in names if is_private(name)}
+
+
+def foreign_private_names(module: Module) -> Iterator[str]:
+    """Private names of others: what is imported, reached through an import, or defined nowhere in here."""
+    found = set()
+    for dotted in module.uses:
+        if not begins_with(dotted, "azstoragetorch"):
+            found.update(filter(is_private, dotted.split(".")))
+    own = own_private_names()
+    for node in ast.walk(module.tree):
+        name = None
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            name = node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            is_by_name = node.func.id in {"getattr", "setattr", "hasattr", "delattr"} and len(node.args) > 1
+            if is_by_name and isinstance(node.args[1], ast.Constant):
+                name = str(node.args[1].value)
+        if name is not None and is_private(name) and name not in own:
+            found.add(name)
+    for name in sorted(found):
+        if (module.name, name) not in ALLOWED_PRIVATE:
+            yield f"{module.dotted} uses the private name {name}; find a public way, or list it with its reason"
+
+
+def threads_made_elsewhere(module: Module) -> Iterator[str]:
+    if module.name != MAKES_THREADS:
+        for dotted in sorted(module.uses):
+            if any(begins_with(dotted, maker) for maker in THREAD_MAKERS):
+                yield f"{module.dotted} uses {dotted}; threads are made by {MAKES_THREADS} alone"
+
+
+def missing_module_docstring(module: Module) -> Iterator[str]:
+    if not ast.get_docstring(module.tree):
+        yield f"{module.dotted} does not say what its place is"
+
+
+RULES: list[Callable[[Module], Iterator[str]]] = [
+    imports_pointing_up,
+    misplaced_dependencies,
+    foreign_private_names,
+    threads_made_elsewhere,
+    missing_module_docstring,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "azstoragetorch")
+def test_every_module_keeps_the_rule(rule: Callable[[Module], Iterator[str]], name: str) -> None:
+    assert list(rule(MODULES[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (imports_pointing_up, "_blob.engine", "from azstoragetorch._blob.client import BlobClient"),
+        (imports_pointing_up, "_blob.engine", "from . import client"),
+        (imports_pointing_up, "_blob.engine", "def f():\n    from .client import BlobClient"),
+        (imports_pointing_up, "_blob.url", "import azstoragetorch.io"),
+        (imports_pointing_up, "_blob.client", "from ..io import BlobIO"),
+        (imports_pointing_up, "_blob.client", "import azstoragetorch"),
+        (imports_pointing_up, "io", "from azstoragetorch import datasets"),
+        (imports_pointing_up, "datapipes", "from azstoragetorch.datasets import Blob"),
+        (imports_pointing_up, "checkpoint.format", "from ..nodes import BlobReader"),
+        (imports_pointing_up, "_blob.attic", ""),
+        (misplaced_dependencies, "_blob.download", "import torch"),
+        (misplaced_dependencies, "io", "from torch import Tensor"),
+        (misplaced_dependencies, "datapipes", "from torchdata.nodes import BaseNode"),
+        (misplaced_dependencies, "io", "import azure.storage.blob"),
+        (misplaced_dependencies, "_blob.upload", "import numpy as np"),
+        (misplaced_dependencies, "", "import azure.core.exceptions"),
+        (foreign_private_names, "io", "from azure.storage.blob._shared import base_client"),
+        (foreign_private_names, "io", "import azure.core._enum_meta as meta"),
+        (foreign_private_names, "io", "import torch\ntorch._C._cuda_init()"),
+        (foreign_private_names, "io", "from torch.utils.data import datapipes as d\nd._typing.x"),
+        (foreign_private_names, "io", "def f(sdk):\n    return sdk._pipeline_of_the_sdk"),
+        (foreign_private_names, "io", "def f(sdk):\n    return getattr(sdk, '_pipeline_of_the_sdk')"),
+        (threads_made_elsewhere, "io", "import threading\nthreading.Thread(target=print).start()"),
+        (threads_made_elsewhere, "io", "from threading import Timer as Later"),
+        (threads_made_elsewhere, "io", "from concurrent import futures\nfutures.ThreadPoolExecutor()"),
+        (threads_made_elsewhere, "io", "from multiprocessing.pool import ThreadPool"),
+        (missing_module_docstring, "io", "# a comment is not one"),
+    ],
+)
+def test_the_rule_sees_its_breach(rule: Callable[[Module], Iterator[str]], name: str, source: str) -> None:
+    assert list(rule(Module(name, source))) != []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (imports_pointing_up, "io", "from azstoragetorch._blob.client import BlobClient"),
+        (imports_pointing_up, "io", "from azstoragetorch._blob import client"),
+        (imports_pointing_up, "datasets", "from .io import BlobIO\nfrom . import exceptions"),
+        (imports_pointing_up, "checkpoint.writer", "from .format import Index\nfrom .._blob import client"),
+        (imports_pointing_up, "_blob.client", "from .download import fetch\nfrom .engine import Engine"),
+        (imports_pointing_up, "_blob.readahead", "from .download import fetch"),
+        (misplaced_dependencies, "_blob.sdk", "from azure.storage.blob import BlobClient\nimport json"),
+        (misplaced_dependencies, "checkpoint.writer", "import torch.distributed.checkpoint as dcp"),
+        (foreign_private_names, "io", "import torch\ntorch.__version__\n_, b = 1, 2"),
+        (
+            threads_made_elsewhere,
+            "io",
+            "import threading\nfrom concurrent.futures import Future\nthreading.Lock()",
+        ),
+    ],
+)
+def test_the_rule_lets_pass_what_it_should(
+    rule: Callable[[Module], Iterator[str]], name: str, source: str
+) -> None:
+    assert list(rule(Module(name, source))) == []
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """The modules of one circle of imports, if there is one."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                if circle := visit(other, [*path, name]):
+                    return circle
+            done.add(name)
+        return None
+
+    return next((circle for name in sorted(graph) if (circle := visit(name, []))), None)
+
+
+def test_no_imports_form_a_circle() -> None:
+    assert find_circle({name: own_imports(module, set(MODULES)) for name, module in MODULES.items()}) is None
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_every_private_name_on_the_list_is_still_used_and_has_a_reason() -> None:
+    used = set()
+    for name, module in MODULES.items():
+        parts = {part for dotted in module.uses for part in dotted.split(".")}
+        parts |= {node.attr for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)}
+        used |= {(name, part) for part in parts}
+    assert set(ALLOWED_PRIVATE) <= used
+    assert all(reason.strip() for reason in ALLOWED_PRIVATE.values())
+
+
+def test_importing_the_package_costs_next_to_nothing() -> None:
+    program = (
+        "import json, sys\nbefore = set(sys.modules)\nimport azstoragetorch\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    imported = json.loads(answer.stdout)
+    foreign = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert foreign == {"azstoragetorch"}
+    assert len(imported) <= 60, imported
+
+
+PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split("."))]
+
+
+@pytest.mark.parametrize("name", PUBLIC, ids=lambda name: name or "azstoragetorch")
+def test_every_public_name_is_described(name: str) -> None:
+    """A name in ``__all__``, and every public member of a class, says what it promises."""
+    module = importlib.import_module(MODULES[name].dotted)
+    silent = []
+    for public in getattr(module, "__all__", []):
+        value = getattr(module, public)
+        if inspect.isclass(value):
+            silent += [f"{public}.{member}" for member in undescribed_members(value)]
+        if inspect.isclass(value) or inspect.isroutine(value):
+            own = inspect.getdoc(value) if inspect.isroutine(value) else vars(value).get("__doc__")
+            if not own or own.startswith(f"{public}("):  # what a dataclass writes for itself
+                silent.append(public)
+    assert silent == []
+
+
+def undescribed_members(cls: type) -> Iterator[str]:
+    for name, value in vars(cls).items():
+        is_member = inspect.isroutine(value) or isinstance(value, (property, cached_property))
+        if not name.startswith("_") and is_member and not inspect.getdoc(getattr(cls, name)):
+            yield name
+
+
+@pytest.mark.parametrize("name", PUBLIC, ids=lambda name: name or "azstoragetorch")
+def test_every_public_module_names_what_is_public(name: str) -> None:
+    """What a module defines without an underscore is in ``__all__``, and nothing else is."""
+    module = MODULES[name]
+    defined = {
+        node.name
+        for node in module.tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    }
+    loaded = importlib.import_module(module.dotted)
+    if defined:
+        assert defined <= set(loaded.__all__)
+    assert [public for public in getattr(loaded, "__all__", []) if not hasattr(loaded, public)] == []
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_package_its_types_and_nothing_else(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        timeout=100,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        str(path.relative_to(ROOT).as_posix())
+        for path in PACKAGE.rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    assert "azstoragetorch/py.typed" in shipped
+    assert shipped == expected
