@@ -1,4 +1,4 @@
-"""A blob service on loopback that fails exactly as a test tells it to: `FaultService`, its faults, and a proxy."""
+"""A blob service on loopback that fails exactly as a test tells it to, and a proxy that keeps a log."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from .faults import (
     WrongHeader,
     WrongLength,
 )
+from .proxy import LoggingProxy, ProxiedRequest
 from .service import FaultService, LoggedRequest
 
 __all__ = [
@@ -51,10 +52,12 @@ __all__ = [
     "Hangup",
     "Hold",
     "LoggedRequest",
+    "LoggingProxy",
     "LostAnswer",
     "MalformedXml",
     "Match",
     "MissingHeader",
+    "ProxiedRequest",
     "Redirect",
     "RepeatedMarker",
     "Reset",

@@ -1,4 +1,4 @@
-"""What each fault does to a good answer, as pure functions: from values to values, and to steps on the wire."""
+"""What each fault does to a good answer: pure functions from values to values, and to steps on the wire."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
             yield head
             for start in range(0, len(body), size):
                 piece = body[start : start + size]
-                yield b"%x\r\n%b\r\n" % (len(piece), piece)
+                yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
             yield b"0\r\n\r\n"
         case WrongLength(delta) if delta > 0:
             yield head

@@ -1,7 +1,7 @@
 """What can go wrong, as data.
 
-A fault befalls one request. Unless its docstring says otherwise the operation is carried out and only the answer suffers.
-`after` counts bytes of the answer's body.
+A fault befalls one request. Unless its docstring says otherwise the operation is carried out and only the
+answer suffers. `after` counts bytes of the answer's body.
 """
 
 from __future__ import annotations
@@ -11,11 +11,27 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-OPERATIONS = frozenset({
-    "get_blob", "head", "delete", "put_blob", "put_block", "put_block_list", "get_block_list", "copy_blob", "set_metadata",
-    "snapshot_blob", "list_blobs", "create_container", "get_container", "delete_container", "get_account_information",
-    "list_containers", "unknown",
-})  # fmt: skip
+OPERATIONS = frozenset(
+    {
+        "get_blob",
+        "head",
+        "delete",
+        "put_blob",
+        "put_block",
+        "put_block_list",
+        "get_block_list",
+        "copy_blob",
+        "set_metadata",
+        "snapshot_blob",
+        "list_blobs",
+        "create_container",
+        "get_container",
+        "delete_container",
+        "list_containers",
+        "get_account_information",
+        "unknown",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,8 @@ class Fine(Fault):
 class Status(Fault):
     """An error answer instead of the operation.
 
-    With *before_body* it is sent as soon as the request's head is there, and the connection is closed on the unread body.
+    With *before_body* it is sent as soon as the request's head is there, and the connection is closed on the
+    unread body.
     """
 
     code: int
@@ -83,8 +100,9 @@ class ConnectionRefused(Fault):
 
 @dataclass(frozen=True, slots=True)
 class ChangedEtag(Fault):
-    """Somebody overwrites the blob just before this request is carried out: same length, every byte inverted, or *data*.
+    """Somebody overwrites the blob just before this request is carried out.
 
+    With *data*, or with as many bytes as it has, each inverted.
     With *ignores_conditions* the service then answers as if no If-Match had been sent.
     """
 
@@ -147,7 +165,10 @@ class WrongLength(Fault):
 
 @dataclass(frozen=True, slots=True)
 class CorruptByte(Fault):
-    """One byte of the body is inverted; checksums in the headers are those of the true body. Negative counts from the end."""
+    """One byte of the body is inverted; checksums in the headers are those of the true body.
+
+    Negative counts from the end.
+    """
 
     at: int = 0
 
@@ -229,7 +250,8 @@ class SlowBytes(Fault):
 class StaleConnection(Fault):
     """A good answer without `Connection: close`, after which the connection is closed all the same.
 
-    At once, or with *on_next_request* when the next request arrives on it: that one is dropped unread and not logged.
+    At once, or with *on_next_request* when the next request arrives on it: that one is dropped, unread and
+    not logged.
     """
 
     on_next_request: bool = False
@@ -239,8 +261,8 @@ class StaleConnection(Fault):
 class Match:
     """Which requests a rule is about. What is None does not matter; all of what is given must hold.
 
-    *path* is a regular expression searched in the decoded path. Of the requests that match, the *nth* (from 1) gets the
-    first fault, and from there on every *every*-th gets the next one.
+    *path* is a regular expression searched in the decoded path. Of the requests that match, the *nth*
+    (from 1) gets the first fault, and from there on every *every*-th gets the next one.
     """
 
     operation: str | None = None
@@ -265,7 +287,7 @@ class Match:
 
 @dataclass(slots=True)
 class Rule:
-    """A script under way; `FaultService.script()` returns it so that a test can see that its faults came to pass."""
+    """A script under way. `FaultService.script()` returns it: a test can see that its faults came to pass."""
 
     match: Match
     faults: Sequence[Fault]
@@ -283,7 +305,7 @@ class Rule:
         return self.fired >= len(self.faults)
 
     def next_fault(self, operation: str, method: str, path: str, *, already_hit: bool) -> Fault | None:
-        """Count this request if it matches, and take the fault that is due unless another rule's hit it already."""
+        """Count this request if it matches; take the fault that is due unless another rule hit it."""
         if self.is_cancelled or not self.match.covers(operation, method, path):
             return None
         self.seen += 1

@@ -1,4 +1,4 @@
-"""The scripted fault service: enough of the Azure Blob REST API over a real socket, failing exactly as it is told.
+"""The scripted fault service: enough of the Azure Blob REST API over real sockets, failing as it is told.
 
     with FaultService() as service:
         service.put("data", "blob", b"0123456789")
@@ -6,24 +6,23 @@
         ...  # read service.blob_url("data", "blob") with a client
         assert service.requests("get_blob")[1].status == 503
 
-Blobs live in memory, in this process. Requests without a rule that is due are answered as the real service does.
+Blobs live in memory, in this process. Without a fault that is due a request is answered as the service does.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
 
 from . import faults as f
 from .effects import End, Wait, alter_answer, alter_page, delivery, inverted
 from .store import BlobStore, Request, ServiceError, error_xml, parse_range
-from .wire import Answer, Bytes, Connection, Gone, Head, LoopbackServer
+from .wire import Answer, Bytes, Connection, Head, LoopbackServer
 
 SERVICE_VERSION = "2025-05-05"
 
@@ -40,7 +39,8 @@ _ERROR_CODES = {
     503: "ServerBusy",
 }
 _CHALLENGE = (
-    "Bearer authorization_uri=https://login.microsoftonline.com/00000000-0000-0000-0000-000000000000/oauth2/authorize "
+    "Bearer authorization_uri=https://login.microsoftonline.com/"
+    "00000000-0000-0000-0000-000000000000/oauth2/authorize "
     "resource_id=https://storage.azure.com"
 )
 
@@ -106,7 +106,7 @@ class FaultService(LoopbackServer):
         self.origin = f"{'https' if ssl_context else 'http'}://{self.address}"
         self.url = f"{self.origin}/{account}"
 
-    # ------------------------------------------------------------------ addresses
+    # ---- addresses
 
     def container_url(self, container: str) -> str:
         return f"{self.url}/{container}"
@@ -115,7 +115,7 @@ class FaultService(LoopbackServer):
         tail = "&".join(f"{key}={quote(value, safe='')}" for key, value in query.items())
         return f"{self.url}/{container}/{quote(name, safe='/~')}" + (f"?{tail}" if tail else "")
 
-    # ------------------------------------------------------------------ blobs
+    # ---- blobs
 
     def create_container(self, container: str) -> None:
         """Does nothing if it is there. `put` calls it too."""
@@ -152,27 +152,27 @@ class FaultService(LoopbackServer):
         """Take a snapshot and return its id, for `snapshot=` in a URL."""
         return self.store.snapshot(container, name)
 
-    # ------------------------------------------------------------------ who may come in
+    # ---- who may come in
 
     def allow_anonymous(self) -> None:
         """The default: credentials are neither needed nor looked at."""
         self._tokens = self._sas = None
 
     def require_token(self, *accepted: str) -> None:
-        """Answer 401 unless the bearer token is one of *accepted*. Call it again to change them while requests run."""
+        """Answer 401 unless the bearer token is one of *accepted*. May be called again while requests run."""
         self._tokens, self._sas = set(accepted), None
 
     def require_sas(self, sig: str) -> None:
         """Answer 403 unless the query's `sig`, decoded, is *sig*."""
         self._tokens, self._sas = None, sig
 
-    # ------------------------------------------------------------------ script and log
+    # ---- script and log
 
     def script(self, match: f.Match | str, faults: Iterable[f.Fault], *, repeat: bool = False) -> f.Rule:
-        """Let *faults* befall the requests that *match* selects, one each and in order; afterwards all is well again.
+        """Let *faults* befall the requests that *match* selects, one each, in order; then all is well.
 
-        A string is the name of an operation. With *repeat* the faults start over for ever. When several rules are due,
-        the oldest acts and the others wait for their next request.
+        A string is the name of an operation. With *repeat* the faults start over for ever. When several rules
+        are due, the oldest acts and the others wait for their next request.
         """
         rule = f.Rule(f.Match(match) if isinstance(match, str) else match, tuple(faults), repeat)
         with self._book:
@@ -196,7 +196,7 @@ class FaultService(LoopbackServer):
         path: str | None = None,
         status: int | None = None,
     ) -> list[LoggedRequest]:
-        """The logged requests for which all that is given holds; *path* is searched as a regex in the decoded path."""
+        """The logged requests for which all that is given holds; *path* is a regex for the decoded path."""
         match = f.Match(operation, method, path)
         with self._book:
             log = list(self.log)
@@ -217,12 +217,12 @@ class FaultService(LoopbackServer):
         _wait_until(lambda: self.active == 0, timeout, "requests are still under way")
 
     def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 5.0) -> None:
-        """Wait until *count* requests have arrived; TimeoutError if that takes more than *timeout* seconds."""
+        """Wait until *count* requests have arrived; TimeoutError if it takes more than *timeout* seconds."""
         _wait_until(
             lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived"
         )
 
-    # ------------------------------------------------------------------ serving
+    # ---- serving
 
     def serve(self, connection: Connection) -> None:
         while (head := connection.read_head()) is not None:
@@ -425,7 +425,7 @@ class FaultService(LoopbackServer):
     def _split(self, raw_path: str) -> tuple[str, str]:
         """Container and blob of a path, with or without the account before them."""
         path = raw_path.removeprefix("/")
-        account, slash, rest = path.partition("/")
+        account, _, rest = path.partition("/")
         if account == self.account:
             path = rest
         container, _, blob = path.partition("/")

@@ -1,4 +1,4 @@
-"""Blobs in memory, with the semantics of the Azure Blob service: what each operation answers when nothing goes wrong."""
+"""Blobs in memory with the semantics of the Azure Blob service: each operation when nothing goes wrong."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MESSAGES = {
     "InvalidBlobOrBlock": "The specified blob or block content is invalid.",
     "InvalidBlockList": "The specified block list is invalid.",
     "InvalidRange": "The range specified is invalid for the current size of the resource.",
-    "Md5Mismatch": "The MD5 value specified in the request did not match with the MD5 value calculated by the server.",
+    "Md5Mismatch": "The MD5 value specified in the request did not match the value calculated by the server.",
     "ServerBusy": "The server is busy.",
 }
 
@@ -133,8 +133,9 @@ class ListPage:
 class BlobStore:
     """Containers and blobs. Safe to use from many threads.
 
-    *versioning* keeps overwritten and deleted blobs readable by `versionid`. *hierarchical* makes it act like an account
-    with a hierarchical namespace: writing `a/b` also makes the directory `a`, a blob of no bytes with `hdi_isfolder`.
+    *versioning* keeps overwritten and deleted blobs readable by `versionid`. *hierarchical* makes it act like
+    an account with a hierarchical namespace: writing `a/b` also makes the directory `a`, a blob of no bytes
+    with `hdi_isfolder`.
     """
 
     def __init__(self, *, versioning: bool = False, hierarchical: bool = False) -> None:
@@ -144,7 +145,7 @@ class BlobStore:
         self._containers: dict[str, _Container] = {}
         self._last_tick = 0
 
-    # ------------------------------------------------------------------ directly
+    # ---- directly
 
     def create_container(self, name: str) -> None:
         with self._lock:
@@ -162,7 +163,7 @@ class BlobStore:
         blocks: tuple[tuple[str, int], ...] = (),
         copy_headers: Mapping[str, str] | None = None,
     ) -> StoredBlob:
-        """Make *data* the current blob, drop uncommitted blocks, and create the container if there is none."""
+        """Make *data* the current blob and drop uncommitted blocks; make the container if there is none."""
         with self._lock:
             self.create_container(container)
             tick = self._tick()
@@ -220,7 +221,7 @@ class BlobStore:
             slot.snapshots[stamp] = slot.current
             return stamp
 
-    # ------------------------------------------------------------------ over HTTP
+    # ---- over HTTP
 
     def carry_out(self, request: Request) -> Answer:
         """Do what *request* asks for. Raises ServiceError when the service would refuse."""
@@ -279,7 +280,7 @@ class BlobStore:
     def render(self, page: ListPage, endpoint: str) -> Answer:
         parts = [
             '\ufeff<?xml version="1.0" encoding="utf-8"?>',
-            f'<EnumerationResults ServiceEndpoint="{escape(endpoint)}" ContainerName="{escape(page.container)}">',
+            f'<EnumerationResults ServiceEndpoint="{escape(endpoint)}" ContainerName="{page.container}">',
             _name_xml("Prefix", page.prefix) if page.prefix else "",
             f"<Marker>{escape(page.marker)}</Marker>" if page.marker else "",
             f"<MaxResults>{page.max_results}</MaxResults>",
@@ -324,7 +325,7 @@ class BlobStore:
             ]
         return "".join([*parts, "<OrMetadata /></Blob>"])
 
-    # ------------------------------------------------------------------ operations on blobs
+    # ---- operations on blobs
 
     def _do_get_blob(self, request: Request) -> Answer:
         blob = self._read_target(request)
@@ -522,7 +523,7 @@ class BlobStore:
         stamp = self.snapshot(request.container, request.blob)
         return Answer(201, {**self._written_headers(blob), "x-ms-snapshot": stamp})
 
-    # ------------------------------------------------------------------ operations on containers and the account
+    # ---- operations on containers and the account
 
     def _do_create_container(self, request: Request) -> Answer:
         if request.container in self._containers:
@@ -546,7 +547,10 @@ class BlobStore:
             for name, holder in sorted(self._containers.items())
             if name.startswith(prefix)
         )
-        body = f'<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Containers>{rows}</Containers><NextMarker /></EnumerationResults>'
+        body = (
+            '<?xml version="1.0" encoding="utf-8"?>'
+            f"<EnumerationResults><Containers>{rows}</Containers><NextMarker /></EnumerationResults>"
+        )
         return Answer(200, {"Content-Type": "application/xml"}, body.encode())
 
     def _do_get_account_information(self, request: Request) -> Answer:
@@ -562,7 +566,7 @@ class BlobStore:
     def _do_unknown(self, request: Request) -> Answer:
         raise ServiceError(405, "UnsupportedHttpVerb")
 
-    # ------------------------------------------------------------------ parts
+    # ---- parts
 
     def _tick(self) -> int:
         """The time in units of 100 ns, never twice the same."""

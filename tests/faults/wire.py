@@ -1,16 +1,18 @@
 """HTTP/1.1 on bare sockets, server side, with the control that faults need.
 
-A connection here can send half a head, end with FIN after too few bytes, or with RST; `http.server` hides all of that.
-Every server is one acceptor thread and one thread for each connection, and `close()` leaves neither thread nor socket.
+A connection here can send half a head, or end with FIN after too few bytes, or with RST: `http.server` hides
+all of that. A server is an acceptor thread and a thread for each connection, and `close()` leaves none behind.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
 import ssl
 import struct
+import termios
 import threading
 import time
 import weakref
@@ -18,7 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MAX_HEAD = 1 << 20  # bytes; far above what any client here sends, so that a broken one is noticed
 _RECEIVE = 1 << 16
@@ -51,7 +57,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server means to send. `headers` lacks Content-Length when the body's own length is the true one."""
+    """What a server means to send."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +73,7 @@ class Answer:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-class Gone(Exception):
+class PeerGoneError(Exception):
     """The peer closed its side, or this server is closing."""
 
 
@@ -86,7 +92,7 @@ class Connection:
         self.is_waiting_for_request = not self._received
         while (end := self._received.find(b"\r\n\r\n")) < 0:
             if len(self._received) > _MAX_HEAD:
-                raise Gone
+                raise PeerGoneError
             data = self.sock.recv(_RECEIVE)
             self.is_waiting_for_request = False
             if not data:
@@ -96,7 +102,7 @@ class Connection:
         del self._received[: end + 4]
         words = first.split(" ")
         if len(words) != 3:
-            raise Gone
+            raise PeerGoneError
         headers: dict[str, str] = {}
         for line in lines:
             name, _, value = line.partition(":")
@@ -125,14 +131,15 @@ class Connection:
         self.sock.sendall(data)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass. Raises Gone as soon as the peer hangs up or the server closes."""
+        """Let time pass. Raises PeerGoneError as soon as the peer hangs up or the server closes."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         # Nobody pipelines here, so input in the middle of an answer is the peer's end of stream.
         if poll.poll(seconds * 1000):
-            raise Gone
+            raise PeerGoneError
 
     def wait_for_input(self) -> None:
+        """Wait until there is something to read, or the end of the stream."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         if not self._received:
@@ -142,11 +149,12 @@ class Connection:
         """End with RST instead of FIN, once the peer's kernel has what was sent so far."""
         self._reset_at_end = True
 
-    def interrupt(self, *, reset: bool = False, sending: bool = True) -> None:
-        """From another thread: make the owner stop waiting for input (and, if *sending*, for room to send)."""
+    def interrupt(self, *, reset: bool = False) -> None:
+        """From another thread: make the owner end the connection, with RST if *reset*."""
         self._reset_at_end |= reset
         with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR if sending and not reset else socket.SHUT_RD)
+            # Shutting down the sending side too would put a FIN before the reset.
+            self._shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
 
     def close(self) -> None:
         with suppress(OSError):
@@ -154,15 +162,16 @@ class Connection:
                 self._drain()
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
-                # Unlike close(), shutdown() reaches the peer even if a forked child still holds the descriptor.
-                self.sock.shutdown(socket.SHUT_WR)
+                # Unlike close(), this reaches the peer even if a forked child still holds the descriptor.
+                self._shutdown(socket.SHUT_WR)
         self.sock.close()
+
+    def _shutdown(self, how: int) -> None:
+        # SSLSocket's own also turns encryption off, under the feet of whoever is sending.
+        socket.socket.shutdown(self.sock, how)
 
     def _drain(self) -> None:
         """Wait until the peer acknowledged everything: a reset discards what is still queued here."""
-        import fcntl
-        import termios
-
         deadline = time.monotonic() + 2.0
         while time.monotonic() < deadline:
             queued = struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
@@ -186,14 +195,14 @@ class Connection:
             while have < size:
                 count = self.sock.recv_into(view[have:])
                 if not count:
-                    raise Gone
+                    raise PeerGoneError
                 have += count
         return body
 
     def _receive_more(self) -> None:
         data = self.sock.recv(_RECEIVE)
         if not data:
-            raise Gone
+            raise PeerGoneError
         self._received += data
 
 
@@ -211,6 +220,7 @@ class LoopbackServer:
         self._threads: set[threading.Thread] = set()
         self._connections_opened = 0
         self._closing = threading.Event()
+        self._is_abandoned = False
         self._listener = _bind(host, 0)
         self.port: int = self._listener.getsockname()[1]
         self._wake_read, self._wake_write = socket.socketpair()
@@ -221,7 +231,7 @@ class LoopbackServer:
     def serve(self, connection: Connection) -> None:
         raise NotImplementedError
 
-    def __enter__(self):  # type: ignore[no-untyped-def]  # typing.Self is 3.11
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -229,12 +239,12 @@ class LoopbackServer:
 
     def close(self) -> None:
         """Stop accepting, end every connection and join every thread. Calling it again does nothing."""
-        if self._closing.is_set():
+        if self._is_abandoned or self._closing.is_set():
             return
         self._closing.set()
         self._stop_listening()
-        self._listener.close()
         with self._lock:
+            self._listener.close()
             connections, threads = list(self._connections), list(self._threads)
         for connection in connections:
             connection.interrupt()
@@ -252,7 +262,7 @@ class LoopbackServer:
 
     @property
     def open_connections(self) -> int:
-        """Connections that this side still holds open. A peer's close is noticed within moments, not at once."""
+        """Connections this side still holds open. A peer's close is noticed within moments, not at once."""
         return len(self._connections)
 
     @property
@@ -294,8 +304,10 @@ class LoopbackServer:
     def _refuse(self) -> None:
         self._stop_listening()
         with self._lock:
+            if self._closing.is_set():
+                return
             self._listener.close()
-            # Bound without listen(): the kernel refuses connections, and nobody else can take the port meanwhile.
+            # Bound without listen(): connections are refused, and nobody else can take the port meanwhile.
             self._listener = _bind(self.host, self.port)
         self.drop_connections(reset=True)
 
@@ -347,10 +359,16 @@ class LoopbackServer:
     def _run(self, connection: Connection) -> None:
         try:
             if self._ssl_context is not None:
-                connection.sock = self._ssl_context.wrap_socket(connection.sock, server_side=True)
-            if not self._closing.is_set():
-                self.serve(connection)
-        except (Gone, OSError):
+                # The handshake waits until interrupt() can reach it.
+                connection.sock = self._ssl_context.wrap_socket(
+                    connection.sock, server_side=True, do_handshake_on_connect=False
+                )
+            if self._closing.is_set():
+                return
+            if isinstance(connection.sock, ssl.SSLSocket):
+                connection.sock.do_handshake()
+            self.serve(connection)
+        except (PeerGoneError, OSError):
             pass  # the peer left, or close() interrupted us: either way only cleaning up remains
         finally:
             connection.close()
@@ -359,8 +377,11 @@ class LoopbackServer:
                 self._threads.discard(threading.current_thread())
 
     def _abandon_in_child(self) -> None:
-        """After fork: let go of the parent's sockets, or its FINs and resets would not reach the peers."""
-        self._closing.set()
+        """After fork: let go of the parent's sockets, or its FINs and resets would not reach the peers.
+
+        Takes no lock: at the moment of the fork any thread of the parent may have held it.
+        """
+        self._is_abandoned = True
         for connection in list(self._connections):
             connection.sock.close()
         for sock in (self._listener, self._wake_read, self._wake_write):
