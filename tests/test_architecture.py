@@ -232,7 +232,7 @@ def foreign_private_names(module: Module) -> Iterator[str]:
             found.add(name)
     for name in sorted(found):
         if (module.name, name) not in ALLOWED_PRIVATE:
-            yield f"{module.dotted} uses the private name {name}; find a public way, or list it with its reason"
+            yield f"{module.dotted} uses the private name {name}; find a public way or list it with a reason"
 
 
 def threads_made_elsewhere(module: Module) -> Iterator[str]:

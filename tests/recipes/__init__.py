@@ -1,0 +1,1 @@
+"""Every recipe runs, and does what it says."""
