@@ -51,7 +51,16 @@ class Wait:
     seconds: float
 
 
-Step = Bytes | Wait | End
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Bytes for the wire, of which *body_bytes* belong to the body; *status* if they complete the head."""
+
+    data: Bytes
+    body_bytes: int = 0
+    status: int | None = None
+
+
+Step = Send | Wait | End
 
 
 def inverted(data: Bytes) -> bytes:
@@ -81,7 +90,7 @@ def alter_answer(fault: Fault | None, answer: Answer) -> Answer:
             if "Content-Range" in headers:
                 headers["Content-Range"] = value or _shifted(headers["Content-Range"], shift)
         case WrongLength(delta):
-            headers["Content-Length"] = str(int(headers["Content-Length"]) + delta)
+            headers["Content-Length"] = str(max(0, int(headers["Content-Length"]) + delta))
         case CorruptByte(at):
             if len(body):
                 changed = bytearray(body)
@@ -102,66 +111,75 @@ def alter_answer(fault: Fault | None, answer: Answer) -> Answer:
 
 def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
     """What goes over the wire, in order. Ending without an End keeps the connection open."""
-    head, body = answer.head(), memoryview(answer.body)
+    first, body = answer.head(), memoryview(answer.body)
+    head = Send(first, status=answer.status)
     match fault:
         case Reset() | LostAnswer():
             yield End.RST
         case Hangup():
             yield End.FIN
         case ResetInHeaders():
-            yield head[: len(head) // 2]
+            yield Send(first[: len(first) // 2])
             yield End.RST
         case GarbageStatusLine(line):
-            yield line
+            yield Send(line)
             yield End.FIN
         case Torn(after):
             yield head
-            yield body[: _short_of_all(after, body)]
+            yield _part(body[: _short_of_all(after, body)])
             yield End.FIN
         case TornReset(after):
             yield head
-            yield body[: _short_of_all(after, body)]
+            yield _part(body[: _short_of_all(after, body)])
             yield End.RST
         case Stall(seconds, None):
             yield Wait(seconds)
             yield head
-            yield body
+            yield _part(body)
         case Stall(seconds, int(after)):
             yield head
-            yield body[:after]
+            yield _part(body[:after])
             yield Wait(seconds)
-            yield body[after:]
+            yield _part(body[after:])
         case SlowBytes(rate):
             yield head
-            size = max(1, int(rate * _SLOW_STEP))
-            for start in range(0, len(body), size):
-                piece = body[start : start + size]
+            for piece in _pieces(body, max(1, int(rate * _SLOW_STEP))):
                 yield Wait(len(piece) / rate)
-                yield piece
+                yield _part(piece)
         case Chunked(size) if len(body):
             yield head
-            for start in range(0, len(body), size):
-                piece = body[start : start + size]
-                yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
-            yield b"0\r\n\r\n"
-        case WrongLength(delta) if delta > 0:
-            yield head
-            yield body
-            yield End.FIN
-        case MissingHeader(name) if name.lower() == "content-length":
-            yield head
-            yield body
-            yield End.FIN
-        case StaleConnection(on_next_request):
-            yield head
-            yield body
-            yield End.FIN_ON_NEXT_REQUEST if on_next_request else End.FIN
+            for piece in _pieces(body, size):
+                yield Send(b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")), len(piece))
+            yield Send(b"0\r\n\r\n")
         case _:
             if len(body) <= _ONE_SEND:
-                yield head + body
+                yield Send(first + body, len(body), answer.status)
             else:
                 yield head
-                yield body
+                yield _part(body)
+            if (end := _end_of_whole(fault)) is not None:
+                yield end
+
+
+def _end_of_whole(fault: Fault | None) -> End | None:
+    """How the connection ends after an answer that was sent in full."""
+    match fault:
+        case StaleConnection(on_next_request):
+            return End.FIN_ON_NEXT_REQUEST if on_next_request else End.FIN
+        case WrongLength(delta) if delta > 0:
+            return End.FIN
+        case MissingHeader(name) if name.lower() == "content-length":
+            return End.FIN
+    return None
+
+
+def _part(body: memoryview) -> Send:
+    return Send(body, len(body))
+
+
+def _pieces(body: memoryview, size: int) -> Iterator[memoryview]:
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
 
 
 def _short_of_all(after: int, body: memoryview) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
 
 from . import faults as f
-from .effects import End, Wait, alter_answer, alter_page, delivery, inverted
+from .effects import End, Send, Wait, alter_answer, alter_page, delivery, inverted
 from .store import BlobStore, Request, ServiceError, error_xml, parse_range
 from .wire import Answer, Bytes, Connection, Head, LoopbackServer
 
@@ -289,9 +289,13 @@ class FaultService(LoopbackServer):
         return self._send(connection, entry, answer)
 
     def _send(self, connection: Connection, entry: LoggedRequest, answer: Answer) -> bool:
-        body_left = len(answer.body)
         for step in delivery(entry.fault, answer):
             match step:
+                case Send(data, body_bytes, status):
+                    # The log comes first: a peer that has the answer must find it there.
+                    entry.status = entry.status or status
+                    entry.sent += body_bytes
+                    connection.send(data)
                 case Wait(seconds):
                     connection.wait(seconds)
                 case End.FIN:
@@ -302,23 +306,7 @@ class FaultService(LoopbackServer):
                 case End.FIN_ON_NEXT_REQUEST:
                     connection.wait_for_input()
                     return False
-                case _:
-                    body_left = self._send_piece(connection, entry, answer, step, body_left)
         return "close" not in answer.headers.get("Connection", "")
-
-    @staticmethod
-    def _send_piece(
-        connection: Connection, entry: LoggedRequest, answer: Answer, piece: Bytes, body_left: int
-    ) -> int:
-        # The log is written first: a peer that has the answer must find it there.
-        if entry.status is None and not isinstance(entry.fault, f.GarbageStatusLine | f.ResetInHeaders):
-            entry.status = answer.status
-            body_bytes = max(0, len(piece) - len(answer.head()))
-        else:
-            body_bytes = min(len(piece), body_left) if entry.status is not None else 0
-        entry.sent += body_bytes
-        connection.send(piece)
-        return body_left - body_bytes
 
     def _answer(self, entry: LoggedRequest, body: Bytes) -> Answer:
         """Carry the operation out, as far as the request's fault lets it."""
@@ -393,7 +381,7 @@ class FaultService(LoopbackServer):
             headers["Connection"] = "close"
         code = fault.error_code or _ERROR_CODES.get(fault.code, f"Status{fault.code}")
         answer = self._error(entry, ServiceError(fault.code, code, headers))
-        if fault.body is None:
+        if fault.body is None or not answer.body:
             return answer
         return replace(answer, body=fault.body)
 

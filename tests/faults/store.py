@@ -754,8 +754,11 @@ def _name_xml(tag: str, name: str) -> str:
 def _read_marker(marker: str) -> str:
     if not marker:
         return ""
+    serial, separator, start = marker.partition("!")
     try:
-        return base64.urlsafe_b64decode(marker.partition("!")[2]).decode()
+        if not (serial.isdigit() and separator):
+            raise ValueError(marker)
+        return base64.urlsafe_b64decode(start).decode()
     except ValueError:
         raise ServiceError(400, "InvalidQueryParameterValue") from None
 

@@ -1,7 +1,7 @@
 """HTTP/1.1 on bare sockets, server side, with the control that faults need.
 
 A connection here can send half a head, or end with FIN after too few bytes, or with RST: `http.server` hides
-all of that. A server is an acceptor thread and a thread for each connection, and `close()` leaves none behind.
+all of that. A server is an acceptor thread and a thread for each connection; `close()` leaves none behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,9 +50,9 @@ class Head:
 
     @property
     def query(self) -> dict[str, str]:
-        """Decoded query parameters. A `+` is a plus, as it is for the service."""
+        """Decoded query parameters. As for the service a `+` is a space here, and a plus in the path."""
         pairs = (pair.partition("=") for pair in self.target.partition("?")[2].split("&") if pair)
-        return {unquote(name): unquote(value) for name, _, value in pairs}
+        return {unquote_plus(name): unquote_plus(value) for name, _, value in pairs}
 
 
 @dataclass(frozen=True, slots=True)
