@@ -10,9 +10,9 @@
                         .------------.------'-----.-----------.
                     download      upload       listing     readahead
                         `------------'-----.------'-----------'
-                       engine: threads, byte budget, per process     retry
+   edge      service, over transport: HTTP    credentials     sdk: azure-storage-blob    url
                                            |
-   edge          transport: HTTP     credentials     sdk: azure-storage-blob     url
+   ground              engine: threads, byte budget, per process     retry
 
 Imports point down this picture. Importing the package itself loads neither torch nor the Azure SDK; each
 module loads what it needs.
@@ -21,3 +21,7 @@ module loads what it needs.
 from __future__ import annotations
 
 __version__ = "0.3.0.dev0"
+
+from azstoragetorch._blob.config import TransferConfig
+
+__all__ = ["TransferConfig", "__version__"]

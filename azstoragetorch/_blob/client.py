@@ -1,0 +1,124 @@
+"""The front door of the core: one blob or one container, and what can be done with it.
+
+A client is cheap and lazy: no connection, token or thread exists before the first call. It pickles without any of
+them and works in a forked child.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from azure.core import MatchConditions
+from azure.core.exceptions import ResourceNotFoundError
+
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.credentials import CredentialHolder
+from azstoragetorch._blob.download import BlobVersion, fetch
+from azstoragetorch._blob.engine import Engine, Scope, engine_for
+from azstoragetorch._blob.listing import Page, list_pages
+from azstoragetorch._blob.ranges import ByteRange
+from azstoragetorch._blob.readahead import ReadAhead
+from azstoragetorch._blob.sdk import SdkBlob
+from azstoragetorch._blob.service import Service
+from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch._blob.url import BlobURL
+
+
+class _Client:
+    def __init__(self, url: BlobURL, credential: CredentialHolder, config: TransferConfig) -> None:
+        self.url = url
+        self.config = config
+        self._credential = credential
+        self._live: tuple[int, Service] | None = None
+
+    @property
+    def service(self) -> Service:
+        """Signed requests of this process to the account."""
+        if self._live is None or self._live[0] != os.getpid():
+            self._live = os.getpid(), Service(self.url, self._credential, self.config)
+        return self._live[1]
+
+    @property
+    def engine(self) -> Engine:
+        """The threads and the memory budget of this process for this configuration."""
+        return engine_for(self.config)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.url)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None}
+
+
+class BlobClient(_Client):
+    """One blob."""
+
+    def reader(self, version: BlobVersion | None = None, head: bytes = b"") -> ReadAhead:
+        """Random access with read-ahead; pinned to *version*, or to the one that the first read sees.
+
+        *head* is what is known already of the beginning of *version*; it is not fetched again.
+        """
+        return ReadAhead(self.service, self.url, version, head)
+
+    def writer(self, *, create_only: bool = False) -> BlockWriter:
+        """A new content for the blob, committed whole or not at all."""
+        return BlockWriter(self.service, self.url, create_only=create_only)
+
+    def read(self) -> tuple[bytes, BlobVersion]:
+        """The whole blob and its version; one request if it is no larger than a part."""
+        reader = self.reader()
+        try:
+            data = reader.read_all(0)
+            assert reader.version is not None
+            return data, reader.version
+        finally:
+            reader.close()
+
+    def fetch(self, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope) -> None:
+        """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""
+        fetch(self.service, self.url, span, targets, etag=etag, scope=scope)
+
+    def version(self) -> BlobVersion | None:
+        """The blob's present version, or None if there is no blob."""
+        try:
+            found = SdkBlob(self.service, self.url).call("HEAD", lambda client: client.get_blob_properties())
+        except ResourceNotFoundError:
+            return None
+        return BlobVersion(found.size, found.etag)
+
+    def put(self, data: bytes, *, create_only: bool = False) -> None:
+        """Make *data* the content of the blob; one request if it fits into a block."""
+        writer = self.writer(create_only=create_only)
+        try:
+            writer.write(memoryview(data))
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+
+    def delete(self, *, etag: str | None = None) -> bool:
+        """Delete the blob, if it is *etag*; False if there was none."""
+        condition: dict[str, Any] = (
+            {} if etag is None else {"etag": etag, "match_condition": MatchConditions.IfNotModified}
+        )
+        try:
+            SdkBlob(self.service, self.url).call("DELETE", lambda client: client.delete_blob(**condition))
+        except ResourceNotFoundError:
+            return False
+        return True
+
+
+class ContainerClient(_Client):
+    """One container."""
+
+    def blob(self, name: str) -> BlobClient:
+        """The blob *name* in this container."""
+        client = BlobClient(self.url.with_blob(name), self._credential, self.config)
+        client._live = self._live  # noqa: SLF001 - the same account and credential
+        return client
+
+    def pages(self, *, prefix: str = "", delimiter: str = "") -> Iterator[Page]:
+        """The listing, page by page, in the service's order."""
+        return list_pages(self.service, self.url, prefix=prefix, delimiter=delimiter)

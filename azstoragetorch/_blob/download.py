@@ -1,0 +1,254 @@
+"""Fetch one byte range, by one connection or many, straight into the memory where it is wanted.
+
+Every request after the first carries the first one's ETag, so a read never mixes versions. Status, range and
+length of every answer are checked, and a body that ends early goes on at the byte it reached.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from azure.core.exceptions import ServiceResponseError
+
+from azstoragetorch._blob.config import KiB
+from azstoragetorch._blob.engine import Cancelled, Scope, engine_for
+from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.ranges import ByteRange, split
+from azstoragetorch._blob.retry import Retry, Transient
+from azstoragetorch._blob.service import Service, fail
+from azstoragetorch._blob.transport import Response
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch.exceptions import BlobChangedError
+
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_PROGRESS_STEP = 512 * KiB  # how often a waiting reader hears of what has arrived
+_REAL_PROGRESS = 64 * KiB  # less than this between two failures counts as none
+_STATUSES = frozenset({200, 206, 412, 416})
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobVersion:
+    """What one state of a blob is known by: its length in bytes and its ETag."""
+
+    size: int
+    etag: str
+
+
+class RangeRead:
+    """One ranged read: made by `open_range` when the head of the first answer is there, run by `receive`.
+
+    ``version`` is that of the blob, ``span`` what of the asked range the blob has.
+    """
+
+    def __init__(self, service: Service, url: BlobURL, span: ByteRange, etag: str | None, scope: Scope) -> None:
+        self._service = service
+        self._url = url
+        self._scope = scope
+        self._retry = Retry(service.config)
+        self._etag = etag
+        self._response: Response | None = None
+        self.span = span
+        self.version = self._open()
+
+    def _open(self) -> BlobVersion:
+        while True:
+            try:
+                response, version = self._request(self.span)
+            except Transient as failure:
+                time.sleep(self._retry.pause_after(failure))
+                self._scope.check()
+                continue
+            self.span = ByteRange(min(self.span.start, version.size), min(self.span.stop, version.size))
+            self._response = response
+            self._etag = version.etag
+            return version
+
+    def receive(self, targets: Sequence[memoryview], progress: Progress | None = None) -> None:
+        """Receive all of ``span`` into *targets*, which are filled one after the other.
+
+        *progress* is called with the number of bytes that have arrived in all.
+        """
+        done = counted = 0
+        length = len(self.span)
+        validates = self._service.config.validate_content
+        while done < length:
+            begin = done
+            try:
+                if self._response is None:
+                    self._response, _ = self._request(ByteRange(self.span.start + done, self.span.stop))
+                response, self._response = self._response, None
+                with response:
+                    for piece in _unfilled(targets, done):
+                        received = self._receive_piece(response, piece)
+                        done += received
+                        if progress is not None and not validates:
+                            progress(done)
+                        if received < len(piece):
+                            raise Transient(self._broken(f"ended the body after {done} of {length} bytes"))
+                if validates and not self._is_intact(response, targets, begin):
+                    done = begin
+                    raise Transient(self._broken(f"sent bytes of {self.span.header} that do not have its own MD5"))
+            except Transient as failure:
+                if validates:
+                    done = begin  # the MD5 is that of the whole answer
+                if done - counted >= _REAL_PROGRESS:
+                    counted = done
+                    self._retry.made_progress()
+                time.sleep(self._retry.pause_after(failure))
+                self._scope.check()
+        if progress is not None:
+            progress(done)
+        self.close()
+
+    def close(self) -> None:
+        """Free the connection if nothing was received."""
+        response, self._response = self._response, None
+        if response is not None:
+            if response.status == 206:
+                response.length = None  # the rest is not worth receiving
+            response.close()
+
+    def _receive_piece(self, response: Response, piece: memoryview) -> int:
+        if self._scope.is_cancelled:
+            raise Cancelled
+        try:
+            return response.readinto(piece)
+        except BaseException as error:  # noqa: BLE001 - sorted by fail
+            fail("GET", self._url, error, self._scope)
+
+    def _request(self, span: ByteRange) -> tuple[Response, BlobVersion]:
+        """Send the request for *span* and check the head of its answer."""
+        if not len(span):
+            raise ValueError("an empty range cannot be asked for")
+        headers = {"x-ms-range": span.header}
+        if self._etag is not None:
+            headers["If-Match"] = self._etag
+        if self._service.config.validate_content:
+            headers["x-ms-range-get-content-md5"] = "true"
+        response = self._service.send("GET", self._url, headers=headers, accept=_STATUSES, scope=self._scope)
+        try:
+            return response, self._check(response, span)
+        except BaseException:
+            response.length = None
+            response.close()
+            raise
+
+    def _check(self, response: Response, span: ByteRange) -> BlobVersion:
+        if response.status == 412:
+            raise self.changed()
+        etag = response.headers.get("ETag", "")
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status == 416:
+            if self._etag is not None:
+                raise self.changed()  # the pinned version had these bytes
+            # The service tells the length here; where it does not, only an empty blob refuses its first byte.
+            size = int(found.group(3)) if found else 0 if span.start == 0 else None
+            if size is None or size > span.start:
+                raise Transient(self._broken("refused the range without telling the blob's size"))
+            response.length = 0 if not response.length else response.length
+            return BlobVersion(size, etag)
+        if response.status != 206 or found is None or found.group(1) is None:
+            raise Transient(
+                self._broken(
+                    f"answered the range {span.header} with {response.status} and "
+                    f"Content-Range {response.headers.get('Content-Range')!r}"
+                )
+            )
+        first, last, size = (int(group) for group in found.groups())
+        stop = min(span.stop, size)
+        if (first, last + 1) != (span.start, stop) or (response.length is not None and response.length != stop - first):
+            raise Transient(
+                self._broken(
+                    f"answered the range {span.header} of {size} bytes with {found.group(0)!r} and a body of "
+                    f"{response.length} bytes"
+                )
+            )
+        if not etag:
+            raise Transient(self._broken("sent no ETag"))
+        if self._etag is not None and etag != self._etag:
+            raise self.changed()
+        return BlobVersion(size, etag)
+
+    def _is_intact(self, response: Response, targets: Sequence[memoryview], begin: int) -> bool:
+        expected = response.headers.get("Content-MD5")
+        digest = hashlib.md5(usedforsecurity=False)
+        for piece in _unfilled(targets, begin):
+            digest.update(piece)
+        return expected is None or base64.b64encode(digest.digest()).decode() == expected
+
+    def changed(self) -> BlobChangedError:
+        """The error for a blob that is no longer the pinned version."""
+        return BlobChangedError(f"{self._url} was overwritten while it was being read; open it again to read it anew")
+
+    def _broken(self, what: str) -> ServiceResponseError:
+        return portable(ServiceResponseError(f"GET {self._url}: the service {what}"))
+
+
+def open_range(
+    service: Service, url: BlobURL, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None
+) -> RangeRead:
+    """Ask for *span* and return when the head of the answer is there; the body is still on its way.
+
+    Raises:
+        BlobChangedError: the blob is no longer the version *etag*.
+        AzureError: the service refused, or could not be reached.
+        Cancelled: *scope* was cancelled.
+    """
+    return RangeRead(service, url, span, etag, scope or Scope())
+
+
+def fetch(
+    service: Service, url: BlobURL, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope
+) -> None:
+    """Fetch *span* of the version *etag* into *targets* by one request."""
+    open_range(service, url, span, etag=etag, scope=scope).receive(targets)
+
+
+def fetch_parallel(
+    service: Service,
+    url: BlobURL,
+    jobs: Sequence[tuple[ByteRange, memoryview]],
+    *,
+    etag: str,
+    scope: Scope,
+    opened: tuple[RangeRead, memoryview] | None = None,
+) -> None:
+    """Fetch every range of *jobs* into its memory, cut into parts that many connections fetch at once.
+
+    *opened* is a read that has begun already, under the same *scope*; it is received first.
+    """
+    config = service.config
+
+    def task(span: ByteRange, target: memoryview) -> Callable[[Scope], None]:
+        return lambda scope: fetch(service, url, span, [target], etag=etag, scope=scope)
+
+    tasks: list[Callable[[Scope], None]] = []
+    if opened is not None:
+        read, into = opened
+        tasks.append(lambda _scope: read.receive([into]))
+    for span, target in jobs:
+        for part in split(span, config.effective_part_size):
+            at = part.start - span.start
+            tasks.append(task(part, target[at : at + len(part)]))
+    engine_for(config).run_all(tasks, config.max_concurrency, scope)
+
+
+def _unfilled(targets: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What of *targets* is left after *done* bytes, in pieces of some size."""
+    pieces = []
+    for target in targets:
+        if done >= target.nbytes:
+            done -= target.nbytes
+            continue
+        pieces += [
+            target[at : min(at + _PROGRESS_STEP, target.nbytes)] for at in range(done, target.nbytes, _PROGRESS_STEP)
+        ]
+        done = 0
+    return pieces

@@ -1,0 +1,59 @@
+"""Memory that costs little to fill: bytes made without zeroing, and reusable buffers on huge pages.
+
+Most of the CPU time of a fast download is page faults. A range of 4 KiB pages faults 512 times as often as one
+of 2 MiB pages, so the kernel is asked for huge pages where it offers them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from typing import Any
+
+_HUGE_PAGE = 2 << 20
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+# The C API documents that a NULL source leaves the contents uninitialised, to be filled before the object is shared.
+_new_bytes: Any = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
+_address_of_bytes: Any = ctypes.pythonapi.PyBytes_AsString
+_address_of_bytes.restype = ctypes.c_void_p
+_address_of_bytes.argtypes = [ctypes.py_object]
+
+
+def advise_huge_pages(address: int, length: int) -> None:
+    """Ask the kernel to back this memory with huge pages; without effect where it cannot."""
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    stop = (address + length) // _HUGE_PAGE * _HUGE_PAGE
+    if _LIBC is not None and stop > start:
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(14))  # MADV_HUGEPAGE
+
+
+def uninitialised_bytes(length: int) -> tuple[bytes, memoryview]:
+    """New bytes of *length* and a writable view of them.
+
+    The view must be filled before the bytes are handed to anybody, and not used after.
+    """
+    if length <= 1:  # these are shared singletons in CPython and may not be written to
+        raise ValueError("only for two bytes or more")
+    data: bytes = _new_bytes(None, length)
+    address = _address_of_bytes(data)
+    advise_huge_pages(address, length)
+    return data, memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+
+
+def new_buffer(length: int) -> memoryview:
+    """A zeroed, private buffer of *length* bytes; large ones lie on huge pages."""
+    if length < _HUGE_PAGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return memoryview(bytearray(length))
+    area = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(area)
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes between views of equal length."""
+    target[:] = source

@@ -1,0 +1,101 @@
+"""What is tried again, and when: exponential backoff with full jitter, honouring what the service asks for."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from azure.core.exceptions import AzureError, HttpResponseError
+
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch.exceptions import ClientRequestIdMismatchError
+
+T = TypeVar("T")
+log = logging.getLogger("azstoragetorch")
+
+RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_BASE = 0.4  # seconds; the first pause is 0.2 s on average
+_LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a server that asks for more is as good as down
+
+
+class Transient(Exception):  # noqa: N818 - carries an error, is none itself
+    """Wraps an error that is worth another try; *error* is raised when no try is left."""
+
+    def __init__(self, error: AzureError | ClientRequestIdMismatchError, retry_after: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry_after = retry_after
+
+
+class Retry:
+    """Counts the tries of one operation."""
+
+    def __init__(self, config: TransferConfig) -> None:
+        self._config = config
+        self._failures = 0
+
+    def made_progress(self) -> None:
+        """Start counting anew: an operation that gets further is not stuck."""
+        self._failures = 0
+
+    def pause_after(self, failure: Transient) -> float:
+        """Seconds to wait before the next try.
+
+        Raises:
+            AzureError: no try is left.
+        """
+        self._failures += 1
+        if self._failures >= self._config.max_attempts:
+            raise failure.error from failure.__cause__
+        pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
+        if failure.retry_after is not None:
+            pause += min(failure.retry_after, _LONGEST_REQUESTED_PAUSE)
+        log.debug("try %d failed, next in %.2f s: %s", self._failures, pause, failure)
+        return pause
+
+
+def retrying(config: TransferConfig, operation: Callable[[], T]) -> T:
+    """Run *operation* until it succeeds, fails for good, or has used up its tries."""
+    retry = Retry(config)
+    while True:
+        try:
+            return operation()
+        except Transient as failure:
+            pause = retry.pause_after(failure)
+        time.sleep(pause)
+
+
+def is_connection_failure(error: BaseException) -> bool:
+    """Whether *error* says that a connection broke, which another one may not."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return False
+    return isinstance(error, (OSError, http.client.HTTPException))
+
+
+def refusal(error: HttpResponseError, headers: Mapping[str, str]) -> HttpResponseError | Transient:
+    """*error*, wrapped if its status is worth another try."""
+    if error.status_code in RETRYABLE_STATUS:
+        return Transient(error, retry_after(headers))
+    return error
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the service asks to wait, from the headers of its answer."""
+    for name, scale in (("retry-after-ms", 1000.0), ("x-ms-retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        text = headers.get(name)
+        if text is None:
+            continue
+        try:
+            return max(0.0, float(text) / scale)
+        except ValueError:
+            try:
+                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+            except ValueError:
+                continue
+    return None

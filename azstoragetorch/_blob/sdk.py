@@ -1,0 +1,153 @@
+"""The door to azure-storage-blob, for every verb that is not hot: its public API over our own connections.
+
+The SDK builds and signs the requests and reads the answers; they travel through our transport, so that there is one
+pool, one TLS setting and one way to interrupt. Retrying is ours too: the SDK's default ignores ``Retry-After``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from azure.core.exceptions import AzureError, HttpResponseError
+from azure.core.pipeline.transport import HttpResponse, HttpTransport
+from azure.storage.blob import BlobClient as SdkBlobClient
+from azure.storage.blob import ExponentialRetry
+
+from azstoragetorch._blob import transport
+from azstoragetorch._blob.config import MAX_BLOCK_SIZE, TransferConfig
+from azstoragetorch._blob.engine import Cancelled, Scope
+from azstoragetorch._blob.errors import service_error
+from azstoragetorch._blob.retry import Transient, refusal, retrying
+from azstoragetorch._blob.service import Service, fail
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch.exceptions import ClientRequestIdMismatchError
+
+T = TypeVar("T")
+
+
+class SdkBlob:
+    """One blob as the SDK sees it. *scope* interrupts what is under way."""
+
+    def __init__(self, service: Service, url: BlobURL, scope: Scope | None = None) -> None:
+        self._service = service
+        self._url = url
+        self._client = SdkBlobClient(
+            account_url=url.account_url,
+            container_name=url.container,
+            blob_name=url.blob,
+            snapshot=url.snapshot,
+            version_id=url.versionid,
+            credential=service.authorizer.sdk_credential(),
+            transport=_Transport(service.config, scope),
+            retry_policy=ExponentialRetry(retry_total=0),
+            max_single_put_size=MAX_BLOCK_SIZE,  # whether a blob is put whole is decided above
+            user_agent=transport.USER_AGENT,
+        )
+
+    def call(self, verb: str, operation: Callable[[SdkBlobClient], T]) -> T:
+        """Run *operation* on the SDK's client, again where that helps.
+
+        Raises:
+            AzureError: the service refused, or could not be reached.
+            Cancelled: the scope was cancelled.
+        """
+
+        def attempt() -> T:
+            try:
+                return operation(self._client)
+            except Exception as error:
+                raise self._meaning(verb, error) from error
+
+        return retrying(self._service.config, attempt)
+
+    def _meaning(self, verb: str, error: Exception) -> BaseException:
+        if isinstance(error, (Transient, Cancelled)):
+            return error
+        if isinstance(error, ClientRequestIdMismatchError):
+            return Transient(error)
+        response: Any = getattr(error, "response", None)
+        if isinstance(error, HttpResponseError) and response is not None:
+            refused = service_error(
+                verb=verb,
+                url=str(self._url),
+                status=response.status_code,
+                reason=response.reason or "",
+                headers=response.headers,
+                body=response.body(),
+                anonymous=self._service.authorizer.is_anonymous,
+            )
+            return refusal(refused, response.headers)
+        if isinstance(error, AzureError):
+            return error
+        try:
+            fail(verb, self._url, error)
+        except Exception as meaning:  # noqa: BLE001 - handed to the caller to raise
+            return meaning
+
+
+class _Transport(HttpTransport[Any, Any]):
+    """Sends the SDK's requests over our pool."""
+
+    def __init__(self, config: TransferConfig, scope: Scope | None) -> None:
+        self._config = config
+        self._scope = scope
+
+    def __enter__(self) -> _Transport:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Nothing to open: connections come from the pool."""
+
+    def close(self) -> None:
+        """Nothing to close: connections go back to the pool."""
+
+    def send(self, request: Any, **_options: Any) -> HttpResponse:
+        """Send *request*; the body of the answer is read at once, since none of these verbs has a large one."""
+        parts = urlsplit(request.url)
+        origin = transport.Origin.of(parts.scheme, parts.netloc, self._config)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        content = request.content
+        body = (
+            list(content) if isinstance(content, Pieces) else content.encode() if isinstance(content, str) else content
+        )
+        with transport.send(origin, request.method, target, request.headers, body=body, scope=self._scope) as response:
+            return _Response(request, response.status, response.reason, response.headers, response.read())
+
+
+class _Response(HttpResponse):
+    """An answer in the form that the SDK's pipeline reads."""
+
+    def __init__(self, request: Any, status: int, reason: str, headers: Any, body: bytes) -> None:
+        super().__init__(request, None)
+        self.status_code = status
+        self.reason = reason
+        self.headers = headers
+        self.content_type = headers.get("Content-Type", "")
+        self._content = body
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return self._content
+
+    def read(self) -> bytes:
+        """The whole body."""
+        return self._content
+
+    def stream_download(self, pipeline: Any, **_options: Any) -> Iterator[bytes]:  # noqa: ARG002
+        """The whole body, in one piece."""
+        return iter([self._content])
+
+
+class Pieces:
+    """Several pieces of memory that together are one body; unlike a generator it can be sent again."""
+
+    def __init__(self, pieces: Sequence[memoryview]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self._pieces)

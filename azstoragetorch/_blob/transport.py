@@ -1,0 +1,353 @@
+"""HTTP/1.1 over `http.client`, with pooled connections and bodies received straight into the caller's memory.
+
+A connection belongs to one request at a time and returns to the pool only when its answer was read to the end.
+Redirects are not followed, so a credential never reaches another host. Sockets are closed after fork in the
+child, which makes its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import logging
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from azstoragetorch import __version__
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
+from azstoragetorch._blob.engine import Cancelled, Scope
+from azstoragetorch._blob.retry import is_connection_failure
+from azstoragetorch._blob.secret import redact
+from azstoragetorch.exceptions import ClientRequestIdMismatchError
+
+log = logging.getLogger("azstoragetorch")
+
+USER_AGENT = f"azstoragetorch/{__version__}"
+_SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
+_DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than a new connection
+_MAX_IDLE = 128  # connections kept for each service
+_MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
+
+Body = bytes | memoryview | Sequence[memoryview] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections lead; connections of one origin are interchangeable."""
+
+    scheme: str
+    host: str
+    connect_timeout: float
+    read_timeout: float
+
+    @classmethod
+    def of(cls, scheme: str, host: str, config: TransferConfig) -> Origin:
+        """The origin for requests to *host* (with port) under *config*."""
+        return cls(scheme, host, config.connect_timeout, config.read_timeout)
+
+
+class Connection:
+    """One connection to an origin, direct or through a proxy."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.was_used = False
+        self.idle_since = 0.0
+        self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
+        self.proxy_headers: dict[str, str] = {}
+        self._http = self._make()
+
+    def _make(self) -> http.client.HTTPConnection:
+        origin = self.origin
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        options: dict[str, object] = {"timeout": origin.connect_timeout}
+        if origin.scheme == "https":
+            kind = http.client.HTTPSConnection
+            options["context"] = _tls_context()
+        proxy = _proxy_for(origin)
+        if proxy is None:
+            return kind(origin.host, **options)  # type: ignore[arg-type]
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        authorization: dict[str, str] = {}
+        if parts.username is not None:
+            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            authorization["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        through = kind(parts.hostname or "", parts.port or 80, **options)  # type: ignore[arg-type]
+        if origin.scheme == "https":
+            target = urlsplit(f"//{origin.host}")
+            through.set_tunnel(target.hostname or "", target.port or 443, headers=authorization)
+        else:
+            self._prefix = f"http://{origin.host}"
+            self.proxy_headers = authorization
+        return through
+
+    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> http.client.HTTPResponse:
+        """Send a request and read the head of its answer."""
+        connection = self._http
+        if connection.sock is None:
+            connection.connect()
+            sock: Any = connection.sock
+            sock.settimeout(self.origin.read_timeout)
+        data: bytes | Iterable[memoryview] | None
+        data = body if body is None or isinstance(body, bytes) else _slices(body)
+        try:
+            connection.request(method, self._prefix + target, body=data, headers={**headers, **self.proxy_headers})
+        except (BrokenPipeError, ConnectionResetError):
+            if body is None or connection.sock is None:
+                raise
+            # A service that refuses a large body answers before it has read it all: the answer may be there.
+        return connection.getresponse()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another request can be sent."""
+        return self._http.sock is not None
+
+    def is_stale(self) -> bool:
+        """Whether the other side has closed this idle connection, or sent what nobody asked for."""
+        sock = self._http.sock
+        if sock is None or time.monotonic() - self.idle_since > _MAX_IDLE_SECONDS:
+            return True
+        poll = select.poll() if hasattr(select, "poll") else None
+        if poll is None:
+            return bool(select.select([sock], [], [], 0)[0])
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def interrupt(self) -> None:
+        """Make whoever blocks on this connection fail at once."""
+        sock = self._http.sock
+        if sock is not None:
+            with suppress(OSError):  # closed already
+                # Not SSLSocket's own shutdown, which would pull the TLS state from under the blocked thread.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._http.close()
+
+
+class Response:
+    """The answer to one request. Leaving its ``with`` block frees the connection."""
+
+    def __init__(self, pool: Pool, connection: Connection, raw: http.client.HTTPResponse, cleanup: ExitStack) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._raw = raw
+        self._cleanup = cleanup
+        self.status = raw.status
+        self.reason = raw.reason
+        self.headers: Mapping[str, str] = raw.headers  # type: ignore[assignment]  # a mapping but for its declaration
+        self.length = raw.length
+        """Bytes of the body that are still to come, where the service said so."""
+
+    def readinto(self, target: memoryview) -> int:
+        """Receive up to ``len(target)`` bytes; fewer, or 0, only if the body ends."""
+        received = self._raw.readinto(target)
+        if self.length is not None:
+            self.length -= received
+        return received
+
+    def read(self) -> bytes:
+        """The rest of the body."""
+        data = self._raw.read()
+        self.length = 0
+        return data
+
+    def close(self) -> None:
+        """Return the connection to the pool if the body was read to its end, else close it."""
+        try:
+            if self.length is not None and 0 < self.length <= _DRAIN_LIMIT and not self._raw.isclosed():
+                self.read()
+            if self.length == 0:
+                self._raw.close()
+        except (OSError, http.client.HTTPException):
+            pass
+        self._cleanup.close()
+        if self._raw.isclosed() and self.length == 0 and self._connection.is_open:
+            self._pool.give_back(self._connection)
+        else:
+            self._connection.close()
+        self._raw.close()
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.length = None  # what is left of the body is not trusted
+        self.close()
+
+
+class Pool:
+    """Idle connections of this process, most recently used first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[Origin, list[Connection]] = {}
+
+    def take(self, origin: Origin) -> Connection:
+        """An idle connection that is still open, or a new one."""
+        while True:
+            with self._lock:
+                idle = self._idle.get(origin)
+                connection = idle.pop() if idle else None
+            if connection is None:
+                return Connection(origin)
+            if not connection.is_stale():
+                return connection
+            connection.close()
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep *connection* for the next request."""
+        connection.was_used = True
+        connection.idle_since = time.monotonic()
+        with self._lock:
+            idle = self._idle.setdefault(connection.origin, [])
+            surplus = idle.pop(0) if len(idle) >= _MAX_IDLE else None
+            idle.append(connection)
+        if surplus is not None:
+            surplus.close()
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        with self._lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close all idle connections of a forked parent, whose lock another of its threads may have held."""
+        idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()  # frees this process's copy only
+
+    @property
+    def idle_count(self) -> int:
+        """Connections that wait for a request."""
+        with self._lock:
+            return sum(map(len, self._idle.values()))
+
+
+def send(
+    origin: Origin,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    *,
+    body: Body = None,
+    scope: Scope | None = None,
+) -> Response:
+    """Send one request and read the head of its answer.
+
+    A pooled connection that turns out to be dead is replaced at once, which counts as no failure: every verb
+    that we send may be sent twice.
+
+    Raises:
+        OSError, http.client.HTTPException: the connection failed.
+        ClientRequestIdMismatchError: the answer belongs to another request.
+        Cancelled: *scope* was cancelled.
+    """
+    pool = _pool
+    while True:
+        connection = pool.take(origin)
+        cleanup = ExitStack()
+        try:
+            if scope is not None:
+                cleanup.enter_context(scope.holding(connection))
+            started = time.perf_counter()
+            raw = connection.send(method, target, headers, body)
+        except BaseException as error:
+            cleanup.close()
+            connection.close()
+            if scope is not None and scope.is_cancelled and is_connection_failure(error):
+                raise Cancelled from None
+            is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
+            if connection.was_used and is_dead:
+                continue
+            raise
+        if log.isEnabledFor(logging.DEBUG):
+            elapsed = (time.perf_counter() - started) * 1000
+            url = redact(f"{origin.scheme}://{origin.host}{target}")
+            log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed)
+        response = Response(pool, connection, raw, cleanup)
+        sent_id, echoed_id = headers.get("x-ms-client-request-id"), raw.headers.get("x-ms-client-request-id")
+        if sent_id and echoed_id and sent_id != echoed_id:
+            response.length = None
+            response.close()
+            raise ClientRequestIdMismatchError(
+                f"{method} {redact(f'{origin.scheme}://{origin.host}{target}')}: the answer is for client request id "
+                f"{echoed_id}, not {sent_id} (request id {raw.headers.get('x-ms-request-id', '-')})"
+            )
+        return response
+
+
+def idle_connections() -> int:
+    """Connections of this process that wait in the pool."""
+    return _pool.idle_count
+
+
+def close_idle_connections() -> None:
+    """Close the connections that wait in the pool; the next request opens a new one."""
+    _pool.close()
+
+
+def _slices(body: memoryview | Sequence[memoryview]) -> Iterator[memoryview]:
+    for piece in [body] if isinstance(body, memoryview) else body:
+        for start in range(0, piece.nbytes, _SEND_SLICE):
+            yield piece[start : start + _SEND_SLICE]
+
+
+def _proxy_for(origin: Origin) -> str | None:
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(origin.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(urlsplit(f"//{origin.host}").hostname or ""):
+        return None
+    return proxy
+
+
+_tls: dict[str, ssl.SSLContext] = {}
+
+
+def _tls_context() -> ssl.SSLContext:
+    # The variables that requests, and so the SDK, honours come before OpenSSL's own.
+    authorities = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
+    context = _tls.get(authorities)
+    if context is None:
+        if os.path.isdir(authorities):  # noqa: PTH112 - a text from the environment
+            context = ssl.create_default_context(capath=authorities)
+        else:
+            context = ssl.create_default_context(cafile=authorities or None)
+        if not authorities and not context.cert_store_stats()["x509_ca"] and "SSL_CERT_DIR" not in os.environ:
+            import certifi  # a dependency of the SDK's transport; systems without a store of their own need it
+
+            context.load_verify_locations(certifi.where())
+        context.set_alpn_protocols(["http/1.1"])
+        _tls[authorities] = context
+    return context
+
+
+_pool = Pool()
+
+
+def _forget_parent() -> None:
+    global _pool
+    inherited, _pool = _pool, Pool()
+    _tls.clear()
+    inherited.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)

@@ -1,0 +1,304 @@
+"""Write a block blob: blocks staged in parallel, committed once, or nothing at all.
+
+Small writes are collected into blocks that are staged in the background; a large write is staged straight from the
+caller's memory before it returns. Until `commit` the blob in the service is untouched; an abandoned writer leaves
+uncommitted blocks, which the service discards after a week or at the next commit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from azure.core import MatchConditions
+from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
+from azure.storage.blob import BlobBlock
+from azure.storage.blob import BlobClient as SdkBlobClient
+
+from azstoragetorch._blob.config import MAX_BLOCK_SIZE
+from azstoragetorch._blob.engine import Engine, Scope, engine_for
+from azstoragetorch._blob.memory import copy
+from azstoragetorch._blob.ranges import ByteRange, split
+from azstoragetorch._blob.sdk import Pieces, SdkBlob
+from azstoragetorch._blob.service import Service
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch.exceptions import FatalBlobIOWriteError
+
+T = TypeVar("T")
+
+MAX_BLOCKS = 50_000  # the service's limit for a committed blob
+_GROW_AFTER = 1_000  # blocks; past it blocks grow with what is written, so that some 170 TiB fit under the limit
+_BUFFERED_SHARE = 4  # a block that is collected in memory takes at most this part of the memory limit
+
+
+def block_size_at(written: int, first: int) -> int:
+    """Bytes of the next block when *written* bytes are staged in blocks that began at *first* bytes."""
+    return min(MAX_BLOCK_SIZE, max(first, -(-written // _GROW_AFTER)))
+
+
+def even_cuts(length: int, limit: int) -> list[ByteRange]:
+    """Cut *length* bytes into the fewest pieces of at most *limit* bytes, all of about one size."""
+    if not length:
+        return []
+    count = -(-length // limit)
+    return split(ByteRange(0, length), -(-length // count))
+
+
+class BlockWriter:
+    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises."""
+
+    def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False) -> None:
+        self._service = service
+        self._url = url
+        self._config = service.config
+        self._create_only = create_only
+        self._scope = Scope()
+        self._sdk = SdkBlob(service, url, self._scope)
+        self._pid = os.getpid()
+        # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
+        self._nonce = os.urandom(9).hex()
+        self._block_ids: list[str] = []
+        self._collected: memoryview | None = None
+        self._filled = 0
+        self._staged = 0
+        self._pending = 0
+        self._settled = threading.Condition()
+        self._failure: BaseException | None = None
+
+    @property
+    def written(self) -> int:
+        """Bytes taken so far."""
+        return self._staged + self._filled
+
+    def write(self, data: memoryview) -> None:
+        """Take *data*, bytes in one contiguous piece; its memory is not used after the return.
+
+        Raises:
+            FatalBlobIOWriteError: this or an earlier block failed; nothing will be committed.
+        """
+        self._check()
+        while data.nbytes:
+            size = self._block_size()
+            if data.nbytes >= size:
+                self._stage_from_caller(data)
+                return
+            if self._collected is None:
+                self._collected = engine_for(self._config).buffers.take(size)
+                self._filled = 0
+            count = min(data.nbytes, self._collected.nbytes - self._filled)
+            copy(self._collected[self._filled : self._filled + count], data[:count])
+            self._filled += count
+            data = data[count:]
+            if self._filled == self._collected.nbytes:
+                self._stage_collected()
+
+    def flush(self) -> None:
+        """Wait until the blocks that are on their way have arrived; makes no small block of what is collected.
+
+        Raises:
+            FatalBlobIOWriteError: a block failed.
+        """
+        self._check()
+        with self._settled:
+            while self._pending:
+                self._settled.wait()
+        self._check()
+
+    def commit(self) -> None:
+        """Make everything written the content of the blob, at once.
+
+        Raises:
+            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
+            ResourceExistsError: the blob exists and was to be created only.
+        """
+        self._check()
+        if not self._block_ids:
+            data = bytes(self._collected[: self._filled]) if self._collected is not None else b""
+            self._finish(lambda: self._put_blob(data))
+        else:
+            if self._filled:
+                self._stage_collected()
+            self.flush()
+            self._finish(self._put_block_list)
+        self._free()
+
+    def abort(self) -> None:
+        """Give up: stop what is on its way, commit nothing."""
+        if self._pid != os.getpid():
+            return  # forked: it is the parent's to finish
+        self._scope.cancel()
+        with self._settled:
+            while self._pending:
+                self._settled.wait()
+        self._free()
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise FatalBlobIOWriteError(
+                f"{self._url}: a writer cannot be used in a forked child; open the blob for writing there"
+            )
+        if self._failure is not None:
+            raise self._fatal(self._failure)
+
+    def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
+        error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {cause}")
+        error.__cause__ = cause
+        return error
+
+    def _block_size(self) -> int:
+        size = block_size_at(self._staged, self._config.block_size)
+        return max(self._config.block_size, min(size, self._config.memory_limit // _BUFFERED_SHARE))
+
+    def _next_id(self, length: int) -> str:
+        if len(self._block_ids) >= MAX_BLOCKS:
+            raise FatalBlobIOWriteError(
+                f"{self._url}: {self.written} bytes need more than {MAX_BLOCKS} blocks; raise block_size or "
+                "memory_limit in TransferConfig"
+            )
+        if not self._block_ids and self._create_only:
+            self._refuse_existing()
+        block_id = f"{self._nonce}-{len(self._block_ids):06d}"
+        self._block_ids.append(block_id)
+        self._staged += length
+        return block_id
+
+    def _refuse_existing(self) -> None:
+        """Fail before uploading anything that could not be committed."""
+        try:
+            self._sdk.call("HEAD", lambda client: client.get_blob_properties())
+        except ResourceNotFoundError:
+            return
+        raise _exists(self._url)
+
+    def _stage_from_caller(self, data: memoryview) -> None:
+        """Stage what is collected and *data* as blocks of about one size, without copying *data*."""
+        head = self._collected[: self._filled] if self._collected is not None else data[:0]
+        limit = block_size_at(self._staged, self._config.block_size)
+        tasks: list[Callable[[Scope], None]] = []
+        held, self._collected, self._filled = self._collected, None, 0
+        for cut in even_cuts(head.nbytes + data.nbytes, limit):
+            low, high = cut.start - head.nbytes, cut.stop - head.nbytes
+            pieces = [p for p in (head[cut.start : cut.stop], data[max(low, 0) : max(high, 0)]) if p.nbytes]
+            tasks.append(self._staging(self._next_id(len(cut)), pieces))
+        try:
+            engine_for(self._config).run_all(tasks, self._config.max_concurrency, self._scope)
+        except Exception as error:
+            self._failure = error
+            raise self._fatal(error) from error
+        except BaseException as error:
+            self._failure = error  # interrupted: the blocks are incomplete, so nothing may be committed
+            raise
+        finally:
+            if held is not None:
+                head.release()
+                engine_for(self._config).buffers.give_back(held)
+
+    def _stage_collected(self) -> None:
+        """Stage the collected block in the background, when the budget has room for it."""
+        block, length = self._collected, self._filled
+        assert block is not None
+        engine = engine_for(self._config)
+        stage = self._staging(self._next_id(length), [block[:length]])
+        engine.budget.acquire(block.nbytes)
+        self._collected, self._filled = None, 0
+        with self._settled:
+            self._pending += 1
+        engine.submit(lambda: self._stage_in_background(engine, block, stage))
+
+    def _stage_in_background(self, engine: Engine, block: memoryview, stage: Callable[[Scope], None]) -> None:
+        try:
+            if self._failure is None:
+                self._scope.check()
+                stage(self._scope)
+        except BaseException as error:  # noqa: BLE001 - raised by the next call of the writer
+            self._failure = self._failure or error
+        finally:
+            engine.buffers.give_back(block)
+            engine.budget.release(block.nbytes)
+            with self._settled:
+                self._pending -= 1
+                self._settled.notify_all()
+
+    def _staging(self, block_id: str, pieces: Sequence[memoryview]) -> Callable[[Scope], None]:
+        length = sum(piece.nbytes for piece in pieces)
+
+        def stage(_scope: Scope) -> None:
+            headers = {"Content-MD5": _md5(pieces)} if self._config.validate_content else {}
+            self._sdk.call(
+                "PUT (block)",
+                lambda client: client.stage_block(block_id, Pieces(pieces), length=length, headers=headers),  # type: ignore[arg-type]
+            )
+
+        return stage
+
+    def _finish(self, operation: Callable[[], T]) -> T:
+        try:
+            return operation()
+        except ResourceExistsError as error:
+            self._failure = error
+            raise
+        except Exception as error:
+            self._failure = error
+            raise self._fatal(error) from error
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _put_blob(self, data: bytes) -> None:
+        headers = {"Content-MD5": _md5([memoryview(data)])} if self._config.validate_content else {}
+        tries = 0
+
+        def put(client: SdkBlobClient) -> None:
+            nonlocal tries
+            tries += 1
+            client.upload_blob(data, overwrite=not self._create_only, headers=headers)
+
+        try:
+            self._sdk.call("PUT", put)
+        except ResourceExistsError as error:
+            # After a lost answer the blob that is in the way may be the one we put.
+            if tries == 1 or not self._has_content(data):
+                raise _exists(self._url) from error
+
+    def _put_block_list(self) -> None:
+        blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
+        condition: dict[str, Any] = (
+            {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
+        )
+        try:
+            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
+        except ResourceExistsError as error:
+            if not self._is_committed():
+                raise _exists(self._url) from error
+
+    def _has_content(self, data: bytes) -> bool:
+        found = self._sdk.call("HEAD", lambda client: client.get_blob_properties())
+        return found.size == len(data) and found.content_settings.content_md5 == bytearray(
+            hashlib.md5(data, usedforsecurity=False).digest()
+        )
+
+    def _is_committed(self) -> bool:
+        committed, _ = self._sdk.call("GET (block list)", lambda client: client.get_block_list("committed"))
+        return [block.id for block in committed] == self._block_ids
+
+    def _free(self) -> None:
+        block, self._collected, self._filled = self._collected, None, 0
+        if block is not None:
+            engine_for(self._config).buffers.give_back(block)
+
+
+def _exists(url: BlobURL) -> ResourceExistsError:
+    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged")
+    error.status_code = 409
+    return error
+
+
+def _md5(pieces: Sequence[memoryview]) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    for piece in pieces:
+        digest.update(piece)
+    return base64.b64encode(digest.digest()).decode()
