@@ -187,9 +187,7 @@ def _short_of_all(after: int, body: memoryview) -> int:
 
 
 def _shifted(content_range: str, shift: int) -> str:
-    return re.sub(
-        r"(\d+)-(\d+)", lambda found: f"{int(found[1]) + shift}-{int(found[2]) + shift}", content_range
-    )
+    return re.sub(r"(\d+)-(\d+)", lambda found: f"{int(found[1]) + shift}-{int(found[2]) + shift}", content_range)
 
 
 def _drop(headers: dict[str, str], name: str) -> None:

@@ -112,9 +112,7 @@ def _status(answer: bytes) -> int:
     return int(words[1]) if len(words) == 3 and words[1].isdigit() else 0
 
 
-def _pump(
-    client: socket.socket, upstream: socket.socket, note: Callable[[bytes], None] | None = None
-) -> None:
+def _pump(client: socket.socket, upstream: socket.socket, note: Callable[[bytes], None] | None = None) -> None:
     """Copy both ways until either side ends. *note* is shown the first piece of the answer beforehand."""
     poll = select.poll()
     other = {client.fileno(): (client, upstream), upstream.fileno(): (upstream, client)}

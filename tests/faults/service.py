@@ -25,6 +25,7 @@ from .store import BlobStore, Request, ServiceError, error_xml, parse_range
 from .wire import Answer, Bytes, Connection, Head, LoopbackServer
 
 SERVICE_VERSION = "2025-05-05"
+_LAST_SEND = 1 << 16  # bytes; a request counts as under way until no more than these are left to send
 
 _ERROR_CODES = {
     400: "InvalidInput",
@@ -63,7 +64,7 @@ class LoggedRequest:
     fault: f.Fault | None = None
     status: int | None = None  # None: no status line was sent
     sent: int = 0  # bytes of body handed to the socket, or about to be
-    finished: float | None = None  # time.monotonic()
+    finished: float | None = None  # time.monotonic() just before the last bytes of the answer
 
     @property
     def path(self) -> str:
@@ -121,9 +122,7 @@ class FaultService(LoopbackServer):
         """Does nothing if it is there. `put` calls it too."""
         self.store.create_container(container)
 
-    def put(
-        self, container: str, name: str, data: Bytes, *, metadata: Mapping[str, str] | None = None
-    ) -> str:
+    def put(self, container: str, name: str, data: Bytes, *, metadata: Mapping[str, str] | None = None) -> str:
         """Make *data* the blob, bypassing scripts and log, and return its ETag with quotes."""
         return self.store.put(container, name, bytes(data), metadata=metadata).etag
 
@@ -203,8 +202,7 @@ class FaultService(LoopbackServer):
         return [
             entry
             for entry in log
-            if match.covers(entry.operation, entry.method, unquote(entry.path))
-            and status in (None, entry.status)
+            if match.covers(entry.operation, entry.method, unquote(entry.path)) and status in (None, entry.status)
         ]
 
     def reset_log(self) -> None:
@@ -218,9 +216,7 @@ class FaultService(LoopbackServer):
 
     def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 5.0) -> None:
         """Wait until *count* requests have arrived; TimeoutError if it takes more than *timeout* seconds."""
-        _wait_until(
-            lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived"
-        )
+        _wait_until(lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived")
 
     # ---- serving
 
@@ -230,9 +226,7 @@ class FaultService(LoopbackServer):
             try:
                 keeps_alive = self._respond(connection, head, entry)
             finally:
-                with self._book:
-                    self.active -= 1
-                    entry.finished = time.monotonic()
+                self._finish(entry)
             if not keeps_alive or head.headers.get("connection", "").lower() == "close":
                 return
 
@@ -257,11 +251,15 @@ class FaultService(LoopbackServer):
             self.active += 1
             self.peak_active = max(self.peak_active, self.active)
             for rule in self._rules:
-                fault = rule.next_fault(
-                    entry.operation, head.method, path, already_hit=entry.fault is not None
-                )
+                fault = rule.next_fault(entry.operation, head.method, path, already_hit=entry.fault is not None)
                 entry.fault = entry.fault or fault
         return entry
+
+    def _finish(self, entry: LoggedRequest) -> None:
+        with self._book:
+            if entry.finished is None:
+                entry.finished = time.monotonic()
+                self.active -= 1
 
     def _respond(self, connection: Connection, head: Head, entry: LoggedRequest) -> bool:
         """Carry out and answer one request. False: the connection ends here."""
@@ -289,12 +287,20 @@ class FaultService(LoopbackServer):
         return self._send(connection, entry, answer)
 
     def _send(self, connection: Connection, entry: LoggedRequest, answer: Answer) -> bool:
-        for step in delivery(entry.fault, answer):
+        steps = list(delivery(entry.fault, answer))
+        last = max((number for number, step in enumerate(steps) if isinstance(step, Send)), default=-1)
+        for number, step in enumerate(steps):
             match step:
                 case Send(data, body_bytes, status):
-                    # The log comes first: a peer that has the answer must find it there.
+                    # The books come first: a peer that has the answer must find them closed.
                     entry.status = entry.status or status
                     entry.sent += body_bytes
+                    if number == last:
+                        split = max(0, len(data) - _LAST_SEND)
+                        if split:
+                            connection.send(memoryview(data)[:split])
+                            data = memoryview(data)[split:]
+                        self._finish(entry)
                     connection.send(data)
                 case Wait(seconds):
                     connection.wait(seconds)
@@ -327,9 +333,7 @@ class FaultService(LoopbackServer):
                         entry.blob,
                         inverted(old.data) if data is None else data,
                         metadata=old.metadata,
-                        settings={
-                            name: value for name, value in old.settings.items() if name != "Content-MD5"
-                        },
+                        settings={name: value for name, value in old.settings.items() if name != "Content-MD5"},
                     )
                 if ignores_conditions:
                     headers = {name: value for name, value in headers.items() if not name.startswith("if-")}

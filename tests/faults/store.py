@@ -332,8 +332,7 @@ class BlobStore:
         size = len(blob.data)
         span = parse_range(request.headers)
         md5, crc64 = (
-            request.headers.get(f"x-ms-range-get-content-{kind}", "").lower() == "true"
-            for kind in ("md5", "crc64")
+            request.headers.get(f"x-ms-range-get-content-{kind}", "").lower() == "true" for kind in ("md5", "crc64")
         )
         if span is None:
             if md5 or crc64:
@@ -371,9 +370,7 @@ class BlobStore:
             raise ServiceError(400, "Md5Mismatch")
         if "Content-Type" not in settings and "content-type" in request.headers:
             settings["Content-Type"] = request.headers["content-type"]
-        blob = self.put(
-            request.container, request.blob, request.body, metadata=_metadata(request), settings=settings
-        )
+        blob = self.put(request.container, request.blob, request.body, metadata=_metadata(request), settings=settings)
         return Answer(201, {**self._written_headers(blob), "Content-MD5": md5, **checks})
 
     def _do_put_block(self, request: Request) -> Answer:
@@ -400,9 +397,7 @@ class BlobStore:
         self._holder(request)
         checks = _verify_checksums(request)
         try:
-            wanted = [
-                (element.tag, element.text or "") for element in ElementTree.fromstring(bytes(request.body))
-            ]
+            wanted = [(element.tag, element.text or "") for element in ElementTree.fromstring(bytes(request.body))]
         except ElementTree.ParseError:
             raise ServiceError(400, "InvalidXmlDocument") from None
         if len(wanted) > MAX_COMMITTED_BLOCKS:
@@ -444,9 +439,7 @@ class BlobStore:
         parts = ['<?xml version="1.0" encoding="utf-8"?><BlockList>']
         for tag, blocks in (("Committed", committed), ("Uncommitted", uncommitted)):
             if kind in (tag.lower(), "all"):
-                rows = (
-                    f"<Block><Name>{block_id}</Name><Size>{size}</Size></Block>" for block_id, size in blocks
-                )
+                rows = (f"<Block><Name>{block_id}</Name><Size>{size}</Size></Block>" for block_id, size in blocks)
                 parts += [f"<{tag}Blocks>", *rows, f"</{tag}Blocks>"]
         headers = {"Content-Type": "application/xml"}
         if slot.current:
@@ -587,9 +580,7 @@ class BlobStore:
         holder = self._containers.get(container)
         return holder.slots.get(name) if holder else None
 
-    def _set_current(
-        self, container: str, name: str, blob: StoredBlob, *, keep_uncommitted: bool = False
-    ) -> None:
+    def _set_current(self, container: str, name: str, blob: StoredBlob, *, keep_uncommitted: bool = False) -> None:
         holder = self._containers[container]
         slot = holder.slots.setdefault(name, _Slot())
         if slot.current is None:
@@ -734,9 +725,7 @@ def _names(header: str, blob: StoredBlob) -> bool:
 
 
 def _settings(request: Request) -> dict[str, str]:
-    return {
-        name: request.headers[header] for header, name in _SETTINGS.items() if request.headers.get(header)
-    }
+    return {name: request.headers[header] for header, name in _SETTINGS.items() if request.headers.get(header)}
 
 
 def _metadata(request: Request) -> dict[str, str]:

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_HEAD = 1 << 20  # bytes; far above what any client here sends, so that a broken one is noticed
 _RECEIVE = 1 << 16
-_JOIN_TIMEOUT = (
-    10.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
-)
+_JOIN_TIMEOUT = 10.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
 
 Bytes = bytes | bytearray | memoryview
 
@@ -157,6 +155,9 @@ class Connection:
             self._shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Once closed, closing again does nothing."""
+        if self.sock.fileno() < 0:
+            return
         with suppress(OSError):
             if self._reset_at_end:
                 self._drain()
@@ -316,9 +317,7 @@ class LoopbackServer:
             if self._closing.is_set() or self._acceptor is not None:
                 return
             self._listener.listen(1024)
-            self._acceptor = threading.Thread(
-                target=self._accept, name=f"{self.address} acceptor", daemon=True
-            )
+            self._acceptor = threading.Thread(target=self._accept, name=f"{self.address} acceptor", daemon=True)
             self._acceptor.start()
 
     def _stop_listening(self) -> None:
