@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.memory import uninitialised_bytes
+from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.url import parse_blob_url
 
 if TYPE_CHECKING:
@@ -171,10 +171,7 @@ class BlobIO(io.BufferedIOBase):
                 data = blob.read_all(start)
             else:
                 length = min(size, max(0, blob.size() - start))
-                if length < 2:
-                    return reader.read(length)
-                data, view = uninitialised_bytes(length)
-                blob.readinto(start, view)
+                data = filled_bytes(length, lambda view: blob.readinto(start, view))
             reader.seek(start + len(data))
             return data
 

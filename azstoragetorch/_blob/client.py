@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from azure.core import MatchConditions
@@ -15,15 +16,24 @@ from azure.core.exceptions import ResourceNotFoundError
 
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import CredentialHolder
-from azstoragetorch._blob.download import BlobVersion, fetch
+from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.listing import Page, list_pages
+from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.sdk import SdkBlob
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first part of one version of a blob: all of it if it is no larger than a part."""
+
+    version: BlobVersion
+    data: bytes
 
 
 class _Client:
@@ -75,6 +85,15 @@ class BlobClient(_Client):
             return data, reader.version
         finally:
             reader.close()
+
+    def head(self, scope: Scope | None = None) -> Head:
+        """Fetch the first part, by one request."""
+        span = ByteRange(0, self.config.effective_part_size)
+        opened = open_range(self.service, self.url, span, scope=scope)
+        try:
+            return Head(opened.version, filled_bytes(len(opened.span), lambda view: opened.receive([view])))
+        finally:
+            opened.close()
 
     def fetch(self, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope) -> None:
         """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""

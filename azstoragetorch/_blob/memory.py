@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _HUGE_PAGE = 2 << 20
@@ -31,17 +32,20 @@ def advise_huge_pages(address: int, length: int) -> None:
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(14))  # MADV_HUGEPAGE
 
 
-def uninitialised_bytes(length: int) -> tuple[bytes, memoryview]:
-    """New bytes of *length* and a writable view of them.
+def filled_bytes(length: int, fill: Callable[[memoryview], object]) -> bytes:
+    """New bytes of *length* that *fill*, given a view of them, writes; they are never copied.
 
-    The view must be filled before the bytes are handed to anybody, and not used after.
+    *fill* writes every byte or raises, and keeps no view.
     """
-    if length <= 1:  # these are shared singletons in CPython and may not be written to
-        raise ValueError("only for two bytes or more")
+    if length < 2:  # CPython shares these; they may not be written to
+        small = bytearray(length)
+        fill(memoryview(small))
+        return bytes(small)
     data: bytes = _new_bytes(None, length)
     address = _address_of_bytes(data)
     advise_huge_pages(address, length)
-    return data, memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+    fill(memoryview((ctypes.c_char * length).from_address(address)).cast("B"))
+    return data
 
 
 def new_buffer(length: int) -> memoryview:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
-from azstoragetorch._blob.memory import copy, uninitialised_bytes
+from azstoragetorch._blob.memory import copy, filled_bytes
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
 
 if TYPE_CHECKING:
@@ -92,13 +92,7 @@ class ReadAhead:
             length = max(0, self.size() - start)
             if length == len(self._head):
                 return self._head
-            if length < 2:
-                small = bytearray(length)
-                self._read(start, memoryview(small), opened, scope)
-                return bytes(small)
-            data, view = uninitialised_bytes(length)
-            self._read(start, view, opened, scope)
-            return data
+            return filled_bytes(length, lambda view: self._read(start, view, opened, scope))
         finally:
             if opened is not None:
                 opened.close()

@@ -1,0 +1,203 @@
+"""Work on many blobs at once, results in order: what keeps datasets, pipes and nodes fed.
+
+What is under way is bounded by the engine's byte budget and by a count, and never stuck: the next item always goes
+ahead, even while others hold the whole budget.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from azstoragetorch._blob.engine import Budget, Engine, Scope
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Ahead(Generic[T, R]):
+    """One item and the work on it, which may be to come, under way, or done."""
+
+    def __init__(self, item: T, work: Callable[[T], R], on_use: Callable[[], None]) -> None:
+        self.item = item
+        self._work = work
+        self._on_use = on_use
+        self._pid = os.getpid()
+        self._future: Future[R] = Future()
+
+    def run(self) -> None:
+        """Do the work, unless somebody else does."""
+        if self._future.set_running_or_notify_cancel():
+            try:
+                self._future.set_result(self._work(self.item))
+            except BaseException as error:  # noqa: BLE001 - raised by `result`
+                self._future.set_exception(error)
+
+    def result(self) -> R:
+        """The result; the work is done here if it has not begun.
+
+        Raises:
+            BaseException: whatever the work raised.
+        """
+        self._on_use()
+        # After fork the thread that was at it is the parent's.
+        if self._pid != os.getpid() or self._future.cancel():
+            return self._work(self.item)
+        return self._future.result()
+
+    def when_settled(self, action: Callable[[Future[R]], None]) -> None:
+        """Call *action* when the work is done, or when it is sure that it will not be done ahead."""
+        self._future.add_done_callback(action)
+
+    def give_up(self) -> None:
+        """Do not begin the work ahead, if it has not begun."""
+        self._future.cancel()
+
+
+class OrderedPrefetch(Generic[T, R]):
+    """Iterates over *items* in order, with the work on the next ones under way.
+
+    Yields each item as an `Ahead`, whose ``result()`` returns or raises: what to do about an error is the consumer's.
+    An error of *items* itself is raised after what came before it. Close it to give up what is under way.
+
+    Args:
+        engine: Runs the work and lends the bytes.
+        items: Pulled lazily, in the consumer's thread.
+        work: Called with an item and the scope of all, on a thread of the engine or of the consumer.
+        cost: Bytes that the result of an item will hold, at most.
+        size: Bytes that a result does hold.
+        depth: Items under way at once, at most.
+        is_eager: Begin at once; otherwise when the first result is asked for, so that a consumer that never asks
+            costs nothing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        items: Iterator[T],
+        work: Callable[[T, Scope], R],
+        *,
+        cost: Callable[[T], int],
+        size: Callable[[R], int],
+        depth: int,
+        is_eager: bool = True,
+    ) -> None:
+        self._engine = engine
+        self._items = items
+        self._work = work
+        self._cost = cost
+        self._size = size
+        self._depth = depth
+        self._is_started = is_eager
+        self._scope = Scope()
+        self._queue: deque[tuple[Ahead[T, R], _Loan | None]] = deque()
+        self._pulled: deque[T] = deque()  # at most one: pulled, but there was no room for it
+        self._handed_out: _Loan | None = None
+        self._source_error: BaseException | None = None
+        self._is_exhausted = False
+
+    def __iter__(self) -> OrderedPrefetch[T, R]:
+        return self
+
+    def __next__(self) -> Ahead[T, R]:
+        self._settle()
+        self._fill()
+        if not self._queue:
+            error, self._source_error = self._source_error, None
+            if error is not None:
+                raise error
+            raise StopIteration
+        ahead, self._handed_out = self._queue.popleft()
+        return ahead
+
+    def close(self) -> None:
+        """Give up what is under way and give its bytes back."""
+        self._is_exhausted = True
+        self._pulled.clear()
+        self._scope.cancel()
+        self._settle()
+        while self._queue:
+            ahead, self._handed_out = self._queue.popleft()
+            ahead.give_up()
+            self._settle()
+
+    def _settle(self) -> None:
+        """The consumer is through with what it was handed last."""
+        loan, self._handed_out = self._handed_out, None
+        if loan is not None:
+            loan.end()
+
+    def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._fill()
+
+    def _fill(self) -> None:
+        depth = self._depth if self._is_started else 1
+        while len(self._queue) < depth and (self._pulled or self._pull()):
+            item = self._pulled[0]
+            loan = None
+            if self._is_started:
+                cost = self._cost(item)
+                if self._engine.budget.try_acquire(cost):
+                    loan = _Loan(self._engine.budget, cost)
+                elif self._queue:
+                    return  # room comes when the items before are through
+            self._pulled.popleft()
+            ahead = Ahead(item, self._do, self._start)
+            if loan is not None:
+                ahead.when_settled(loan.shrink(self._size))
+                self._engine.submit(ahead.run)
+            self._queue.append((ahead, loan))
+
+    def _do(self, item: T) -> R:
+        return self._work(item, self._scope)
+
+    def _pull(self) -> bool:
+        if self._is_exhausted:
+            return False
+        try:
+            self._pulled.append(next(self._items))
+        except StopIteration:
+            self._is_exhausted = True
+        except BaseException as error:  # noqa: BLE001 - raised in its turn
+            self._is_exhausted = True
+            self._source_error = error
+        return bool(self._pulled)
+
+
+class _Loan:
+    """Bytes of the budget, held from the beginning of the work until the consumer is through with the result."""
+
+    def __init__(self, budget: Budget, amount: int) -> None:
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._amount = amount
+        self._is_settled = False
+        self._is_ended = False
+
+    def shrink(self, size: Callable[[R], int]) -> Callable[[Future[R]], None]:
+        """What to call when the work is settled: keeps no more than the result holds."""
+
+        def settle(future: Future[R]) -> None:
+            has_result = not future.cancelled() and future.exception() is None
+            keep = min(self._amount, size(future.result())) if has_result else 0
+            with self._lock:
+                self._is_settled = True
+                surplus = self._amount - (0 if self._is_ended else keep)
+                self._amount -= surplus
+            self._budget.release(surplus)
+
+        return settle
+
+    def end(self) -> None:
+        """The consumer is through: give back what is held, as soon as the work is settled."""
+        with self._lock:
+            self._is_ended = True
+            amount = self._amount if self._is_settled else 0
+            self._amount -= amount
+        self._budget.release(amount)
