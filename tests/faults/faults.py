@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .service import LoggedRequest
 
 OPERATIONS = frozenset(
     {
@@ -261,8 +265,9 @@ class StaleConnection(Fault):
 class Match:
     """Which requests a rule is about. What is None does not matter; all of what is given must hold.
 
-    *path* is a regular expression searched in the decoded path. Of the requests that match, the *nth*
-    (from 1) gets the first fault, and from there on every *every*-th gets the next one.
+    *path* is a regular expression searched in the decoded path; *where* is asked before the request's body has
+    been received. Of the requests that match, the *nth* (from 1) gets the first fault, and from there on every
+    *every*-th gets the next one.
     """
 
     operation: str | None = None
@@ -270,6 +275,7 @@ class Match:
     path: str | None = None
     nth: int = 1
     every: int = 1
+    where: Callable[[LoggedRequest], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.operation is not None and self.operation not in OPERATIONS:
@@ -277,11 +283,12 @@ class Match:
         if self.nth < 1 or self.every < 1:
             raise ValueError("nth and every count from 1")
 
-    def covers(self, operation: str, method: str, path: str) -> bool:
+    def covers(self, request: LoggedRequest) -> bool:
         return (
-            self.operation in (None, operation)
-            and self.method in (None, method)
-            and (self.path is None or re.search(self.path, path) is not None)
+            self.operation in (None, request.operation)
+            and self.method in (None, request.method)
+            and (self.path is None or re.search(self.path, request.decoded_path) is not None)
+            and (self.where is None or self.where(request))
         )
 
 
@@ -304,9 +311,9 @@ class Rule:
         """Every fault has been used (at least once, if they repeat)."""
         return self.fired >= len(self.faults)
 
-    def next_fault(self, operation: str, method: str, path: str, *, already_hit: bool) -> Fault | None:
+    def next_fault(self, request: LoggedRequest, *, already_hit: bool) -> Fault | None:
         """Count this request if it matches; take the fault that is due unless another rule hit it."""
-        if self.is_cancelled or not self.match.covers(operation, method, path):
+        if self.is_cancelled or not self.match.covers(request):
             return None
         self.seen += 1
         is_due = self.seen >= self.match.nth and (self.seen - self.match.nth) % self.match.every == 0

@@ -567,6 +567,12 @@ class TestLog:
         service.reset_log()
         assert service.requests() == []
 
+    def test_it_can_be_turned_off(self, service: FaultService) -> None:
+        service.keeps_log = False
+        rule = service.script("get_blob", [Status(500)])
+        assert [ask(service, "GET", "data/ten").status for _ in range(2)] == [500, 200]
+        assert (service.log, rule.seen) == ([], 2)
+
     def test_ids_come_back(self, service: FaultService) -> None:
         replies = [ask(service, "GET", f"data/{name}", {"x-ms-client-request-id": "mine"}) for name in ("ten", "none")]
         assert [reply.headers["x-ms-client-request-id"] for reply in replies] == ["mine", "mine"]
@@ -730,6 +736,12 @@ class TestScript:
         service.script(Match("get_blob", nth=2, every=3), [Status(500), Status(503)])
         statuses = [ask(service, "GET", "data/ten").status for _ in range(8)]
         assert statuses == [200, 500, 200, 200, 503, 200, 200, 200]
+
+    def test_where(self, service: FaultService) -> None:
+        """Parts of one blob differ in nothing but their ranges, and come in any order."""
+        service.script(Match("get_blob", where=lambda request: request.range == (4, 8)), [Status(500)])
+        parts = ["bytes=0-3", "bytes=8-9", "bytes=4-7", "bytes=4-7"]
+        assert [ask(service, "GET", "data/ten", {"Range": part}).status for part in parts] == [206, 206, 500, 206]
 
     def test_repeat_and_cancel(self, service: FaultService) -> None:
         rule = service.script("get_blob", [Status(500), Status(503)], repeat=True)
