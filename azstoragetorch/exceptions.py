@@ -16,6 +16,13 @@ jobs report it as it was raised.
 
 from __future__ import annotations
 
+__all__ = [
+    "AZStorageTorchError",
+    "BlobChangedError",
+    "ClientRequestIdMismatchError",
+    "FatalBlobIOWriteError",
+]
+
 
 class AZStorageTorchError(Exception):
     """Base class of the errors that azstoragetorch itself defines."""
