@@ -9,11 +9,8 @@ TORCH := $(VENV)/.torch-installed
 DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 
-# For example: make test ARGS="-n 2 -k BlobIO"
-ARGS ?=
-
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format types check build clean
+.PHONY: help setup demo test lint format types check build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +20,8 @@ setup: $(DEV) $(AZURITE)  ## make .venv and .tools: pinned torch, the project wi
 demo: setup  ## train on images in Azurite, lose the process, resume from the checkpoint blob
 	$(BIN)/python -m recipes.demo
 
-test: setup  ## run the tests, without those marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-
-test-slow: setup  ## run the tests marked slow
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test: setup  ## run the tests; SLOW=1 adds those marked slow, ARGS= goes to pytest
+	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: $(DEV)  ## check style and formatting
 	$(BIN)/ruff check

@@ -31,7 +31,7 @@ ROWS = [
     {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
-    {"_blob.download", "_blob.upload", "_blob.listing", "_blob.readahead"},
+    {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
     {"_blob.client"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},
@@ -110,7 +110,7 @@ class Module:
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found |= {f"{self.absolute(node)}.{alias.name}" for alias in node.names}
-        return found
+        return without_type_stubs(found)
 
     @cached_property
     def uses(self) -> set[str]:
@@ -123,7 +123,7 @@ class Module:
                 node = node.value
             if isinstance(node, ast.Name) and node.id in self.bindings:
                 found.add(".".join([self.bindings[node.id], *reversed(path)]))
-        return found
+        return without_type_stubs(found)
 
     def absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
@@ -131,6 +131,11 @@ class Module:
         parts = self.dotted.split(".")
         kept = parts[: len(parts) - node.level + (1 if self.is_package else 0)]
         return ".".join([*kept, *filter(None, [node.module])])
+
+
+def without_type_stubs(dotted: set[str]) -> set[str]:
+    """What is left when the program runs: ``_typeshed`` exists for type checkers alone."""
+    return {name for name in dotted if not begins_with(name, "_typeshed")}
 
 
 def read_package() -> dict[str, Module]:
@@ -189,16 +194,12 @@ def misplaced_dependencies(module: Module) -> Iterator[str]:
         known = max((name for name in MAY_IMPORT if begins_with(dotted, name)), key=len, default=None)
         if known is None:
             yield f"{module.dotted} imports {dotted}, which is no declared dependency"
-        elif not any(
-            module.name == room or (room and begins_with(module.name, room)) for room in MAY_IMPORT[known]
-        ):
+        elif not any(module.name == room or (room and begins_with(module.name, room)) for room in MAY_IMPORT[known]):
             yield f"{module.dotted} imports {dotted}, which belongs to {sorted(MAY_IMPORT[known])}"
 
 
 def is_private(name: str) -> bool:
-    return (
-        name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name.strip("_") != ""
-    )
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name.strip("_") != ""
 
 
 def own_private_names() -> set[str]:
@@ -319,9 +320,7 @@ def test_the_rule_sees_its_breach(rule: Callable[[Module], Iterator[str]], name:
         ),
     ],
 )
-def test_the_rule_lets_pass_what_it_should(
-    rule: Callable[[Module], Iterator[str]], name: str, source: str
-) -> None:
+def test_the_rule_lets_pass_what_it_should(rule: Callable[[Module], Iterator[str]], name: str, source: str) -> None:
     assert list(rule(Module(name, source))) == []
 
 

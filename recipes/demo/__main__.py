@@ -3,73 +3,73 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from multiprocessing.process import BaseProcess
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from azure.core.credentials import AzureNamedKeyCredential
 from azure.storage.blob import ContainerClient
 from tqdm import tqdm
 
-from recipes.azurite import run_azurite
+from recipes.azurite import Azurite, run_azurite
 from recipes.demo.images import upload_digits
-from recipes.demo.train import CHECKPOINT, BatchDone, EpochDone, Started, train
+from recipes.demo.train import CHECKPOINT
 
+ROOT = Path(__file__).parents[2]
 MiB = 1 << 20
 
 
-def run_job(container_url: str, credential: Any, epochs: int, kill_in: int | None = None) -> EpochDone | None:
-    """Train in a process of its own; kill it half-way through epoch *kill_in*. Returns its last epoch."""
-    context = multiprocessing.get_context("spawn")
-    events, reports = context.Pipe(duplex=False)
-    job: BaseProcess = context.Process(target=train, args=(container_url, credential, epochs, reports))
-    job.start()
-    reports.close()  # so that the end of the job is the end of the events
-    started: Started | None = None
-    last: EpochDone | None = None
-    try:
-        with tqdm(desc="training", unit="batch", mininterval=0.5) as bar:
-            while True:
-                try:
-                    event = events.recv()
-                except EOFError:
-                    break
-                match event:
-                    case Started():
-                        started = event
-                        bar.total = event.batches * epochs
-                        bar.update(event.batches * event.epoch)
-                        if event.epoch:
-                            speed = rate(event.size, event.seconds)
-                            bar.write(f"resumed after epoch {event.epoch}: {CHECKPOINT}, {speed}")
-                    case BatchDone() if started:
+def run_job(azurite: Azurite, container_url: str, epochs: int, kill_in: int | None = None) -> None:
+    """Train in a process of its own and show how it gets on; kill it half-way through epoch *kill_in*."""
+    command = [sys.executable, "-m", "recipes.demo.train", container_url, "--epochs", str(epochs)]
+    key = {"AZURE_STORAGE_ACCOUNT": azurite.account_name, "AZURE_STORAGE_KEY": azurite.account_key}
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | key, stdout=subprocess.PIPE, text=True) as job,
+        tqdm(desc="training", unit="batch", mininterval=0.5) as bar,
+    ):
+        assert job.stdout is not None
+        batches = 0
+        try:
+            for line in job.stdout:
+                event = json.loads(line)
+                match event["event"]:
+                    case "start":
+                        batches = event["batches"]
+                        bar.total = batches * epochs
+                        bar.update(batches * event["epoch"])
+                        if event["epoch"]:
+                            bar.write(f"resumed after epoch {event['epoch']}: loaded {checkpoint(event)}")
+                    case "batch":
                         bar.update()
-                        bar.set_postfix(epoch=event.epoch, loss=f"{event.loss:.3f}", refresh=False)
-                        if event.epoch == kill_in and event.batch == started.batches // 2:
+                        bar.set_postfix(epoch=event["epoch"], loss=f"{event['loss']:.3f}", refresh=False)
+                        if event["epoch"] == kill_in and event["batch"] == batches // 2:
                             job.kill()
-                            bar.write(f"killed in epoch {event.epoch}, batch {event.batch} (SIGKILL)")
-                            break
-                    case EpochDone():
-                        last = event
+                            bar.write(f"killed in epoch {kill_in} after batch {event['batch']} of {batches}")
+                            return
+                    case "epoch":
                         bar.write(describe(event))
-    finally:
-        job.kill()
-        job.join()
-    if kill_in is None and (last is None or last.epoch != epochs):
-        raise SystemExit(f"the training process ended early, with status {job.exitcode}")
-    return last
+            if job.wait():
+                raise SystemExit(f"the training process failed with status {job.returncode}")
+        finally:
+            job.kill()
 
 
-def describe(event: EpochDone) -> str:
-    images = (
-        f"{event.images:,} images, {rate(event.size, event.seconds)}, {event.images / event.seconds:,.0f}/s"
-    )
-    checkpoint = f"{CHECKPOINT}, {rate(event.checkpoint_size, event.checkpoint_seconds)}"
-    return f"epoch {event.epoch}: accuracy {event.accuracy:.1%}; read {images}; saved {checkpoint}"
+def describe(event: dict[str, Any]) -> str:
+    images, seconds = event["images"], event["seconds"]
+    read = f"{images:,} images ({images / seconds:,.0f}/s), {rate(event['size'], seconds)}"
+    saved = checkpoint({"size": event["checkpoint_size"], "seconds": event["checkpoint_seconds"]})
+    return f"epoch {event['epoch']}: accuracy {event['accuracy']:.1%}; read {read}; saved {saved}"
+
+
+def checkpoint(event: dict[str, Any]) -> str:
+    return f"{CHECKPOINT}, {rate(event['size'], event['seconds'])}"
 
 
 def rate(size: int, seconds: float) -> str:
-    return f"{size / MiB:,.2f} MiB at {size / MiB / seconds:,.1f} MiB/s"
+    return f"{size:,} bytes at {size / MiB / seconds:.3g} MiB/s"
 
 
 def main() -> None:
@@ -79,7 +79,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be 2 or more: there is nothing to resume after a single one")
-    kill_in = options.epochs // 2 + 1
 
     with run_azurite() as azurite:
         credential = AzureNamedKeyCredential(azurite.account_name, azurite.account_key)
@@ -88,11 +87,10 @@ def main() -> None:
             container.create_container()
         size = upload_digits(url, credential, options.images)
         print(f"uploaded {size:,} bytes of images to {url}", flush=True)
-        run_job(url, credential, options.epochs, kill_in)
+        run_job(azurite, url, options.epochs, kill_in=options.epochs // 2 + 1)
         print("starting the job again", flush=True)
-        last = run_job(url, credential, options.epochs)
-        assert last is not None
-        print(f"done: accuracy {last.accuracy:.1%} after {last.epoch} epochs, with the job killed once")
+        run_job(azurite, url, options.epochs)
+        print("done: the job was killed once and lost no finished epoch")
 
 
 if __name__ == "__main__":

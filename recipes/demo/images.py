@@ -35,18 +35,14 @@ def upload_digits(container_url: str, credential: Any, count: int | None = None)
         sizes = pool.map(upload, labels, digits.images)
         stored = sum(tqdm(sizes, "uploading", len(labels), unit="image", mininterval=0.5))
 
-    with io.TextIOWrapper(
-        BlobIO(f"{container_url}/{LABELS}", "wb", credential=credential), newline=""
-    ) as table:
+    with io.TextIOWrapper(BlobIO(f"{container_url}/{LABELS}", "wb", credential=credential), newline="") as table:
         csv.writer(table).writerows(labels.items())
     return stored
 
 
 def read_labels(container_url: str, credential: Any) -> list[tuple[str, int]]:
     """Name and label of every image."""
-    with io.TextIOWrapper(
-        BlobIO(f"{container_url}/{LABELS}", "rb", credential=credential), newline=""
-    ) as table:
+    with io.TextIOWrapper(BlobIO(f"{container_url}/{LABELS}", "rb", credential=credential), newline="") as table:
         return [(name, int(label)) for name, label in csv.reader(table)]
 
 

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import time
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from azstoragetorch.io import BlobIO
 from recipes.demo.images import DigitImages, read_labels
 
 CHECKPOINT = "checkpoint.pt"
 BATCH_SIZE = 32
-
-
-@dataclass
-class Started:
-    """The job begins after *epoch* finished epochs; the checkpoint it loaded had *size* bytes."""
-
-    epoch: int
-    batches: int  # in each epoch
-    size: int
-    seconds: float  # that loading took
-
-
-@dataclass
-class BatchDone:
-    epoch: int
-    batch: int
-    loss: float
-
-
-@dataclass
-class EpochDone:
-    epoch: int
-    accuracy: float  # on the images held back
-    images: int
-    size: int  # bytes of the images
-    seconds: float
-    checkpoint_size: int
-    checkpoint_seconds: float
+WORKERS = 2
 
 
 def make_model() -> nn.Module:
@@ -61,11 +37,11 @@ def make_model() -> nn.Module:
     )
 
 
-def train(container_url: str, credential: Any, epochs: int, events: Connection, workers: int = 2) -> None:
+def train(container_url: str, credential: Any, epochs: int, report: Callable[[dict[str, Any]], None]) -> None:
     """Train until *epochs* are done, from the checkpoint in the container if there is one.
 
-    Each epoch shuffles by its own number, so a job that was resumed ends with the very weights of one that
-    never stopped.
+    *report* is told what happens: the start, each batch, each epoch. Each epoch shuffles by its own number, so
+    a job that was resumed ends with the very weights of one that never stopped.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -76,15 +52,22 @@ def train(container_url: str, credential: Any, epochs: int, events: Connection, 
     labels = read_labels(container_url, credential)
     held_back = len(labels) // 5
     shuffle = torch.Generator()
-    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    images = DigitImages(container_url, credential, labels[held_back:])
     training = DataLoader(
-        DigitImages(container_url, credential, labels[held_back:]),
+        images,
         BATCH_SIZE,
-        shuffle=True,
-        generator=shuffle,
-        **options,
+        # A sampler of its own: DataLoader(generator=...) draws the workers' seed from the generator as well, but
+        # not in every epoch.
+        sampler=RandomSampler(images, generator=shuffle),
+        num_workers=WORKERS,
+        persistent_workers=True,
     )
-    validation = DataLoader(DigitImages(container_url, credential, labels[:held_back]), 256, **options)
+    validation = DataLoader(
+        DigitImages(container_url, credential, labels[:held_back]),
+        256,
+        num_workers=WORKERS,
+        persistent_workers=True,
+    )
 
     began = time.perf_counter()
     finished = size = 0
@@ -98,24 +81,25 @@ def train(container_url: str, credential: Any, epochs: int, events: Connection, 
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         finished = state["epoch"]
-    events.send(Started(finished, len(training), size, time.perf_counter() - began))
+    seconds = time.perf_counter() - began
+    report({"event": "start", "epoch": finished, "batches": len(training), "size": size, "seconds": seconds})
 
     for epoch in range(finished + 1, epochs + 1):
         began = time.perf_counter()
-        images = size = correct = 0
+        count = size = correct = 0
         shuffle.manual_seed(epoch)
         for batch, (pixels, digits, sizes) in enumerate(training, 1):
             loss = nn.functional.cross_entropy(model(pixels), digits)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            images += len(sizes)
+            count += len(sizes)
             size += int(sizes.sum())
-            events.send(BatchDone(epoch, batch, loss.item()))
+            report({"event": "batch", "epoch": epoch, "batch": batch, "loss": loss.item()})
         with torch.no_grad():
             for pixels, digits, sizes in validation:
                 correct += int((model(pixels).argmax(1) == digits).sum())
-                images += len(sizes)
+                count += len(sizes)
                 size += int(sizes.sum())
         seconds = time.perf_counter() - began
 
@@ -124,5 +108,30 @@ def train(container_url: str, credential: Any, epochs: int, events: Connection, 
             state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, blob)
             checkpoint_size = blob.tell()
-        saving = time.perf_counter() - began
-        events.send(EpochDone(epoch, correct / held_back, images, size, seconds, checkpoint_size, saving))
+        report(
+            {
+                "event": "epoch",
+                "epoch": epoch,
+                "accuracy": correct / held_back,
+                "images": count,
+                "size": size,
+                "seconds": seconds,
+                "checkpoint_size": checkpoint_size,
+                "checkpoint_seconds": time.perf_counter() - began,
+            }
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train on the digits in a container; reports are lines of JSON.")
+    parser.add_argument("container_url")
+    parser.add_argument("--epochs", type=int, default=6)
+    options = parser.parse_args()
+    credential = None  # whatever DefaultAzureCredential finds
+    if "AZURE_STORAGE_KEY" in os.environ:
+        credential = AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
+    train(options.container_url, credential, options.epochs, lambda event: print(json.dumps(event), flush=True))
+
+
+if __name__ == "__main__":
+    main()
