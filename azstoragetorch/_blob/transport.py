@@ -11,13 +11,14 @@ import base64
 import http.client
 import logging
 import os
+import re
 import select
 import socket
 import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,6 +37,8 @@ log = logging.getLogger("azstoragetorch")
 USER_AGENT = f"azstoragetorch/{__version__}"
 _SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
 _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than a new connection
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: ([^\r\n]*))?\r?\n")
+_MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
 _MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
 
@@ -92,27 +95,42 @@ class Connection:
             self.proxy_headers = authorization
         return through
 
-    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> http.client.HTTPResponse:
+    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> _Answer:
         """Send a request and read the head of its answer."""
         connection = self._http
         if connection.sock is None:
             connection.connect()
             sock: Any = connection.sock
             sock.settimeout(self.origin.read_timeout)
-        data: bytes | Iterable[memoryview] | None
-        data = body if body is None or isinstance(body, bytes) else _slices(body)
+        head = self._head(method, self._prefix + target, headers)
         try:
-            connection.request(method, self._prefix + target, body=data, headers={**headers, **self.proxy_headers})
+            if body is None or isinstance(body, bytes):
+                connection.sock.sendall(head + body if body else head)
+            else:
+                connection.sock.sendall(head)
+                for piece in _slices(body):
+                    connection.sock.sendall(piece)
         except (BrokenPipeError, ConnectionResetError):
-            if body is None or connection.sock is None:
+            if body is None:
                 raise
             # A service that refuses a large body answers before it has read it all: the answer may be there.
-        return connection.getresponse()
+        answer = _Answer(connection.sock, method=method)
+        answer.is_head = method == "HEAD"
+        try:
+            answer.begin()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
-    @property
-    def is_open(self) -> bool:
-        """Whether another request can be sent."""
-        return self._http.sock is not None
+    def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
+        text = "\0".join(lines)
+        if " " in target or "\r" in text or "\n" in text:
+            raise ValueError(f"{method} {redact(repr(target))}: a credential or header has a space or line break in it")
+        return text.replace("\0", "\r\n").encode("latin-1") + b"\r\n\r\n"
 
     def is_stale(self) -> bool:
         """Whether the other side has closed this idle connection, or sent what nobody asked for."""
@@ -138,17 +156,91 @@ class Connection:
         self._http.close()
 
 
+class Headers(Mapping[str, str]):
+    """The headers of an answer, whatever their case."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self._values = values  # by lower-case name
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._values
+
+
+class _Answer(http.client.HTTPResponse):
+    """http.client's answer with a head that is read at a tenth of the cost: it parses headers as if they were mail."""
+
+    is_head = False
+    fields: Headers
+
+    def begin(self) -> None:
+        """Read the status line and the headers."""
+        while True:
+            line = self.fp.readline(_MAX_LINE)
+            found = _STATUS_LINE.fullmatch(line)
+            if found is None:
+                raise (
+                    http.client.BadStatusLine(repr(line)) if line else http.client.RemoteDisconnected("no answer came")
+                )
+            status = int(found.group(2))
+            values = self._read_fields()
+            if status >= 200:  # below are interim answers
+                break
+        self.code = self.status = status
+        self.reason = (found.group(3) or b"").decode("latin-1").strip()
+        self.version = 10 + int(found.group(1))
+        self.fields = Headers(values)
+        self.chunked = values.get("transfer-encoding", "").lower() == "chunked"
+        self.chunk_left = None
+        connection = values.get("connection", "").lower()
+        self.will_close = "close" in connection or (self.version == 10 and "keep-alive" not in connection)
+        length = values.get("content-length")
+        self.length = None
+        if self.is_head or status in (204, 304):
+            self.length = 0
+        elif length is not None and not self.chunked:
+            if not (length.isascii() and length.isdigit()):
+                raise http.client.HTTPException(f"Content-Length is {length!r}")
+            self.length = int(length)
+        if self.length is None and not self.chunked:
+            self.will_close = True
+
+    def _read_fields(self) -> dict[str, str]:
+        values: dict[str, str] = {}
+        for _ in range(_MAX_FIELDS):
+            line = self.fp.readline(_MAX_LINE)
+            if line in (b"\r\n", b"\n"):
+                return values
+            if not line.endswith(b"\n"):
+                raise http.client.IncompleteRead(line)
+            name, colon, value = line.decode("latin-1").partition(":")
+            if not colon:
+                raise http.client.HTTPException(f"not a header: {line[:80]!r}")
+            values[name.strip().lower()] = value.strip()
+        raise http.client.HTTPException(f"more than {_MAX_FIELDS} headers")
+
+
 class Response:
     """The answer to one request. Leaving its ``with`` block frees the connection."""
 
-    def __init__(self, pool: Pool, connection: Connection, raw: http.client.HTTPResponse, cleanup: ExitStack) -> None:
+    def __init__(self, pool: Pool, connection: Connection, raw: _Answer, cleanup: ExitStack) -> None:
         self._pool = pool
         self._connection = connection
         self._raw = raw
         self._cleanup = cleanup
         self.status = raw.status
         self.reason = raw.reason
-        self.headers: Mapping[str, str] = raw.headers  # type: ignore[assignment]  # a mapping but for its declaration
+        self.headers: Mapping[str, str] = raw.fields
         self.length = raw.length
         """Bytes of the body that are still to come, where the service said so."""
 
@@ -175,7 +267,7 @@ class Response:
         except (OSError, http.client.HTTPException):
             pass
         self._cleanup.close()
-        if self._raw.isclosed() and self.length == 0 and self._connection.is_open:
+        if self._raw.isclosed() and self.length == 0 and not self._raw.will_close:
             self._pool.give_back(self._connection)
         else:
             self._connection.close()
@@ -283,13 +375,13 @@ def send(
             url = redact(f"{origin.scheme}://{origin.host}{target}")
             log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed)
         response = Response(pool, connection, raw, cleanup)
-        sent_id, echoed_id = headers.get("x-ms-client-request-id"), raw.headers.get("x-ms-client-request-id")
+        sent_id, echoed_id = headers.get("x-ms-client-request-id"), raw.fields.get("x-ms-client-request-id")
         if sent_id and echoed_id and sent_id != echoed_id:
             response.length = None
             response.close()
             raise ClientRequestIdMismatchError(
                 f"{method} {redact(f'{origin.scheme}://{origin.host}{target}')}: the answer is for client request id "
-                f"{echoed_id}, not {sent_id} (request id {raw.headers.get('x-ms-request-id', '-')})"
+                f"{echoed_id}, not {sent_id} (request id {raw.fields.get('x-ms-request-id', '-')})"
             )
         return response
 

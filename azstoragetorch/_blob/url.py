@@ -7,7 +7,7 @@ the address and is in none of its texts.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from azstoragetorch._blob.secret import Secret
@@ -63,7 +63,7 @@ class BlobURL:
 
     def with_blob(self, name: str) -> BlobURL:
         """The blob *name* in the same container, with the same SAS."""
-        return replace(self, blob=name, snapshot=None, versionid=None)
+        return BlobURL(self.scheme, self.host, self.account_path, self.container, name, sas=self.sas)
 
 
 def parse_blob_url(url: str) -> BlobURL:
