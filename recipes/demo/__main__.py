@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,10 @@ def run_job(azurite: Azurite, container_url: str, epochs: int, kill_in: int | No
     """Train in a process of its own and show how it gets on; kill it half-way through epoch *kill_in*."""
     command = [sys.executable, "-m", "recipes.demo.train", container_url, "--epochs", str(epochs)]
     key = {"AZURE_STORAGE_ACCOUNT": azurite.account_name, "AZURE_STORAGE_KEY": azurite.account_key}
+    # A session of its own, so that its DataLoader workers die with it, as they do when a machine is lost.
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
     with (
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | key, stdout=subprocess.PIPE, text=True) as job,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | key, **options) as job,
         tqdm(desc="training", unit="batch", mininterval=0.5) as bar,
     ):
         assert job.stdout is not None
@@ -46,7 +49,7 @@ def run_job(azurite: Azurite, container_url: str, epochs: int, kill_in: int | No
                         bar.update()
                         bar.set_postfix(epoch=event["epoch"], loss=f"{event['loss']:.3f}", refresh=False)
                         if event["epoch"] == kill_in and event["batch"] == batches // 2:
-                            job.kill()
+                            os.killpg(job.pid, signal.SIGKILL)
                             bar.write(f"killed in epoch {kill_in} after batch {event['batch']} of {batches}")
                             return
                     case "epoch":
@@ -54,7 +57,8 @@ def run_job(azurite: Azurite, container_url: str, epochs: int, kill_in: int | No
             if job.wait():
                 raise SystemExit(f"the training process failed with status {job.returncode}")
         finally:
-            job.kill()
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
 
 
 def describe(event: dict[str, Any]) -> str:

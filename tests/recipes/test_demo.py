@@ -24,6 +24,7 @@ def play(*command: str) -> str:
     """What the demo prints; its progress bar goes to stderr."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     return done.stdout
 
 
