@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -197,14 +197,17 @@ class Engine:
             task()
             del task
 
-    def run_all(self, tasks: Sequence[Callable[[Scope], None]], concurrency: int, scope: Scope | None = None) -> None:
+    def run_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int, scope: Scope | None = None) -> None:
         """Run *tasks*, about in order, at most *concurrency* at once; return when none runs any more.
+
+        A lazy iterable is drawn from as threads become free, by one thread at a time; it must not raise.
 
         The calling thread takes part. The first error, or an interrupt of the caller, cancels the rest and is
         raised after every task that had begun has ended: memory that the tasks use is free then.
         """
         batch = _Batch(tasks, scope or Scope())
-        for _ in range(min(concurrency, len(tasks)) - 1):
+        helpers = min(concurrency, len(tasks)) if isinstance(tasks, Sized) else concurrency
+        for _ in range(helpers - 1):
             self.submit(batch.help)
         batch.run()
 
@@ -212,7 +215,7 @@ class Engine:
 class _Batch:
     """Tasks that several threads take from one list."""
 
-    def __init__(self, tasks: Sequence[Callable[[Scope], None]], scope: Scope) -> None:
+    def __init__(self, tasks: Iterable[Callable[[Scope], None]], scope: Scope) -> None:
         self._tasks = iter(tasks)
         self._scope = scope
         self._condition = threading.Condition()

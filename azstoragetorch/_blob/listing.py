@@ -47,11 +47,18 @@ class Page:
 
 
 def list_pages(
-    service: Service, container: BlobURL, *, prefix: str = "", delimiter: str = "", page_size: int = 5000
+    service: Service,
+    container: BlobURL,
+    *,
+    prefix: str = "",
+    delimiter: str = "",
+    page_size: int = 5000,
+    uncommitted: bool = False,
 ) -> Iterator[Page]:
     """The pages of a listing in the service's order; the next one is fetched while one is read.
 
-    With a *delimiter*, names that have it after *prefix* are rolled up into ``prefixes``.
+    With a *delimiter*, names that have it after *prefix* are rolled up into ``prefixes``. *uncommitted* lists blobs
+    too of which there are staged blocks only.
 
     Raises:
         AzureError: the service refused, could not be reached, or sent what is no listing.
@@ -59,8 +66,15 @@ def list_pages(
     scope = Scope()
     engine = engine_for(service.config)
 
+    query = f"restype=container&comp=list&include=metadata{',uncommittedblobs' if uncommitted else ''}"
+    for key, value in (("prefix", prefix), ("delimiter", delimiter)):
+        if value:
+            query += f"&{key}={quote(value, safe='')}"
+    if page_size != 5000:
+        query += f"&maxresults={page_size}"
+
     def fetch(marker: str) -> bytes:
-        return retrying(service.config, lambda: _fetch(service, container, prefix, delimiter, marker, page_size, scope))
+        return retrying(service.config, lambda: _fetch(service, container, query, marker, scope))
 
     def run(future: Future[bytes], marker: str) -> None:
         if future.set_running_or_notify_cancel():
@@ -98,15 +112,9 @@ def parse_page(raw: bytes, container: BlobURL) -> Page:
     return _match_page(raw) or _parse_page(raw, container)
 
 
-def _fetch(
-    service: Service, container: BlobURL, prefix: str, delimiter: str, marker: str, page_size: int, scope: Scope
-) -> bytes:
-    query = "restype=container&comp=list&include=metadata"
-    for key, value in (("prefix", prefix), ("delimiter", delimiter), ("marker", marker)):
-        if value:
-            query += f"&{key}={quote(value, safe='')}"
-    if page_size != 5000:
-        query += f"&maxresults={page_size}"
+def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
+    if marker:
+        query += f"&marker={quote(marker, safe='')}"
     response = service.send("GET", container, query=query, scope=scope)
     with response:
         try:

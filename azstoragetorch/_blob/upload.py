@@ -11,7 +11,7 @@ import base64
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from azure.core import MatchConditions
@@ -68,6 +68,8 @@ class BlockWriter:
         self._pending = 0
         self._settled = threading.Condition()
         self._failure: BaseException | None = None
+        self.etag: str | None = None
+        """The ETag of what was committed, unless the answer that told it was lost."""
 
     @property
     def written(self) -> int:
@@ -95,6 +97,22 @@ class BlockWriter:
             data = data[count:]
             if self._filled == self._collected.nbytes:
                 self._stage_collected()
+
+    def write_pieces(self, pieces: Iterable[memoryview]) -> None:
+        """Take all of *pieces*, bytes, one after the other, in blocks that are cut across them and staged in parallel.
+
+        Nothing is copied: a piece is sent from its own memory, which stays as it is until the return. Pieces are
+        drawn as blocks go out, by one thread at a time but not always the same; about ``memory_limit`` bytes of them
+        are alive at once.
+
+        Raises:
+            FatalBlobIOWriteError: a block failed, or *pieces* raised; nothing will be committed.
+        """
+        self._check()
+        if self._filled:
+            self._stage_collected()
+        alive = max(1, self._config.memory_limit // self._config.block_size)
+        self._stage_all(self._scattered(pieces), min(self._config.max_concurrency, alive))
 
     def flush(self) -> None:
         """Wait until the blocks that are on their way have arrived; makes no small block of what is collected.
@@ -185,17 +203,45 @@ class BlockWriter:
             pieces = [p for p in (head[cut.start : cut.stop], data[max(low, 0) : max(high, 0)]) if p.nbytes]
             tasks.append(self._staging(self._next_id(len(cut)), pieces))
         try:
-            engine_for(self._config).run_all(tasks, self._config.max_concurrency, self._scope)
+            self._stage_all(tasks, self._config.max_concurrency)
+        finally:
+            if held is not None:
+                head.release()
+                engine_for(self._config).buffers.give_back(held)
+
+    def _scattered(self, pieces: Iterable[memoryview]) -> Iterator[Callable[[Scope], None]]:
+        """Stage the bytes of *pieces* in blocks of the size that is due, the last one shorter."""
+        block: list[memoryview] = []
+        size = room = block_size_at(self._staged, self._config.block_size)
+        try:
+            for piece in pieces:
+                while piece.nbytes:
+                    head, piece = piece[:room], piece[room:]
+                    block.append(head)
+                    room -= head.nbytes
+                    if not room:
+                        yield self._staging(self._next_id(size), block)
+                        block = []
+                        size = room = block_size_at(self._staged, self._config.block_size)
+            if block:
+                yield self._staging(self._next_id(size - room), block)
+        except Exception as error:  # noqa: BLE001 - raised by the task
+            failure = error
+
+            def fail(_scope: Scope) -> None:
+                raise failure
+
+            yield fail
+
+    def _stage_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int) -> None:
+        try:
+            engine_for(self._config).run_all(tasks, concurrency, self._scope)
         except Exception as error:
             self._failure = error
             raise self._fatal(error) from error
         except BaseException as error:
             self._failure = error  # interrupted: the blocks are incomplete, so nothing may be committed
             raise
-        finally:
-            if held is not None:
-                head.release()
-                engine_for(self._config).buffers.give_back(held)
 
     def _stage_collected(self) -> None:
         """Stage the collected block in the background, when the budget has room for it."""
@@ -255,7 +301,7 @@ class BlockWriter:
         def put(client: SdkBlobClient) -> None:
             nonlocal tries
             tries += 1
-            client.upload_blob(data, overwrite=not self._create_only, headers=headers)
+            self.etag = client.upload_blob(data, overwrite=not self._create_only, headers=headers)["etag"]
 
         try:
             self._sdk.call("PUT", put)
@@ -270,7 +316,8 @@ class BlockWriter:
             {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
         )
         try:
-            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
+            answer = self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
+            self.etag = str(answer["etag"])
         except ResourceExistsError as error:
             if not self._is_committed():
                 raise _exists(self._url) from error
