@@ -45,7 +45,7 @@ class BlobURL:
     @property
     def path(self) -> str:
         """The percent-encoded path, as it goes on the wire."""
-        container = f"{self.account_path}/{self.container}"
+        container = f"{self.account_path}/{quote(self.container, safe='$')}"
         return f"{container}/{quote(self.blob, safe='~/')}" if self.blob else container
 
     @property
@@ -62,7 +62,12 @@ class BlobURL:
         return f"{self.scheme}://{self.host}{self.path}"
 
     def with_blob(self, name: str) -> BlobURL:
-        """The blob *name* in the same container, with the same SAS."""
+        """The blob *name* in the same container, with the same SAS.
+
+        Raises:
+            ValueError: *name* is none that the service can be asked for.
+        """
+        _check_name(name, "name")
         return BlobURL(self.scheme, self.host, self.account_path, self.container, name, sas=self.sas)
 
 
@@ -103,6 +108,8 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
         raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
+    if any(character in url for character in "\t\r\n"):  # urlsplit drops them, which would make it another name
+        raise ValueError(f"{argument} has a control character (tab or line break): remove it, or percent-encode it")
     try:
         # Fragments do not exist here: an unencoded "#" in a name is part of the name.
         parts = urlsplit("//" + rest.replace("#", "%23"))
@@ -143,13 +150,7 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
     if not container:
         raise ValueError(f"{argument} {shape!r} names no container: expected {_FORMS}")
     name = _decode(blob, argument)
-    if any(segment in (".", "..") for segment in name.split("/")):
-        raise ValueError(
-            f"{argument}: the blob name {name!r} has a '.' or '..' segment, which servers and proxies resolve to "
-            "another blob: rename the blob"
-        )
-    if len(name) > 1024:
-        raise ValueError(f"{argument}: the blob name has {len(name)} characters; the service allows 1,024")
+    _check_name(name, argument)
     query = parse_qsl(parts.query, keep_blank_values=True, separator="&")
     options = {key.lower(): value for key, value in query}
     known = _SAS_FIELDS | {"snapshot", "versionid"}
@@ -186,6 +187,16 @@ def _names_account_in_path(hostname: str, path: str) -> bool:
         # An emulator behind a DNS name of its own still puts its one account into the path.
         return path.partition("/")[0] == "devstoreaccount1"
     return True
+
+
+def _check_name(name: str, argument: str) -> None:
+    if (name[:1] == "." or "/." in name) and not {".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError(
+            f"{argument}: the blob name {name!r} has a '.' or '..' segment, which servers and proxies resolve to "
+            "another blob: rename the blob"
+        )
+    if len(name) > 1024:
+        raise ValueError(f"{argument}: the blob name has {len(name)} characters; the service allows 1,024")
 
 
 def _decode(text: str, argument: str) -> str:

@@ -1,0 +1,119 @@
+"""What the core's tests share: small quick transfers, content whose every place is recognisable, child processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from azstoragetorch._blob.client import BlobClient, ContainerClient
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
+from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.url import parse_blob_url, parse_container_url
+
+T = TypeVar("T")
+ROOT = Path(__file__).parent.parent
+
+QUICK = TransferConfig(
+    part_size=64 * KiB,
+    block_size=64 * KiB,
+    max_concurrency=4,
+    max_connections=8,
+    memory_limit=1 * MiB,
+    read_ahead=512 * KiB,
+    connect_timeout=5.0,
+    read_timeout=5.0,
+    max_attempts=3,
+    max_backoff=0.01,
+)
+"""The smallest parts and blocks there are, so that small blobs have many; three tries with next to no pause."""
+
+IMPATIENT = replace(QUICK, read_timeout=0.3)
+"""The same, for what stalls."""
+
+
+@lru_cache(maxsize=16)
+def content(size: int, seed: int = 0) -> bytes:
+    """*size* bytes in which a shift or a repetition shows."""
+    return random.Random(seed).randbytes(size)
+
+
+def blob_client(url: str, transfer: TransferConfig = QUICK, credential: Credential = False) -> BlobClient:
+    parsed = parse_blob_url(url)
+    return BlobClient(parsed, CredentialHolder(credential, parsed.sas), transfer)
+
+
+def container_client(url: str, transfer: TransferConfig = QUICK, credential: Credential = False) -> ContainerClient:
+    parsed = parse_container_url(url)
+    return ContainerClient(parsed, CredentialHolder(credential, parsed.sas), transfer)
+
+
+def run_python(program: str, *arguments: str, timeout: float = 60.0, **environment: str) -> str:
+    """Run *program* in a fresh interpreter and return what it prints; its failure is the test's."""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@contextmanager
+def taking(at_least: float = 0.0, at_most: float = 5.0) -> Iterator[None]:
+    """The block takes about this many seconds; the upper bound is generous, for busy machines."""
+    begin = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - begin < at_most
+
+
+def run_threads(count: int, action: Callable[[int], T], timeout: float = 30.0) -> list[T]:
+    """Run *action* in *count* threads that begin together; the first error is raised."""
+    start = threading.Barrier(count)
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            start.wait(timeout)
+            results[number] = action(number)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+    assert not any(thread.is_alive() for thread in threads), "threads are stuck"
+    if errors:
+        raise errors[0]
+    return results
+
+
+def in_time(action: Callable[[], T], seconds: float = 20.0) -> T:
+    """*action* in another thread, or a failure if it does not come to an end: for what must not hang."""
+    return run_threads(1, lambda _: action(), seconds)[0]
+
+
+def wait_until(holds: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail(f"did not come about within {timeout:g} s")
+        time.sleep(0.005)

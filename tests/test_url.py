@@ -1,0 +1,222 @@
+"""Addresses of blobs and containers: every form, names that round-trip, refusals that say what to do."""
+
+from __future__ import annotations
+
+import pickle
+from urllib.parse import quote, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from azstoragetorch._blob.url import BlobURL, join_url, parse_blob_url, parse_container_url, parse_url
+
+ACCOUNT = "https://account.blob.core.windows.net"
+AZURITE = "http://127.0.0.1:10000/devstoreaccount1"
+SECRET = "c2VjcmV0%2Bsignature%3D"
+SAS = f"sv=2023-11-03&st=2024-01-01T00%3A00%3A00Z&se=2034-01-01&sr=c&sp=rl&sig={SECRET}"
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    lambda name: not {".", ".."} & set(name.split("/"))
+)
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("url", "account_url", "container", "blob"),
+        [
+            (f"{ACCOUNT}/c/b", ACCOUNT, "c", "b"),
+            (f"{ACCOUNT}/c/d/e.txt", ACCOUNT, "c", "d/e.txt"),
+            ("HTTPS://Account.Blob.Core.Windows.Net/c/B", ACCOUNT, "c", "B"),
+            ("https://account.blob.core.chinacloudapi.cn/c/b", "https://account.blob.core.chinacloudapi.cn", "c", "b"),
+            ("https://account.z01.blob.storage.azure.net/c/b", "https://account.z01.blob.storage.azure.net", "c", "b"),
+            ("https://data.example.com/c/b", "https://data.example.com", "c", "b"),
+            ("https://data.example.com:8443/c/b", "https://data.example.com:8443", "c", "b"),
+            (f"{AZURITE}/c/b", AZURITE, "c", "b"),
+            ("http://10.1.2.3/acc/c/b", "http://10.1.2.3/acc", "c", "b"),
+            ("http://localhost:10000/acc/c/b", "http://localhost:10000/acc", "c", "b"),
+            ("http://azurite:10000/acc/c/b", "http://azurite:10000/acc", "c", "b"),
+            ("http://[::1]:10000/acc/c/b", "http://[::1]:10000/acc", "c", "b"),
+            ("http://emulator.local/devstoreaccount1/c/b", "http://emulator.local/devstoreaccount1", "c", "b"),
+            ("abfss://c@account.dfs.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
+            ("abfs://c@account.dfs.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
+            ("https://account.dfs.core.windows.net/c/b", ACCOUNT, "c", "b"),
+            ("az://account.blob.core.windows.net/c/d/b", ACCOUNT, "c", "d/b"),
+            ("az://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
+            (f"{ACCOUNT}/$root/b", ACCOUNT, "$root", "b"),
+        ],
+    )
+    def test_every_form_names_account_container_and_blob(
+        self, url: str, account_url: str, container: str, blob: str
+    ) -> None:
+        parsed = parse_blob_url(url)
+        assert (parsed.account_url, parsed.container, parsed.blob) == (account_url, container, blob)
+        assert parse_blob_url(str(parsed)) == parsed
+
+    @pytest.mark.parametrize(
+        "url", [f"{ACCOUNT}/c", f"{ACCOUNT}/c/", f"{AZURITE}/c", "abfss://c@a.dfs.core.windows.net/"]
+    )
+    def test_a_container_with_or_without_a_slash(self, url: str) -> None:
+        parsed = parse_container_url(url)
+        assert (parsed.container, parsed.blob) == ("c", "")
+        assert str(parsed).endswith("/c")
+
+    def test_snapshot_and_version_are_read_and_cannot_be_written(self) -> None:
+        stamp = "2024-01-01T00:00:00.1234567Z"
+        for option in ("snapshot", "versionid"):
+            parsed = parse_blob_url(f"{ACCOUNT}/c/b?{option}={quote(stamp)}")
+            assert getattr(parsed, option) == stamp
+            assert parsed.is_read_only
+        assert not parse_blob_url(f"{ACCOUNT}/c/b").is_read_only
+        assert parse_blob_url(f"{ACCOUNT}/c/b?snapshot={stamp}").with_blob("d").snapshot is None
+
+
+class TestNames:
+    NAME = "a b%2F?#ü//x/"
+
+    def test_an_awkward_name_round_trips(self) -> None:
+        parsed = parse_blob_url(f"{ACCOUNT}/c/{quote(self.NAME)}")
+        assert parsed.blob == self.NAME
+        assert parsed.path == "/c/a%20b%252F%3F%23%C3%BC//x/"
+
+    def test_what_is_not_encoded_is_taken_as_it_stands(self) -> None:
+        assert parse_blob_url(f"{ACCOUNT}/c/a b#ü//x/").blob == "a b#ü//x/"
+        assert parse_blob_url(f"{ACCOUNT}/c/a+b").blob == "a+b"
+
+    @pytest.mark.parametrize("blob", ["/", "//a", "a/", " a", "a ", "~", "a/.b/..c/...", "%", "%zz"])
+    def test_no_part_of_a_name_is_lost(self, blob: str) -> None:
+        assert parse_blob_url(f"{ACCOUNT}/c/{quote(blob, safe='/')}").blob == blob
+
+    @given(names)
+    def test_any_name_round_trips(self, name: str) -> None:
+        parsed = parse_blob_url(join_url(f"{AZURITE}/c", name))
+        assert parsed.blob == name
+        assert parse_blob_url(str(parsed)) == parsed
+        assert parse_container_url(f"{AZURITE}/c").with_blob(name) == parsed
+        assert parsed.path.isascii()
+        assert not set(parsed.path) & set(" ?#%\r\n") - {"%"}
+
+    def test_the_longest_name(self) -> None:
+        assert len(parse_blob_url(f"{ACCOUNT}/c/{'x' * 1024}").blob) == 1024
+        with pytest.raises(ValueError, match=r"1,025|1025"):
+            parse_blob_url(f"{ACCOUNT}/c/{'x' * 1025}")
+
+    @pytest.mark.parametrize("name", ["..", "a/../b", "./a", "a/.", "%2e%2e/a", "a/%2E%2E/b"])
+    def test_names_that_servers_would_resolve_to_others_are_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="segment"):
+            parse_blob_url(f"{ACCOUNT}/c/{name}")
+
+    @pytest.mark.parametrize("name", ["..", "a/../b", "x" * 1025])
+    def test_so_are_names_that_come_from_elsewhere(self, name: str) -> None:
+        """A listing may hold what a URL may not: reading it must not read another blob."""
+        with pytest.raises(ValueError, match="blob name"):
+            parse_container_url(f"{ACCOUNT}/c").with_blob(name)
+
+
+class TestSecrets:
+    URL = f"{ACCOUNT}/c/b?{SAS}&snapshot=2024"
+
+    def test_a_sas_is_kept_as_it_was_signed_and_out_of_sight(self) -> None:
+        parsed = parse_blob_url(self.URL)
+        assert parsed.sas is not None
+        assert parsed.sas.reveal() == SAS
+        assert parsed.snapshot == "2024"
+        for text in (str(parsed), repr(parsed), f"{parsed}", str(parsed.sas), pickle.dumps(parsed).decode("latin-1")):
+            assert "c2VjcmV0" not in text
+
+    def test_it_goes_with_every_blob_of_the_container(self) -> None:
+        parsed = parse_container_url(f"{ACCOUNT}/c?{SAS}")
+        assert parsed.with_blob("b").sas == parsed.sas
+
+    def test_two_sas_are_two_addresses(self) -> None:
+        assert parse_blob_url(self.URL) != parse_blob_url(self.URL.replace("c2Vj", "d2Vj"))
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"{ACCOUNT}/c/b?{SAS}&weird=1",
+            f"ftp://host/c/b?{SAS}",
+            f"{ACCOUNT}?{SAS}",
+            f"https://user:{SECRET}@host.net/c/b",
+            f"{ACCOUNT}/c/../b?{SAS}",
+            f"no url at all sig={SECRET}",
+            f"{ACCOUNT}/c/%ff?{SAS}",
+            f"https://[::1/c/b?{SAS}",
+            f"{ACCOUNT}:port/c/b?{SAS}",
+        ],
+    )
+    def test_no_complaint_repeats_a_signature(self, url: str) -> None:
+        with pytest.raises(ValueError, match="blob_url") as caught:
+            parse_blob_url(url)
+        assert "c2VjcmV0" not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("url", "reason"),
+        [
+            ("", "not a URL"),
+            ("blob.txt", "not a URL"),
+            ("/c/b", "not a URL"),
+            ("//account.blob.core.windows.net/c/b", "not a URL"),
+            ("ftp://account.blob.core.windows.net/c/b", "not a URL"),
+            ("file:///c/b", "not a URL"),
+            ("s3://bucket/key", "not a URL"),
+            ("https://", "not a URL"),
+            ("https:///c/b", "not a URL"),
+            (ACCOUNT, "no container"),
+            (f"{ACCOUNT}/", "no container"),
+            (f"{ACCOUNT}//b", "no container"),
+            (AZURITE, "no container"),
+            ("http://127.0.0.1:10000/", "no account"),
+            (f"{ACCOUNT}/c", "no blob"),
+            (f"{ACCOUNT}/c/", "no blob"),
+            ("abfss://account.dfs.core.windows.net/b", "no container"),
+            ("abfss://c@account/b", "account's host"),
+            ("az://c/b", "account's host"),
+            ("https://user@account.blob.core.windows.net/c/b", "user name"),
+            (f"{ACCOUNT}/c/b?x=1", "'x'"),
+            (f"{ACCOUNT}/c/b?se=2034&sp=r", "sig"),
+            (f"{ACCOUNT}/c/%C3%28", "UTF-8"),
+            (f"{ACCOUNT}/c/a\nb", "control"),
+            (f"{ACCOUNT}/c/a\tb", "control"),
+            (f"{ACCOUNT}/c/b\r\n", "control"),
+            ("https://acc ount.blob.core.windows.net/c/b", "control character or space"),
+            ("https://account:99999/c/b", "not a valid URL"),
+        ],
+    )
+    def test_what_is_no_blob_is_refused_with_the_argument_and_the_reason(self, url: str, reason: str) -> None:
+        with pytest.raises(ValueError, match=f"blob_url.*{reason}"):
+            parse_blob_url(url)
+
+    @pytest.mark.parametrize("url", [f"{ACCOUNT}/c/b", f"{ACCOUNT}/c//"])
+    def test_a_blob_is_no_container(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r"container_url.*prefix="):
+            parse_container_url(url)
+
+    @pytest.mark.parametrize("option", ["snapshot", "versionid"])
+    def test_a_container_has_no_versions(self, option: str) -> None:
+        with pytest.raises(ValueError, match=r"container_url.*versionid"):
+            parse_container_url(f"{ACCOUNT}/c?{option}=2024")
+
+    @pytest.mark.parametrize("url", [None, 1, b"https://account.blob.core.windows.net/c/b", ["x"]])
+    def test_what_is_no_text_is_a_type_error(self, url: object) -> None:
+        with pytest.raises(TypeError, match="blob_url must be a str"):
+            parse_blob_url(url)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="container_url must be a str"):
+            parse_container_url(url)  # type: ignore[arg-type]
+
+    @given(st.text(max_size=60) | st.text("abc/:?#@%&=.[]+ \\\n2eF", max_size=30))
+    def test_any_text_is_an_address_or_a_value_error(self, text: str) -> None:
+        """Nothing a user can type gets another error, and what is accepted is an address that means itself."""
+        for url in (text, f"https://{text}", f"{ACCOUNT}/{text}", f"{AZURITE}/c/{text}"):
+            try:
+                parsed = parse_url(url)
+            except ValueError:
+                continue
+            assert parse_url(str(parsed)) == BlobURL(
+                parsed.scheme, parsed.host, parsed.account_path, parsed.container, parsed.blob
+            )
+            assert urlsplit(str(parsed)).path == parsed.path
