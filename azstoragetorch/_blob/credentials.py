@@ -237,6 +237,12 @@ class CredentialHolder:
         kind = "SAS in URL" if self._sas is not None else type(self._credential).__name__
         return f"CredentialHolder({kind})"
 
+    def __copy__(self) -> CredentialHolder:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> CredentialHolder:
+        return self  # a credential is shared by all that was copied: one cache, and updates reach everybody
+
     def __getstate__(self) -> dict[str, Any]:
         credential = self._credential
         packed: tuple[Any, ...]

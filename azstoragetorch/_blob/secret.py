@@ -10,7 +10,7 @@ import re
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-_SIGNATURE = re.compile(r"(?i)\b(sig|x-ms-signature|access_token|accountkey)(=|%3d)[^&\s\"'<>;]+")
+_SIGNATURE = re.compile(r"(?i)\b(sig|x-ms-signature|access_token|accountkey)("?\s*[=:]\s*"?|%3d)[^&\s\"'<>;]+")
 _BEARER = re.compile(r"(?i)\b(bearer|sharedkey(?:lite)?)\s+[a-z0-9._~+/:=-]{8,}")
 
 
@@ -48,6 +48,12 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash((Secret, self._value))
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Secret:
+        return self  # a copy stays in this process
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Secret, (None,)

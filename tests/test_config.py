@@ -1,0 +1,114 @@
+"""`TransferConfig`: values checked once, defaults that an operator can override, values that travel."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from azstoragetorch import TransferConfig
+from azstoragetorch._blob.config import KiB, MiB
+from tests.support import run_python
+
+COUNTS = ["part_size", "block_size", "max_concurrency", "max_connections", "memory_limit", "read_ahead", "max_attempts"]
+SECONDS = ["connect_timeout", "read_timeout", "max_backoff"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", ["8", 1.5, None, True])
+def test_a_count_is_an_integer(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+        TransferConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SECONDS)
+@pytest.mark.parametrize("value", ["8", None, True])
+def test_a_time_is_a_number(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number of seconds"):
+        TransferConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *SECONDS])
+@pytest.mark.parametrize("value", [-1, 1 << 60])
+def test_what_is_out_of_range_is_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be between .* not {value}"):
+        TransferConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0])
+def test_a_timeout_ends(value: float) -> None:
+    with pytest.raises(ValueError, match="read_timeout"):
+        TransferConfig(read_timeout=value)
+
+
+@pytest.mark.parametrize(
+    "lowest",
+    [{"part_size": 64 * KiB}, {"block_size": 64 * KiB}, {"memory_limit": MiB}, {"read_ahead": 0}, {"max_backoff": 0}],
+)
+def test_the_ends_of_the_ranges_are_allowed(lowest: dict[str, int]) -> None:
+    config = TransferConfig(**lowest)  # type: ignore[arg-type]
+    for name, value in lowest.items():
+        assert getattr(config, name) == value
+        if value:
+            with pytest.raises(ValueError, match=name):
+                TransferConfig(**{name: value - 1})  # type: ignore[arg-type]
+
+
+def test_a_typo_is_an_error() -> None:
+    with pytest.raises(TypeError, match="part_sise"):
+        TransferConfig(part_sise=1)  # type: ignore[call-arg]
+
+
+def test_validation_is_a_switch() -> None:
+    with pytest.raises(TypeError, match="validate_content"):
+        TransferConfig(validate_content=1)  # type: ignore[arg-type]
+
+
+def test_parts_that_are_validated_are_as_small_as_the_service_demands() -> None:
+    assert TransferConfig(part_size=8 * MiB, validate_content=True).effective_part_size == 4 * MiB
+    assert TransferConfig(part_size=1 * MiB, validate_content=True).effective_part_size == 1 * MiB
+    assert TransferConfig(part_size=8 * MiB).effective_part_size == 8 * MiB
+
+
+def test_it_is_a_value() -> None:
+    config = TransferConfig(part_size=1 * MiB)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(TransferConfig(part_size=1 * MiB))
+    assert config != TransferConfig(part_size=2 * MiB)
+    with pytest.raises(FrozenInstanceError):
+        config.part_size = 1  # type: ignore[misc]
+
+
+class TestEnvironment:
+    def test_every_default_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        base = TransferConfig()
+        for setting in fields(TransferConfig):
+            value = getattr(base, setting.name)
+            other = (not value) if isinstance(value, bool) else value + 1
+            with monkeypatch.context() as patch:
+                patch.setenv(f"AZSTORAGETORCH_{setting.name.upper()}", str(other))
+                assert TransferConfig() == replace(base, **{setting.name: other})
+
+    def test_an_argument_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_PART_SIZE", str(MiB))
+        assert TransferConfig(part_size=2 * MiB).part_size == 2 * MiB
+
+    @pytest.mark.parametrize(
+        ("variable", "text"),
+        [("PART_SIZE", "8MiB"), ("PART_SIZE", ""), ("READ_TIMEOUT", "soon"), ("VALIDATE_CONTENT", "maybe")],
+    )
+    def test_what_is_no_value_is_refused_by_the_variable(
+        self, monkeypatch: pytest.MonkeyPatch, variable: str, text: str
+    ) -> None:
+        monkeypatch.setenv(f"AZSTORAGETORCH_{variable}", text)
+        with pytest.raises(ValueError, match=f"AZSTORAGETORCH_{variable}"):
+            TransferConfig()
+
+    def test_out_of_range_there_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_MAX_CONCURRENCY", "0")
+        with pytest.raises(ValueError, match="max_concurrency"):
+            TransferConfig()
+
+    def test_a_bad_variable_does_not_break_the_import(self) -> None:
+        assert run_python("import azstoragetorch.io; print('fine')", AZSTORAGETORCH_PART_SIZE="x") == "fine\n"
