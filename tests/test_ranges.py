@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ def covered(ranges: list[ByteRange]) -> set[int]:
 
 
 def is_sorted_and_disjoint(ranges: list[ByteRange]) -> bool:
-    return all(left.stop <= right.start for left, right in zip(ranges, ranges[1:], strict=False))
+    return all(left.stop <= right.start for left, right in pairwise(ranges))
 
 
 sorted_spans = st.lists(spans(), max_size=12).map(sorted)
@@ -74,7 +76,7 @@ def test_coalesce_joins_across_small_gaps_up_to_the_limit(pieces: list[ByteRange
     longest = max((len(piece) for piece in pieces), default=0)
     for span in joined:
         inside = [piece for piece in pieces if span.start <= piece.start < span.stop]
-        overlap = any(right.start < left.stop for left, right in zip(inside, inside[1:], strict=False))
+        overlap = any(right.start < left.stop for left, right in pairwise(inside))
         assert len(span) <= max(limit, longest) or overlap
         assert all(len(hole) <= max_gap for hole in gaps(span, merged(inside)))
 

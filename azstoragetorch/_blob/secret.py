@@ -10,7 +10,7 @@ import re
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-_SIGNATURE = re.compile(r"(?i)\b(sig|x-ms-signature|access_token|accountkey)("?\s*[=:]\s*"?|%3d)[^&\s\"'<>;]+")
+_SIGNATURE = re.compile(r"(?i)\b(sig|x-ms-signature|access_token|accountkey)(\"?\s*[=:]\s*\"?|%3d)[^&\s\"'<>;]+")
 _BEARER = re.compile(r"(?i)\b(bearer|sharedkey(?:lite)?)\s+[a-z0-9._~+/:=-]{8,}")
 
 
