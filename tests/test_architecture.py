@@ -28,7 +28,7 @@ FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 # in a row of _blob also from its neighbours, as long as no circle forms.
 ROWS = [
     {"exceptions", "_blob"},
-    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
+    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret", "_blob.sharding", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
     {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
@@ -40,7 +40,7 @@ ROWS = [
 
 # Where each dependency may be imported. The longest prefix that matches decides.
 MAY_IMPORT = {
-    "torch": FACES - {"io"},
+    "torch": (FACES - {"io"}) | {"_workers"},
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "exceptions", *FACES},
     "azure.identity": {"_blob.credentials"},
