@@ -48,9 +48,7 @@ def test_a_public_container_is_open_to_anybody(public_container: Container) -> N
         assert answer.read() == b"data"
 
 
-def test_a_token_opens_the_https_service(
-    https_container: Container, token_credential: AzuriteTokenCredential
-) -> None:
+def test_a_token_opens_the_https_service(https_container: Container, token_credential: AzuriteTokenCredential) -> None:
     https_container.put("x", b"data")
     with ContainerClient.from_container_url(https_container.url, credential=token_credential) as client:
         assert client.download_blob("x").readall() == b"data"
