@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from azstoragetorch._blob.config import TransferConfig
@@ -34,11 +34,17 @@ class Cancelled(Exception):  # noqa: N818 - control flow, never shown
     """Raised inside a transfer whose scope was cancelled."""
 
 
+class _Nap(threading.Event):
+    """A wait that can be cut short."""
+
+    interrupt = threading.Event.set
+
+
 class Scope:
     """Transfers that are given up together: cancelling wakes every one that is blocked on its connection."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may cancel, and run where this thread holds the lock
         self._active: set[Interruptible] = set()
         self.is_cancelled = False
 
@@ -58,6 +64,17 @@ class Scope:
         """Raise `Cancelled` if the scope was cancelled."""
         if self.is_cancelled:
             raise Cancelled
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless the scope is cancelled.
+
+        Raises:
+            Cancelled: it was.
+        """
+        nap = _Nap()
+        with self.holding(nap):
+            nap.wait(seconds)
+        self.check()
 
     def cancel(self) -> None:
         """Give up: what is blocked fails at once, what has not begun never begins."""
@@ -130,9 +147,10 @@ class Budget:
 
 
 class BufferPool:
-    """Buffers that were paid for once: reusing one saves its page faults."""
+    """Buffers that were paid for once: reusing one saves its page faults. Idle ones hold at most *limit* bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._lock = threading.Lock()
         self._idle: dict[int, list[memoryview]] = {}
         self._idle_bytes = 0
@@ -150,7 +168,7 @@ class BufferPool:
         """Hand a buffer back; the caller keeps no view of it."""
         size = buffer.nbytes
         with self._lock:
-            if self._idle_bytes + size <= _IDLE_BUFFER_BYTES:
+            if self._idle_bytes + size <= self._limit:
                 self._idle_bytes += size
                 self._idle.setdefault(size, []).append(buffer)
 
@@ -160,40 +178,54 @@ class Engine:
 
     def __init__(self, threads: int, memory_limit: int) -> None:
         self.budget = Budget(memory_limit)
-        self.buffers = BufferPool()
+        self.buffers = BufferPool(min(memory_limit, _IDLE_BUFFER_BYTES))
         self._limit = threads
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        self._unfinished = 0  # submitted tasks that have not ended
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run *task*, which handles its own errors, on a thread of the engine."""
+        """Run *task*, which handles its own errors, on a thread of the engine.
+
+        Where no thread can be made, at interpreter exit for example, it runs here.
+        """
+        is_alone = False
         with self._lock:
-            self._tasks.put(task)
-            if self._idle > 0:
-                self._idle -= 1  # that thread will take it
-            elif self._threads < self._limit:
-                self._threads += 1
-                # Daemon: at interpreter exit nothing here is worth waiting for, since only close() commits.
-                threading.Thread(target=self._work, name="azstoragetorch", daemon=True).start()
+            self._unfinished += 1
+            self._tasks.put(lambda: self._run(task))
+            if self._unfinished > self._threads and self._threads < self._limit:
+                try:
+                    # Daemon: at interpreter exit nothing here is worth waiting for, since only close() commits.
+                    threading.Thread(target=self._work, name="azstoragetorch", daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:
+                    is_alone = self._threads == 0
+        with suppress(queue.Empty):
+            while is_alone:
+                self._tasks.get_nowait()()
+
+    def retire(self, cleanup: Callable[[], None]) -> None:
+        """Run *cleanup* on a thread of the engine as soon as there is one; for finalizers, since it takes no lock."""
+        self._tasks.put(cleanup)
+
+    def _run(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        finally:
+            with self._lock:
+                self._unfinished -= 1
 
     def _work(self) -> None:
         while True:
             try:
-                task = self._tasks.get_nowait()
+                task = self._tasks.get(timeout=_IDLE_THREAD_SECONDS)
             except queue.Empty:
                 with self._lock:
-                    self._idle += 1
-                try:
-                    task = self._tasks.get(timeout=_IDLE_THREAD_SECONDS)
-                except queue.Empty:
-                    with self._lock:
-                        if self._idle > 0:  # otherwise a task was promised to an idle thread just now
-                            self._idle -= 1
-                            self._threads -= 1
-                            return
-                    continue
+                    if self._unfinished < self._threads:  # otherwise a task is on its way to this thread
+                        self._threads -= 1
+                        return
+                continue
             task()
             del task
 
@@ -205,66 +237,79 @@ class Engine:
         The calling thread takes part. The first error, or an interrupt of the caller, cancels the rest and is
         raised after every task that had begun has ended: memory that the tasks use is free then.
         """
-        batch = _Batch(tasks, scope or Scope())
-        helpers = min(concurrency, len(tasks)) if isinstance(tasks, Sized) else concurrency
-        for _ in range(helpers - 1):
-            self.submit(batch.help)
-        batch.run()
+        helpers = (min(concurrency, len(tasks)) if isinstance(tasks, Sized) else concurrency) - 1
+        _Batch(tasks, scope or Scope()).run(self, helpers)
 
 
 class _Batch:
-    """Tasks that several threads take from one list."""
+    """Tasks that several threads take from one list.
+
+    The caller's thread may be interrupted between any two steps, so what it does to the books can be done twice and
+    is made up for in `_settle`.
+    """
 
     def __init__(self, tasks: Iterable[Callable[[Scope], None]], scope: Scope) -> None:
         self._tasks = iter(tasks)
         self._scope = scope
-        self._condition = threading.Condition()
-        self._running = 0
+        self._lock = threading.Lock()  # not a Condition, which an interrupt can leave locked
+        self._at_work: set[int] = set()  # threads that run a task
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # a token for each task that has ended
         self._error: BaseException | None = None
+        self._interrupt: BaseException | None = None
 
-    def run(self) -> None:
+    def run(self, engine: Engine, helpers: int) -> None:
         """The caller's share, and the wait for the rest."""
         try:
-            self.help()
-            with self._condition:
-                while self._running:
-                    self._condition.wait()
-        except BaseException as error:
-            self._fail(error)
-            with self._condition:
-                while self._running:
-                    self._condition.wait()
-            raise
-        if self._error is not None:
             try:
+                for _ in range(helpers):
+                    engine.submit(self.help)
+                self.help()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                self._interrupt = error
+            try:
+                self._settle()
+            except BaseException:  # noqa: BLE001 - one that came in the middle of handling another
+                self._settle()
+            if self._interrupt is not None:
+                raise self._interrupt
+            if self._error is not None:
                 raise self._error
-            finally:
-                self._error = None  # a traceback that refers to itself would keep the memory of the tasks alive
-        self._scope.check()  # cancelled from outside: what is left was not done
+            self._scope.check()  # cancelled from outside: what is left was not done
+        finally:
+            self._error = self._interrupt = None  # a traceback that refers to itself would keep the tasks' memory
+
+    def _settle(self) -> None:
+        """Return when no task runs, whatever interrupts the wait."""
+        while True:
+            try:
+                if self._interrupt is not None:
+                    self._fail(self._interrupt)
+                self._at_work.discard(threading.get_ident())
+                while self._at_work:
+                    self._ended.get()
+                return
+            except BaseException as error:  # noqa: BLE001, PERF203 - raised by run
+                self._interrupt = error
 
     def help(self) -> None:
         """Take tasks until none is left."""
         while True:
-            with self._condition:
+            with self._lock:
                 task = None if self._scope.is_cancelled else next(self._tasks, None)
                 if task is None:
                     return
-                self._running += 1
+                self._at_work.add(threading.get_ident())
             try:
                 task(self._scope)
-            except Cancelled as error:
-                if self._error is None:
-                    self._fail(error)
             except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
                 self._fail(error)
             finally:
                 del task
-                with self._condition:
-                    self._running -= 1
-                    self._condition.notify_all()
+                self._at_work.discard(threading.get_ident())
+                self._ended.put(None)
 
     def _fail(self, error: BaseException) -> None:
-        with self._condition:
+        with self._lock:
             if self._error is None or isinstance(self._error, Cancelled):
                 self._error = error
             self._tasks = iter(())

@@ -1,0 +1,417 @@
+"""The engine: as many threads as allowed and no more, a budget that is kept, waits that end."""
+
+from __future__ import annotations
+
+import gc
+import random
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from azstoragetorch._blob.config import MiB, TransferConfig
+from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Engine, Scope, engine_for
+from tests.support import in_time, run_python, run_threads, taking, wait_until
+
+
+class TestThreads:
+    @pytest.mark.parametrize("limit", [1, 2, 8])
+    def test_as_many_tasks_run_at_once_as_there_may_be_threads(self, limit: int) -> None:
+        """Round after round: an idle thread is never counted twice, so no task waits while a thread may be made."""
+        engine = Engine(limit, MiB)
+        for _ in range(300):
+            together = threading.Barrier(limit + 1)
+            for _ in range(limit):
+                engine.submit(lambda together=together: together.wait(10))  # type: ignore[misc]
+            together.wait(10)
+
+    def test_no_more_threads_than_allowed(self) -> None:
+        engine = Engine(3, MiB)
+        lock, names = threading.Lock(), set()
+        done = threading.Semaphore(0)
+
+        def task() -> None:
+            with lock:
+                names.add(threading.get_ident())
+            time.sleep(0.001)
+            done.release()
+
+        for _ in range(100):
+            engine.submit(task)
+        for _ in range(100):
+            assert done.acquire(timeout=10)
+        assert len(names) <= 3
+
+    def test_none_before_the_first_task(self) -> None:
+        before = threading.active_count()
+        Engine(8, MiB)
+        assert threading.active_count() == before
+
+    def test_submitting_from_many_threads_loses_nothing(self) -> None:
+        engine = Engine(4, MiB)
+        done = threading.Semaphore(0)
+        run_threads(8, lambda _: [engine.submit(done.release) for _ in range(200)])
+        for _ in range(1600):
+            assert done.acquire(timeout=10)
+
+    def test_idle_threads_end_and_come_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("azstoragetorch._blob.engine._IDLE_THREAD_SECONDS", 0.02)
+        engine = Engine(4, MiB)
+        before = threading.active_count()
+        for _ in range(5):
+            together = threading.Barrier(5)
+            for _ in range(4):
+                engine.submit(lambda together=together: together.wait(10))  # type: ignore[misc]
+            together.wait(10)
+            wait_until(lambda: threading.active_count() == before)
+
+    def test_work_goes_on_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As at interpreter exit, or at the system's limit: the caller does the work."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        engine = Engine(4, MiB)
+        done: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            engine.submit(lambda: done.append(0))
+            engine.run_all([lambda _: done.append(1), lambda _: done.append(2)], 4)
+            assert done == [0, 1, 2]
+        together = threading.Barrier(5)
+        for _ in range(4):
+            engine.submit(lambda: together.wait(10))
+        together.wait(10)
+
+    def test_an_engine_is_shared_by_all_with_the_same_limits(self) -> None:
+        one = engine_for(TransferConfig(max_connections=3, memory_limit=7 * MiB))
+        assert engine_for(TransferConfig(max_connections=3, memory_limit=7 * MiB, part_size=MiB)) is one
+        assert engine_for(TransferConfig(max_connections=4, memory_limit=7 * MiB)) is not one
+
+
+class TestRunAll:
+    def test_every_task_runs_once_and_not_too_many_at_a_time(self) -> None:
+        engine = Engine(8, MiB)
+        lock, running, peak, done = threading.Lock(), 0, 0, []
+
+        def task(number: int) -> Callable[[Scope], None]:
+            def run(_scope: Scope) -> None:
+                nonlocal running, peak
+                with lock:
+                    running += 1
+                    peak = max(peak, running)
+                time.sleep(0.002)
+                with lock:
+                    running -= 1
+                    done.append(number)
+
+            return run
+
+        engine.run_all([task(number) for number in range(40)], 3)
+        assert sorted(done) == list(range(40))
+        assert peak == 3
+
+    def test_nothing_to_do(self) -> None:
+        Engine(1, MiB).run_all([], 4)
+
+    def test_the_caller_takes_part(self) -> None:
+        """With every thread of the engine busy a transfer goes on all the same."""
+        engine = Engine(1, MiB)
+        gate = threading.Event()
+        engine.submit(lambda: gate.wait(10) and None)
+        who: list[int] = []
+        engine.run_all([lambda _: who.append(threading.get_ident())] * 5, 4)
+        assert who == [threading.get_ident()] * 5
+        gate.set()
+
+    def test_from_within_a_task(self) -> None:
+        engine = Engine(2, MiB)
+        done = []
+
+        def outer(_scope: Scope) -> None:
+            engine.run_all([lambda _: engine.run_all([lambda _: done.append(1)] * 3, 3)] * 3, 3)
+
+        in_time(lambda: engine.run_all([outer] * 4, 4))
+        assert len(done) == 36
+
+    def test_the_first_error_stops_the_rest_and_is_raised_when_all_have_ended(self) -> None:
+        engine = Engine(4, MiB)
+        ended, begun = [], []
+        failing = threading.Event()
+
+        def slow(scope: Scope) -> None:
+            begun.append(1)
+            failing.set()
+            wait_until(lambda: scope.is_cancelled)
+            time.sleep(0.05)
+            ended.append(1)
+
+        def fail(_scope: Scope) -> None:
+            failing.wait(10)
+            raise KeyError("first")
+
+        with pytest.raises(KeyError, match="first"):
+            engine.run_all([slow, fail, *[slow] * 20], 2)
+        assert len(ended) == len(begun) < 5
+
+    def test_a_cancelled_scope_does_not_count_as_done(self) -> None:
+        scope = Scope()
+        scope.cancel()
+        done: list[int] = []
+        with pytest.raises(Cancelled):
+            Engine(2, MiB).run_all([lambda _: done.append(1)], 2, scope)
+        assert done == []
+
+    def test_cancelling_from_outside_ends_it(self) -> None:
+        scope, inside = Scope(), threading.Event()
+
+        def task(scope: Scope) -> None:
+            inside.set()
+            wait_until(lambda: scope.is_cancelled)
+            scope.check()
+
+        def cancel() -> None:
+            inside.wait(10)
+            scope.cancel()
+
+        threading.Thread(target=cancel).start()
+        with pytest.raises(Cancelled):
+            Engine(2, MiB).run_all([task] * 3, 2, scope)
+
+    def test_nothing_of_a_failed_transfer_stays_in_memory(self) -> None:
+        class Payload:
+            pass
+
+        payload = Payload()
+        gone = weakref.ref(payload)
+
+        def fail(_scope: Scope, payload: Payload = payload) -> None:
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            Engine(2, MiB).run_all([fail] * 2, 2)
+        del payload, fail
+        time.sleep(0.05)
+        gc.collect()
+        assert gone() is None
+
+
+class TestScope:
+    def test_cancelling_interrupts_what_is_held_and_nothing_else(self) -> None:
+        interrupted = []
+
+        class Resource:
+            def interrupt(self) -> None:
+                interrupted.append(self)
+
+        scope, held, released = Scope(), Resource(), Resource()
+        with scope.holding(released):
+            pass
+        with scope.holding(held):
+            scope.cancel()
+        assert interrupted == [held]
+
+    def test_nothing_begins_after(self) -> None:
+        scope = Scope()
+        scope.cancel()
+        with pytest.raises(Cancelled), scope.holding(threading.Event()):  # type: ignore[arg-type]
+            pytest.fail("began")
+        with pytest.raises(Cancelled):
+            scope.check()
+
+    def test_a_pause_ends_with_the_scope(self) -> None:
+        """Whoever waits for the next try gives up at once."""
+        scope, pausing = Scope(), threading.Event()
+
+        def pause() -> None:
+            pausing.set()
+            with pytest.raises(Cancelled), taking(at_most=5):
+                scope.pause(30)
+
+        def cancel() -> None:
+            pausing.wait(10)
+            time.sleep(0.05)
+            scope.cancel()
+
+        run_threads(2, lambda number: (pause, cancel)[number]())
+
+    def test_a_pause_lasts_as_long_as_it_was_told(self) -> None:
+        with taking(0.1, 2):
+            Scope().pause(0.1)
+
+
+class TestBudget:
+    def test_an_oversized_piece_goes_alone(self) -> None:
+        budget = Budget(10)
+        assert budget.try_acquire(25)
+        assert not budget.try_acquire(1)
+        budget.release(25)
+        assert budget.try_acquire(1)
+        assert not budget.try_acquire(25)
+        assert budget.peak == 25
+
+    def test_first_come_first_served(self) -> None:
+        """A large piece waits for those before it, not for those after it."""
+        budget = Budget(10)
+        budget.acquire(6)
+        order: list[int] = []
+
+        def take(amount: int) -> None:
+            budget.acquire(amount)
+            order.append(amount)
+            budget.release(amount)
+
+        threads = []
+        for amount in (10, 1, 2):
+            threads.append(threading.Thread(target=take, args=(amount,), daemon=True))
+            threads[-1].start()
+            time.sleep(0.05)
+        assert order == []
+        assert not budget.try_acquire(1)
+        budget.release(6)
+        for thread in threads:
+            thread.join(10)
+        assert order[0] == 10
+        assert sorted(order) == [1, 2, 10]
+        assert budget.in_flight == 0
+
+    @given(st.integers(1, 50), st.lists(st.lists(st.integers(1, 60), max_size=8), min_size=1, max_size=6))
+    @settings(max_examples=40, deadline=None)
+    def test_it_is_never_exceeded_and_nobody_waits_for_ever(self, limit: int, amounts: list[list[int]]) -> None:
+        budget = Budget(limit)
+        lock, held, worst = threading.Lock(), [], 0
+
+        def worker(number: int) -> None:
+            nonlocal worst
+            for amount in amounts[number]:
+                if amount % 3 or not budget.try_acquire(amount):
+                    budget.acquire(amount)
+                with lock:
+                    held.append(amount)
+                    if len(held) > 1:
+                        worst = max(worst, sum(held))
+                time.sleep(0)
+                with lock:
+                    held.remove(amount)
+                budget.release(amount)
+
+        run_threads(len(amounts), worker)
+        assert worst <= limit
+        assert budget.in_flight == 0
+        assert budget.peak <= max([limit, *[amount for row in amounts for amount in row]])
+
+    def test_an_interrupted_wait_leaves_no_trace(self) -> None:
+        budget = Budget(1)
+        budget.acquire(1)
+
+        def interrupt(*_args: object) -> None:
+            raise KeyboardInterrupt
+
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                budget.acquire(1)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        budget.release(1)
+        assert budget.in_flight == 0
+        assert budget.try_acquire(1)
+
+
+class TestBuffers:
+    def test_a_returned_buffer_is_used_again(self) -> None:
+        pool = BufferPool(64 * MiB)
+        first = pool.take(4 * MiB)
+        first[:5] = b"hello"
+        pool.give_back(first)
+        assert pool.take(4 * MiB)[:5] == b"hello"
+        assert pool.take(4 * MiB)[:5] != b"hello"
+
+    def test_sizes_are_exact(self) -> None:
+        pool = BufferPool(64 * MiB)
+        for size in (1, 100, 2 * MiB, 3 * MiB + 1):
+            buffer = pool.take(size)
+            assert (buffer.nbytes, buffer.format, buffer.readonly) == (size, "B", False)
+
+    def test_no_more_is_kept_than_may_be_in_flight(self) -> None:
+        """Idle buffers are memory too."""
+        engine = Engine(1, 8 * MiB)
+        views = [engine.buffers.take(4 * MiB) for _ in range(5)]
+        alive = [weakref.ref(view) for view in views]
+        while views:
+            engine.buffers.give_back(views.pop())
+        gc.collect()
+        assert sum(view() is not None for view in alive) == 2
+
+
+PROGRAM = """
+import random, signal, sys, threading, time
+from azstoragetorch._blob.engine import Engine, Scope
+
+engine = Engine(4, 1 << 20)
+running = set()
+
+def task(scope):
+    if threading.current_thread() is threading.main_thread():
+        time.sleep(0.001)
+        return
+    running.add(threading.get_ident())
+    try:
+        for _ in range(3):
+            time.sleep(0.0003)
+            scope.check()
+    finally:
+        running.discard(threading.get_ident())
+
+armed = False
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+randomness = random.Random(int(sys.argv[1]))
+interrupted = 0
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    armed = True
+    signal.setitimer(signal.ITIMER_REAL, randomness.uniform(0.0001, 0.004), randomness.uniform(0.0001, 0.001))
+    try:
+        engine.run_all([task] * 8, 4)
+        armed = False
+    except KeyboardInterrupt:
+        armed = False
+        interrupted += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not running, "tasks still run in memory that the caller may free"
+together = threading.Barrier(5)
+for _ in range(4):
+    engine.submit(lambda: together.wait(10))
+together.wait(10)
+print(interrupted)
+"""
+
+
+def test_interrupts_at_any_moment_leave_no_task_running_and_no_thread_stuck() -> None:
+    """Signals rain on the calling thread; each `run_all` returns or raises, and then none of its tasks runs."""
+    assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "4", timeout=60)) > 20
+
+
+@pytest.mark.skipif(not hasattr(sys, "setswitchinterval"), reason="CPython only")
+def test_a_storm_of_small_transfers_from_many_threads() -> None:
+    """No wake-up is lost when threads change places at every opportunity."""
+    engine = Engine(4, MiB)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        counts = run_threads(6, lambda _: [engine.run_all([lambda _: None] * 5, 3) for _ in range(100)], 60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert [len(count) for count in counts] == [100] * 6
