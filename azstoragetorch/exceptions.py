@@ -6,7 +6,10 @@
     └── AZStorageTorchError
         ├── FatalBlobIOWriteError          a write failed; nothing will be committed
         ├── BlobChangedError               a blob was overwritten while it was being read
-        └── ClientRequestIdMismatchError   an answer belongs to another request
+        ├── ClientRequestIdMismatchError   an answer belongs to another request
+        └── CheckpointError                a distributed checkpoint cannot be saved, read or managed
+            ├── CheckpointExistsError      there is one, and it was not to be overwritten
+            └── CheckpointNotFoundError    there is none, or an incomplete one
 
 What the service refuses is raised as the matching ``azure.core.exceptions`` type
 (``ResourceNotFoundError``, ``ClientAuthenticationError``, ``ServiceResponseError``, ...), since that is what
@@ -16,9 +19,14 @@ jobs report it as it was raised.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AZStorageTorchError",
     "BlobChangedError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
     "ClientRequestIdMismatchError",
     "FatalBlobIOWriteError",
 ]
@@ -49,3 +57,38 @@ class ClientRequestIdMismatchError(AZStorageTorchError):
 
     It is retried on a new connection first; seeing it means that a proxy mixes up answers.
     """
+
+
+class CheckpointError(AZStorageTorchError):
+    """A distributed checkpoint cannot be saved, read or managed.
+
+    ``checkpoint`` is its URL, ``rank`` the rank that found out and ``key`` the entry of the state dict that was being
+    saved or loaded; what does not apply is None. ``touched`` names the entries of the state dict that a failed load
+    may have written to; all others are as they were.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        checkpoint: str | None = None,
+        key: str | None = None,
+        rank: int | None = None,
+        touched: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+        self.key = key
+        self.rank = rank
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, self.__dict__
+
+
+class CheckpointExistsError(CheckpointError):
+    """There is a checkpoint, and it was not to be overwritten. It is unchanged."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no checkpoint, or only what an interrupted save left behind."""

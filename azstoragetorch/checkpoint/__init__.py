@@ -1,0 +1,15 @@
+"""Distributed checkpoints (`torch.distributed.checkpoint`) on Azure Blob Storage, and their management.
+
+``writer`` and ``reader`` carry out what torch's planners ask for. Below them ``format`` knows what a checkpoint
+consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device meet host memory, ``sharing`` how
+ranks fetch once for all, and ``folder`` where it all is. Nothing here keeps a connection or thread: those are the
+core's.
+"""
+
+from __future__ import annotations
+
+from azstoragetorch.checkpoint._progress import Progress, TqdmProgress
+from azstoragetorch.checkpoint._reader import BlobStorageReader
+from azstoragetorch.checkpoint._writer import BlobStorageWriter
+
+__all__ = ["BlobStorageReader", "BlobStorageWriter", "Progress", "TqdmProgress"]

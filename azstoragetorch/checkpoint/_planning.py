@@ -1,0 +1,164 @@
+"""Which bytes to ask for, in which requests: pure functions, no I/O.
+
+What is wanted of a tensor is a box: a range of indices in every dimension. A box is cut into smaller ones whose bytes
+lie close together; neighbours in a blob are joined into one request as long as little is fetched in vain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from azstoragetorch._blob.config import KiB
+
+NEAR = 16 * KiB  # a gap this small is always fetched along: it holds what stands between two tensors
+FAR = 512 * KiB  # a gap this large costs more than a request of its own: some 10 ms at 60 MB/s
+WASTE = 1 / 4  # share of a request that may be fetched in vain, beyond small gaps
+_GRAIN = 16  # boxes are cut at rows of at most this fraction of a request, so that requests come out about full
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """``lengths[d]`` indices from ``offsets[d]`` on in every dimension *d*."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A box of a stored array: ``base`` is the byte in the blob of its element zero, strides count elements."""
+
+    blob: str
+    base: int
+    itemsize: int
+    strides: tuple[int, ...]
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes ``start <= i < stop`` of a blob that hold ``box``, which is counted from the box of the whole read.
+
+    ``is_dense`` says that they hold nothing else; ``read`` tells the reads apart.
+    """
+
+    blob: str
+    start: int
+    stop: int
+    read: int
+    box: Box
+    is_dense: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Bytes ``start <= i < stop`` of a blob, and the pieces in them by their start."""
+
+    blob: str
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+def extent(source: Source, box: Box) -> tuple[int, int]:
+    """First byte and one past the last byte in the blob of *box*, which lies in ``source.box``."""
+    first = last = 0
+    for base, offset, length, stride in zip(source.box.offsets, box.offsets, box.lengths, source.strides, strict=True):
+        first += (base + offset) * stride
+        last += (base + offset + length - 1) * stride
+    return source.base + first * source.itemsize, source.base + (last + 1) * source.itemsize
+
+
+def cut(source: Source, read: int, limit: int) -> Iterator[Piece]:
+    """Cut the box of *source* into pieces of at most about *limit* bytes, in the order of their indices.
+
+    Every piece is made of whole rows of some dimension. Rows that lie far apart become pieces of their own.
+    """
+    lengths = source.box.lengths
+    rank = len(lengths)
+    # Bytes from the first to the last of dimensions d.., and whether the rows of d lie close enough to come together.
+    spans, is_close = [source.itemsize] * (rank + 1), [True] * rank
+    for dim in reversed(range(rank)):
+        step = source.strides[dim] * source.itemsize
+        is_close[dim] = lengths[dim] == 1 or step - spans[dim + 1] <= FAR
+        spans[dim] = step * (lengths[dim] - 1) + spans[dim + 1]
+    if spans[0] <= limit and all(is_close):
+        yield _piece(source, read, Box((0,) * rank, lengths))
+        return
+    inner = rank
+    while inner > 1 and is_close[inner - 1] and spans[inner - 1] <= limit // _GRAIN:
+        inner -= 1
+    dim = inner - 1
+    step, span, count = source.strides[dim] * source.itemsize, spans[inner], lengths[dim]
+    rows = max(1, (limit - span) // max(step, 1) + 1) if is_close[dim] else 1
+    rows = -(-count // -(-count // rows))  # of about one size: a tiny last piece would be a request for little
+    for outer in itertools.product(*map(range, lengths[:dim])):
+        for at in range(0, count, rows):
+            taken = min(rows, count - at)
+            box = Box((*outer, at, *(0,) * (rank - inner)), (*(1,) * dim, taken, *lengths[inner:]))
+            yield _piece(source, read, box)
+
+
+def boxes(lengths: Sequence[int], itemsize: int, limit: int) -> Iterator[Box]:
+    """Boxes of at most *limit* bytes, or of one element, that make up an array of *lengths*, in order."""
+    strides = contiguous_strides(lengths)
+    whole = Source("", 0, itemsize, strides, Box((0,) * len(lengths), tuple(lengths)))
+    if all(lengths):
+        for piece in cut(whole, 0, limit):
+            yield piece.box
+
+
+def join(pieces: Sequence[Piece], limit: int) -> list[Request]:
+    """Join *pieces*, of any order, into requests of at most about *limit* bytes.
+
+    Pieces that overlap get into one request whatever its length, so that no byte is fetched twice.
+    """
+    requests: list[Request] = []
+    group: list[Piece] = []
+    blob, start, stop, wasted = "", 0, 0, 0
+    for piece in sorted(pieces, key=lambda piece: (piece.blob, piece.start, piece.stop)):
+        if group and piece.blob == blob:
+            gap = piece.start - stop
+            waste = wasted + max(gap, 0)
+            length = max(stop, piece.stop) - start
+            is_cheap = gap <= NEAR or (gap <= FAR and waste <= WASTE * length)
+            if gap < 0 or (is_cheap and length <= limit):
+                group.append(piece)
+                stop, wasted = max(stop, piece.stop), waste
+                continue
+        if group:
+            requests.append(Request(blob, start, stop, tuple(group)))
+        group, blob, start, stop, wasted = [piece], piece.blob, piece.start, piece.stop, 0
+    if group:
+        requests.append(Request(blob, start, stop, tuple(group)))
+    return requests
+
+
+def partition(sizes: Sequence[int], parts: int) -> list[range]:
+    """Cut the sequence of *sizes* into at most *parts* consecutive runs of about the same total; none is empty."""
+    total, runs, at, done = sum(sizes), [], 0, 0
+    for part in range(1, parts + 1):
+        begin = at
+        while at < len(sizes) and (done < total * part / parts or part == parts):
+            done += sizes[at]
+            at += 1
+        if at > begin:
+            runs.append(range(begin, at))
+    return runs
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous array of *shape*."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _piece(source: Source, read: int, box: Box) -> Piece:
+    start, stop = extent(source, box)
+    return Piece(source.blob, start, stop, read, box, stop - start == math.prod(box.lengths) * source.itemsize)

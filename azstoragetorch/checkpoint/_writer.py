@@ -1,0 +1,428 @@
+"""Save: items from tensor memory into blobs of fresh names, then one atomic ``.metadata`` that makes them count.
+
+Until ``.metadata`` is replaced, readers see the checkpoint that was there before; from then on the new one. Every
+error of every block reaches the caller, and so, through torch, every rank.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from azstoragetorch._blob.config import KiB, TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch.checkpoint._folder import Folder, describe, plain
+from azstoragetorch.checkpoint._format import (
+    METADATA,
+    VERSION,
+    Item,
+    Payload,
+    data_name,
+    dump_metadata,
+    envelope,
+    has_payload,
+    metadata_name,
+    new_save_id,
+    read_item,
+    storage_info,
+)
+from azstoragetorch.checkpoint._host import Lanes, host_bytes
+from azstoragetorch.checkpoint._planning import contiguous_strides, partition
+from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.exceptions import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    FatalBlobIOWriteError,
+)
+
+log = logging.getLogger("azstoragetorch")
+
+_SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
+
+
+class BlobStorageWriter(StorageWriter):
+    """Saves distributed checkpoints as folders of blobs, for `torch.distributed.checkpoint.save` and ``async_save``.
+
+    A save is all or nothing: it takes effect by the one request that puts ``.metadata``, after the data of all ranks.
+    Whatever happens before, a checkpoint that was there stays as it is and loadable; its data is deleted after. What
+    an interrupted save leaves behind is no checkpoint, and :func:`~azstoragetorch.checkpoint.clean` removes it.
+
+    The folder is in torch's own file format: downloaded, it loads with ``FileSystemReader``.
+
+    Args:
+        url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists. ``checkpoint_id`` of
+            ``dcp.save`` names another one in the same account.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content`` the service
+            checks an MD5 of every block.
+        overwrite: Replace a checkpoint that is there. If False, raise instead, before anything is uploaded.
+        blobs_per_rank: Spread what a rank saves over this many blobs.
+        extensions: Stream extensions of torch that transform every item, such as compression.
+        progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
+
+    Raises:
+        ValueError: *url* is none, or names a snapshot; ``blobs_per_rank`` is less than 1.
+        TypeError: an argument has a wrong type.
+
+    Saving raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
+    ``azure.core.exceptions``; on more than one rank torch wraps them, on all ranks, into its ``CheckpointException``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+        overwrite: bool = True,
+        blobs_per_rank: int = 1,
+        extensions: Sequence[Any] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int):
+            raise TypeError(f"blobs_per_rank must be an integer, not {type(blobs_per_rank).__name__}")
+        if blobs_per_rank < 1:
+            raise ValueError(f"blobs_per_rank must be at least 1, not {blobs_per_rank}")
+        self._folder = Folder(url, credential, transfer)
+        self._overwrite = overwrite
+        self._blobs_per_rank = blobs_per_rank
+        self._extensions = tuple(extensions)
+        self._progress = progress
+        self._save_id = new_save_id()
+        self._rank = 0
+        self._metadata_rank: int | None = None  # of the metadata that is ours to write; None is the one of all ranks
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL of the folder, without a SAS."""
+        return self._folder.url
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.checkpoint_id!r})"
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        """Whether *checkpoint_id* is a URL that this writer understands."""
+        return is_url(checkpoint_id)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Begin a new save, into the folder *checkpoint_id* if that is not None.
+
+        Raises:
+            TypeError: *checkpoint_id* is no str; a path object loses one of the slashes after the scheme.
+            ValueError: it is no URL, or one in another account.
+        """
+        if checkpoint_id is not None:
+            self._folder = self._folder.at(checkpoint_id)
+        self._save_id = new_save_id()
+
+    def storage_meta(self) -> StorageMeta:
+        """What identifies this save."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:
+        """Begin a save on this rank; called by torch.
+
+        Raises:
+            CheckpointExistsError: there is a checkpoint, and it is not to be overwritten.
+            CheckpointError: ranks are not to coordinate, and there is a checkpoint of ranks that did.
+        """
+        self._save_id = new_save_id()
+        rank = kwargs.get("rank")
+        self._rank = rank if rank is not None else 0
+        coordinates = kwargs.get("use_collectives", True)
+        self._metadata_rank = None if coordinates else self._rank
+        if not self._overwrite and (is_coordinator or not coordinates):
+            for name in {METADATA, metadata_name(self._metadata_rank)}:
+                if self._folder.blob(name).version() is not None:
+                    raise self._exists()
+        elif not coordinates and self._folder.blob(METADATA).version() is not None:
+            # Readers look for it first, so they would go on loading it.
+            raise self._error(
+                "there is a checkpoint that was saved with collectives, which one without cannot replace; delete it "
+                "first or save to another folder"
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to prepare: where items go is decided while they are written."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Nothing to agree on: names are unique without it."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Upload the items of *plan*; called by torch on every rank.
+
+        Raises:
+            CheckpointError: an item could not be saved; the message names it, the rank and the reason.
+        """
+        sizes = [_size_hint(item) for item in plan.items]
+        meter = Meter(self._progress, sum(sizes))
+        results: list[WriteResult] = []
+        for number, run in enumerate(partition(sizes, self._blobs_per_rank)):
+            name = data_name(self._rank, number, self._save_id)
+            results += self._write_blob(name, [plan.items[at] for at in run], planner, meter)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Make the save count; called by torch on the coordinator when all ranks have succeeded.
+
+        Raises:
+            CheckpointExistsError: there is a checkpoint by now, and it is not to be overwritten.
+            CheckpointError: an item is missing, or its blob is; nothing was changed.
+        """
+        written = {result.index: result.storage_data for rank in results for result in rank}
+        self._check_complete(metadata, written)
+        replaced = self._check_present(written)
+        metadata = replace(metadata, storage_data=written, storage_meta=self.storage_meta(), version=VERSION)
+        content = dump_metadata(metadata)
+        blob = self._folder.blob(metadata_name(self._metadata_rank))
+        try:
+            blob.put(content, create_only=not self._overwrite)
+        except ResourceExistsError as error:
+            raise self._exists() from error
+        except FatalBlobIOWriteError as error:
+            raise self._error(f"the metadata could not be written, so the save had no effect: {error}") from error
+        for path in replaced:
+            self._discard(path)
+
+    def _discard(self, path: str) -> None:
+        try:
+            self._folder.blob(path).delete()
+        except AzureError as error:
+            log.warning("%s: %s of the replaced checkpoint was not deleted: %s", self.checkpoint_id, path, error)
+
+    # -- one blob -----------------------------------------------------------------------------------------------------
+
+    def _write_blob(
+        self, name: str, items: Sequence[WriteItem], planner: SavePlanner, meter: Meter
+    ) -> list[WriteResult]:
+        encoder = _Encoder(name, items, planner, self._extensions, self._folder.transfer.block_size, meter)
+        writer = self._folder.blob(name).writer()
+        try:
+            writer.write_pieces(encoder.pieces())
+            writer.commit()
+        except BaseException as error:
+            writer.abort()
+            if not isinstance(error, Exception):
+                raise
+            cause = error.__cause__ if isinstance(error, FatalBlobIOWriteError) and error.__cause__ else error
+            place = f"{encoder.key!r} in {name}" if cause is encoder.error else name
+            raise self._error(
+                f"could not save {place}, so the save has no effect: {describe(cause)}",
+                key=encoder.key if cause is encoder.error else None,
+            ) from plain(cause)
+        return [
+            WriteResult(index, item.length, storage_info(replace(item, etag=writer.etag)))
+            for index, item in encoder.written
+        ]
+
+    # -- committing ---------------------------------------------------------------------------------------------------
+
+    def _check_complete(self, metadata: Metadata, written: dict[MetadataIndex, Any]) -> None:
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata):
+                missing = MetadataIndex(key) not in written
+            else:
+                missing = any(MetadataIndex(key, chunk.offsets) not in written for chunk in entry.chunks)
+            if missing:
+                raise self._error(f"no rank has saved all of {key!r}, so the save has no effect", key=key)
+
+    def _check_present(self, written: dict[MetadataIndex, Any]) -> set[str]:
+        """Raise unless all data blobs are there as they were written: somebody may have cleaned up meanwhile.
+
+        Returns the data blobs of the checkpoint that is about to be replaced.
+        """
+        prefix, own_metadata = self._folder.prefix, metadata_name(self._metadata_rank)
+        try:
+            pages = self._folder.listing(delimiter="/")
+        except ClientAuthenticationError:
+            return self._paths_of_present()  # a SAS that may write but not list
+        present = {
+            name.removeprefix(prefix): etag.strip('"')
+            for page in pages
+            for name, etag in zip(page.names, page.etags, strict=True)
+        }
+        for path, etag in {info.relative_path: getattr(info, "etag", None) for info in written.values()}.items():
+            if path not in present or (etag is not None and present[path] != etag.strip('"')):
+                state = "changed" if path in present else "deleted"
+                raise self._error(f"{path} was {state} while the save was under way, so the save has no effect")
+        return self._paths_of_present() if own_metadata in present else set()
+
+    def _paths_of_present(self) -> set[str]:
+        if not self._overwrite:
+            return set()
+        try:
+            present = self._folder.metadata(self._metadata_rank)
+            return {read_item(info).path for info in present.storage_data.values()}
+        except CheckpointNotFoundError:
+            return set()
+        except CheckpointError as error:
+            log.warning(
+                "%s: the checkpoint to replace cannot be read, so its data stays: %s", self.checkpoint_id, error
+            )
+            return set()
+
+    def _exists(self) -> CheckpointExistsError:
+        return CheckpointExistsError(
+            f"{self.checkpoint_id}: there is a checkpoint, and overwrite=False; it is unchanged",
+            checkpoint=self.checkpoint_id,
+            rank=self._rank,
+        )
+
+    def _error(self, what: str, *, key: str | None = None) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint_id}: rank {self._rank}: {what}", checkpoint=self.checkpoint_id, key=key, rank=self._rank
+        )
+
+
+class _Encoder:
+    """Turns items into the bytes of one blob, and notes where each of them went.
+
+    `pieces` is drawn by several threads in turn; ``key`` is the item that it is at, ``error`` what it raised.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[WriteItem],
+        planner: SavePlanner,
+        extensions: tuple[Any, ...],
+        chunk: int,
+        meter: Meter,
+    ) -> None:
+        self._name = name
+        self._items = items
+        self._planner = planner
+        self._extensions = extensions
+        self._chunk = chunk
+        self._meter = meter
+        self._lanes = Lanes()
+        self._at = 0
+        self.written: list[tuple[MetadataIndex, Item]] = []
+        self.key: str | None = None
+        self.error: Exception | None = None
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes of all items. Small pieces come together in a copy, large ones are the items' own memory."""
+        small = bytearray()
+        try:
+            for item in self._items:
+                self.key = item.index.fqn
+                begin = self._at
+                for piece in self._encode(item):
+                    self._at += piece.nbytes
+                    if piece.nbytes < _SMALL:
+                        small += piece
+                        if len(small) < _SMALL:
+                            continue
+                    if small and piece.nbytes >= _SMALL:
+                        yield memoryview(small)
+                        small = bytearray()
+                        yield piece
+                    elif small:
+                        yield memoryview(small)
+                        small = bytearray()
+                    else:
+                        yield piece
+                self._meter.add(min(_size_hint(item), self._at - begin))
+        except Exception as error:
+            self.error = error
+            raise
+        if small:
+            yield memoryview(small)
+
+    def _encode(self, item: WriteItem) -> Iterator[memoryview]:
+        value = self._planner.resolve_data(item)
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+        if self._extensions:
+            data, transforms = self._transform(value)
+            self._note(item, data.nbytes, transforms=transforms)
+            yield data
+        elif not isinstance(value, torch.Tensor):
+            data = value.getbuffer()
+            self._note(item, data.nbytes)
+            yield data
+        elif not has_payload(value):
+            data = _saved(value)
+            self._note(item, data.nbytes)
+            yield data
+        else:
+            shape = value.shape
+            around = envelope(value.dtype, shape)
+            payload = Payload(len(around.head), value.dtype, tuple(shape), contiguous_strides(shape))
+            self._note(item, len(around.head) + payload.nbytes + len(around.tail), payload=payload)
+            yield memoryview(around.head)
+            yield from host_bytes(value, self._lanes.of(value.device), self._chunk)
+            yield memoryview(around.tail)
+
+    def _transform(self, value: Any) -> tuple[memoryview, tuple[str, ...]]:
+        sink = _Unclosed()
+        stream: Any = sink
+        for extension in self._extensions:
+            stream = extension.transform_to(stream)
+        if isinstance(value, torch.Tensor):
+            torch.save(_compact(value), stream)
+        else:
+            stream.write(value.getbuffer())
+        stream.close()
+        return sink.getbuffer(), tuple(extension.get_descriptor() for extension in reversed(self._extensions))
+
+    def _note(
+        self, item: WriteItem, length: int, *, transforms: tuple[str, ...] = (), payload: Payload | None = None
+    ) -> None:
+        self.written.append((item.index, Item(self._name, self._at, length, transforms, payload)))
+
+
+class _Unclosed(io.BytesIO):
+    """Extensions close the stream below their own; what it holds is wanted after that."""
+
+    def close(self) -> None:
+        """Keep the content."""
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """*tensor* on the CPU, with no more memory than its own."""
+    tensor = tensor.cpu()
+    is_view = has_payload(tensor) and tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone() if is_view else tensor
+
+
+def _saved(tensor: torch.Tensor) -> memoryview:
+    sink = io.BytesIO()
+    torch.save(_compact(tensor), sink)
+    return sink.getbuffer()
+
+
+def _size_hint(item: WriteItem) -> int:
+    """About the bytes of *item* on this rank: of its shard, not of the whole tensor; bytes items count as one."""
+    data = item.tensor_data
+    if item.type == WriteItemType.BYTE_IO or data is None:
+        return 1
+    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+
+
+def is_url(checkpoint_id: object) -> bool:
+    """Whether *checkpoint_id* is the URL of a folder of blobs."""
+    try:
+        Folder(checkpoint_id, False)  # type: ignore[arg-type]  # it raises TypeError
+    except (TypeError, ValueError):
+        return False
+    return True
