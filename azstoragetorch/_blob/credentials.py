@@ -11,6 +11,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Protocol, TypeAlias
 
@@ -47,12 +48,8 @@ class Authorizer(Protocol):
         """What is appended to the query, without a leading separator."""
         ...
 
-    def renew(self) -> bool:
-        """Forget what the service did not accept; whether asking again can help."""
-        ...
-
-    def sdk_credential(self) -> Any:
-        """The same for azure-storage-blob."""
+    def renew(self, refused: Mapping[str, str]) -> bool:
+        """Forget the proof in the headers *refused*, if it is the one at hand; whether asking again can help."""
         ...
 
 
@@ -65,11 +62,8 @@ class _Anonymous:
     def query(self) -> str:
         return ""
 
-    def renew(self) -> bool:
+    def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
         return False
-
-    def sdk_credential(self) -> None:
-        return None
 
 
 class _Sas:
@@ -84,11 +78,8 @@ class _Sas:
     def query(self) -> str:
         return str(self._credential.signature).lstrip("?")
 
-    def renew(self) -> bool:
+    def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
         return False
-
-    def sdk_credential(self) -> AzureSasCredential:
-        return self._credential
 
 
 class _AccountKey(_Sas):
@@ -104,10 +95,6 @@ class _AccountKey(_Sas):
     def query(self) -> str:
         self._refresh()
         return super().query()
-
-    def sdk_credential(self) -> AzureSasCredential:
-        self._refresh()
-        return super().sdk_credential()
 
     def _refresh(self) -> None:
         from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
@@ -145,22 +132,23 @@ class _Token:
         self._lock = threading.Lock()
 
     def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.get_token(SCOPE).token}"}
+        return self._proof(self._get_token())
 
     def query(self) -> str:
         return ""
 
-    def renew(self) -> bool:
+    def renew(self, refused: Mapping[str, str]) -> bool:
         with self._lock:
-            self._renew_at = 0.0
-            self._token = None
+            # Another thread may have fetched a new one since.
+            if self._token is not None and self._proof(self._token) == refused:
+                self._token = None
         return True
 
-    def sdk_credential(self) -> TokenCredential:
-        return self
+    @staticmethod
+    def _proof(token: AccessToken) -> dict[str, str]:
+        return {"Authorization": f"Bearer {token.token}"}
 
-    def get_token(self, *_scopes: str, **_options: Any) -> AccessToken:
-        """The cached token; azure-storage-blob calls this for every request."""
+    def _get_token(self) -> AccessToken:
         token = self._token
         if token is not None and time.time() < self._renew_at:
             return token

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +61,7 @@ class RangeRead:
             try:
                 response, version = self._request(self.span)
             except Transient as failure:
-                time.sleep(self._retry.pause_after(failure))
-                self._scope.check()
+                self._scope.pause(self._retry.pause_after(failure))
                 continue
             self.span = ByteRange(min(self.span.start, version.size), min(self.span.stop, version.size))
             self._response = response
@@ -101,8 +99,7 @@ class RangeRead:
                 if done - counted >= _REAL_PROGRESS:
                     counted = done
                     self._retry.made_progress()
-                time.sleep(self._retry.pause_after(failure))
-                self._scope.check()
+                self._scope.pause(self._retry.pause_after(failure))
         if progress is not None:
             progress(done)
         self.close()

@@ -28,7 +28,7 @@ _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
 _MARKER = re.compile(rb"<NextMarker>([^<]*)</NextMarker>")
 # What only the parser understands: directory markers, markup that hides text from the expressions above.
-_NEEDS_PARSER = re.compile(rb"(?i)hdi_isfolder|<ResourceType>|<!|Encoded=")
+_NEEDS_PARSER = (b"hdi_isfolder", b"<resourcetype>directory", b"<!", b"encoded=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def list_pages(
         query += f"&maxresults={page_size}"
 
     def fetch(marker: str) -> bytes:
-        return retrying(service.config, lambda: _fetch(service, container, query, marker, scope))
+        return retrying(service.config, lambda: _fetch(service, container, query, marker, scope), scope)
 
     def run(future: Future[bytes], marker: str) -> None:
         if future.set_running_or_notify_cancel():
@@ -128,7 +128,8 @@ def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope:
 
 def _match_page(raw: bytes) -> Page | None:
     """The page, if it has the one shape that the expressions are sure about."""
-    if _NEEDS_PARSER.search(raw):
+    lower = raw.lower()
+    if any(mark in lower for mark in _NEEDS_PARSER):
         return None
     names, sizes, etags = _NAME.findall(raw), _SIZE.findall(raw), _ETAG.findall(raw)
     prefixes = _PREFIX.findall(raw)

@@ -14,6 +14,7 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.engine import Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")
@@ -60,15 +61,19 @@ class Retry:
         return pause
 
 
-def retrying(config: TransferConfig, operation: Callable[[], T]) -> T:
-    """Run *operation* until it succeeds, fails for good, or has used up its tries."""
+def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | None = None) -> T:
+    """Run *operation* until it succeeds, fails for good, or has used up its tries.
+
+    Raises:
+        Cancelled: *scope* was cancelled between two tries.
+    """
     retry = Retry(config)
     while True:
         try:
             return operation()
         except Transient as failure:
             pause = retry.pause_after(failure)
-        time.sleep(pause)
+        (scope or Scope()).pause(pause)
 
 
 def is_connection_failure(error: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """The door to azure-storage-blob, for every verb that is not hot: its public API over our own connections.
 
-The SDK builds and signs the requests and reads the answers; they travel through our transport, so that there is one
-pool, one TLS setting and one way to interrupt. Retrying is ours too: the SDK's default ignores ``Retry-After``.
+The SDK builds the requests and reads the answers; they are signed and sent as all others are, so that there is one
+pool, one TLS setting, one token and one way to interrupt, and no secret in what the SDK logs. Retrying is ours too: the
+SDK's default ignores ``Retry-After``. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from azure.storage.blob import BlobClient as SdkBlobClient
 from azure.storage.blob import ExponentialRetry
 
 from azstoragetorch._blob import transport
-from azstoragetorch._blob.config import MAX_BLOCK_SIZE, TransferConfig
+from azstoragetorch._blob.config import MAX_BLOCK_SIZE
 from azstoragetorch._blob.engine import Cancelled, Scope
 from azstoragetorch._blob.errors import service_error
 from azstoragetorch._blob.retry import Transient, refusal, retrying
@@ -33,15 +34,16 @@ class SdkBlob:
     def __init__(self, service: Service, url: BlobURL, scope: Scope | None = None) -> None:
         self._service = service
         self._url = url
+        self._scope = scope
         self._client = SdkBlobClient(
             account_url=url.account_url,
             container_name=url.container,
             blob_name=url.blob,
             snapshot=url.snapshot,
             version_id=url.versionid,
-            credential=service.authorizer.sdk_credential(),
-            transport=_Transport(service.config, scope),
+            transport=_Transport(service, scope),
             retry_policy=ExponentialRetry(retry_total=0),
+            permit_redirects=False,
             max_single_put_size=MAX_BLOCK_SIZE,  # whether a blob is put whole is decided above
             user_agent=transport.USER_AGENT,
         )
@@ -57,10 +59,12 @@ class SdkBlob:
         def attempt() -> T:
             try:
                 return operation(self._client)
-            except Exception as error:
-                raise self._meaning(verb, error) from error
+            except Exception as error:  # noqa: BLE001 - sorted by _meaning
+                meaning = self._meaning(verb, error)
+                # Not from the SDK's error: it holds the request, and with it the memory that was to be sent.
+                raise meaning from meaning.__cause__
 
-        return retrying(self._service.config, attempt)
+        return retrying(self._service.config, attempt, self._scope)
 
     def _meaning(self, verb: str, error: Exception) -> BaseException:
         if isinstance(error, (Transient, Cancelled)):
@@ -88,10 +92,10 @@ class SdkBlob:
 
 
 class _Transport(HttpTransport[Any, Any]):
-    """Sends the SDK's requests over our pool."""
+    """Signs the SDK's requests and sends them over our pool, to the account and nowhere else."""
 
-    def __init__(self, config: TransferConfig, scope: Scope | None) -> None:
-        self._config = config
+    def __init__(self, service: Service, scope: Scope | None) -> None:
+        self._service = service
         self._scope = scope
 
     def __enter__(self) -> _Transport:
@@ -109,13 +113,12 @@ class _Transport(HttpTransport[Any, Any]):
     def send(self, request: Any, **_options: Any) -> HttpResponse:
         """Send *request*; the body of the answer is read at once, since none of these verbs has a large one."""
         parts = urlsplit(request.url)
-        origin = transport.Origin.of(parts.scheme, parts.netloc, self._config)
-        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         content = request.content
         body = (
             list(content) if isinstance(content, Pieces) else content.encode() if isinstance(content, str) else content
         )
-        with transport.send(origin, request.method, target, request.headers, body=body, scope=self._scope) as response:
+        response = self._service.exchange(request.method, parts.path, parts.query, request.headers, body, self._scope)
+        with response:
             return _Response(request, response.status, response.reason, response.headers, response.read())
 
 

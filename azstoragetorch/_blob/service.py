@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import NoReturn
+from urllib.parse import quote
 
 from azstoragetorch._blob import transport
 from azstoragetorch._blob.config import TransferConfig
@@ -49,39 +50,46 @@ class Service:
             AzureError: the service refused.
             Cancelled: *scope* was cancelled.
         """
-        response = self._send(method, url, query, headers, body, scope)
-        if response.status == 401 and self.authorizer.renew():
-            response.close()  # a token that was revoked, or expired on the way: once more with a new one
-            response = self._send(method, url, query, headers, body, scope)
-        if response.status not in accept:
-            self._refuse(method, url, response)
-        return response
-
-    def _send(
-        self,
-        method: str,
-        url: BlobURL,
-        query: str,
-        headers: Mapping[str, str] | None,
-        body: Body,
-        scope: Scope | None,
-    ) -> Response:
-        state = f"snapshot={url.snapshot}" if url.snapshot else f"versionid={url.versionid}" if url.versionid else ""
-        query = "&".join(filter(None, (query, state, self.authorizer.query())))
-        signed = {
+        state = f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
+        state = f"versionid={quote(url.versionid)}" if url.versionid else state
+        own = {
             "x-ms-version": API_VERSION,
             "x-ms-client-request-id": os.urandom(16).hex(),
             "User-Agent": transport.USER_AGENT,
-            **(headers or {}),
-            **self.authorizer.headers(),
         }
-        target = f"{url.path}?{query}" if query else url.path
         try:
-            return transport.send(self.origin, method, target, signed, body=body, scope=scope)
+            response = self.exchange(
+                method, url.path, "&".join(filter(None, (query, state))), {**own, **(headers or {})}, body, scope
+            )
         except ClientRequestIdMismatchError as error:
             raise Transient(error) from error
         except BaseException as error:  # noqa: BLE001 - sorted by fail
             fail(method, url, error, scope)
+        if response.status not in accept:
+            self._refuse(method, url, response)
+        return response
+
+    def exchange(
+        self, method: str, path: str, query: str, headers: Mapping[str, str], body: Body, scope: Scope | None
+    ) -> Response:
+        """Sign and send one request; once more with a new token if the service does not accept the one at hand.
+
+        Raises:
+            OSError, http.client.HTTPException: the connection failed.
+            ClientRequestIdMismatchError: the answer belongs to another request.
+            AzureError: no token could be had.
+            Cancelled: *scope* was cancelled.
+        """
+        has_renewed = False
+        while True:
+            proof = self.authorizer.headers()
+            signed = "&".join(filter(None, (query, self.authorizer.query())))
+            target = f"{path}?{signed}" if signed else path
+            response = transport.send(self.origin, method, target, {**headers, **proof}, body=body, scope=scope)
+            if response.status != 401 or has_renewed or not self.authorizer.renew(proof):
+                return response
+            has_renewed = True  # it was revoked, or expired on the way
+            response.close()
 
     def _refuse(self, method: str, url: BlobURL, response: Response) -> NoReturn:
         with response:
