@@ -29,11 +29,11 @@ FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 ROWS = [
     {"exceptions", "_blob"},
     {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
-    {"_blob.records", "_blob.sharding", "_workers"},
+    {"_blob.records", "_blob.sharding", "_blob.tar", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
     {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
-    {"_blob.client", "_blob.sources"},
+    {"_blob.client", "_blob.sources", "_blob.catalog"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},
     {""},
@@ -158,8 +158,8 @@ def begins_with(name: str, prefix: str) -> bool:
 
 
 def row_of(name: str) -> int | None:
-    rooms = [name, name.partition(".")[0]] if name.startswith("checkpoint.") else [name]
-    return next((row for row, members in enumerate(ROWS) if members & set(rooms)), None)
+    rooms = {name} | ({name.partition(".")[0]} & FACES)  # the rooms of a face are the face's own affair
+    return next((row for row, members in enumerate(ROWS) if members & rooms), None)
 
 
 def own_imports(module: Module, names: set[str]) -> set[str]:
