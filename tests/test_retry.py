@@ -1,0 +1,256 @@
+"""What is tried again and when: pure decisions. That they are followed is tested where requests are made."""
+
+from __future__ import annotations
+
+import http.client
+import pickle
+import ssl
+import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+from azure.core.exceptions import (
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceModifiedError,
+    ResourceNotFoundError,
+    ServiceRequestError,
+    ServiceResponseError,
+)
+
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.engine import Cancelled, Scope
+from azstoragetorch._blob.errors import connection_error, service_error
+from azstoragetorch._blob.retry import Retry, Transient, is_connection_failure, refusal, retry_after, retrying
+from tests.support import taking
+
+BROKEN = ServiceResponseError("broken")
+
+
+def in_an_hour() -> str:
+    return format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True)
+
+
+class TestPauses:
+    @pytest.mark.parametrize(
+        ("headers", "seconds"),
+        [
+            ({"retry-after": "3"}, 3.0),
+            ({"retry-after": "0.5"}, 0.5),
+            ({"x-ms-retry-after-ms": "250"}, 0.25),
+            ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+            ({"retry-after": "-5"}, 0.0),
+            ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+            ({"retry-after": "soon"}, None),
+            ({}, None),
+        ],
+    )
+    def test_what_the_service_asks_for(self, headers: dict[str, str], seconds: float | None) -> None:
+        assert retry_after(headers) == seconds
+
+    def test_a_date_is_counted_from_now(self) -> None:
+        assert retry_after({"retry-after": in_an_hour()}) == pytest.approx(3600, abs=5)
+
+    def test_they_grow_up_to_the_limit_with_full_jitter(self) -> None:
+        rows = []
+        for _ in range(300):
+            retry = Retry(TransferConfig(max_attempts=8, max_backoff=2.0))
+            rows.append([retry.pause_after(Transient(BROKEN)) for _ in range(7)])
+        for number, column in enumerate(zip(*rows, strict=True)):
+            longest = min(2.0, 0.4 * 2**number)
+            assert 0.9 * longest < max(column) <= longest
+            assert min(column) < 0.1 * longest
+
+    def test_at_least_what_was_asked_for_but_not_for_ever(self) -> None:
+        config = TransferConfig(max_backoff=0.0)
+        assert Retry(config).pause_after(Transient(BROKEN, 3.0)) == 3.0
+        assert Retry(config).pause_after(Transient(BROKEN, 1e9)) == 120.0
+
+    def test_no_try_is_left(self) -> None:
+        retry = Retry(TransferConfig(max_attempts=3))
+        for _ in range(2):
+            retry.pause_after(Transient(BROKEN))
+        with pytest.raises(ServiceResponseError, match="broken"):
+            retry.pause_after(Transient(BROKEN))
+
+    def test_progress_starts_the_count_anew(self) -> None:
+        retry = Retry(TransferConfig(max_attempts=2))
+        for _ in range(10):
+            retry.pause_after(Transient(BROKEN))
+            retry.made_progress()
+
+
+class TestRetrying:
+    def test_until_it_succeeds(self) -> None:
+        failures = [Transient(BROKEN)] * 2
+
+        def operation() -> str:
+            if failures:
+                raise failures.pop()
+            return "done"
+
+        assert retrying(TransferConfig(max_attempts=3, max_backoff=0), operation) == "done"
+
+    def test_the_error_is_raised_with_its_cause(self) -> None:
+        def operation() -> None:
+            raise Transient(BROKEN) from ConnectionResetError("reset")
+
+        with pytest.raises(ServiceResponseError) as caught:
+            retrying(TransferConfig(max_attempts=2, max_backoff=0), operation)
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+    def test_another_error_is_not_tried_again(self) -> None:
+        tries = []
+
+        def operation() -> None:
+            tries.append(1)
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            retrying(TransferConfig(), operation)
+        assert len(tries) == 1
+
+    def test_a_cancelled_scope_ends_the_wait(self) -> None:
+        scope = Scope()
+
+        def operation() -> None:
+            scope.cancel()
+            raise Transient(BROKEN, 60.0)
+
+        with taking(at_most=5), pytest.raises(Cancelled):
+            retrying(TransferConfig(), operation, scope)
+
+
+class TestSorting:
+    @pytest.mark.parametrize(
+        ("error", "is_one"),
+        [
+            (ConnectionRefusedError(), True),
+            (ConnectionResetError(), True),
+            (TimeoutError(), True),
+            (OSError("no route to host"), True),
+            (ssl.SSLEOFError(), True),
+            (http.client.RemoteDisconnected(), True),
+            (http.client.IncompleteRead(b""), True),
+            (ssl.SSLCertVerificationError(), False),
+            (ValueError(), False),
+            (KeyboardInterrupt(), False),
+            (MemoryError(), False),
+        ],
+    )
+    def test_what_another_connection_may_cure(self, error: BaseException, is_one: bool) -> None:
+        assert is_connection_failure(error) is is_one
+
+    @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+    def test_statuses_that_pass(self, status: int) -> None:
+        refused = refusal(error_of(status), {"retry-after": "2"})
+        assert isinstance(refused, Transient)
+        assert refused.retry_after == 2.0
+
+    @pytest.mark.parametrize("status", [307, 400, 401, 403, 404, 409, 412, 416, 501])
+    def test_statuses_that_stay(self, status: int) -> None:
+        assert isinstance(refusal(error_of(status), {}), HttpResponseError)
+
+
+def error_of(status: int, code: str = "", body: bytes = b"", *, anonymous: bool = False) -> HttpResponseError:
+    return service_error(
+        verb="GET",
+        url="https://account.blob.core.windows.net/c/b",
+        status=status,
+        reason="Reason",
+        headers={
+            "x-ms-request-id": "id-1",
+            "x-ms-client-request-id": "id-2",
+            **({"x-ms-error-code": code} if code else {}),
+        },
+        body=body,
+        anonymous=anonymous,
+    )
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("status", "code", "kind"),
+        [
+            (401, "InvalidAuthenticationInfo", ClientAuthenticationError),
+            (403, "AuthorizationFailure", ClientAuthenticationError),
+            (404, "BlobNotFound", ResourceNotFoundError),
+            (409, "BlobAlreadyExists", ResourceExistsError),
+            (409, "LeaseIdMissing", HttpResponseError),
+            (412, "ConditionNotMet", ResourceModifiedError),
+            (400, "InvalidBlockList", HttpResponseError),
+            (500, "InternalError", HttpResponseError),
+        ],
+    )
+    def test_a_refusal_is_the_type_that_users_of_azure_catch(
+        self, status: int, code: str, kind: type[HttpResponseError]
+    ) -> None:
+        error = error_of(status, code)
+        assert type(error) is kind
+        assert (error.status_code, error.reason, error.error_code) == (status, "Reason", code)  # type: ignore[attr-defined]
+
+    def test_it_says_what_where_and_why(self) -> None:
+        body = b"<Error><Code>ServerBusy</Code><Message>The server is busy.\nRequestId:x\nTime:y</Message></Error>"
+        text = str(error_of(503, body=body))
+        for part in (
+            "GET",
+            "https://account.blob.core.windows.net/c/b",
+            "503",
+            "ServerBusy",
+            "is busy.",
+            "id-1",
+            "id-2",
+        ):
+            assert part in text
+        assert "Time:y" not in text
+
+    def test_it_hints_at_the_missing_credential(self) -> None:
+        assert "credential=" in str(error_of(404, "ResourceNotFound", anonymous=True))
+        assert "credential=" not in str(error_of(404, "BlobNotFound"))
+
+    def test_it_shows_no_secret(self) -> None:
+        error = service_error(
+            verb="GET",
+            url="https://h/c/b?sig=topsecret",
+            status=403,
+            reason="x",
+            headers={},
+            body=b"<Message>Signature did not match: sig=topsecret, Bearer topsecretandlong</Message>",
+        )
+        assert "topsecret" not in str(error)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            error_of(404, "BlobNotFound"),
+            error_of(503, "ServerBusy"),
+            connection_error("GET", "https://h/c/b", TimeoutError("timed out"), was_sent=True),
+            connection_error("GET", "https://h/c/b", OSError("refused"), was_sent=False),
+        ],
+        ids=repr,
+    )
+    def test_it_survives_pickling(self, error: HttpResponseError) -> None:
+        try:
+            raise error from ConnectionResetError(104, "reset")
+        except (HttpResponseError, ServiceResponseError, ServiceRequestError) as raised:
+            copy = pickle.loads(pickle.dumps(raised))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+        assert getattr(copy, "status_code", None) == getattr(error, "status_code", None)
+
+    def test_an_error_page_of_somebody_else_is_no_obstacle(self) -> None:
+        assert "502" in str(error_of(502, body=b"<html>\xff\xfe<Code>" + b"x" * 100_000))
+
+
+def test_a_pause_is_real() -> None:
+    begin = time.monotonic()
+    failures = [Transient(BROKEN, 0.2)]
+
+    def operation() -> None:
+        if failures:
+            raise failures.pop()
+
+    retrying(TransferConfig(max_backoff=0), operation)
+    assert time.monotonic() - begin >= 0.2
