@@ -71,8 +71,8 @@ class OrderedPrefetch(Generic[T, R]):
         cost: Bytes that the result of an item will hold, at most.
         size: Bytes that a result does hold.
         depth: Items under way at once, at most.
-        is_eager: Begin at once; otherwise when the first result is asked for, so that a consumer that never asks
-            costs nothing.
+        is_eager: Begin at once with all. Otherwise what is under way grows with the results that are asked for and
+            shrinks with those that are not: a consumer that never asks costs nothing.
     """
 
     def __init__(
@@ -92,11 +92,13 @@ class OrderedPrefetch(Generic[T, R]):
         self._cost = cost
         self._size = size
         self._depth = depth
-        self._is_started = is_eager
+        self._is_eager = is_eager
+        self._window = depth if is_eager else 0
         self._scope = Scope()
         self._queue: deque[tuple[Ahead[T, R], _Loan | None]] = deque()
         self._pulled: deque[T] = deque()  # at most one: pulled, but there was no room for it
         self._handed_out: _Loan | None = None
+        self._is_unused = False  # what was handed out last
         self._source_error: BaseException | None = None
         self._is_exhausted = False
 
@@ -112,6 +114,7 @@ class OrderedPrefetch(Generic[T, R]):
                 raise error
             raise StopIteration
         ahead, self._handed_out = self._queue.popleft()
+        self._is_unused = True
         return ahead
 
     def close(self) -> None:
@@ -130,25 +133,29 @@ class OrderedPrefetch(Generic[T, R]):
         loan, self._handed_out = self._handed_out, None
         if loan is not None:
             loan.end()
+        if self._is_unused and not self._is_eager:
+            self._window //= 4
+        self._is_unused = False
 
-    def _start(self) -> None:
-        if not self._is_started:
-            self._is_started = True
+    def _on_use(self) -> None:
+        self._is_unused = False
+        if self._window < self._depth:
+            self._window = min(self._depth, max(4, self._window * 4))
             self._fill()
 
     def _fill(self) -> None:
-        depth = self._depth if self._is_started else 1
+        depth = max(1, self._window)
         while len(self._queue) < depth and (self._pulled or self._pull()):
             item = self._pulled[0]
             loan = None
-            if self._is_started:
+            if self._window:
                 cost = self._cost(item)
                 if self._engine.budget.try_acquire(cost):
                     loan = _Loan(self._engine.budget, cost)
                 elif self._queue:
                     return  # room comes when the items before are through
             self._pulled.popleft()
-            ahead = Ahead(item, self._do, self._start)
+            ahead = Ahead(item, self._do, self._on_use)
             if loan is not None:
                 ahead.when_settled(loan.shrink(self._size))
                 self._engine.submit(ahead.run)
