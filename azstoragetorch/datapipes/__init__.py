@@ -1,0 +1,87 @@
+"""DataPipes over blobs: list, open, load, read, save, shard, split, unpack, resume.
+
+They are torch's own ``IterDataPipe`` and compose with all of torch's pipes and DataLoader. Importing this module
+registers their functional names::
+
+    from torch.utils.data import DataLoader
+    from azstoragetorch.datapipes import AzureBlobFileLister
+
+    pipe = AzureBlobFileLister("https://<account>.blob.core.windows.net/<container>/train/", "*.jpg")
+    pipe = pipe.shuffle().sharding_filter().read_files_by_azure().map(decode)
+    loader = DataLoader(pipe, batch_size=32, num_workers=4)
+
+=============================  =========================  =======================================================
+pipe                           functional name            yields
+=============================  =========================  =======================================================
+`AzureBlobFileLister`          `list_files_by_azure`      URLs of blobs
+`AzureBlobInfoLister`          `list_blobs_by_azure`      `BlobInfo` (url, size, etag)
+`AzureBlobFileOpener`          `open_files_by_azure`      (url, seekable stream)
+`AzureBlobFileLoader`          `load_files_by_azure`      (url, stream of bytes in memory)
+`AzureBlobFileReader`          `read_files_by_azure`      (url, bytes)
+`AzureBlobSaver`               `save_by_azure`            URLs of blobs written
+`BlobSharder`                  `shard_blobs`              the share of a worker and rank
+`BlobRangeSplitter`            `split_blob_ranges`        `BlobRange`, for the readers above
+`BlobTarExpander`              `expand_blob_tar`          (url/member, stream)
+`BlobSampleGrouper`            `group_blob_samples`       samples as in WebDataset
+`BlobTarShardWriter`           `write_blob_tar_shards`    URLs of tars written
+`ResumableDataPipe`            `to_resumable`             a dataset that resumes exactly
+=============================  =========================  =======================================================
+
+Every pipe that talks to the service takes ``credential=`` and ``transfer=`` itself; none has another's. Sockets and
+threads exist only while a pipe is iterated, so pipes pickle and fork at any time.
+"""
+
+from __future__ import annotations
+
+from azstoragetorch._blob.sources import BlobInfo, BlobRange
+from azstoragetorch.datapipes._listing import AzureBlobFileListerIterDataPipe, AzureBlobInfoListerIterDataPipe
+from azstoragetorch.datapipes._reading import (
+    AzureBlobFileLoaderIterDataPipe,
+    AzureBlobFileOpenerIterDataPipe,
+    AzureBlobFileReaderIterDataPipe,
+    BlobRangeSplitterIterDataPipe,
+)
+from azstoragetorch.datapipes._resuming import ResumableDataPipe
+from azstoragetorch.datapipes._sharding import BlobSharderIterDataPipe
+from azstoragetorch.datapipes._tar import BlobSampleGrouperIterDataPipe, BlobTarExpanderIterDataPipe
+from azstoragetorch.datapipes._writing import AzureBlobSaverIterDataPipe, BlobTarShardWriterIterDataPipe
+
+AzureBlobFileLister = AzureBlobFileListerIterDataPipe
+AzureBlobInfoLister = AzureBlobInfoListerIterDataPipe
+AzureBlobFileOpener = AzureBlobFileOpenerIterDataPipe
+AzureBlobFileLoader = AzureBlobFileLoaderIterDataPipe
+AzureBlobFileReader = AzureBlobFileReaderIterDataPipe
+AzureBlobSaver = AzureBlobSaverIterDataPipe
+BlobSharder = BlobSharderIterDataPipe
+BlobRangeSplitter = BlobRangeSplitterIterDataPipe
+BlobTarExpander = BlobTarExpanderIterDataPipe
+BlobSampleGrouper = BlobSampleGrouperIterDataPipe
+BlobTarShardWriter = BlobTarShardWriterIterDataPipe
+
+__all__ = [
+    "AzureBlobFileLister",
+    "AzureBlobFileListerIterDataPipe",
+    "AzureBlobFileLoader",
+    "AzureBlobFileLoaderIterDataPipe",
+    "AzureBlobFileOpener",
+    "AzureBlobFileOpenerIterDataPipe",
+    "AzureBlobFileReader",
+    "AzureBlobFileReaderIterDataPipe",
+    "AzureBlobInfoLister",
+    "AzureBlobInfoListerIterDataPipe",
+    "AzureBlobSaver",
+    "AzureBlobSaverIterDataPipe",
+    "BlobInfo",
+    "BlobRange",
+    "BlobRangeSplitter",
+    "BlobRangeSplitterIterDataPipe",
+    "BlobSampleGrouper",
+    "BlobSampleGrouperIterDataPipe",
+    "BlobSharder",
+    "BlobSharderIterDataPipe",
+    "BlobTarExpander",
+    "BlobTarExpanderIterDataPipe",
+    "BlobTarShardWriter",
+    "BlobTarShardWriterIterDataPipe",
+    "ResumableDataPipe",
+]

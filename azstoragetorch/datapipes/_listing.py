@@ -1,0 +1,89 @@
+"""Pipes that list: what is below a container, a folder or the beginning of a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import IterDataPipe, functional_datapipe
+
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.sources import Access, BlobInfo, Listing
+from azstoragetorch._blob.url import BlobURL, parse_url
+
+
+class _Roots:
+    """Roots, parsed. Not a collection: traversing a graph of pipes pickles every collection that it meets."""
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self.urls: tuple[BlobURL, ...] = tuple(parse_url(url, argument="source") for url in urls)
+
+
+class _Lister(IterDataPipe[Any]):
+    def __init__(
+        self,
+        source: str | Sequence[str] | IterDataPipe[str],
+        masks: str | Sequence[str] = "",
+        *,
+        recursive: bool = True,
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.source_datapipe = source if isinstance(source, IterDataPipe) else None
+        if self.source_datapipe is None:
+            self._roots = _Roots([source] if isinstance(source, str) else source)
+        self._listing = Listing.of(masks, recursive)
+        self._access = Access(credential, transfer)
+
+    def _blobs(self) -> Iterator[BlobInfo]:
+        roots: Iterable[str | BlobURL] = self._roots.urls if self.source_datapipe is None else self.source_datapipe
+        for root in roots:
+            yield from self._listing.blobs(self._access, root)
+
+
+@functional_datapipe("list_files_by_azure")
+class AzureBlobFileListerIterDataPipe(_Lister):
+    """Yields the URLs of blobs, lexicographically by root, a page of the listing at a time.
+
+    Each root is a container, a folder, a single blob or the beginning of names: a blob of exactly that name is yielded
+    alone; else, if there is a folder of that name, what is in it; else all whose names begin so. A trailing slash
+    always means the folder. Markers of directories are skipped.
+
+    The URLs hold no SAS. One in a root is used for listing and goes no further: pass
+    ``credential=AzureSasCredential(...)`` to the pipes behind.
+
+    A lister does not shard: put `sharding_filter` or `shard_blobs` behind it. Every worker lists for itself, so do not
+    add blobs below the root during an epoch.
+
+    Args:
+        source: One root, several, or a pipe of them.
+        masks: `fnmatch` patterns, case-sensitive, one of which has to match: the last segment of the blob's name, or
+            all of the name (without the container) if the pattern has a slash. Empty: all blobs.
+        recursive: False lists one level only.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+
+    Iterating raises ``ResourceNotFoundError`` where a root holds nothing, or nothing that matches; only a container
+    without blobs is just empty. The length is not known in advance: ``len()`` raises TypeError.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        for blob in self._blobs():
+            yield blob.url
+
+
+@functional_datapipe("list_blobs_by_azure")
+class AzureBlobInfoListerIterDataPipe(_Lister):
+    """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob.
+
+    Otherwise like :class:`AzureBlobFileLister`. Use it to choose by size before anything is read; readers behind it
+    know how much memory a blob will take, and fetch more at once.
+    """
+
+    def __iter__(self) -> Iterator[BlobInfo]:
+        yield from self._blobs()

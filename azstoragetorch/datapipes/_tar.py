@@ -1,0 +1,165 @@
+"""Pipes over tar archives in the manner of WebDataset: their members, and samples made of these."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, cast
+
+from torch.utils.data import IterDataPipe, functional_datapipe
+from torch.utils.data.datapipes.utils.common import StreamWrapper
+
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.tar import walk
+from azstoragetorch.io import BlobIO
+
+_SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.gz|tar\.bz2|tar\.xz))/(.*)", re.DOTALL)
+_SAMPLE_FILE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # key and extension
+
+
+@functional_datapipe("expand_blob_tar")
+class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
+    """Yields ``(url/member, stream)`` for each regular file of each tar, in order, while the tar streams in.
+
+    Streams are `StreamWrapper` objects whose ``name`` is the member's. Up to 16 MiB a member is in memory; a larger one
+    is read from its blob when its stream is (from a temporary file if the tar is compressed or no blob), so members
+    may have any size and streams stay readable. Directories, links and devices are passed over. Tars may be plain or
+    compressed by gzip, bzip2 or xz, with ustar, PAX or GNU names.
+
+    Args:
+        source_datapipe: Yields ``(url, stream)`` as `open_files_by_azure` does, or ``(url, bytes)``. A stream is closed
+            when its tar has been passed.
+
+    Iterating raises ``tarfile.ReadError`` with the URL where a stream is no tar, is damaged, or is truncated, which
+    includes the loss of its end marker. The number of members is not known in advance: ``len()`` raises TypeError.
+    """
+
+    def __init__(self, source_datapipe: Iterable[tuple[str, Any]]) -> None:
+        super().__init__()
+        self.source_datapipe = source_datapipe
+
+    def __iter__(self) -> Iterator[tuple[str, StreamWrapper]]:
+        for url, content in self.source_datapipe:
+            stream = io.BytesIO(content) if isinstance(content, (bytes, bytearray, memoryview)) else content
+            if not hasattr(stream, "read"):
+                raise TypeError(f"{url}: a tar is expanded from a stream or bytes, not from {type(stream).__name__}")
+            try:
+                blob = stream.file_obj if isinstance(stream, StreamWrapper) else stream
+                open_slice = _opener_of_slices(blob) if isinstance(blob, BlobIO) else None
+                for member in walk(blob, url, open_slice):
+                    file = io.BytesIO(member.data) if isinstance(member.data, bytes) else member.data
+                    yield f"{url}/{member.name}", StreamWrapper(file, name=member.name)
+            finally:
+                stream.close()
+
+
+def _opener_of_slices(blob: BlobIO) -> Callable[[int, int], IO[bytes]]:
+    def open_slice(start: int, length: int) -> IO[bytes]:
+        assert blob.etag is not None
+        # To its reader the blob ends where the member does, so nothing is read ahead past it.
+        version = BlobVersion(start + length, blob.etag)
+        return cast("IO[bytes]", _Slice(blob._client, version, start))  # noqa: SLF001
+
+    return open_slice
+
+
+class _Slice(io.BufferedIOBase):
+    """Bytes of a blob from *start* on, as a file of its own."""
+
+    def __init__(self, client: BlobClient, version: BlobVersion, start: int) -> None:
+        self._made_of = client, version, start
+        self._blob = BlobIO._of(client, version)  # noqa: SLF001
+        self._start = self._blob.seek(start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Slice, self._made_of
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._blob.read(size)
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self._blob.read1(size)
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._blob.readinto(buffer)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._blob.readline(size)
+
+    def tell(self) -> int:
+        return self._blob.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._blob.size - self._start}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to the negative position {base + offset}")
+        return self._blob.seek(self._start + base + offset) - self._start
+
+    def close(self) -> None:
+        self._blob.close()
+        super().close()
+
+
+@functional_datapipe("group_blob_samples")
+class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
+    """Puts consecutive files that differ only in their extension together into one sample, as WebDataset does.
+
+    ``photos/0001.jpg`` and ``photos/0001.seg.png`` of ``.../shard.tar`` become
+    ``{"__key__": "photos/0001", "__url__": ".../shard.tar", "jpg": b"...", "seg.png": b"..."}``: the key ends at
+    the first dot of the last segment, the extension is what follows, in lower case. Files without an extension, and
+    those whose name begins with a dot, belong to no sample and are left out. Files are not reordered, so do not
+    shuffle between the tar and the grouper. Files that come from no tar are grouped by their URLs.
+
+    Args:
+        source_datapipe: Yields ``(path, stream)`` as `expand_blob_tar` does, or ``(path, bytes)``.
+
+    Iterating raises ``ValueError`` where a sample has an extension twice. The number of samples is not known in
+    advance: ``len()`` raises TypeError.
+    """
+
+    def __init__(self, source_datapipe: Iterable[tuple[str, Any]]) -> None:
+        super().__init__()
+        self.source_datapipe = source_datapipe
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        sample: dict[str, Any] = {}
+        for path, content in self.source_datapipe:
+            shard, name = _place(path, content)
+            parts = _SAMPLE_FILE.fullmatch(name)
+            if parts is None:
+                continue
+            key, extension = parts[1], parts[2].lower()
+            if sample and (sample["__key__"], sample["__url__"]) != (key, shard):
+                yield sample
+                sample = {}
+            if not sample:
+                sample = {"__key__": key, "__url__": shard}
+            if extension in sample:
+                raise ValueError(f"{path}: the sample {key!r} has the extension {extension!r} twice")
+            if hasattr(content, "read"):
+                sample[extension] = content.read()
+                content.close()
+            else:
+                sample[extension] = content
+        if sample:
+            yield sample
+
+
+def _place(path: str, content: Any) -> tuple[str, str]:
+    """The URL of the tar that *path* is in, and the name in it; or the folder and the name of a blob."""
+    name = content.name if isinstance(content, StreamWrapper) else None
+    if isinstance(name, str) and path.endswith(f"/{name}"):
+        return path[: -len(name) - 1], name
+    shard = _SHARD.fullmatch(path)
+    if shard is not None:
+        return shard[1], shard[2]
+    folder, _, last = path.rpartition("/")
+    return folder, last

@@ -1,0 +1,263 @@
+"""Pipes that write: one blob for each item, or tar shards of bounded size. A blob is written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import closing
+from typing import Any
+
+from torch.utils.data import IterDataPipe, functional_datapipe
+from torch.utils.data.datapipes.utils.common import (
+    _check_unpickable_fn,  # torch's own words for a function that workers cannot be sent
+)
+
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.config import GiB, MiB, TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._blob.prefetch import OrderedPrefetch
+from azstoragetorch._blob.sources import Access, plain_url
+from azstoragetorch._blob.tar import END, entry, padding
+from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch._blob.url import parse_blob_url
+from azstoragetorch._workers import Placement
+
+_COPY = 8 * MiB  # taken from a stream at once
+
+
+@functional_datapipe("save_by_azure")
+class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
+    """Writes each ``(name, data)`` to a blob and yields its URL, in order.
+
+    A blob is written whole or not at all, and its URL is yielded when it is. The next blobs are on their way
+    meanwhile, within ``transfer.memory_limit``, so some may be written already when an error is raised or iteration
+    stops. Data that is a stream is copied in its turn, a piece at a time.
+
+    Args:
+        source_datapipe: Yields ``(name, data)``: data is bytes, any object with the buffer protocol, or a binary
+            stream, which is read to its end and left open.
+        filepath_fn: Makes the URL of the blob from *name*; by default *name* is the URL.
+        overwrite: False raises ``ResourceExistsError`` if there is a blob, which stays as it is.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+
+    Iterating raises ``TypeError`` with the URL where data is no bytes, and
+    :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` where the service refuses. The length is that of the
+    source.
+    """
+
+    def __init__(
+        self,
+        source_datapipe: Iterable[tuple[Any, Any]],
+        filepath_fn: Callable[[Any], str] | None = None,
+        overwrite: bool = True,
+        *,
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if filepath_fn is not None:
+            _check_unpickable_fn(filepath_fn)
+        self.source_datapipe = source_datapipe
+        self.filepath_fn = filepath_fn
+        self.overwrite = overwrite
+        self._access = Access(credential, transfer)
+
+    def __len__(self) -> int:
+        if isinstance(self.source_datapipe, Sized):
+            return len(self.source_datapipe)
+        raise TypeError(f"{type(self).__name__} has no length: its source has none")
+
+    def __iter__(self) -> Iterator[str]:
+        def put(job: tuple[BlobClient, bytes | None], _scope: Scope) -> str:
+            client, data = job
+            if data is not None:
+                client.put(data, create_only=not self.overwrite)
+            return plain_url(client.url)
+
+        config = self._access.config
+        ahead = OrderedPrefetch(
+            engine_for(config),
+            self._jobs(),
+            put,
+            cost=lambda job: len(job[1] or b""),
+            size=lambda _: 0,
+            depth=config.max_connections,
+        )
+        with closing(ahead):
+            for work in ahead:
+                yield work.result()
+
+    def _jobs(self) -> Iterator[tuple[BlobClient, bytes | None]]:
+        """What is to be put; None where a stream was copied already."""
+        for name, data in self.source_datapipe:
+            url = parse_blob_url(name if self.filepath_fn is None else self.filepath_fn(name))
+            if url.is_read_only:
+                raise ValueError(f"{plain_url(url)}: a snapshot or version cannot be written")
+            client = self._access.blob(url)
+            if hasattr(data, "read"):
+                self._copy(client, data)
+                yield client, None
+            else:
+                yield client, _as_bytes(data, str(url))
+
+    def _copy(self, client: BlobClient, stream: Any) -> None:
+        writer = client.writer(create_only=not self.overwrite)
+        try:
+            while chunk := stream.read(_COPY):
+                writer.write(memoryview(_as_bytes(chunk, str(client.url))))
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+
+
+@functional_datapipe("write_blob_tar_shards")
+class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
+    """Packs samples into tar blobs, as WebDataset has them, and yields the URL of each when it is written.
+
+    A sample is a mapping ``{"__key__": "0001", "jpg": b"...", "json": b"..."}``, whose entries become the files
+    ``0001.jpg`` and ``0001.json``, side by side in one tar; other names with leading underscores are left out. A tar
+    is written whole or not at all, and equal samples make equal tars.
+
+    Args:
+        source_datapipe: Yields samples, whose values are bytes-like, or text for UTF-8.
+        url_pattern: URL of the tars with ``{shard}`` for their number from 0, for example
+            ``".../train-{shard:06d}.tar"``; ``{worker}`` is the number of the DataLoader worker and rank, which
+            must be in it if there are several.
+        max_size: Bytes of a tar at most, headers and all. A single sample that is larger gets a tar of its own.
+        max_count: Samples in a tar at most.
+        overwrite: False raises ``ResourceExistsError`` if there is a blob, which stays as it is.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+
+    Raises:
+        ValueError: *url_pattern* has no ``{shard}``, or a limit is below 1.
+
+    Iterating raises ``TypeError`` or ``ValueError`` with the URL and the key where a sample cannot be packed; the tars
+    yielded before are whole. The number of tars is not known in advance: ``len()`` raises TypeError.
+    """
+
+    def __init__(
+        self,
+        source_datapipe: Iterable[Mapping[str, Any]],
+        url_pattern: str,
+        *,
+        max_size: int = GiB,
+        max_count: int | None = None,
+        overwrite: bool = True,
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            is_numbered = url_pattern.format(shard=0, worker=0) != url_pattern.format(shard=1, worker=0)
+            self._has_worker = url_pattern.format(shard=0, worker=0) != url_pattern.format(shard=0, worker=1)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"url_pattern may hold {{shard}} and {{worker}}, and no other braces: {error!r}") from None
+        if not is_numbered:
+            raise ValueError("url_pattern must hold {shard}, or every tar would replace the one before")
+        parse_blob_url(url_pattern.format(shard=0, worker=0))
+        if max_size < 1 or (max_count is not None and max_count < 1):
+            raise ValueError(f"max_size and max_count must be at least 1, not {max_size} and {max_count}")
+        self.source_datapipe = source_datapipe
+        self.max_size = max_size
+        self.max_count = max_count
+        self.overwrite = overwrite
+        self._pattern = _Pattern(url_pattern)
+        self._access = Access(credential, transfer)
+        self._placement = Placement("rank_and_worker")
+
+    def __iter__(self) -> Iterator[str]:
+        place = self._placement.here()
+        if place.shards > 1 and not self._has_worker:
+            raise ValueError(
+                f"url_pattern must hold {{worker}}: {place.shards} workers and ranks would write the same tars"
+            )
+        tar: _OpenTar | None = None
+        number = 0
+        try:
+            for sample in self.source_datapipe:
+                if tar is None:
+                    tar = self._open(number, place.shard)
+                files = _files_of(sample, tar.url)
+                size = sum(len(part) for part in files)
+                is_full = tar.size + size + len(END) > self.max_size or tar.count == self.max_count
+                if tar.count and is_full:
+                    yield tar.commit()
+                    number += 1
+                    tar = self._open(number, place.shard)
+                tar.add(files, size)
+            if tar is not None:
+                yield tar.commit()
+        finally:
+            if tar is not None:
+                tar.abort()
+
+    def _open(self, number: int, worker: int) -> _OpenTar:
+        client = self._access.blob(self._pattern.text.format(shard=number, worker=worker))
+        return _OpenTar(str(client.url), client.writer(create_only=not self.overwrite))
+
+
+class _Pattern:
+    """A text that no error message of torch's shows: it may hold a SAS."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class _OpenTar:
+    """A tar that is being written."""
+
+    def __init__(self, url: str, writer: BlockWriter) -> None:
+        self.url = url
+        self._writer = writer
+        self._is_open = True
+        self.size = 0
+        self.count = 0
+
+    def add(self, files: list[bytes], size: int) -> None:
+        for part in files:
+            if part:
+                self._writer.write(memoryview(part))
+        self.size += size
+        self.count += 1
+
+    def commit(self) -> str:
+        self._writer.write(memoryview(END))
+        self._writer.commit()
+        self._is_open = False
+        return self.url
+
+    def abort(self) -> None:
+        if self._is_open:
+            self._writer.abort()
+
+
+def _files_of(sample: Mapping[str, Any], url: str) -> list[bytes]:
+    """Headers, contents and paddings of the files of *sample*."""
+    key: Any = sample.get("__key__") if hasattr(sample, "get") else None
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"{url}: a sample is a mapping with a '__key__', a text that is not empty")
+    parts = []
+    for extension, value in sample.items():
+        if extension.startswith("__"):
+            continue
+        name = f"{key}.{extension}"
+        data = value.encode() if isinstance(value, str) else _as_bytes(value, f"{url}/{name}")
+        parts += [entry(name, len(data)), data, padding(len(data))]
+    if not parts:
+        raise ValueError(f"{url}: the sample {key!r} has no data")
+    return parts
+
+
+def _as_bytes(data: Any, where: str) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    try:
+        return memoryview(data).tobytes()
+    except TypeError:
+        raise TypeError(
+            f"{where}: what is written must be bytes, an object with the buffer protocol or a binary stream, "
+            f"not {type(data).__name__}" + ("; encode the text" if isinstance(data, str) else "")
+        ) from None
