@@ -284,7 +284,7 @@ def check_credential(credential: Any) -> Any:
         hint = "; pass an instance" if isinstance(credential, type) else ""
         hint = "; wrap a SAS in AzureSasCredential" if isinstance(credential, str) else hint
         raise TypeError(f"credential must be {_ACCEPTED}, not {type(credential).__name__}{hint}")
-    if not hasattr(credential, "get_token_info") and _is_async(credential):
+    if _is_async(credential):
         raise TypeError("credential must be synchronous: use azure.identity, not azure.identity.aio")
     return credential
 

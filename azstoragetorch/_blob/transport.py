@@ -7,6 +7,7 @@ child, which makes its own.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import http.client
 import logging
@@ -18,6 +19,7 @@ import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -81,7 +83,7 @@ class Connection:
         proxy = _proxy_for(origin)
         if proxy is None:
             return kind(origin.host, **options)  # type: ignore[arg-type]
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        parts = urlsplit(proxy)
         authorization: dict[str, str] = {}
         if parts.username is not None:
             login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -154,6 +156,13 @@ class Connection:
     def close(self) -> None:
         """Close the socket."""
         self._http.close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
+        sock = self._http.sock
+        if sock is not None:
+            with suppress(OSError):  # closed already
+                os.close(sock.detach())
 
 
 class Headers(Mapping[str, str]):
@@ -290,6 +299,7 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
+        self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     def take(self, origin: Origin) -> Connection:
         """An idle connection that is still open, or a new one."""
@@ -298,7 +308,9 @@ class Pool:
                 idle = self._idle.get(origin)
                 connection = idle.pop() if idle else None
             if connection is None:
-                return Connection(origin)
+                connection = Connection(origin)
+                self._made.add(connection)
+                return connection
             if not connection.is_stale():
                 return connection
             connection.close()
@@ -309,22 +321,24 @@ class Pool:
         connection.idle_since = time.monotonic()
         with self._lock:
             idle = self._idle.setdefault(connection.origin, [])
-            surplus = idle.pop(0) if len(idle) >= _MAX_IDLE else None
             idle.append(connection)
+            is_surplus = len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > _MAX_IDLE_SECONDS
+            surplus = idle.pop(0) if is_surplus else None
         if surplus is not None:
             surplus.close()
 
     def close(self) -> None:
         """Close all idle connections."""
         with self._lock:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Close all idle connections of a forked parent, whose lock another of its threads may have held."""
-        idle, self._idle = self._idle, {}
+            idle, self._idle = self._idle, {}
         for connections in idle.values():
             for connection in connections:
-                connection.close()  # frees this process's copy only
+                connection.close()
+
+    def abandon(self) -> None:
+        """Let go of all connections of a forked parent, whose lock another of its threads may have held."""
+        for connection in list(self._made):
+            connection.abandon()
 
     @property
     def idle_count(self) -> int:
@@ -374,8 +388,10 @@ def send(
             elapsed = (time.perf_counter() - started) * 1000
             url = redact(f"{origin.scheme}://{origin.host}{target}")
             log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed)
+        sent_id, echoed_id = headers.get("x-ms-client-request-id", ""), raw.fields.get("x-ms-client-request-id")
+        if not echoed_id and raw.status >= 300:
+            raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error's message
         response = Response(pool, connection, raw, cleanup)
-        sent_id, echoed_id = headers.get("x-ms-client-request-id"), raw.fields.get("x-ms-client-request-id")
         if sent_id and echoed_id and sent_id != echoed_id:
             response.length = None
             response.close()
@@ -405,8 +421,15 @@ def _slices(body: memoryview | Sequence[memoryview]) -> Iterator[memoryview]:
 def _proxy_for(origin: Origin) -> str | None:
     proxies = urllib.request.getproxies()
     proxy = proxies.get(origin.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(urlsplit(f"//{origin.host}").hostname or ""):
+    if not proxy or urllib.request.proxy_bypass(origin.host):
         return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    scheme = proxy.partition("://")[0].lower()
+    if scheme != "http":  # the connection to it; what goes through is TLS all the same
+        raise ValueError(
+            f"the proxy for {origin.scheme} ({origin.scheme.upper()}_PROXY or ALL_PROXY) must be an http:// "
+            f"proxy, not {scheme}://"
+        )
     return proxy
 
 
@@ -418,6 +441,8 @@ def _tls_context() -> ssl.SSLContext:
     authorities = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
     context = _tls.get(authorities)
     if context is None:
+        if authorities and not os.path.exists(authorities):  # noqa: PTH110 - a text from the environment
+            raise ValueError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {authorities!r}, which does not exist")
         if os.path.isdir(authorities):  # noqa: PTH112 - a text from the environment
             context = ssl.create_default_context(capath=authorities)
         else:
@@ -441,5 +466,6 @@ def _forget_parent() -> None:
     inherited.abandon()
 
 
+atexit.register(close_idle_connections)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)

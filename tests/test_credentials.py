@@ -1,0 +1,424 @@
+"""Who we are to the service: every accepted credential opens it, and none is shown or sent where it should not be."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential
+from azure.core.exceptions import (
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceNotFoundError,
+    ServiceRequestError,
+)
+
+from azstoragetorch._blob.credentials import SCOPE, CredentialHolder, check_credential
+from azstoragetorch._blob.secret import Secret
+from azstoragetorch._blob.url import parse_url
+from azstoragetorch.exceptions import FatalBlobIOWriteError
+from azstoragetorch.io import BlobIO
+from tests.azurite.container import Container
+from tests.azurite.token import AzuriteTokenCredential
+from tests.faults import FaultService, Match, Redirect, Status
+from tests.support import QUICK, blob_client, container_client, content, run_python, run_threads, taking
+
+DATA = content(300_000)
+HTTPS = parse_url("https://account.blob.core.windows.net/c/b")
+HTTP = parse_url("http://127.0.0.1:10000/account/c/b")
+
+
+class Tokens:
+    """Hands out `token-1`, `token-2`, ...; remembers when."""
+
+    def __init__(self, lifetime: float = 3600.0, *, delay: float = 0.0) -> None:
+        self.lifetime = lifetime
+        self.delay = delay
+        self.fetched = 0
+        self.scopes: list[tuple[str, ...]] = []
+        self.failures: list[Exception] = []
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        time.sleep(self.delay)
+        self.scopes.append(scopes)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.fetched += 1
+        return AccessToken(f"token-{self.fetched}", int(time.time() + self.lifetime))
+
+
+def read_and_write(container: Container, url: Callable[[str], str], credential: Any) -> None:
+    """Both directions, small and in parts, each checked through the other door; and a listing."""
+    for name, size in (("small", 1000), ("large", 300_000)):
+        with BlobIO(url(name), "wb", credential=credential, transfer=QUICK) as blob:
+            blob.write(DATA[:size])
+        assert container.get(name) == DATA[:size]
+        container.put(name, DATA[:size][::-1])
+        with BlobIO(url(name), "rb", credential=credential, transfer=QUICK) as blob:
+            assert blob.read() == DATA[:size][::-1]
+    listed = container_client(url("").rstrip("/").replace("/?", "?"), credential=credential)
+    assert [name for page in listed.pages() for name in page.names] == ["large", "small"]
+
+
+class TestWaysIn:
+    """Azurite checks every signature."""
+
+    def test_a_sas_in_the_url(self, container: Container) -> None:
+        read_and_write(container, container.blob_sas_url, None)
+
+    def test_a_sas_credential(self, container: Container) -> None:
+        read_and_write(container, container.blob_url, container.sas_credential)
+
+    def test_a_sas_credential_with_a_question_mark(self, container: Container) -> None:
+        read_and_write(container, container.blob_url, AzureSasCredential(f"?{container.sas()}"))
+
+    def test_an_account_key(self, container: Container) -> None:
+        read_and_write(container, container.blob_url, container.key)
+
+    def test_a_token_over_https(self, https_container: Container, token_credential: AzuriteTokenCredential) -> None:
+        read_and_write(https_container, https_container.blob_url, token_credential)
+        assert token_credential.scopes_asked == [(SCOPE,)]
+
+    def test_a_sas_and_a_key_over_https(self, https_container: Container) -> None:
+        read_and_write(https_container, https_container.blob_url, https_container.key)
+        read_and_write(https_container, https_container.blob_sas_url, None)
+
+    def test_anonymous_reading_of_a_public_container(self, public_container: Container) -> None:
+        public_container.put("large", DATA)
+        with BlobIO(public_container.blob_url("large"), "rb", credential=False, transfer=QUICK) as blob:
+            assert blob.read() == DATA
+        pages = container_client(public_container.url, credential=False).pages()
+        assert [page.names for page in pages] == [["large"]]
+
+    def test_the_sas_in_the_url_wins(self, container: Container) -> None:
+        """Even over a credential that could not open anything."""
+        read_and_write(container, container.blob_sas_url, AzureSasCredential("sig=wrong"))
+        with BlobIO(container.blob_sas_url("small"), "rb", credential=Tokens()) as blob:
+            assert blob.read()
+
+    def test_a_sas_that_is_updated_while_running(self, container: Container) -> None:
+        """The new signature serves objects that were made with the old one."""
+        url = container.put("blob", DATA).partition("?")[0]
+        credential = AzureSasCredential(container.sas(valid_for=-60))
+        with BlobIO(url, "rb", credential=credential, transfer=QUICK) as blob:
+            with pytest.raises(ClientAuthenticationError):
+                blob.read()
+            credential.update(container.sas())
+            assert blob.read() == DATA
+        credential.update(container.sas("r"))
+        writer = BlobIO(url, "wb", credential=credential, transfer=QUICK)
+        credential.update(container.sas("rw"))
+        writer.write(DATA[::-1])
+        writer.close()
+        assert container.get("blob") == DATA[::-1]
+
+    def test_a_key_that_is_updated_while_running(self, container: Container) -> None:
+        url = container.put("blob", DATA).partition("?")[0]
+        name, key = container.key.named_key
+        credential = AzureNamedKeyCredential(name, "d3Jvbmc=")
+        with BlobIO(url, "rb", credential=credential) as blob:
+            with pytest.raises(ClientAuthenticationError):
+                blob.read(1)
+            credential.update(name, key)
+            assert blob.read() == DATA
+
+    def test_a_minted_sas_is_short_lived_and_made_once(self, fault_service: FaultService) -> None:
+        """The key itself never leaves the process."""
+        fault_service.put("c", "b", DATA)
+        key = "a2V5a2V5a2V5"
+        credential = AzureNamedKeyCredential("account", key)
+        for _ in range(2):
+            with BlobIO(fault_service.blob_url("c", "b"), "rb", credential=credential, transfer=QUICK) as blob:
+                blob.read()
+        queries = {entry.target.partition("?")[2] for entry in fault_service.log}
+        assert len(queries) == 1
+        (expiry,) = parse_qs(queries.pop())["se"]
+        assert time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + 3660)) >= expiry[:16]
+        assert not any(key in str(entry) for entry in fault_service.log)
+
+
+class TestRefusedByTheService:
+    def test_without_a_credential(self, container: Container) -> None:
+        container.put("blob", DATA)
+        with (
+            BlobIO(container.blob_url("blob"), "rb", credential=False) as blob,
+            pytest.raises((ClientAuthenticationError, ResourceNotFoundError), match="credential="),
+        ):
+            blob.read()
+
+    def test_a_sas_that_may_not_write(self, container: Container) -> None:
+        container.put("blob", DATA)
+        with pytest.raises(FatalBlobIOWriteError) as caught, BlobIO(container.blob_sas_url("blob", "r"), "wb") as blob:
+            blob.write(b"new")
+        assert isinstance(caught.value.__cause__, ClientAuthenticationError)
+        for part in ("403", "/blob", "PUT", "request id"):
+            assert part in str(caught.value)
+        assert container.get("blob") == DATA
+
+    def test_a_wrong_token(self, https_container: Container) -> None:
+        https_container.put("blob", DATA)
+        credential = AzuriteTokenCredential(audience="https://example.com")
+        with (
+            BlobIO(https_container.blob_url("blob"), "rb", credential=credential) as blob,
+            pytest.raises(ClientAuthenticationError, match=r"40[13].*client request id [0-9a-f]{32}"),
+        ):
+            blob.read()
+
+
+class TestRefusedByUs:
+    @pytest.mark.parametrize("credential", [None, Tokens()], ids=["default", "token"])
+    @pytest.mark.parametrize("mode", ["rb", "wb"])
+    def test_a_token_over_plain_http(self, fault_service: FaultService, mode: Any, credential: Any) -> None:
+        """Said at once, before anything is sent or any token is asked for."""
+        fault_service.put("c", "b", DATA)
+        with pytest.raises(ValueError, match=r"credential: a token is never sent over plain http.*https"):
+            BlobIO(fault_service.blob_url("c", "b"), mode, credential=credential)
+        assert fault_service.connections_opened == 0
+
+    @pytest.mark.parametrize(
+        ("credential", "hint"),
+        [
+            ("sv=2023&sig=x", "wrap a SAS"),
+            (True, ""),
+            (1, ""),
+            (object(), ""),
+            (Tokens, "instance"),
+            ({"account_key": "x"}, ""),
+        ],
+    )
+    def test_what_is_no_credential(self, credential: Any, hint: str) -> None:
+        with pytest.raises(TypeError, match=rf"credential must be None.*False.*TokenCredential.*{hint}") as caught:
+            BlobIO(str(HTTPS), "rb", credential=credential)
+        assert "sig=x" not in str(caught.value)
+
+    def test_an_asynchronous_one(self) -> None:
+        class Async:
+            """As those of azure.identity.aio are."""
+
+            async def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+                raise AssertionError
+
+            async def get_token_info(self, *scopes: str, **options: Any) -> AccessToken:
+                raise AssertionError
+
+        with pytest.raises(TypeError, match="synchronous"):
+            check_credential(Async())
+
+
+class TestTokens:
+    @pytest.fixture
+    def service(self, https_fault_service: FaultService) -> FaultService:
+        https_fault_service.put("c", "b", DATA)
+        https_fault_service.require_token("token-1")
+        return https_fault_service
+
+    def read(self, service: FaultService, credential: Tokens) -> bytes:
+        with BlobIO(service.blob_url("c", "b"), "rb", credential=credential, transfer=QUICK) as blob:
+            return blob.read()
+
+    def write(self, service: FaultService, credential: Tokens) -> None:
+        with BlobIO(service.blob_url("c", "new"), "wb", credential=credential, transfer=QUICK) as blob:
+            blob.write(DATA)
+
+    def test_one_is_fetched_for_all_threads_and_objects(self, service: FaultService) -> None:
+        credential = Tokens(delay=0.1)
+        assert run_threads(16, lambda _: self.read(service, credential)) == [DATA] * 16
+        self.write(service, credential)
+        assert credential.fetched == 1
+        assert credential.scopes == [(SCOPE,)]
+
+    def test_none_before_the_first_request(self) -> None:
+        credential = Tokens()
+        BlobIO(str(HTTPS), "rb", credential=credential).close()
+        assert credential.fetched == 0
+
+    def test_it_is_renewed_before_it_expires(self, service: FaultService) -> None:
+        """At half its life, or five minutes before its end."""
+        service.require_token("token-1", "token-2")
+        credential = Tokens(lifetime=2.0)
+        self.read(service, credential)
+        assert credential.fetched == 1
+        time.sleep(1.1)
+        self.read(service, credential)
+        assert credential.fetched == 2
+        accepted = [entry.headers["authorization"] for entry in service.log if entry.status == 401]
+        assert accepted == []
+
+    def test_a_renewal_that_fails_leaves_the_old_one_in_use(self, service: FaultService) -> None:
+        credential = Tokens(lifetime=4.0)
+        self.read(service, credential)
+        time.sleep(2.1)
+        credential.failures = [ServiceRequestError("identity is down")]
+        assert self.read(service, credential) == DATA
+        assert credential.failures == []
+
+    @pytest.mark.parametrize("action", ["read", "write"])
+    def test_one_that_is_refused_is_renewed_once(self, service: FaultService, action: str) -> None:
+        """As after a revocation, or with a clock that is wrong."""
+        credential = Tokens()
+        getattr(self, action)(service, credential)
+        service.require_token("token-2")
+        service.reset_log()
+        getattr(self, action)(service, credential)
+        assert credential.fetched == 2
+        assert {entry.headers["authorization"] for entry in service.log if entry.status != 401} == {"Bearer token-2"}
+        if action == "write":
+            assert service.get("c", "new") == DATA
+
+    def test_sixteen_threads_renew_it_once(self, service: FaultService) -> None:
+        credential = Tokens(delay=0.05)
+        self.read(service, credential)
+        service.require_token("token-2")
+        assert run_threads(16, lambda _: self.read(service, credential)) == [DATA] * 16
+        assert credential.fetched == 2
+
+    @pytest.mark.parametrize("action", ["read", "write"])
+    def test_one_that_is_refused_again_is_an_error_at_once(self, service: FaultService, action: str) -> None:
+        service.require_token("another")
+        credential = Tokens()
+        with taking(at_most=3), pytest.raises((ClientAuthenticationError, FatalBlobIOWriteError), match="401"):
+            getattr(self, action)(service, credential)
+        assert credential.fetched <= 2
+        assert not service.exists("c", "new")
+
+    def test_a_throttled_identity_is_asked_again(self, service: FaultService) -> None:
+        throttled = HttpResponseError("too many requests")
+        throttled.status_code = 429
+        credential = Tokens()
+        credential.failures = [throttled]
+        assert self.read(service, credential) == DATA
+        assert credential.fetched == 1
+
+    @pytest.mark.parametrize(
+        "failure", [ClientAuthenticationError("no: token=x"), ServiceRequestError("cannot reach identity")]
+    )
+    def test_an_identity_that_refuses_is_reported_as_it_said(self, service: FaultService, failure: Exception) -> None:
+        credential = Tokens()
+        credential.failures = [failure]
+        with pytest.raises(type(failure), match=str(failure)) as caught:
+            self.read(service, credential)
+        assert type(pickle.loads(pickle.dumps(caught.value))) is type(failure)
+        assert self.read(service, credential) == DATA
+
+    def test_default_azure_credential_is_made_when_it_is_needed(
+        self, service: FaultService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And is one for the process: `None` is the same credential everywhere."""
+        made: list[Tokens] = []
+
+        def make() -> Tokens:
+            made.append(Tokens())
+            return made[-1]
+
+        monkeypatch.setattr("azure.identity.DefaultAzureCredential", make)
+        monkeypatch.setattr("azstoragetorch._blob.credentials._registry", {})
+        readers = [BlobIO(service.blob_url("c", "b"), "rb", transfer=QUICK) for _ in range(3)]
+        assert made == []
+        assert [reader.read() for reader in readers] == [DATA] * 3
+        assert [tokens.fetched for tokens in made] == [1]
+
+    def test_azure_identity_is_not_imported_before(self) -> None:
+        program = (
+            "import sys\nfrom azstoragetorch.io import BlobIO\n"
+            "BlobIO('https://account.blob.core.windows.net/c/b', 'rb')\n"
+            "print([name for name in sys.modules if name.startswith('azure.identity')])"
+        )
+        assert run_python(program) == "[]\n"
+
+
+class TestOtherHosts:
+    """A redirect is not followed: neither the token nor the data reach the other host."""
+
+    @pytest.mark.parametrize("status", [301, 302, 307, 308])
+    @pytest.mark.parametrize("operation", ["get_blob", "put_blob", "put_block", "put_block_list", "list_blobs", "head"])
+    def test_nothing_goes_there(
+        self, https_fault_service: FaultService, fault_service: FaultService, operation: str, status: int
+    ) -> None:
+        service, other = https_fault_service, fault_service
+        service.put("c", "b", DATA)
+        other.put("c", "b", b"planted")
+        service.script(operation, [Redirect(other.origin, status)], repeat=True)
+        url, credential = service.blob_url("c", "b"), Tokens()
+        with taking(at_most=3), pytest.raises((HttpResponseError, FatalBlobIOWriteError), match=str(status)):
+            if operation == "get_blob":
+                BlobIO(url, "rb", credential=credential, transfer=QUICK).read()
+            elif operation == "list_blobs":
+                list(container_client(service.container_url("c"), credential=credential).pages())
+            elif operation == "head":
+                blob_client(url, credential=credential).version()
+            else:
+                with BlobIO(url, "wb", credential=credential, transfer=QUICK) as blob:
+                    blob.write(DATA if operation != "put_blob" else b"new")
+        assert other.connections_opened == 0
+        assert service.get("c", "b") == DATA
+        assert service.requests(operation)
+
+    def test_a_sas_neither(self, fault_service: FaultService) -> None:
+        with FaultService() as other:
+            fault_service.script(Match(), [Redirect(other.origin)], repeat=True)
+            url = fault_service.blob_url("c", "b", sv="1", sig="topsecret")
+            with pytest.raises(HttpResponseError) as caught:
+                BlobIO(url, "rb", transfer=QUICK).read()
+            assert other.connections_opened == 0
+        assert "topsecret" not in str(caught.value)
+
+
+class TestPickling:
+    def test_a_key_that_was_left_out_is_missed_when_it_is_used(self) -> None:
+        holder = pickle.loads(pickle.dumps(CredentialHolder(AzureNamedKeyCredential("account", "a2V5"))))
+        with pytest.raises(ValueError, match="make the object again with its credential"):
+            holder.authorizer(HTTP).query()
+
+    def test_a_sas_that_was_left_out_too(self) -> None:
+        holder = pickle.loads(pickle.dumps(CredentialHolder(AzureSasCredential("sig=x"))))
+        with pytest.raises(ValueError, match="make the object again with its credential"):
+            holder.authorizer(HTTP)
+
+    @pytest.mark.parametrize("credential", [None, False], ids=["default", "anonymous"])
+    def test_what_is_no_secret_stays(self, credential: Any) -> None:
+        holder = pickle.loads(pickle.dumps(CredentialHolder(credential)))
+        assert holder.authorizer(HTTPS).is_anonymous is (credential is False)
+
+    def test_no_repr_shows_anything(self) -> None:
+        holders = [
+            CredentialHolder(None, Secret("sig=topsecret")),
+            CredentialHolder(AzureSasCredential("sig=topsecret")),
+            CredentialHolder(AzureNamedKeyCredential("account", "topsecret")),
+        ]
+        assert "topsecret" not in repr(holders)
+
+
+def test_a_refresh_is_not_forgotten_when_the_service_is_slow(https_fault_service: FaultService) -> None:
+    """A request that was under way with the old token, and is refused late, does not drop the new one."""
+    service = https_fault_service
+    service.put("c", "b", DATA)
+    service.require_token("token-1")
+    credential, barrier = Tokens(), threading.Barrier(2)
+    client = blob_client(service.blob_url("c", "b"), credential=credential)
+    client.read()
+    old = client.service.authorizer.headers()
+    service.require_token("token-2")
+
+    def renew(number: int) -> None:
+        barrier.wait(5)
+        client.service.authorizer.renew(old)
+        client.read()
+
+    run_threads(2, renew)
+    client.service.authorizer.renew(old)
+    client.read()
+    assert credential.fetched == 2
+
+
+def test_a_503_is_no_reason_to_renew(https_fault_service: FaultService) -> None:
+    service = https_fault_service
+    service.put("c", "b", DATA)
+    service.script("get_blob", [Status(503)])
+    credential = Tokens()
+    assert blob_client(service.blob_url("c", "b"), credential=credential).read()[0] == DATA
+    assert credential.fetched == 1
