@@ -175,7 +175,8 @@ class ReadAhead:
             low, high = max(span.start, segment.span.start), min(span.stop, segment.span.stop)
             buffer = self._wait(engine, segment, high - segment.span.start)
             copy(target[low - start : high - start], buffer[low - segment.span.start : high - segment.span.start])
-        self._evict(span)
+        if not is_tail:
+            self._evict(span)
 
     def _note_access(self, span: ByteRange) -> None:
         previous, self._previous = self._previous, span

@@ -19,7 +19,7 @@ from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
 from azure.storage.blob import BlobBlock
 from azure.storage.blob import BlobClient as SdkBlobClient
 
-from azstoragetorch._blob.config import MAX_BLOCK_SIZE
+from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.memory import copy
 from azstoragetorch._blob.ranges import ByteRange, split
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 MAX_BLOCKS = 50_000  # the service's limit for a committed blob
 _GROW_AFTER = 1_000  # blocks; past it blocks grow with what is written, so that some 170 TiB fit under the limit
+_MIN_CUT = 8 * MiB  # for a smaller piece of a large write the cost of a request counts
 _BUFFERED_SHARE = 4  # a block that is collected in memory takes at most this part of the memory limit
 
 
@@ -195,7 +196,9 @@ class BlockWriter:
     def _stage_from_caller(self, data: memoryview) -> None:
         """Stage what is collected and *data* as blocks of about one size, without copying *data*."""
         head = self._collected[: self._filled] if self._collected is not None else data[:0]
-        limit = block_size_at(self._staged, self._config.block_size)
+        # As many pieces as may be in flight, if they are worth a request: one connection is slower than the network.
+        share = -(-(head.nbytes + data.nbytes) // self._config.max_concurrency)
+        limit = block_size_at(self._staged, min(self._config.block_size, max(_MIN_CUT, share)))
         tasks: list[Callable[[Scope], None]] = []
         held, self._collected, self._filled = self._collected, None, 0
         for cut in even_cuts(head.nbytes + data.nbytes, limit):
@@ -252,6 +255,8 @@ class BlockWriter:
         engine.budget.acquire(block.nbytes)
         self._collected, self._filled = None, 0
         with self._settled:
+            while self._pending >= self._config.max_concurrency:
+                self._settled.wait()
             self._pending += 1
         engine.submit(lambda: self._stage_in_background(engine, block, stage))
 
