@@ -29,7 +29,7 @@ FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 ROWS = [
     {"exceptions", "_blob"},
     {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
-    {"_blob.records", "_blob.sharding", "_blob.tar", "_workers"},
+    {"_blob.records", "_blob.sharding", "_blob.tar", "_blob.tar", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
     {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
@@ -47,11 +47,19 @@ MAY_IMPORT = {
     "azure.identity": {"_blob.credentials"},
     "azure.storage.blob": {"_blob.sdk", "_blob.credentials", "_blob.upload"},
     "certifi": {"_blob.transport"},
+    "tqdm": {"checkpoint._progress"},  # no dependency: only who asks for a bar needs it
     "typing_extensions": {"", "_blob", "exceptions", *FACES},
 }
 
 # Private names of others that are used all the same: (module, name) -> why there is no public way.
-ALLOWED_PRIVATE: dict[tuple[str, str], str] = {}
+ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
+    ("checkpoint._format", "_StorageInfo"): "the entries of torch's checkpoint format are pickled instances of it",
+    ("checkpoint._format", "_MEM_FORMAT_ENCODING"): "pickled inside every TensorProperties; the unpickler admits it",
+    ("checkpoint._format", "_subclasses"): "FakeTensorMode reads the layout of a saved tensor without its bytes",
+    ("checkpoint._format", "_checkpoint_offset"): "where torch.load, in that mode, says that the bytes begin",
+    ("checkpoint._reader", "_extension"): "torch's registry of stream extensions, which the format refers to",
+    ("datapipes._writing", "_check_unpickable_fn"): "torch's own words for a function that no worker can be sent",
+}
 
 MAKES_THREADS = "_blob.engine"
 THREAD_MAKERS = (
@@ -65,7 +73,8 @@ THREAD_MAKERS = (
     "multiprocessing.Process",
     "multiprocessing.Pool",
     "multiprocessing.get_context",
-    "multiprocessing.context",
+    "multiprocessing.context.BaseContext",
+    "multiprocessing.context.Process",
     "multiprocessing.pool",
     "multiprocessing.process",
     "asyncio.to_thread",

@@ -69,8 +69,6 @@ class BlockWriter:
         self._pending = 0
         self._settled = threading.Condition()
         self._failure: BaseException | None = None
-        self.etag: str | None = None
-        """The ETag of what was committed, unless the answer that told it was lost."""
 
     @property
     def written(self) -> int:
@@ -99,12 +97,11 @@ class BlockWriter:
             if self._filled == self._collected.nbytes:
                 self._stage_collected()
 
-    def write_pieces(self, pieces: Iterable[memoryview]) -> None:
+    def write_pieces(self, pieces: Iterable[memoryview], *, block_size: int, concurrency: int) -> None:
         """Take all of *pieces*, bytes, one after the other, in blocks that are cut across them and staged in parallel.
 
         Nothing is copied: a piece is sent from its own memory, which stays as it is until the return. Pieces are
-        drawn as blocks go out, by one thread at a time but not always the same; about ``memory_limit`` bytes of them
-        are alive at once.
+        drawn as blocks of *block_size* go out, *concurrency* at once, by one thread at a time but not always the same.
 
         Raises:
             FatalBlobIOWriteError: a block failed, or *pieces* raised; nothing will be committed.
@@ -112,8 +109,7 @@ class BlockWriter:
         self._check()
         if self._filled:
             self._stage_collected()
-        alive = max(1, self._config.memory_limit // self._config.block_size)
-        self._stage_all(self._scattered(pieces), min(self._config.max_concurrency, alive))
+        self._stage_all(self._scattered(pieces, block_size), concurrency)
 
     def flush(self) -> None:
         """Wait until the blocks that are on their way have arrived; makes no small block of what is collected.
@@ -144,6 +140,10 @@ class BlockWriter:
             self.flush()
             self._finish(self._put_block_list)
         self._free()
+
+    def cancel(self) -> None:
+        """From another thread: fail what is on its way, and so whoever writes. `abort` is still due."""
+        self._scope.cancel()
 
     def abort(self) -> None:
         """Give up: stop what is on its way, commit nothing."""
@@ -212,10 +212,10 @@ class BlockWriter:
                 head.release()
                 engine_for(self._config).buffers.give_back(held)
 
-    def _scattered(self, pieces: Iterable[memoryview]) -> Iterator[Callable[[Scope], None]]:
+    def _scattered(self, pieces: Iterable[memoryview], first: int) -> Iterator[Callable[[Scope], None]]:
         """Stage the bytes of *pieces* in blocks of the size that is due, the last one shorter."""
         block: list[memoryview] = []
-        size = room = block_size_at(self._staged, self._config.block_size)
+        size = room = block_size_at(self._staged, first)
         try:
             for piece in pieces:
                 while piece.nbytes:
@@ -225,7 +225,7 @@ class BlockWriter:
                     if not room:
                         yield self._staging(self._next_id(size), block)
                         block = []
-                        size = room = block_size_at(self._staged, self._config.block_size)
+                        size = room = block_size_at(self._staged, first)
             if block:
                 yield self._staging(self._next_id(size - room), block)
         except Exception as error:  # noqa: BLE001 - raised by the task
@@ -306,7 +306,7 @@ class BlockWriter:
         def put(client: SdkBlobClient) -> None:
             nonlocal tries
             tries += 1
-            self.etag = client.upload_blob(data, overwrite=not self._create_only, headers=headers)["etag"]
+            client.upload_blob(data, overwrite=not self._create_only, headers=headers)
 
         try:
             self._sdk.call("PUT", put)
@@ -321,8 +321,7 @@ class BlockWriter:
             {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
         )
         try:
-            answer = self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
-            self.etag = str(answer["etag"])
+            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
         except ResourceExistsError as error:
             if not self._is_committed():
                 raise _exists(self._url) from error

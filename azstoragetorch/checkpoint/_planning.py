@@ -112,29 +112,44 @@ def boxes(lengths: Sequence[int], itemsize: int, limit: int) -> Iterator[Box]:
 
 
 def join(pieces: Sequence[Piece], limit: int) -> list[Request]:
-    """Join *pieces*, of any order, into requests of at most about *limit* bytes.
+    """Join *pieces*, of any order, into requests of about *limit* bytes at most.
 
     Pieces that overlap get into one request whatever its length, so that no byte is fetched twice.
     """
     requests: list[Request] = []
-    group: list[Piece] = []
+    chain: list[Piece] = []
     blob, start, stop, wasted = "", 0, 0, 0
     for piece in sorted(pieces, key=lambda piece: (piece.blob, piece.start, piece.stop)):
-        if group and piece.blob == blob:
+        if chain and piece.blob == blob:
             gap = piece.start - stop
             waste = wasted + max(gap, 0)
             length = max(stop, piece.stop) - start
-            is_cheap = gap <= NEAR or (gap <= FAR and waste <= WASTE * length)
-            if gap < 0 or (is_cheap and length <= limit):
-                group.append(piece)
+            if gap <= NEAR or (gap <= FAR and waste <= WASTE * length):
+                chain.append(piece)
                 stop, wasted = max(stop, piece.stop), waste
                 continue
-        if group:
-            requests.append(Request(blob, start, stop, tuple(group)))
-        group, blob, start, stop, wasted = [piece], piece.blob, piece.start, piece.stop, 0
-    if group:
-        requests.append(Request(blob, start, stop, tuple(group)))
+        requests += _split_chain(chain, limit)
+        chain, blob, start, stop, wasted = [piece], piece.blob, piece.start, piece.stop, 0
+    requests += _split_chain(chain, limit)
     return requests
+
+
+def _split_chain(chain: Sequence[Piece], limit: int) -> Iterator[Request]:
+    """Cut a *chain* of neighbours, at borders of pieces, into the fewest requests, all of about one length."""
+    if not chain:
+        return
+    stop = max(piece.stop for piece in chain)
+    even = -(-(stop - chain[0].start) // -(-(stop - chain[0].start) // limit))
+    group, end = [chain[0]], chain[0].stop
+    for piece in chain[1:]:
+        # Half of a piece more is closer to even than half of one less.
+        is_full = (piece.start + piece.stop) / 2 - group[0].start > even
+        if is_full and piece.start >= end:
+            yield Request(piece.blob, group[0].start, end, tuple(group))
+            group = []
+        group.append(piece)
+        end = max(end, piece.stop)
+    yield Request(chain[0].blob, group[0].start, end, tuple(group))
 
 
 def partition(sizes: Sequence[int], parts: int) -> list[range]:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError
+import torch.distributed as dist
+from azure.core.exceptions import AzureError, ResourceExistsError
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from azstoragetorch._blob.config import KiB, TransferConfig
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch.checkpoint._folder import Folder, describe, plain
 from azstoragetorch.checkpoint._format import (
     METADATA,
@@ -49,6 +54,8 @@ from azstoragetorch.exceptions import (
 
 log = logging.getLogger("azstoragetorch")
 
+_AUTO_BLOBS = 256  # of a checkpoint: a large job has one for each rank, a small one is spread
+_WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
 
 
@@ -68,7 +75,8 @@ class BlobStorageWriter(StorageWriter):
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content`` the service
             checks an MD5 of every block.
         overwrite: Replace a checkpoint that is there. If False, raise instead, before anything is uploaded.
-        blobs_per_rank: Spread what a rank saves over this many blobs.
+        blobs_per_rank: Spread what a rank saves over this many blobs. By default over one for each request in
+            flight, as long as they are of ``block_size`` and no more than 256 in all.
         extensions: Stream extensions of torch that transform every item, such as compression.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
@@ -87,14 +95,14 @@ class BlobStorageWriter(StorageWriter):
         credential: Credential = None,
         transfer: TransferConfig | None = None,
         overwrite: bool = True,
-        blobs_per_rank: int = 1,
+        blobs_per_rank: int | None = None,
         extensions: Sequence[Any] = (),
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int):
-            raise TypeError(f"blobs_per_rank must be an integer, not {type(blobs_per_rank).__name__}")
-        if blobs_per_rank < 1:
+        if blobs_per_rank is not None and (isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int)):
+            raise TypeError(f"blobs_per_rank must be an integer or None, not {type(blobs_per_rank).__name__}")
+        if blobs_per_rank is not None and blobs_per_rank < 1:
             raise ValueError(f"blobs_per_rank must be at least 1, not {blobs_per_rank}")
         self._folder = Folder(url, credential, transfer)
         self._overwrite = overwrite
@@ -172,12 +180,25 @@ class BlobStorageWriter(StorageWriter):
         """
         sizes = [_size_hint(item) for item in plan.items]
         meter = Meter(self._progress, sum(sizes))
-        results: list[WriteResult] = []
-        for number, run in enumerate(partition(sizes, self._blobs_per_rank)):
-            name = data_name(self._rank, number, self._save_id)
-            results += self._write_blob(name, [plan.items[at] for at in run], planner, meter)
+        runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
+        config = self._folder.transfer
+        at_once = max(1, min(config.max_concurrency, config.memory_limit // config.block_size))
+        blobs_at_once = max(1, min(len(runs), at_once))
+        results: list[list[WriteResult]] = [[] for _ in runs]
+        planner_lock = threading.Lock()
+
+        def task(number: int) -> Callable[[Scope], None]:
+            def run(scope: Scope) -> None:
+                name = data_name(self._rank, number, self._save_id)
+                items = [plan.items[at] for at in runs[number]]
+                encoder = _Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
+                results[number] = self._write_blob(encoder, at_once // blobs_at_once, scope)
+
+            return run
+
+        engine_for(config).run_all([task(number) for number in range(len(runs))], blobs_at_once)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([result for written in results for result in written])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -199,8 +220,8 @@ class BlobStorageWriter(StorageWriter):
             raise self._exists() from error
         except FatalBlobIOWriteError as error:
             raise self._error(f"the metadata could not be written, so the save had no effect: {error}") from error
-        for path in replaced:
-            self._discard(path)
+        tasks = [lambda _scope, path=path: self._discard(path) for path in replaced]
+        engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
 
     def _discard(self, path: str) -> None:
         try:
@@ -210,28 +231,33 @@ class BlobStorageWriter(StorageWriter):
 
     # -- one blob -----------------------------------------------------------------------------------------------------
 
-    def _write_blob(
-        self, name: str, items: Sequence[WriteItem], planner: SavePlanner, meter: Meter
-    ) -> list[WriteResult]:
-        encoder = _Encoder(name, items, planner, self._extensions, self._folder.transfer.block_size, meter)
+    def _blob_count(self, size: int) -> int:
+        """Blobs for *size* bytes: one for each request in flight, but not very many over all ranks."""
+        config = self._folder.transfer
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // ranks))
+
+    def _write_blob(self, encoder: _Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
+        name = encoder.name
+        block_size = max(self._folder.transfer.block_size, min(encoder.size_hint, _WHOLE))
         writer = self._folder.blob(name).writer()
         try:
-            writer.write_pieces(encoder.pieces())
-            writer.commit()
+            with scope.holding(_Interrupt(writer)):
+                writer.write_pieces(encoder.pieces(), block_size=block_size, concurrency=concurrency)
+                writer.commit()
         except BaseException as error:
             writer.abort()
+            scope.check()  # another blob has failed, which is the error to tell
             if not isinstance(error, Exception):
                 raise
             cause = error.__cause__ if isinstance(error, FatalBlobIOWriteError) and error.__cause__ else error
-            place = f"{encoder.key!r} in {name}" if cause is encoder.error else name
+            is_item = cause is encoder.error
+            place = f"{encoder.key!r} in {name}" if is_item else name
             raise self._error(
                 f"could not save {place}, so the save has no effect: {describe(cause)}",
-                key=encoder.key if cause is encoder.error else None,
+                key=encoder.key if is_item else None,
             ) from plain(cause)
-        return [
-            WriteResult(index, item.length, storage_info(replace(item, etag=writer.etag)))
-            for index, item in encoder.written
-        ]
+        return [WriteResult(index, item.length, storage_info(item)) for index, item in encoder.written]
 
     # -- committing ---------------------------------------------------------------------------------------------------
 
@@ -247,23 +273,27 @@ class BlobStorageWriter(StorageWriter):
     def _check_present(self, written: dict[MetadataIndex, Any]) -> set[str]:
         """Raise unless all data blobs are there as they were written: somebody may have cleaned up meanwhile.
 
-        Returns the data blobs of the checkpoint that is about to be replaced.
+        Notes their ETags in *written*. Returns the data blobs of the checkpoint that is about to be replaced.
         """
-        prefix, own_metadata = self._folder.prefix, metadata_name(self._metadata_rank)
-        try:
-            pages = self._folder.listing(delimiter="/")
-        except ClientAuthenticationError:
-            return self._paths_of_present()  # a SAS that may write but not list
-        present = {
-            name.removeprefix(prefix): etag.strip('"')
-            for page in pages
-            for name, etag in zip(page.names, page.etags, strict=True)
-        }
-        for path, etag in {info.relative_path: getattr(info, "etag", None) for info in written.values()}.items():
-            if path not in present or (etag is not None and present[path] != etag.strip('"')):
-                state = "changed" if path in present else "deleted"
+        needed: dict[str, int] = {}
+        for info in written.values():
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        versions: dict[str, BlobVersion | None] = {}
+        replaced: set[str] = set()
+
+        def look(path: str) -> Callable[[Scope], None]:
+            return lambda _scope: versions.__setitem__(path, self._folder.blob(path).version())
+
+        tasks = [lambda _scope: replaced.update(self._paths_of_present()), *map(look, needed)]
+        engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
+        for path, size in needed.items():
+            version = versions[path]
+            if version is None or version.size != size:
+                state = "deleted" if version is None else "changed"
                 raise self._error(f"{path} was {state} while the save was under way, so the save has no effect")
-        return self._paths_of_present() if own_metadata in present else set()
+        for info in written.values():
+            info.etag = versions[info.relative_path].etag  # type: ignore[union-attr]  # checked above
+        return replaced
 
     def _paths_of_present(self) -> set[str]:
         if not self._overwrite:
@@ -292,6 +322,17 @@ class BlobStorageWriter(StorageWriter):
         )
 
 
+class _Interrupt:
+    """Lets a scope give up a writer."""
+
+    def __init__(self, writer: BlockWriter) -> None:
+        self._writer = writer
+
+    def interrupt(self) -> None:
+        """Fail what is on its way."""
+        self._writer.cancel()
+
+
 class _Encoder:
     """Turns items into the bytes of one blob, and notes where each of them went.
 
@@ -303,13 +344,16 @@ class _Encoder:
         name: str,
         items: Sequence[WriteItem],
         planner: SavePlanner,
+        planner_lock: threading.Lock,
         extensions: tuple[Any, ...],
         chunk: int,
         meter: Meter,
     ) -> None:
-        self._name = name
+        self.name = name
+        self.size_hint = sum(map(_size_hint, items))
         self._items = items
         self._planner = planner
+        self._planner_lock = planner_lock
         self._extensions = extensions
         self._chunk = chunk
         self._meter = meter
@@ -349,7 +393,8 @@ class _Encoder:
             yield memoryview(small)
 
     def _encode(self, item: WriteItem) -> Iterator[memoryview]:
-        value = self._planner.resolve_data(item)
+        with self._planner_lock:
+            value = self._planner.resolve_data(item)
         if isinstance(value, torch.Tensor):
             value = value.detach()
         if self._extensions:
@@ -388,7 +433,7 @@ class _Encoder:
     def _note(
         self, item: WriteItem, length: int, *, transforms: tuple[str, ...] = (), payload: Payload | None = None
     ) -> None:
-        self.written.append((item.index, Item(self._name, self._at, length, transforms, payload)))
+        self.written.append((item.index, Item(self.name, self._at, length, transforms, payload)))
 
 
 class _Unclosed(io.BytesIO):
