@@ -80,9 +80,8 @@ class Scope:
         """Give up: what is blocked fails at once, what has not begun never begins."""
         with self._lock:
             self.is_cancelled = True
-            active = list(self._active)
-        for resource in active:
-            resource.interrupt()
+            for resource in self._active:  # under the lock: after it they may serve another transfer
+                resource.interrupt()
 
 
 class Budget:

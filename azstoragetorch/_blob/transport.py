@@ -68,6 +68,7 @@ class Connection:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.was_used = False
+        self._is_interrupted = False
         self.idle_since = 0.0
         self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
         self.proxy_headers: dict[str, str] = {}
@@ -104,6 +105,8 @@ class Connection:
             connection.connect()
             sock: Any = connection.sock
             sock.settimeout(self.origin.read_timeout)
+        if self._is_interrupted:  # while there was no socket to shut down
+            raise ConnectionAbortedError("interrupted")
         head = self._head(method, self._prefix + target, headers)
         try:
             if body is None or isinstance(body, bytes):
@@ -137,7 +140,7 @@ class Connection:
     def is_stale(self) -> bool:
         """Whether the other side has closed this idle connection, or sent what nobody asked for."""
         sock = self._http.sock
-        if sock is None or time.monotonic() - self.idle_since > _MAX_IDLE_SECONDS:
+        if sock is None or self._is_interrupted or time.monotonic() - self.idle_since > _MAX_IDLE_SECONDS:
             return True
         poll = select.poll() if hasattr(select, "poll") else None
         if poll is None:
@@ -146,7 +149,8 @@ class Connection:
         return bool(poll.poll(0))
 
     def interrupt(self) -> None:
-        """Make whoever blocks on this connection fail at once."""
+        """Make whoever blocks on this connection fail at once, or as soon as it is established."""
+        self._is_interrupted = True
         sock = self._http.sock
         if sock is not None:
             with suppress(OSError):  # closed already
@@ -358,8 +362,8 @@ def send(
 ) -> Response:
     """Send one request and read the head of its answer.
 
-    A pooled connection that turns out to be dead is replaced at once, which counts as no failure: every verb
-    that we send may be sent twice.
+    A pooled connection that turns out to be dead is replaced at once, which counts as no failure: what we send may be
+    sent twice, but for what may only create.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
@@ -381,7 +385,7 @@ def send(
             if scope is not None and scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
             is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
-            if connection.was_used and is_dead:
+            if connection.was_used and is_dead and not _creates_only(headers):
                 continue
             raise
         if log.isEnabledFor(logging.DEBUG):
@@ -400,6 +404,11 @@ def send(
                 f"{echoed_id}, not {sent_id} (request id {raw.fields.get('x-ms-request-id', '-')})"
             )
         return response
+
+
+def _creates_only(headers: Mapping[str, str]) -> bool:
+    """Whether the request would be refused the second time, which is for the caller to sort out."""
+    return any(name.lower() == "if-none-match" for name in headers)
 
 
 def idle_connections() -> int:
@@ -426,10 +435,7 @@ def _proxy_for(origin: Origin) -> str | None:
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     scheme = proxy.partition("://")[0].lower()
     if scheme != "http":  # the connection to it; what goes through is TLS all the same
-        raise ValueError(
-            f"the proxy for {origin.scheme} ({origin.scheme.upper()}_PROXY or ALL_PROXY) must be an http:// "
-            f"proxy, not {scheme}://"
-        )
+        raise ValueError(f"{origin.scheme.upper()}_PROXY or ALL_PROXY must name an http:// proxy, not {scheme}://")
     return proxy
 
 
