@@ -69,7 +69,7 @@ class TestThreads:
             for _ in range(4):
                 engine.submit(lambda together=together: together.wait(10))  # type: ignore[misc]
             together.wait(10)
-            wait_until(lambda: threading.active_count() == before)
+            wait_until(lambda: threading.active_count() <= before)
 
     def test_work_goes_on_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As at interpreter exit, or at the system's limit: the caller does the work."""
