@@ -7,6 +7,7 @@ In any other pickle, which may end up in a file, its place is taken by a marker 
 from __future__ import annotations
 
 import re
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -56,7 +57,8 @@ class Secret:
         return self  # a copy stays in this process
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Secret, (None,)
+        # While a child process is being started its arguments may hold plain pickles: DataLoader wraps a pipe in one.
+        return Secret, (self._value if get_spawning_popen() is not None else None,)
 
 
 def _to_other_process(secret: Secret) -> tuple[Any, ...]:
