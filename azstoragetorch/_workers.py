@@ -1,4 +1,4 @@
-"""Which shard this process is: DataLoader worker x distributed rank.
+"""Which shard this process is, DataLoader worker x distributed rank, and what it shares with the other workers.
 
 A spawned or forkserver worker has no process group. So rank and world size are noted in the parent, at the moment
 when an object is pickled for a child process; a plain pickle, which may be loaded anywhere, carries none.
@@ -15,6 +15,8 @@ import torch.distributed
 import torch.utils.data
 
 ShardBy: TypeAlias = Literal["worker", "rank_and_worker", "none"]
+_MOST_WORKERS = 4095  # of one DataLoader, for each of which 8 bytes are shared
+
 SHARD_BY: tuple[ShardBy, ...] = ("worker", "rank_and_worker", "none")
 
 
@@ -72,15 +74,18 @@ class Placement:
         return self._by
 
     def here(self) -> Place:
-        """The place of this process.
+        """The place of this process; see `of_worker`."""
+        info = torch.utils.data.get_worker_info()
+        return self.of_worker(info.id, info.num_workers) if info is not None else self.of_worker(0, 1)
+
+    def of_worker(self, worker: int, workers: int) -> Place:
+        """The place of one of the *workers* of this process's rank.
 
         Raises:
             ValueError: the job has several ranks, and there is no way to know which one this is.
         """
         if self._by == "none":
             return Place()
-        info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         if self._by == "worker":
             return Place(0, 1, worker, workers)
         known = self._explicit or _of_process_group() or self._parents
@@ -96,6 +101,46 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parents": None}
+
+
+class Shared:
+    """The epoch, set in the parent and seen by workers that live on, and who has begun from a state loaded there.
+
+    Lies in shared memory, which forked, spawned and forkserver workers see alike. A plain pickle or a copy gets
+    memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self._cells: torch.Tensor = torch.zeros(1 + _MOST_WORKERS, dtype=torch.int64)
+        self._cells.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that iterations begin with."""
+        return int(self._cells[0])
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._cells[0] = value
+
+    def is_first_use(self, load: int) -> bool:
+        """Whether this worker takes up the parent's *load*-th state for the first time; now it has.
+
+        Workers that end with their epoch are followed by new ones with the same numbers, to which the parent's
+        state, already consumed, looks new.
+        """
+        info = torch.utils.data.get_worker_info()
+        if info is None:
+            return load not in self._cells[1:].tolist()
+        if info.id >= _MOST_WORKERS:
+            raise ValueError(f"a dataset supports {_MOST_WORKERS} workers; this is number {info.id}")
+        is_first = int(self._cells[1 + info.id]) != load
+        self._cells[1 + info.id] = load
+        return is_first
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._cells = state["_cells"]
+        self._cells.share_memory_()  # type: ignore[no-untyped-call]
 
 
 def _of_process_group() -> tuple[int, int] | None:

@@ -28,12 +28,12 @@ FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 # in a row of _blob also from its neighbours, as long as no circle forms.
 ROWS = [
     {"exceptions", "_blob"},
-    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.ranges", "_blob.secret"},
-    {"_blob.records", "_blob.sharding", "_blob.tar", "_blob.tar", "_workers"},
+    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.once", "_blob.ranges", "_blob.secret"},
+    {"_blob.records", "_blob.resume", "_blob.sharding", "_blob.tar", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
     {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
-    {"_blob.client", "_blob.sources", "_blob.catalog"},
+    {"_blob.client", "_blob.cache", "_blob.catalog", "_blob.sources"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},
     {""},

@@ -1,0 +1,508 @@
+"""The iterable dataset: which sample comes when, in which process, and how to go on after an interruption."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypeVar, overload
+
+import torch.utils.data
+
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.resume import ResumeState, merge, positions_after
+from azstoragetorch._blob.sharding import EVEN, Even, Order, shard_range
+from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._workers import Place, Placement, ShardBy, Shared
+from azstoragetorch.datasets._blobs import (
+    CACHE_BYTES,
+    Blob,
+    BlobSample,
+    ListingInfo,
+    Progress,
+    Source,
+    apply,
+    check_count,
+    check_transform,
+    is_refused,
+)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+OnError: TypeAlias = Literal["raise", "skip", "warn"] | Callable[[str, Exception], object]
+
+
+class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
+    """Iterable dataset: blobs one after the other, the next ones on their way while one is used.
+
+    Make one with `from_container_url` or `from_blob_urls`.
+
+    Reads run ahead in order, up to ``transfer.max_connections`` blobs and ``transfer.memory_limit`` bytes. The
+    transform runs in order in the process, and thread, that iterates. What it does not read is not fetched, and of
+    blobs larger than ``transfer.part_size`` only the first part is fetched ahead. Without a transform a sample is
+    ``{"url": str, "data": bytes}``.
+
+    **Listing.** The container is listed when the dataset is first iterated, and only once: all workers and all later
+    epochs shard that one listing, whatever is added to the container meanwhile. Forked workers wait for the first
+    of them that lists and take its result; for spawned and forkserver workers the parent lists before it starts
+    them. Ranks list for themselves: if blobs may be added while a job starts, compare ``metadata.fingerprint``
+    across ranks. Make a new dataset to see new blobs.
+
+    **Sharding.** ``shard_by="worker"`` deals the blobs out to DataLoader workers, ``"rank_and_worker"`` to the workers
+    of all ranks, ``"none"`` gives everything to everyone. Shard s of S has the positions s, s + S, ... of the
+    epoch's sequence, where s is worker x world size + rank. Rank and world size are those of torch.distributed, in
+    spawned workers those that the parent had, unless ``rank`` and ``world_size`` are passed. With ``even="drop"``
+    or ``"pad"`` all shards have the same length, which collective training needs.
+
+    **Shuffling.** ``shuffle=True`` permutes the whole sequence by (seed, epoch) before it is sharded. Call `set_epoch`
+    before each epoch, or all have the same order.
+
+    **Resuming.** `state_dict` and `load_state_dict` save and restore the exact place, by hand or under
+    ``torchdata.stateful_dataloader.StatefulDataLoader``. `merge_states` makes it possible to go on with another
+    number of ranks or workers.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Blob], T_co] | None,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+    ) -> None:
+        check_transform(transform)
+        if even not in EVEN:
+            raise ValueError(f"even must be one of {', '.join(map(repr, EVEN))}, not {even!r}")
+        if not callable(on_error) and on_error not in ("raise", "skip", "warn"):
+            raise ValueError(f"on_error must be 'raise', 'skip', 'warn' or a callable(url, exc), not {on_error!r}")
+        check_count("seed", seed, 0)
+        source.list_lazily()
+        self._source = source
+        self._transform = transform
+        self._seed = seed if shuffle else None
+        self._placement = Placement(shard_by, rank, world_size)
+        self._even: Even = even
+        self._on_error: OnError = on_error
+        self._shared = Shared()
+        self._loaded: ResumeState | None = None
+        self._load = 0  # by which the workers know the loaded state; 0 if it was loaded by the worker itself
+        self._current: _Progress | None = None
+
+    @overload
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: None = None,
+        transfer: TransferConfig | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[BlobSample]: ...
+    @overload
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: Callable[[Blob], T],
+        transfer: TransferConfig | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[T]: ...
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: Callable[[Blob], Any] | None = None,
+        transfer: TransferConfig | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[Any]:
+        """A dataset of the blobs that URLs name, in their order.
+
+        Args:
+            blob_urls: As for `BlobDataset.from_blob_urls`, and so ``credential``, ``transfer``, ``cache_dir`` and
+                ``cache_bytes``.
+            credential: See above.
+            transform: Makes a sample of a `Blob`, in the worker.
+            transfer: See above.
+            shuffle: Whether to permute the sequence, anew for each `set_epoch`.
+            seed: Of the permutation; the same on all ranks.
+            shard_by: ``"worker"``, ``"rank_and_worker"`` or ``"none"``.
+            rank: Instead of torch.distributed's, together with *world_size*.
+            world_size: Instead of torch.distributed's.
+            even: ``"none"``: shards may differ in length by one. ``"drop"``: the surplus is left out. ``"pad"``: the
+                sequence begins again to fill up.
+            on_error: What to do when a blob cannot be read or its transform fails. ``"raise"``; ``"skip"``;
+                ``"warn"`` and skip; or a function that gets URL and exception, and skips by returning. A skipped
+                blob counts as consumed. 401 and 403 are raised always.
+            cache_dir: See above.
+            cache_bytes: See above.
+
+        Raises:
+            ValueError: a URL is not one of a blob, or an option is out of range.
+            TypeError: an argument has a wrong type.
+        """
+        source = Source(
+            urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
+        )
+        return cls(
+            source,
+            transform,
+            shuffle=shuffle,
+            seed=seed,
+            shard_by=shard_by,
+            rank=rank,
+            world_size=world_size,
+            even=even,
+            on_error=on_error,
+        )
+
+    @overload
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: None = None,
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[BlobSample]: ...
+    @overload
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: Callable[[Blob], T],
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[T]: ...
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: Callable[[Blob], Any] | None = None,
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        shard_by: ShardBy = "worker",
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: Even = "none",
+        on_error: OnError = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> IterableBlobDataset[Any]:
+        """A dataset of the blobs in a container, listed when it is first needed.
+
+        Args:
+            container_url: URL of the container; a SAS in it is respected.
+            prefix: Only blobs whose names begin with it.
+            credential: As for `from_blob_urls`, and so the other options.
+            transform: See above.
+            transfer: See above.
+            progress: Called in the process that lists, with the number of blobs listed so far.
+            shuffle: See above.
+            seed: See above.
+            shard_by: See above.
+            rank: See above.
+            world_size: See above.
+            even: See above.
+            on_error: See above.
+            cache_dir: See above.
+            cache_bytes: See above.
+
+        Raises:
+            ValueError: the URL is not one of a container, or an option is out of range.
+            TypeError: an argument has a wrong type.
+        """
+        source = Source(
+            container=parse_container_url(container_url),
+            prefix=prefix or "",
+            credential=credential,
+            transfer=transfer,
+            progress=progress,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+        )
+        return cls(
+            source,
+            transform,
+            shuffle=shuffle,
+            seed=seed,
+            shard_by=shard_by,
+            rank=rank,
+            world_size=world_size,
+            even=even,
+            on_error=on_error,
+        )
+
+    @property
+    def metadata(self) -> ListingInfo:
+        """Count, bytes and fingerprint of what the dataset is made of. Lists the container if it was not yet."""
+        return self._source.info
+
+    @property
+    def epoch(self) -> int:
+        """What `set_epoch` said last, 0 before."""
+        return self._shared.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; it decides the order if the dataset shuffles.
+
+        Call it in the main process before iterating: workers see it, those that live on included. A state that was
+        loaded and is of another epoch is dropped.
+        """
+        check_count("epoch", epoch, 0)
+        self._shared.epoch = epoch
+        if self._loaded is not None and self._loaded.epoch != epoch:
+            self._loaded = None
+
+    def __iter__(self) -> Iterator[T_co]:
+        """The samples of this process's shard.
+
+        Raises:
+            ValueError: there are blobs, but none for this rank; or the loaded state does not fit.
+            AzureError: the container could not be listed.
+        """
+        # Not a generator: the order, and a loaded state, are settled now and not when the first sample is drawn.
+        loaded = self._take_loaded()
+        self._current = self._begin(self._placement.here(), loaded)
+        return _Samples(self._source, self._transform, self._on_error, self._current)
+
+    def _take_loaded(self) -> ResumeState | None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and self._load and not self._shared.is_first_use(self._load):
+            return None
+        return loaded
+
+    def _begin(self, place: Place, loaded: ResumeState | None) -> _Progress:
+        """Where *place* begins its epoch."""
+        catalog = self._source.catalog
+        if loaded is None:
+            # Ranks are the same positions modulo their number, whatever their workers.
+            if len(catalog) and not shard_range(len(catalog), place.world_size, place.rank, self._even):
+                raise ValueError(
+                    f"rank {place.rank} of world_size {place.world_size} is left without samples: the dataset has "
+                    f"{len(catalog)} (even={self._even!r})"
+                )
+            loaded = ResumeState(catalog.fingerprint, self._seed, self._shared.epoch, place.shards, (0,) * place.shards)
+        elif loaded.fingerprint != catalog.fingerprint:
+            raise ValueError(
+                "state: the listing has changed since the state was saved (blobs were added, removed or renamed): "
+                "restore the blobs, or begin the epoch anew without the state"
+            )
+        consumed, position = loaded.for_shard(place.shard, place.shards)
+        state = replace(loaded, shards=place.shards, consumed=consumed, positions=())
+        order = state.order(len(catalog))
+        stripe = shard_range(len(order), place.shards, place.shard, self._even)
+        return _Progress(state, place.shard, order, stripe, min(position, len(stripe)))
+
+    def _check(self, state: ResumeState) -> None:
+        if state.seed != self._seed:
+            raise ValueError(
+                f"state: saved with seed={state.seed}, but the dataset has seed={self._seed} (None: shuffle=False)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to go on from here: a small fresh dict of plain values, good for JSON.
+
+        It is about the iterator made last in this process, and about the samples that it has yielded; what it has
+        fetched ahead does not count. Before the first iterator it stands for the beginning of the epoch.
+        """
+        if self._loaded is not None:
+            return self._loaded.to_dict()
+        if self._current is None:
+            self._current = self._begin(self._placement.here(), None)
+        return self._current.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have the next iteration go on where *state* was taken; those after it begin anew.
+
+        Load it in the main process before its loader begins: each of its workers takes up its shard. With another
+        number of workers or ranks *state* must tell of all shards, see `merge_states`.
+
+        Raises:
+            ValueError: *state* is not one, or one of another order. Whether it fits the listing and the shards is
+                found out when the iteration begins.
+        """
+        loaded = ResumeState.from_dict(state)
+        self._check(loaded)
+        self._loaded = loaded
+        self._load = 0 if torch.utils.data.get_worker_info() is not None else 1 + int.from_bytes(os.urandom(7), "big")
+
+    def state_after(
+        self,
+        batches: int,
+        *,
+        batch_size: int,
+        num_workers: int,
+        drop_last: bool = False,
+        resumed_from: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The state of a plain ``DataLoader`` with workers, after it has yielded *batches* in this epoch.
+
+        Workers cannot be asked for their state by a plain loader, but it takes their batches in turn, so the main
+        process can count. It is about the shards of this rank. Not for ``in_order=False``.
+
+        Args:
+            batches: Yielded so far by the loader.
+            batch_size: As passed to the loader.
+            num_workers: As passed to the loader; not 0, for which there is `state_dict`.
+            drop_last: As passed to the loader.
+            resumed_from: The state that this epoch was resumed from, if it was.
+
+        Raises:
+            ValueError: the loader cannot have yielded so many batches.
+        """
+        check_count("batches", batches, 0)
+        check_count("batch_size", batch_size, 1)
+        check_count("num_workers", num_workers, 1)
+        if self._placement.by == "none":
+            raise ValueError("with shard_by='none' all workers read the same: there is no state of all of them")
+        loaded = None if resumed_from is None else ResumeState.from_dict(resumed_from)
+        places = [self._placement.of_worker(worker, num_workers) for worker in range(num_workers)]
+        begun = [self._begin(place, loaded) for place in places]
+        lengths, starts = [len(each.stripe) for each in begun], [each.position for each in begun]
+        after = positions_after(batches, batch_size, lengths, starts, drop_last=drop_last)
+        known = {each.shard: position for each, position in zip(begun, after, strict=True)}
+        shards = begun[0].state.shards
+        return replace(begun[0].state, positions=tuple(known.get(shard) for shard in range(shards))).to_dict()
+
+    def __repr__(self) -> str:
+        return f"IterableBlobDataset({self._source.description})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_current": None}
+
+
+def merge_states(states: object) -> dict[str, Any]:
+    """One state of those of all ranks and workers, with which any number of them can go on.
+
+    What the shards have not consumed is striped anew over those that load it; nothing is lost and nothing comes
+    twice. With the number of shards unchanged, each goes on exactly where it was.
+
+    Args:
+        states: States of `IterableBlobDataset` or of loaders that hold one, in any nesting of lists and dicts; such as
+            the list that ``torch.distributed.all_gather_object`` fills with ``loader.state_dict()``.
+
+    Raises:
+        ValueError: there is none, they do not belong together, or a loader's state is some steps old
+            (``snapshot_every_n_steps``).
+    """
+    return merge(states).to_dict()
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far one iteration of one shard has come."""
+
+    state: ResumeState  # of which only the position is missing
+    shard: int
+    order: Order
+    stripe: range
+    position: int
+
+    def indices(self) -> Iterator[int]:
+        """Indices into the catalog of what is to come."""
+        length = len(self.order)
+        for at in self.stripe[self.position :]:
+            yield self.order[at % length]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state.of_shard(self.shard, self.position)
+
+
+class _Samples(Iterator[T_co]):
+    """The samples of one iteration."""
+
+    def __init__(
+        self, source: Source, transform: Callable[[Blob], T_co] | None, on_error: OnError, progress: _Progress
+    ) -> None:
+        self._transform = transform
+        self._on_error = on_error
+        self._progress = progress
+        self._ahead = source.prefetch(map(source.blob, progress.indices()), is_eager=transform is None)
+
+    def __next__(self) -> T_co:
+        while True:
+            ahead = next(self._ahead)
+            # An error counts as consumed: whoever goes on after it goes on with the next blob.
+            self._progress.position += 1
+            try:
+                return apply(self._transform, ahead)
+            except Exception as error:
+                if self._on_error == "raise" or is_refused(error):
+                    raise
+                self._skip(ahead.item.url, error)
+
+    def _skip(self, url: str, error: Exception) -> None:
+        if callable(self._on_error):
+            self._on_error(url, error)
+        elif self._on_error == "warn":
+            warnings.warn(f"skipped {url}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ahead"):
+            self._ahead.close()

@@ -1,0 +1,275 @@
+"""The map-style dataset: batches fetched concurrently, and ahead where they come as foreseen."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast, overload
+
+import torch.utils.data
+
+from azstoragetorch._blob.client import Head
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.prefetch import OrderedPrefetch
+from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch.datasets._blobs import (
+    CACHE_BYTES,
+    Blob,
+    BlobSample,
+    ListingInfo,
+    Progress,
+    Source,
+    apply,
+    check_transform,
+    to_sample,
+)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_TELLING = 4  # neighbours in a batch that make it likely that the next one follows
+
+
+class BlobDataset(torch.utils.data.Dataset[T_co]):
+    """Map-style dataset: ``dataset[i]`` is the i-th blob. Make one with `from_container_url` or `from_blob_urls`.
+
+    DataLoader hands a whole batch to the dataset, which fetches its blobs concurrently. When batches follow one
+    another at a constant distance, as with ``shuffle=False``, those to come are fetched ahead too, bounded by
+    ``transfer.max_connections`` and ``transfer.memory_limit``. What a transform does not read is not fetched.
+
+    Without a transform a sample is ``{"url": str, "data": bytes}``.
+
+    The listing is made once and is part of the dataset: a million blobs take some 80 MB, which forked workers share.
+    A dataset can be pickled. A SAS or account key goes along to workers only: a dataset from a file needs to be made
+    again if it had one.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Blob], T_co] | None) -> None:
+        check_transform(transform)
+        self._source = source
+        self._transform = transform
+        _ = source.catalog
+        self._ahead = _Batches(source, transform)
+
+    @overload
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: None = None,
+        transfer: TransferConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[BlobSample]: ...
+    @overload
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: Callable[[Blob], T],
+        transfer: TransferConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[T]: ...
+    @classmethod
+    def from_blob_urls(
+        cls,
+        blob_urls: str | Iterable[str],
+        *,
+        credential: Credential = None,
+        transform: Callable[[Blob], Any] | None = None,
+        transfer: TransferConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[Any]:
+        """A dataset of the blobs that URLs name, in their order.
+
+        Args:
+            blob_urls: One URL or several, gone through once. A SAS, ``snapshot`` or ``versionid`` in a URL is
+                respected.
+            credential: As for `azstoragetorch.io.BlobIO`. A SAS in a URL wins.
+            transform: Makes a sample of a `Blob`; called in the process that asks for the sample.
+            transfer: How to transfer; its ``memory_limit`` bounds what is fetched ahead.
+            cache_dir: Keep blobs in this folder and read them from there when they are wanted again. Any number
+                of processes may share it. Blobs larger than ``transfer.part_size`` are kept when one ``read()``
+                reads them from beginning to end. Without a listing, each look into the cache takes a request for
+                the blob's version.
+            cache_bytes: The most that the folder may hold; the least recently used leave.
+
+        Raises:
+            ValueError: a URL is not one of a blob, or an option is out of range.
+            TypeError: an argument has a wrong type.
+        """
+        source = Source(
+            urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
+        )
+        return cls(source, transform)
+
+    @overload
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: None = None,
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[BlobSample]: ...
+    @overload
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: Callable[[Blob], T],
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[T]: ...
+    @classmethod
+    def from_container_url(
+        cls,
+        container_url: str,
+        *,
+        prefix: str | None = None,
+        credential: Credential = None,
+        transform: Callable[[Blob], Any] | None = None,
+        transfer: TransferConfig | None = None,
+        progress: Progress | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[Any]:
+        """A dataset of the blobs in a container, listed now.
+
+        Directory markers of hierarchical accounts are no samples. An empty listing makes an empty dataset and warns.
+
+        Args:
+            container_url: URL of the container; a SAS in it is respected.
+            prefix: Only blobs whose names begin with it.
+            credential: As for `from_blob_urls`.
+            transform: As for `from_blob_urls`.
+            transfer: As for `from_blob_urls`.
+            progress: Called with the number of blobs listed so far, after every answer of the service.
+            cache_dir: As for `from_blob_urls`, except that the listing tells the versions.
+            cache_bytes: As for `from_blob_urls`.
+
+        Raises:
+            ValueError: the URL is not one of a container, or an option is out of range.
+            TypeError: an argument has a wrong type.
+            AzureError: the service refused, or could not be reached.
+        """
+        source = Source(
+            container=parse_container_url(container_url),
+            prefix=prefix or "",
+            credential=credential,
+            transfer=transfer,
+            progress=progress,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+        )
+        return cls(source, transform)
+
+    @property
+    def metadata(self) -> ListingInfo:
+        """Count, bytes and fingerprint of what the dataset is made of."""
+        return self._source.info
+
+    def __len__(self) -> int:
+        return len(self._source.catalog)
+
+    def __getitem__(self, index: int) -> T_co:
+        """The sample of the *index*-th blob; negative indices count from the end.
+
+        Raises:
+            IndexError: there is no such blob.
+            AzureError: the service refused, or could not be reached.
+        """
+        blob = self._source.blob(_position(index, len(self)))
+        return cast(T_co, to_sample(blob)) if self._transform is None else self._transform(blob)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[T_co]:
+        """The samples of a batch, in its order, fetched concurrently. DataLoader calls this."""
+        length = len(self)
+        return self._ahead.samples([_position(index, length) for index in indices])
+
+    def __repr__(self) -> str:
+        return f"BlobDataset({self._source.description})"
+
+
+def _position(index: int, length: int) -> int:
+    position = operator.index(index)
+    if not -length <= position < length:
+        raise IndexError(f"index {position} is out of range for a dataset of {length} blobs")
+    return position + length if position < 0 else position
+
+
+class _Batches(Generic[T_co]):
+    """Batches of a map-style dataset, read ahead as long as they come as foreseen. Per process; pickles as new."""
+
+    def __init__(self, source: Source, transform: Callable[[Blob], T_co] | None) -> None:
+        self._source = source
+        self._transform = transform
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._previous: list[int] = []
+        self._foreseen: list[int] | None = None
+        self._step = 0
+        self._stream: OrderedPrefetch[Blob, Head] | None = None
+
+    def samples(self, indices: list[int]) -> list[T_co]:
+        """The samples of one batch."""
+        if self._pid != os.getpid():  # the parent's threads are not ours
+            self._start_anew()
+        with self._lock:
+            if self._stream is None or indices != self._foreseen:
+                if self._stream is not None:
+                    self._stream.close()
+                self._step = _step_after(self._previous, indices)
+                self._stream = self._source.prefetch(
+                    map(self._source.blob, self._indices_from(indices, self._step)), is_eager=self._transform is None
+                )
+            self._previous, self._foreseen = indices, self._shift(indices, self._step)
+            try:
+                return [apply(self._transform, next(self._stream)) for _ in indices]
+            except BaseException:
+                stream, self._stream = self._stream, None
+                stream.close()
+                raise
+
+    def _indices_from(self, indices: list[int], step: int) -> Iterator[int]:
+        while indices:
+            yield from indices
+            indices = self._shift(indices, step)
+
+    def _shift(self, indices: list[int], step: int) -> list[int]:
+        length = len(self._source.catalog)
+        return [index + step for index in indices if 0 <= index + step < length] if step else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, (self._source, self._transform)
+
+
+def _step_after(previous: list[int], batch: list[int]) -> int:
+    """How far behind *batch* the next one is likely to be; 0 if nothing suggests it."""
+    if len(batch) >= _TELLING and batch == list(range(batch[0], batch[0] + len(batch))):
+        info = torch.utils.data.get_worker_info()
+        return len(batch) * (info.num_workers if info is not None else 1)
+    steps = {now - before for before, now in zip(previous, batch, strict=False)}
+    return steps.pop() if len(previous) == len(batch) and len(steps) == 1 else 0
