@@ -24,7 +24,13 @@ _address_of_bytes.restype = ctypes.c_void_p
 _address_of_bytes.argtypes = [ctypes.py_object]
 
 
-def advise_huge_pages(address: int, length: int) -> None:
+def expect_filling(target: memoryview) -> None:
+    """Prepare the kernel for all of *target* being written: a tensor that was just made has no pages yet."""
+    if _LIBC is not None and target.nbytes >= 2 * _HUGE_PAGE:
+        _advise_huge_pages(ctypes.addressof(ctypes.c_char.from_buffer(target)), target.nbytes)
+
+
+def _advise_huge_pages(address: int, length: int) -> None:
     """Ask the kernel to back this memory with huge pages; without effect where it cannot."""
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     stop = (address + length) // _HUGE_PAGE * _HUGE_PAGE
@@ -43,7 +49,7 @@ def filled_bytes(length: int, fill: Callable[[memoryview], object]) -> bytes:
         return bytes(small)
     data: bytes = _new_bytes(None, length)
     address = _address_of_bytes(data)
-    advise_huge_pages(address, length)
+    _advise_huge_pages(address, length)
     fill(memoryview((ctypes.c_char * length).from_address(address)).cast("B"))
     return data
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
-from azstoragetorch._blob.memory import copy, filled_bytes
+from azstoragetorch._blob.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class ReadAhead:
                 opened = self._open(start, min(target.nbytes, self._config.effective_part_size), scope)
         try:
             length = min(target.nbytes, max(0, self.size() - start))
+            expect_filling(target[:length])
             self._read(start, target[:length], opened, scope)
             return length
         finally:
