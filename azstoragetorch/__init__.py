@@ -23,5 +23,6 @@ from __future__ import annotations
 __version__ = "0.3.0.dev0"
 
 from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.metrics import Metrics, metrics
 
-__all__ = ["TransferConfig", "__version__"]
+__all__ = ["Metrics", "TransferConfig", "__version__", "metrics"]

@@ -28,7 +28,7 @@ FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 # in a row of _blob also from its neighbours, as long as no circle forms.
 ROWS = [
     {"exceptions", "_blob"},
-    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.once", "_blob.ranges", "_blob.secret"},
+    {"_blob.config", "_blob.errors", "_blob.memory", "_blob.metrics", "_blob.once", "_blob.ranges", "_blob.secret"},
     {"_blob.records", "_blob.resume", "_blob.sharding", "_blob.tar", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},

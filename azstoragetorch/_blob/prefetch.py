@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from azstoragetorch._blob.engine import Budget, Engine, Scope
+from azstoragetorch._blob.metrics import timed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,10 +45,11 @@ class Ahead(Generic[T, R]):
             BaseException: whatever the work raised.
         """
         self._on_use()
-        # After fork the thread that was at it is the parent's.
-        if self._pid != os.getpid() or self._future.cancel():
-            return self._work(self.item)
-        return self._future.result()
+        with timed("blocked_seconds"):
+            # After fork the thread that was at it is the parent's.
+            if self._pid != os.getpid() or self._future.cancel():
+                return self._work(self.item)
+            return self._future.result()
 
     def when_settled(self, action: Callable[[Future[R]], None]) -> None:
         """Call *action* when the work is done, or when it is sure that it will not be done ahead."""

@@ -16,6 +16,7 @@ from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.memory import copy, expect_filling, filled_bytes
+from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class ReadAhead:
         assert self.version is not None
         return self.version.size
 
+    @timed("blocked_seconds")
     def read_all(self, start: int) -> bytes:
         """Everything from *start* on, as bytes that were never copied."""
         self._check_process()
@@ -97,6 +99,7 @@ class ReadAhead:
             if opened is not None:
                 opened.close()
 
+    @timed("blocked_seconds")
     def readinto(self, start: int, target: memoryview) -> int:
         """Fill *target* from *start* on, up to the end of the blob; the number of bytes read."""
         self._check_process()

@@ -15,6 +15,7 @@ from azure.core.exceptions import AzureError, HttpResponseError
 
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.engine import Scope
+from azstoragetorch._blob.metrics import count
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Retry:
         pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
         if failure.retry_after is not None:
             pause += min(failure.retry_after, _LONGEST_REQUESTED_PAUSE)
+        count("retries")
         log.debug("try %d failed, next in %.2f s: %s", self._failures, pause, failure)
         return pause
 

@@ -7,9 +7,14 @@ stands for. Retrying is the caller's, who knows how far it got.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote
+
+from azure.core.settings import settings
+from azure.core.tracing import SpanKind
+from azure.core.tracing.decorator import distributed_trace
 
 from azstoragetorch._blob import transport
 from azstoragetorch._blob.config import TransferConfig
@@ -45,11 +50,36 @@ class Service:
     ) -> Response:
         """Send one signed request; an answer whose status is not in *accept* is raised.
 
+        Where azure-core's tracing is on it is a span, as the SDK's own requests are.
+
         Raises:
             Transient: worth another try.
             AzureError: the service refused.
             Cancelled: *scope* was cancelled.
         """
+        if not _is_tracing():
+            return self._send(method, url, query, headers, body, accept, scope)
+        return self._send_traced(
+            method,
+            url,
+            query,
+            headers,
+            body,
+            accept,
+            scope,
+            tracing_attributes={"http.method": method, "http.url": str(url)},
+        )
+
+    def _send(
+        self,
+        method: str,
+        url: BlobURL,
+        query: str,
+        headers: Mapping[str, str] | None,
+        body: Body,
+        accept: frozenset[int],
+        scope: Scope | None,
+    ) -> Response:
         state = f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
         state = f"versionid={quote(url.versionid)}" if url.versionid else state
         own = {
@@ -68,6 +98,10 @@ class Service:
         if response.status not in accept:
             self._refuse(method, url, response)
         return response
+
+    @distributed_trace(name_of_span="azstoragetorch.request", kind=SpanKind.CLIENT)
+    def _send_traced(self, *arguments: Any, **_of_the_span: Any) -> Response:
+        return self._send(*arguments)
 
     def exchange(
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: Body, scope: Scope | None
@@ -107,6 +141,18 @@ class Service:
                 anonymous=self.authorizer.is_anonymous,
             )
         raise refusal(refused, response.headers)
+
+
+_tracing = (0.0, False)  # when it was looked up last, and what was found: it costs as much as the rest of a request
+
+
+def _is_tracing() -> bool:
+    global _tracing
+    looked_up, is_on = _tracing
+    if time.monotonic() - looked_up > 1.0:
+        is_on = bool(settings.tracing_implementation() or settings.tracing_enabled())
+        _tracing = time.monotonic(), is_on
+    return is_on
 
 
 def fail(method: str, url: BlobURL, error: BaseException, scope: Scope | None = None) -> NoReturn:

@@ -30,6 +30,7 @@ from urllib.parse import unquote, urlsplit
 from azstoragetorch import __version__
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.engine import Cancelled, Scope
+from azstoragetorch._blob.metrics import count, count_answer
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
@@ -254,12 +255,14 @@ class Response:
         self.status = raw.status
         self.reason = raw.reason
         self.headers: Mapping[str, str] = raw.fields
+        self._received = 0
         self.length = raw.length
         """Bytes of the body that are still to come, where the service said so."""
 
     def readinto(self, target: memoryview) -> int:
         """Receive up to ``len(target)`` bytes; fewer, or 0, only if the body ends."""
         received = self._raw.readinto(target)
+        self._received += received
         if self.length is not None:
             self.length -= received
         return received
@@ -267,6 +270,7 @@ class Response:
     def read(self) -> bytes:
         """The rest of the body."""
         data = self._raw.read()
+        self._received += len(data)
         self.length = 0
         return data
 
@@ -280,6 +284,8 @@ class Response:
         except (OSError, http.client.HTTPException):
             pass
         self._cleanup.close()
+        count("bytes_received", self._received)
+        self._received = 0
         if self._raw.isclosed() and self.length == 0 and not self._raw.will_close:
             self._pool.give_back(self._connection)
         else:
@@ -312,6 +318,7 @@ class Pool:
                 idle = self._idle.get(origin)
                 connection = idle.pop() if idle else None
             if connection is None:
+                count("connections")
                 connection = Connection(origin)
                 self._made.add(connection)
                 return connection
@@ -388,10 +395,11 @@ def send(
             if connection.was_used and is_dead and not _creates_only(headers):
                 continue
             raise
+        elapsed = time.perf_counter() - started
+        count_answer(elapsed, raw.status, _length(body))
         if log.isEnabledFor(logging.DEBUG):
-            elapsed = (time.perf_counter() - started) * 1000
             url = redact(f"{origin.scheme}://{origin.host}{target}")
-            log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed)
+            log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed * 1000)
         sent_id, echoed_id = headers.get("x-ms-client-request-id", ""), raw.fields.get("x-ms-client-request-id")
         if not echoed_id and raw.status >= 300:
             raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error's message
@@ -404,6 +412,12 @@ def send(
                 f"{echoed_id}, not {sent_id} (request id {raw.fields.get('x-ms-request-id', '-')})"
             )
         return response
+
+
+def _length(body: Body) -> int:
+    if body is None:
+        return 0
+    return memoryview(body).nbytes if isinstance(body, (bytes, memoryview)) else sum(piece.nbytes for piece in body)
 
 
 def _creates_only(headers: Mapping[str, str]) -> bool:

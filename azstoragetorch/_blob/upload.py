@@ -22,6 +22,7 @@ from azure.storage.blob import BlobClient as SdkBlobClient
 from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.memory import copy
+from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.sdk import Pieces, SdkBlob
 from azstoragetorch._blob.service import Service
@@ -111,6 +112,7 @@ class BlockWriter:
             self._stage_collected()
         self._stage_all(self._scattered(pieces, block_size), concurrency)
 
+    @timed("blocked_seconds")
     def flush(self) -> None:
         """Wait until the blocks that are on their way have arrived; makes no small block of what is collected.
 
@@ -236,6 +238,7 @@ class BlockWriter:
 
             yield fail
 
+    @timed("blocked_seconds")
     def _stage_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int) -> None:
         try:
             engine_for(self._config).run_all(tasks, concurrency, self._scope)
@@ -286,6 +289,7 @@ class BlockWriter:
 
         return stage
 
+    @timed("blocked_seconds")
     def _finish(self, operation: Callable[[], T]) -> T:
         try:
             return operation()

@@ -17,6 +17,7 @@ from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.once import OnceAmongForks
 from azstoragetorch._blob.prefetch import Ahead, OrderedPrefetch
 from azstoragetorch._blob.url import BlobURL
@@ -276,12 +277,20 @@ def check_transform(transform: Any) -> None:
         raise TypeError(f"transform must be callable, not {type(transform).__name__}")
 
 
+def sample_of(transform: Callable[[Blob], T] | None, blob: Blob) -> T:
+    """What *transform* makes of *blob*, or the default sample."""
+    if transform is None:
+        return cast(T, to_sample(blob))
+    with timed("transform_seconds"):
+        return transform(blob)
+
+
 def apply(transform: Callable[[Blob], T] | None, ahead: Ahead[Blob, Head]) -> T:
     """Make a sample of what was fetched ahead."""
     blob = ahead.item
     blob._ahead = ahead  # noqa: SLF001
     try:
-        return cast(T, to_sample(blob)) if transform is None else transform(blob)
+        return sample_of(transform, blob)
     except StopIteration as error:
         raise RuntimeError("the transform raised StopIteration") from error  # it would end the epoch unnoticed
     finally:

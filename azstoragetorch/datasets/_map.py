@@ -6,7 +6,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch.utils.data
 
@@ -24,7 +24,7 @@ from azstoragetorch.datasets._blobs import (
     Source,
     apply,
     check_transform,
-    to_sample,
+    sample_of,
 )
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             AzureError: the service refused, or could not be reached.
         """
         blob = self._source.blob(_position(index, len(self)))
-        return cast(T_co, to_sample(blob)) if self._transform is None else self._transform(blob)
+        return sample_of(self._transform, blob)
 
     def __getitems__(self, indices: Sequence[int]) -> list[T_co]:
         """The samples of a batch, in its order, fetched concurrently. DataLoader calls this."""
