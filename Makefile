@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types check build clean
+.PHONY: help setup demo test docs lint format types check build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ demo: setup  ## train on images in Azurite, lose the process, resume from the ch
 
 test: setup  ## run the tests; SLOW=1 adds those marked slow, ARGS= goes to pytest
 	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
+
+docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 asks other sites too
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
+	$(BIN)/python docs/links.py build/docs
+	$(if $(LINKS),$(BIN)/sphinx-build -q -b linkcheck docs build/links)
 
 lint: $(DEV)  ## check style and formatting
 	$(BIN)/ruff check
