@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from azure.core import MatchConditions
 from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
-from azure.storage.blob import BlobBlock
+from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob import BlobClient as SdkBlobClient
 
 from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
@@ -98,11 +98,19 @@ class BlockWriter:
             if self._filled == self._collected.nbytes:
                 self._stage_collected()
 
-    def write_pieces(self, pieces: Iterable[memoryview], *, block_size: int, concurrency: int) -> None:
+    def write_pieces(
+        self,
+        pieces: Iterable[memoryview],
+        *,
+        block_size: int,
+        concurrency: int,
+        staged: Callable[[int], None] | None = None,
+    ) -> None:
         """Take all of *pieces*, bytes, one after the other, in blocks that are cut across them and staged in parallel.
 
         Nothing is copied: a piece is sent from its own memory, which stays as it is until the return. Pieces are
         drawn as blocks of *block_size* go out, *concurrency* at once, by one thread at a time but not always the same.
+        *staged* is called, from any thread, with the length of each block that has arrived.
 
         Raises:
             FatalBlobIOWriteError: a block failed, or *pieces* raised; nothing will be committed.
@@ -110,7 +118,7 @@ class BlockWriter:
         self._check()
         if self._filled:
             self._stage_collected()
-        self._stage_all(self._scattered(pieces, block_size), concurrency)
+        self._stage_all(self._scattered(pieces, block_size, staged), concurrency)
 
     @timed("blocked_seconds")
     def flush(self) -> None:
@@ -125,8 +133,8 @@ class BlockWriter:
                 self._settled.wait()
         self._check()
 
-    def commit(self) -> None:
-        """Make everything written the content of the blob, at once.
+    def commit(self, *, md5: bytes | None = None) -> None:
+        """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
@@ -140,7 +148,7 @@ class BlockWriter:
             if self._filled:
                 self._stage_collected()
             self.flush()
-            self._finish(self._put_block_list)
+            self._finish(lambda: self._put_block_list(md5))
         self._free()
 
     def cancel(self) -> None:
@@ -214,7 +222,9 @@ class BlockWriter:
                 head.release()
                 engine_for(self._config).buffers.give_back(held)
 
-    def _scattered(self, pieces: Iterable[memoryview], first: int) -> Iterator[Callable[[Scope], None]]:
+    def _scattered(
+        self, pieces: Iterable[memoryview], first: int, staged: Callable[[int], None] | None
+    ) -> Iterator[Callable[[Scope], None]]:
         """Stage the bytes of *pieces* in blocks of the size that is due, the last one shorter."""
         block: list[memoryview] = []
         size = room = block_size_at(self._staged, first)
@@ -225,11 +235,11 @@ class BlockWriter:
                     block.append(head)
                     room -= head.nbytes
                     if not room:
-                        yield self._staging(self._next_id(size), block)
+                        yield self._staging(self._next_id(size), block, staged)
                         block = []
                         size = room = block_size_at(self._staged, first)
             if block:
-                yield self._staging(self._next_id(size - room), block)
+                yield self._staging(self._next_id(size - room), block, staged)
         except Exception as error:  # noqa: BLE001 - raised by the task
             failure = error
 
@@ -277,7 +287,9 @@ class BlockWriter:
                 self._pending -= 1
                 self._settled.notify_all()
 
-    def _staging(self, block_id: str, pieces: Sequence[memoryview]) -> Callable[[Scope], None]:
+    def _staging(
+        self, block_id: str, pieces: Sequence[memoryview], staged: Callable[[int], None] | None = None
+    ) -> Callable[[Scope], None]:
         length = sum(piece.nbytes for piece in pieces)
 
         def stage(_scope: Scope) -> None:
@@ -286,6 +298,8 @@ class BlockWriter:
                 "PUT (block)",
                 lambda client: client.stage_block(block_id, Pieces(pieces), length=length, headers=headers),  # type: ignore[arg-type]
             )
+            if staged is not None:
+                staged(length)
 
         return stage
 
@@ -319,13 +333,15 @@ class BlockWriter:
             if tries == 1 or not self._has_content(data):
                 raise _exists(self._url) from error
 
-    def _put_block_list(self) -> None:
+    def _put_block_list(self, md5: bytes | None) -> None:
         blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
-        condition: dict[str, Any] = (
+        options: dict[str, Any] = (
             {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
         )
+        if md5 is not None:  # of a blob that is put whole the service computes it
+            options["content_settings"] = ContentSettings(content_md5=bytearray(md5))
         try:
-            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **condition))
+            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **options))
         except ResourceExistsError as error:
             if not self._is_committed():
                 raise _exists(self._url) from error
