@@ -8,8 +8,37 @@ core's.
 
 from __future__ import annotations
 
+from azstoragetorch.checkpoint._management import (
+    CheckpointSummary,
+    Entry,
+    checkpoint_to_torch_save,
+    clean,
+    delete_checkpoint,
+    inspect_checkpoint,
+    keep_last,
+    latest_checkpoint,
+    list_checkpoints,
+    load_keys,
+    torch_save_to_checkpoint,
+)
 from azstoragetorch.checkpoint._progress import Progress, TqdmProgress
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 
-__all__ = ["BlobStorageReader", "BlobStorageWriter", "Progress", "TqdmProgress"]
+__all__ = [
+    "BlobStorageReader",
+    "BlobStorageWriter",
+    "CheckpointSummary",
+    "Entry",
+    "Progress",
+    "TqdmProgress",
+    "checkpoint_to_torch_save",
+    "clean",
+    "delete_checkpoint",
+    "inspect_checkpoint",
+    "keep_last",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_keys",
+    "torch_save_to_checkpoint",
+]

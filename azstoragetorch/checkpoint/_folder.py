@@ -78,8 +78,10 @@ class Folder:
         """What is in the folder; names begin with `prefix`."""
         return list(self._container.pages(prefix=self.prefix, delimiter=delimiter, uncommitted=uncommitted))
 
-    def metadata(self, rank: int | None = None) -> Metadata:
+    def metadata(self, rank: int | None = None, *, is_known: bool = True) -> Metadata:
         """The metadata of the checkpoint here, or that of *rank* alone; fetched again only if it has changed.
+
+        With *is_known* False it is not expected to be what was seen before, which saves asking.
 
         Raises:
             CheckpointNotFoundError: there is no checkpoint.
@@ -88,7 +90,7 @@ class Folder:
         """
         client = self.blob(metadata_name(rank))
         with _cache_lock:
-            known = [etag for url, etag in _cache if url == str(client.url)]
+            known = [etag for url, etag in _cache if is_known and url == str(client.url)]
         version = client.version() if known else None
         if version is not None and version.etag in known:
             with _cache_lock:

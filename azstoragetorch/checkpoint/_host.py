@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from azstoragetorch._blob.memory import advise_huge_pages
 from azstoragetorch.checkpoint._planning import Box, boxes
 
 _EMPTY = memoryview(b"")
@@ -39,12 +38,6 @@ def is_in_place(tensor: torch.Tensor) -> bool:
         and not tensor.is_conj()
         and not tensor.is_neg()
     )
-
-
-def advise(tensor: torch.Tensor) -> None:
-    """Have the memory of *tensor*, which is about to be written for the first time, backed by large pages."""
-    if tensor.device.type == "cpu":
-        advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def select(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -27,11 +27,12 @@ from azstoragetorch._blob.config import KiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion, open_range
 from azstoragetorch._blob.engine import Budget, Cancelled, Scope, engine_for
+from azstoragetorch._blob.memory import expect_filling
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch.checkpoint._folder import Folder, describe, plain
 from azstoragetorch.checkpoint._format import PROBE, Item, Payload, probe, read_item
-from azstoragetorch.checkpoint._host import Lane, advise, is_in_place, select, view_of
+from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, Source, contiguous_strides, cut, join
 from azstoragetorch.checkpoint._progress import Meter, Progress
 from azstoragetorch.checkpoint._sharing import SHARING, Sharing, plan_sharing, source_of, this_node
@@ -400,6 +401,7 @@ class Load:
                     targets.append(view_of(buffer))
                 else:
                     targets.append(view_of(place))
+                    expect_filling(targets[-1])
                 buffers.append(buffer)
             self._touched.update(read.key for (_, read), place in zip(pieces, places, strict=True) if place is not None)
             self._receive(request, targets, keys, scope)
@@ -438,7 +440,6 @@ class Load:
         place = select(target, piece.box)
         if not is_in_place(place):
             return None
-        advise(place)
         return place
 
     def _elements(self, piece: Piece, payload: Payload, buffer: torch.Tensor | None) -> torch.Tensor:

@@ -56,6 +56,7 @@ log = logging.getLogger("azstoragetorch")
 
 _AUTO_BLOBS = 256  # of a checkpoint: a large job has one for each rank, a small one is spread
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
+_ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
 
 
@@ -239,7 +240,9 @@ class BlobStorageWriter(StorageWriter):
 
     def _write_blob(self, encoder: _Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
         name = encoder.name
-        block_size = max(self._folder.transfer.block_size, min(encoder.size_hint, _WHOLE))
+        block_size = self._folder.transfer.block_size
+        if encoder.size_hint <= _WHOLE:
+            block_size = max(block_size, encoder.size_hint)
         writer = self._folder.blob(name).writer()
         try:
             with scope.holding(_Interrupt(writer)):
@@ -299,7 +302,7 @@ class BlobStorageWriter(StorageWriter):
         if not self._overwrite:
             return set()
         try:
-            present = self._folder.metadata(self._metadata_rank)
+            present = self._folder.metadata(self._metadata_rank, is_known=False)
             return {read_item(info).path for info in present.storage_data.values()}
         except CheckpointNotFoundError:
             return set()
@@ -350,7 +353,7 @@ class _Encoder:
         meter: Meter,
     ) -> None:
         self.name = name
-        self.size_hint = sum(map(_size_hint, items))
+        self.size_hint = sum(_size_hint(item) + _ENVELOPE for item in items)
         self._items = items
         self._planner = planner
         self._planner_lock = planner_lock
