@@ -6,9 +6,9 @@ import io
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from azstoragetorch._blob.readahead import ReadAhead
 
 __all__ = ["BlobIO"]
+
+T = TypeVar("T")
 
 _BUFFER_SIZE = 64 * KiB  # what line iteration and small reads are served from without a call into Python
 _LARGE_READ = 1 * MiB  # from here on `read` makes its own bytes, on huge pages
@@ -125,7 +127,7 @@ class BlobIO(io.BufferedIOBase):
     def etag(self) -> str | None:
         """The version of the blob that is read, or None as long as no read has seen one."""
         version = self._blob.version if self._blob is not None else None
-        return version.etag if version is not None else None
+        return version.etag or None if version is not None else None
 
     @property
     def closed(self) -> bool:
@@ -162,10 +164,10 @@ class BlobIO(io.BufferedIOBase):
             BlobChangedError: the blob was overwritten since the first read.
             AzureError: the service refused, or could not be reached.
         """
-        with self._lock:
-            reader, blob = self._readable()
-            if size is not None and 0 <= size < _LARGE_READ:
-                return reader.read(size)
+        if size is not None and 0 <= size < _LARGE_READ:
+            return self._steadily(lambda reader, _: reader.read(size))
+
+        def read(reader: io.BufferedReader, blob: ReadAhead) -> bytes:
             start = reader.tell()
             if size is None or size < 0:
                 data = blob.read_all(start)
@@ -175,30 +177,38 @@ class BlobIO(io.BufferedIOBase):
             reader.seek(start + len(data))
             return data
 
+        return self._steadily(read)
+
     def read1(self, size: int = -1, /) -> bytes:
         """Read up to *size* bytes that are at hand or come with one read ahead."""
-        with self._lock:
-            return self._readable()[0].read1(size)
+        return self._steadily(lambda reader, _: reader.read1(size))
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Fill *buffer*, a large one straight from the network; returns the number of bytes, short at the end only."""
-        with self._lock:
-            return self._readable()[0].readinto(buffer)
+        return self._steadily(lambda reader, _: reader.readinto(buffer))
 
     def readinto1(self, buffer: WriteableBuffer, /) -> int:
         """Like `readinto`, with at most one read ahead."""
-        with self._lock:
-            return self._readable()[0].readinto1(buffer)
+        return self._steadily(lambda reader, _: reader.readinto1(buffer))
 
     def peek(self, size: int = 0, /) -> bytes:
         """Bytes from the position on without moving it, at least one unless the blob ends here."""
-        with self._lock:
-            return self._readable()[0].peek(size)
+        return self._steadily(lambda reader, _: reader.peek(size))
 
     def readline(self, size: int | None = -1, /) -> bytes:
         """Read up to and including the next newline, and at most *size* bytes."""
+        return self._steadily(lambda reader, _: reader.readline(-1 if size is None else size))
+
+    def _steadily(self, read: Callable[[io.BufferedReader, ReadAhead], T]) -> T:
+        """What *read* returns; if it fails the position is what it was, so that another try skips nothing."""
         with self._lock:
-            return self._readable()[0].readline(-1 if size is None else size)
+            reader, blob = self._readable()
+            start = reader.tell()
+            try:
+                return read(reader, blob)
+            except BaseException:
+                reader.seek(start)
+                raise
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move to *offset* relative to the start (0), the position (1) or the end (2); returns the new position.

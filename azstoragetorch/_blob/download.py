@@ -90,9 +90,8 @@ class RangeRead:
                             progress(done)
                         if received < len(piece):
                             raise Transient(self._broken(f"ended the body after {done} of {length} bytes"))
-                if validates and not self._is_intact(response, targets, begin):
-                    done = begin
-                    raise Transient(self._broken(f"sent bytes of {self.span.header} that do not have its own MD5"))
+                if validates:
+                    self._validate(response, targets, begin)
             except Transient as failure:
                 if validates:
                     done = begin  # the MD5 is that of the whole answer
@@ -173,12 +172,15 @@ class RangeRead:
             raise self.changed()
         return BlobVersion(size, etag)
 
-    def _is_intact(self, response: Response, targets: Sequence[memoryview], begin: int) -> bool:
+    def _validate(self, response: Response, targets: Sequence[memoryview], begin: int) -> None:
         expected = response.headers.get("Content-MD5")
+        if expected is None:
+            raise Transient(self._broken(f"sent {self.span.header} without the MD5 that was asked for"))
         digest = hashlib.md5(usedforsecurity=False)
         for piece in _unfilled(targets, begin):
             digest.update(piece)
-        return expected is None or base64.b64encode(digest.digest()).decode() == expected
+        if base64.b64encode(digest.digest()).decode() != expected:
+            raise Transient(self._broken(f"sent bytes of {self.span.header} that do not have its own MD5"))
 
     def changed(self) -> BlobChangedError:
         """The error for a blob that is no longer the pinned version."""

@@ -92,7 +92,7 @@ class ReadAhead:
             opened = self._open(start, self._config.effective_part_size, scope)
         try:
             length = max(0, self.size() - start)
-            if length == len(self._head):
+            if start == 0 and length == len(self._head):
                 return self._head
             return filled_bytes(length, lambda view: self._read(start, view, opened, scope))
         finally:
@@ -129,9 +129,14 @@ class ReadAhead:
         self._segments = []
         self._head = b""
 
-    def _open(self, start: int, length: int, scope: Scope) -> RangeRead:
+    def _open(self, start: int, length: int, scope: Scope) -> RangeRead | None:
         span = ByteRange(start, start + length)
         opened = open_range(self._service, self._url, span, scope=scope)
+        if opened.version.size and not opened.version.etag:
+            # Beyond the end: the refusal tells the size, but no version to which later reads could be pinned.
+            opened.close()
+            self._open_first()
+            return None
         self.version = opened.version
         return opened
 
@@ -141,6 +146,7 @@ class ReadAhead:
         span = ByteRange(0, self._config.effective_part_size)
         segment = _Segment(span)
         opened = self._open(0, len(span), segment.scope)
+        assert opened is not None
         segment.span = opened.span
         segment.is_claimed = True
         if not len(opened.span):
@@ -276,10 +282,10 @@ class ReadAhead:
             self._forget(segment)
             raise
         if segment.filled < count:
-            self._forget(segment)
-            error = segment.error
-            assert error is not None
-            raise error
+            for failed in [s for s in self._segments if s.error is not None]:
+                self._forget(failed)  # another try begins anew, not with what failed before it
+            assert segment.error is not None
+            raise segment.error
         assert segment.buffer is not None
         return segment.buffer
 
