@@ -85,7 +85,7 @@ def cut(source: Source, read: int, limit: int) -> Iterator[Piece]:
         step = source.strides[dim] * source.itemsize
         is_close[dim] = lengths[dim] == 1 or step - spans[dim + 1] <= FAR
         spans[dim] = step * (lengths[dim] - 1) + spans[dim + 1]
-    if spans[0] <= limit and all(is_close):
+    if not rank or (spans[0] <= limit and all(is_close)):
         yield _piece(source, read, Box((0,) * rank, lengths))
         return
     inner = rank
@@ -138,14 +138,16 @@ def _split_chain(chain: Sequence[Piece], limit: int) -> Iterator[Request]:
     """Cut a *chain* of neighbours, at borders of pieces, into the fewest requests, all of about one length."""
     if not chain:
         return
-    stop = max(piece.stop for piece in chain)
-    even = -(-(stop - chain[0].start) // -(-(stop - chain[0].start) // limit))
+    start, stop = chain[0].start, max(piece.stop for piece in chain)
+    count = -(-(stop - start) // limit)
+    done = 0
     group, end = [chain[0]], chain[0].stop
     for piece in chain[1:]:
-        # Half of a piece more is closer to even than half of one less.
-        is_full = (piece.start + piece.stop) / 2 - group[0].start > even
-        if is_full and piece.start >= end:
+        # The piece that a border would cut goes to the side where more of it is.
+        border = start + (stop - start) * (done + 1) // count
+        if (piece.start + piece.stop) / 2 > border and piece.start >= end:
             yield Request(piece.blob, group[0].start, end, tuple(group))
+            done = max(done + 1, (piece.start - start) * count // (stop - start))
             group = []
         group.append(piece)
         end = max(end, piece.stop)
