@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -93,8 +94,8 @@ def check_loader(service: FaultService, kind: str, workers: int, stops: Any) -> 
         return StatefulDataLoader(build(service, kind), batch_size=2, num_workers=workers, collate_fn=list)
 
     whole = list(loader())
-    samples = [sample for batch in whole for sample in batch]
-    assert sorted(sum(samples, []) if kind == "batch" else samples) == expected(kind)
+    samples = chain.from_iterable(whole)
+    assert sorted(chain.from_iterable(samples) if kind == "batch" else samples) == expected(kind)
     for stop in sorted({min(stop, len(whole)) for stop in stops}):
         first = loader()
         batches = iter(first)

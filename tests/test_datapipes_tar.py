@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data.datapipes.iter import IterableWrapper
 
+import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch import TransferConfig
 from azstoragetorch._blob.tar import walk
 from azstoragetorch.exceptions import BlobChangedError

@@ -13,6 +13,7 @@ from azure.core.exceptions import ResourceExistsError
 from torch.utils.data import DataLoader
 from torch.utils.data.datapipes.iter import IterableWrapper
 
+import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch import TransferConfig
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
@@ -173,9 +174,9 @@ def test_what_was_packed_comes_back(container: Container) -> None:
     assert back == [{**sample, "txt": sample["txt"].encode()} for sample in SAMPLES]  # type: ignore[attr-defined]
 
 
-def test_workers_do_not_overwrite_each_others_tars(container: Container) -> None:
+def test_workers_do_not_overwrite_each_others_tars(fault_service: FaultService) -> None:
     pipe = IterableWrapper(SAMPLES).sharding_filter()
-    packed = pipe.write_blob_tar_shards(f"{container.url}/{{shard}}.tar", credential=container.key)
+    packed = pipe.write_blob_tar_shards(f"{fault_service.container_url('data')}/{{shard}}.tar", credential=False)
     with pytest.raises(ValueError, match=r"must hold \{worker\}"):
         list(DataLoader(packed, num_workers=2, batch_size=None))
 

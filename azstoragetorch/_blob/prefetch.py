@@ -119,6 +119,10 @@ class OrderedPrefetch(Generic[T, R]):
         self._is_unused = True
         return ahead
 
+    def interrupt(self) -> None:
+        """Make work under way fail with `Cancelled`, now and from now on. May be called from any thread."""
+        self._scope.cancel()
+
     def close(self) -> None:
         """Give up what is under way and give its bytes back."""
         self._is_exhausted = True
