@@ -322,7 +322,10 @@ def load_metadata(data: bytes) -> dcp.Metadata:
         forged = [value for value, members in before if _restore(value, members)]
     if forged:
         raise CheckpointError(f"the metadata tries to change {forged[0]!r}; it is hostile")
-    _check_metadata(metadata)
+    try:
+        _check_metadata(metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the metadata lacks what makes it one: {error!s:.300}") from None
     return metadata
 
 

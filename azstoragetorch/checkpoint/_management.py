@@ -293,7 +293,7 @@ class _WholePlanner(DefaultLoadPlanner):
     def __init__(self, metadata: Metadata, wanted: set[str] | None, weights_only: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights_only = weights_only
-        self._paths: dict[str, Sequence[str | int]] = metadata.planner_data or {}
+        self._paths = _paths_of(metadata)
         self.matched: set[str] = set()
         self._flat: dict[str, Any] = {}
         for key, entry in metadata.state_dict_metadata.items():
@@ -323,8 +323,23 @@ class _WholePlanner(DefaultLoadPlanner):
         """The state dict, nested again."""
         nested: dict[str, Any] = {}
         for key, value in self._flat.items():
-            _put(nested, tuple(self._paths.get(key) or (key,)), value)
+            _put(nested, self._paths.get(key) or (key,), value)
         return nested
+
+
+def _paths_of(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
+    """Where in the nested state dict each flat key belongs, as far as the planner that saved it noted that."""
+    noted = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    limit = len(metadata.state_dict_metadata)  # no list has more entries than there are
+    paths = {}
+    for key, path in noted.items():
+        is_path = isinstance(path, (tuple, list)) and all(
+            isinstance(step, str) or (isinstance(step, int) and 0 <= step < limit) for step in path
+        )
+        if not is_path:
+            raise CheckpointError(f"the metadata places {key!r} at {path!r:.100}, which is no path", key=str(key))
+        paths[key] = tuple(path)
+    return paths
 
 
 def _beginnings(path: Sequence[str | int]) -> list[str]:

@@ -450,10 +450,11 @@ class Load:
 
     def _receive(self, request: Request, targets: list[memoryview], keys: list[str], scope: Scope) -> None:
         """Receive the bytes of *request*, those of each of its pieces into the target of that piece."""
-        parts, copies = scatter(request, targets)
+        # An MD5 is that of all bytes of an answer, and the service computes none for more than some MiB.
+        validates = self._config.validate_content
+        parts, copies = scatter(request, targets, keeps_gaps=validates)
         span = ByteRange(request.start, request.stop)
-        # With content validated the service serves no more than some MiB at once.
-        limit = self._config.effective_part_size if self._config.validate_content else len(span)
+        limit = self._config.effective_part_size if validates else len(span)
         try:
             for part in split(span, limit):
                 at = part.start - span.start
@@ -587,28 +588,26 @@ class Load:
 
 
 def scatter(
-    request: Request, targets: list[memoryview]
+    request: Request, targets: list[memoryview], *, keeps_gaps: bool = False
 ) -> tuple[list[memoryview], list[tuple[memoryview, memoryview]]]:
     """Where the bytes of *request* go, one after the other, and what is copied after that.
 
-    Bytes between pieces go to scratch memory. Where pieces overlap, the bytes are received for the first of them and
-    copied to the others.
+    Bytes between pieces go to scratch memory, all to the same unless *keeps_gaps*. Where pieces overlap, the bytes are
+    received for the first of them and copied to the others.
     """
-    gap = stop = request.start
-    longest = 0
-    for piece in request.pieces:
-        longest = max(longest, piece.start - stop)
-        stop = max(stop, piece.stop)
-    scratch = memoryview(bytearray(longest))
     parts: list[memoryview] = []
     copies: list[tuple[memoryview, memoryview]] = []
-    at = gap
     received: list[tuple[int, memoryview]] = []  # by their place in the blob, one after the other
+    scratch = memoryview(b"")
+    at = request.start
     for piece, target in zip(request.pieces, targets, strict=True):
-        if piece.start > at:
-            parts.append(scratch[: piece.start - at])
+        gap = piece.start - at
+        if gap > 0:
+            if keeps_gaps or gap > scratch.nbytes:
+                scratch = memoryview(bytearray(gap))
+            parts.append(scratch[:gap])
             at = piece.start
-        if piece.start < at:
+        elif gap < 0:
             for begin, memory in received:
                 low, high = max(begin, piece.start), min(begin + memory.nbytes, piece.stop)
                 if low < high:
