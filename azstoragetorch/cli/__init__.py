@@ -1,0 +1,28 @@
+"""The command line: ``azstoragetorch doctor | ls | cp | checkpoint | bench | completion``.
+
+The top of the house: it uses everything and nothing uses it. What it needs beyond the package itself, click and rich,
+is the extra ``cli`` and is imported in here only.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command in ``sys.argv`` and end the process with its exit code."""
+    try:
+        import click  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        print(  # noqa: T201
+            f"azstoragetorch: the command line needs {error.name}, which is not installed: "
+            "pip install 'azstoragetorch[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    from azstoragetorch.cli._app import run
+
+    sys.exit(run(sys.argv[1:]))

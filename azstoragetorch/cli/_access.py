@@ -1,0 +1,89 @@
+"""Which credential a command uses. Secrets come from the environment or the URL, never from an option."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+
+from azstoragetorch._blob.client import BlobClient, ContainerClient
+from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.url import BlobURL
+
+ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the options say about credentials."""
+
+    is_anonymous: bool = False
+    sas_variable: str | None = None
+
+    def choose(self, url: BlobURL) -> tuple[Credential, str]:
+        """The credential for *url* and, in words, where it comes from.
+
+        A SAS in the URL comes first, then the options, then the environment, then DefaultAzureCredential. A key or
+        SAS of the environment is for one account: it is not used where AZURE_STORAGE_ACCOUNT names another.
+
+        Raises:
+            ValueError: the variable that ``--sas-env`` names is not set.
+        """
+        if url.sas is not None:
+            return AzureSasCredential(url.sas.reveal()), "SAS in the URL"
+        if self.is_anonymous:
+            return False, "none (anonymous)"
+        if self.sas_variable is not None:
+            token = os.environ.get(self.sas_variable)
+            if not token:
+                raise ValueError(f"--sas-env: the environment variable {self.sas_variable} is not set")
+            return AzureSasCredential(token), f"SAS in {self.sas_variable}"
+        if os.environ.get(ACCOUNT, url.account_name) == url.account_name:
+            if key := os.environ.get(KEY):
+                return AzureNamedKeyCredential(url.account_name, key), f"account key in {KEY}"
+            if token := os.environ.get(SAS):
+                return AzureSasCredential(token), f"SAS in {SAS}"
+        return None, "DefaultAzureCredential"
+
+    def credential(self, url: BlobURL) -> Credential:
+        """The credential for *url*."""
+        return self.choose(url)[0]
+
+    def blob(self, url: BlobURL, config: TransferConfig) -> BlobClient:
+        """The blob at *url*."""
+        return BlobClient(url, self._holder(url), config)
+
+    def container(self, url: BlobURL, config: TransferConfig) -> ContainerClient:
+        """The container that *url* is in."""
+        container = replace(url, blob="", snapshot=None, versionid=None)
+        return ContainerClient(container, self._holder(url), config)
+
+    def _holder(self, url: BlobURL) -> CredentialHolder:
+        return CredentialHolder(self.credential(url), url.sas)
+
+
+class TokenSource(logging.Handler):
+    """Hears from azure-identity's log which of its credentials had a token; ``name`` is None as long as none had."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.found: str | None = None
+        self._logger = logging.getLogger("azure.identity")
+        self._level = self._logger.level
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note the name in ``... acquired a token from ...``, which is public knowledge: the SDK documents it."""
+        if "acquired a token from" in record.msg and isinstance(record.args, tuple) and record.args:
+            self.found = str(record.args[-1])
+
+    def __enter__(self) -> TokenSource:
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level)

@@ -1,0 +1,162 @@
+"""``azstoragetorch bench``: what this package makes of an account from here, in the figures that users ask for."""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from azstoragetorch._blob.config import GiB, MiB, TransferConfig
+from azstoragetorch._blob.engine import engine_for
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch.cli._app import Session, Url, common
+from azstoragetorch.io import BlobIO
+
+_SAMPLE = 110_000  # bytes of a typical photograph of a data set
+_TENSORS = 16
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    unit: str
+    amount: float
+    run: Callable[[], object]
+    mebibytes: float
+
+
+@click.command()
+@click.argument("url", type=Url())
+@click.option("--size", default=256, show_default=True, help="MiB of the large blob.", type=click.IntRange(1))
+@click.option("--count", default=500, show_default=True, help="Small blobs of 110 KB.", type=click.IntRange(1))
+@click.option("--rounds", default=3, show_default=True, help="Runs of each case.", type=click.IntRange(1))
+@common
+def bench(session: Session, url: BlobURL, size: int, count: int, rounds: int) -> None:
+    """Measure reading, writing, torch.save and load, datasets and listing in the container or folder URL.
+
+    Writes to a new folder there and deletes it again. The first run of each case warms up and does not count;
+    figures are medians of the others.
+    """
+    folder = f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
+    place = url.with_blob(f"{folder}azstoragetorch-bench-{secrets.token_hex(8)}")
+    rows = []
+    try:
+        cases = _cases(session, place, size * MiB, count)
+        with session.output.progress("measuring", len(cases) * (rounds + 1), unit="runs") as advance:
+            for case in cases:
+                seconds, cpu = [], []
+                for number in range(rounds + 1):
+                    begin, used = time.perf_counter(), _cpu()
+                    case.run()
+                    if number:
+                        seconds.append(time.perf_counter() - begin)
+                        cpu.append(_cpu() - used)
+                    advance(1)
+                rate = case.amount / statistics.median(seconds)
+                burnt = statistics.median(cpu) / case.mebibytes * (GiB // MiB) if case.mebibytes else None
+                session.output.record(
+                    {"case": case.name, "rate": round(rate, 1), "unit": case.unit, "seconds": seconds}
+                    | ({"cpu_seconds_per_gib": round(burnt, 3)} if burnt is not None else {})
+                )
+                rows.append([case.name, f"{rate:,.0f} {case.unit}", "" if burnt is None else f"{burnt:.2f}"])
+    finally:
+        _delete(session, place)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    session.output.table("", ["case", "median rate", "CPU s/GiB"], rows)
+    session.output.record({"summary": {"url": str(url), "size": size * MiB, "count": count, "peak_bytes": peak}})
+    session.output.note(f"the process took {peak / MiB:,.0f} MiB at most, torch and the test data included")
+
+
+def _cpu() -> float:
+    return sum(os.times()[:2])
+
+
+def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Case]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from azstoragetorch.datasets import BlobDataset, IterableBlobDataset
+
+    credential = session.access.credential(place)
+    container, prefix = str(place.with_blob("")), f"{place.blob}/samples/"
+    large, saved = f"{place}/large", f"{place}/saved.pt"
+    data = memoryview(bytearray(os.urandom(MiB)) * (size // MiB))
+    buffer = bytearray(size)
+    state = {f"layer{number}": torch.ones(size // 4 // _TENSORS) for number in range(_TENSORS)}
+
+    def write() -> None:
+        with BlobIO(large, "wb", credential=credential) as blob:
+            blob.write(data)
+
+    def read() -> None:
+        with BlobIO(large, "rb", credential=credential) as blob:
+            blob.read()
+
+    def readinto() -> None:
+        with BlobIO(large, "rb", credential=credential) as blob:
+            blob.readinto(buffer)
+
+    def save() -> None:
+        with BlobIO(saved, "wb", credential=credential) as blob:
+            torch.save(state, blob)  # type: ignore[arg-type]  # a file in all but its declaration
+
+    def load() -> None:
+        with BlobIO(saved, "rb", credential=credential) as blob:
+            torch.load(blob)  # type: ignore[arg-type]
+
+    def put() -> None:
+        client = session.access.container(place, TransferConfig())
+        sample = os.urandom(_SAMPLE)
+
+        def task(number: int) -> Callable[[Any], None]:
+            return lambda _scope: client.blob(f"{prefix}{number:06d}").put(sample)
+
+        engine = engine_for(client.config)
+        engine.run_all([task(number) for number in range(count)], client.config.max_connections)
+
+    def samples() -> None:
+        dataset = IterableBlobDataset.from_container_url(container, prefix=prefix, credential=credential)
+        found = sum(len(batch) for batch in DataLoader(dataset, batch_size=32, collate_fn=list))
+        assert found == count, f"{found} samples, not {count}"
+
+    def listing() -> None:
+        found = len(BlobDataset.from_container_url(container, prefix=prefix, credential=credential))
+        assert found == count, f"{found} names, not {count}"
+
+    mebibytes = size / MiB
+    small = count * _SAMPLE / MiB
+    return [
+        _Case("write", "MiB/s", mebibytes, write, mebibytes),
+        _Case("read", "MiB/s", mebibytes, read, mebibytes),
+        _Case("readinto", "MiB/s", mebibytes, readinto, mebibytes),
+        _Case("torch.save", "MiB/s", mebibytes, save, mebibytes),
+        _Case("torch.load", "MiB/s", mebibytes, load, mebibytes),
+        _Case("small blobs written", "blobs/s", count, put, small),
+        _Case("dataset", "samples/s", count, samples, small),
+        _Case("listing", "names/s", count, listing, 0),
+    ]
+
+
+def _delete(session: Session, place: BlobURL) -> None:
+    client = session.access.container(place, TransferConfig())
+    prefix = f"{place.blob}/"
+    names = [name for page in client.pages(prefix=prefix, uncommitted=True) for name in page.names]
+
+    def task(name: str) -> Callable[[Any], None]:
+        def run(_scope: Any) -> None:
+            blob = client.blob(name)
+            if not blob.delete():
+                blob.put(b"")  # nothing but staged blocks: they go when there is a blob
+                blob.delete()
+
+        return run
+
+    engine_for(client.config).run_all([task(name) for name in names], client.config.max_connections)

@@ -1,0 +1,299 @@
+"""``azstoragetorch doctor``: what an account gives from here, and the settings that make the most of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import click
+from azure.core.exceptions import AzureError, ClientAuthenticationError
+
+import azstoragetorch
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._blob.memory import new_buffer
+from azstoragetorch._blob.ranges import ByteRange
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch.cli import _sweep as sweep
+from azstoragetorch.cli._access import TokenSource
+from azstoragetorch.cli._app import Session, Url, common
+from azstoragetorch.cli._output import Output, human
+from azstoragetorch.io import BlobIO
+
+_LATENCIES = 20  # requests whose time is taken one after the other
+_SMALL = 100 * KiB  # a typical image
+_SUGGESTED = ("part_size", "block_size", "max_concurrency", "max_connections", "memory_limit", "read_ahead")
+_BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where it is measured."""
+
+    session: Session
+    url: BlobURL
+    read: BlobURL
+    """The blob that is read."""
+    write: BlobURL | None
+    """The blob that is written, if any is."""
+    size: int
+
+    @property
+    def credential(self) -> Credential:
+        return self.session.access.credential(self.url)
+
+    def blob(self, url: BlobURL, config: TransferConfig) -> BlobClient:
+        return self.session.access.blob(url, config)
+
+
+@click.command()
+@click.argument("url", type=Url())
+@click.option("--size", default=512, show_default=True, help="MiB of the test blob, at most.", type=click.IntRange(8))
+@click.option("--rounds", default=3, show_default=True, help="Measurements of each setting.", type=click.IntRange(1))
+@click.option("--seconds", default=0.5, show_default=True, help="Length of a measurement.", type=click.FloatRange(0.01))
+@common
+def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: float) -> None:
+    """Measure latency and throughput from this machine to URL, and suggest a TransferConfig.
+
+    Writes test blobs to the container or folder URL and deletes them again. If URL is a blob, that is read and nothing
+    is written. Takes about half a minute and moves some tens of GiB where the network is fast: mind what
+    traffic out of a region costs.
+    """
+    output = session.output
+    _, kind = session.access.choose(url)
+    with TokenSource() as source:
+        version = session.access.blob(url, TransferConfig()).version() if url.blob and url.blob[-1] != "/" else None
+        if version is None:
+            _try_access(session, url)
+    if source.found is not None:
+        kind = f"{kind} ({source.found})"
+    output.line(f"azstoragetorch {azstoragetorch.__version__}, {os.cpu_count()} CPUs")
+    output.line(f"place          {url}")
+    output.line(f"credential     {kind}")
+    with _site(session, url, version, size * MiB) as site:
+        latencies = _latencies(site)
+        words = ", ".join(f"{name} {value:.1f}" for name, value in latencies.items())
+        output.line(f"latency in ms  {words}")
+        report = {"url": str(url), "credential": kind, "cpus": os.cpu_count(), "latency_ms": latencies}
+        with output.progress("measuring", None, unit="measurements") as bar:
+            found = _Diagnosis(site, rounds, seconds, lambda: bar(1))
+            bar.plan(found.at_most)
+            found.run()
+    _report(output, found, report)
+
+
+def _try_access(session: Session, url: BlobURL) -> None:
+    """Fail early, and in plain words, where nothing can be listed."""
+    try:
+        next(iter(session.access.container(url, TransferConfig()).pages(prefix=url.blob)), None)
+    except ClientAuthenticationError as error:
+        if getattr(error, "status_code", None) != 403:
+            raise
+        session.output.note(f"listing is not permitted, which is not needed here: {error}")
+
+
+@contextmanager
+def _site(session: Session, url: BlobURL, version: BlobVersion | None, size: int) -> Iterator[_Site]:
+    """The test blobs, for as long as they are needed."""
+    if version is not None:
+        if version.size < MiB:
+            raise ValueError(f"{url} has {version.size} bytes; measuring needs a blob of 1 MiB or more")
+        yield _Site(session, url, url, None, min(size, version.size))
+        return
+    folder = f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
+    name = f"{folder}azstoragetorch-doctor-{secrets.token_hex(8)}"
+    read, write = url.with_blob(f"{name}-read"), url.with_blob(f"{name}-write")
+    config = TransferConfig()
+    try:
+        # As much as can be written in about two seconds.
+        data = new_buffer(size)
+        data[: 1 * MiB] = os.urandom(MiB)
+        length, begin = min(size, 8 * MiB), time.perf_counter()
+        credential = session.access.credential(url)
+        while True:
+            with BlobIO(str(read), "wb", credential=credential) as blob:
+                blob.write(data[:length])
+            if length == size or time.perf_counter() - begin > 0.7:
+                break
+            length, begin = min(size, 4 * length), time.perf_counter()
+        yield _Site(session, url, read, write, length)
+    finally:
+        failures = []
+        for place in (read, write):
+            client = session.access.blob(place, config)
+            try:
+                client.put(b"")  # drops blocks of a write that was interrupted, which deleting does not
+                client.delete()
+            except AzureError as error:
+                failures.append(str(error))
+        if failures:
+            session.output.note(f"test blobs {name}-* could not be deleted: {failures[0]}")
+
+
+def _latencies(site: _Site) -> dict[str, float]:
+    """Milliseconds until the first byte of a blob, one request after the other on one connection."""
+    client = site.blob(site.read, TransferConfig())
+    version = client.version()
+    assert version is not None
+    buffer, scope = memoryview(bytearray(1)), Scope()
+    times = []
+    for _ in range(_LATENCIES):
+        begin = time.perf_counter()
+        client.fetch(ByteRange(0, 1), [buffer], etag=version.etag, scope=scope)
+        times.append((time.perf_counter() - begin) * 1000)
+    times.sort()
+    return {
+        "least": round(times[0], 2),
+        "median": round(statistics.median(times), 2),
+        "p90": round(times[math.ceil(len(times) * 0.9) - 1], 2),
+    }
+
+
+class _Diagnosis:
+    """What was measured, step by step, and what follows from it."""
+
+    def __init__(self, site: _Site, rounds: int, seconds: float, tick: Callable[[], None]) -> None:
+        self._site = site
+        self._rounds = rounds
+        self._data = new_buffer(site.size)
+        self.default = TransferConfig()
+        self.suggested = self.default
+        self._down = sweep.Gauge(self._read, site.size, min(sweep.FIRST, site.size), seconds, tick)
+        self._up = sweep.Gauge(self._write, site.size, min(sweep.FIRST, site.size), seconds, tick)
+        self._requests = sweep.Gauge(self._read_small, 20_000, 50, seconds, tick)
+        self.download: dict[int, float] = {}
+        self.upload: dict[int, float] = {}
+        self.small: dict[int, float] = {}
+        self.compared: dict[str, dict[str, float]] = {}
+
+    @property
+    def writes(self) -> bool:
+        """Whether uploads were measured."""
+        return self._site.write is not None
+
+    @property
+    def at_most(self) -> int:
+        """How many measurements `run` makes, unless a sweep ends early."""
+        settings = len(sweep.CONCURRENCIES) + len(sweep.PART_SIZES)
+        settings += len(sweep.CONCURRENCIES) + len(sweep.BLOCK_SIZES) if self.writes else 0
+        finals = 3 * (2 if self.writes else 1)
+        return self._rounds * (settings + len(sweep.CONNECTIONS)) + (self._rounds + 2) * finals
+
+    def run(self) -> None:
+        """Measure, choose, and measure what was chosen against the defaults."""
+
+        def with_concurrency(count: int) -> TransferConfig:
+            return sweep.fitting(replace(self.default, max_concurrency=count))
+
+        self.download = sweep.climb(self._down, sweep.CONCURRENCIES, with_concurrency, self._rounds)
+        directions = [self.download]
+        if self.writes:
+            self.upload = sweep.climb(self._up, sweep.CONCURRENCIES, with_concurrency, self._rounds)
+            directions.append(self.upload)
+        chosen = with_concurrency(sweep.smallest_good(sweep.shared(*directions)))
+        parts = {size: sweep.fitting(replace(chosen, part_size=size)) for size in sweep.PART_SIZES}
+        part_size = sweep.smallest_good(sweep.take_turns(self._down, parts, self._rounds))
+        tuned = replace(chosen, part_size=part_size)
+        if self.writes:
+            blocks = {size: sweep.fitting(replace(chosen, block_size=size)) for size in sweep.BLOCK_SIZES}
+            block_size = sweep.smallest_good(sweep.take_turns(self._up, blocks, self._rounds))
+            tuned = replace(tuned, block_size=block_size)
+        self.small = sweep.climb(
+            self._requests, sweep.CONNECTIONS, lambda count: replace(self.default, max_connections=count), self._rounds
+        )
+        connections = max(sweep.smallest_good(self.small), self.default.max_connections)
+        self._decide([self.default, chosen, tuned], connections)
+
+    def _decide(self, candidates: list[TransferConfig], connections: int) -> None:
+        """Measure the *candidates* in turns; the defaults win unless another is clearly better."""
+        candidates = [sweep.fitting(config) for config in dict.fromkeys(candidates)]
+        numbered = dict(enumerate(candidates))
+        download = sweep.take_turns(self._down, numbered, self._rounds + 2)
+        upload = sweep.take_turns(self._up, numbered, self._rounds + 2) if self.writes else {}
+        shares = sweep.shared(*filter(None, (download, upload)))
+        chosen = sweep.smallest_good(shares)  # the first one is the default
+        self.suggested = replace(
+            candidates[chosen], max_connections=max(connections, candidates[chosen].max_connections)
+        )
+        for name, number in (("default", 0), ("suggested", chosen)):
+            self.compared[name] = {"download": download[number]} | ({"upload": upload[number]} if upload else {})
+
+    def _read(self, config: TransferConfig, amount: int) -> None:
+        url = self._site.read
+        with BlobIO(str(url), "rb", credential=self._site.credential, transfer=config) as blob:
+            done = 0
+            while done < amount:
+                count = blob.readinto(self._data[done:amount])
+                if not count:
+                    raise OSError(f"{url} ended after {done} of {amount} bytes: something else has written to it")
+                done += count
+
+    def _write(self, config: TransferConfig, amount: int) -> None:
+        with BlobIO(str(self._site.write), "wb", credential=self._site.credential, transfer=config) as blob:
+            blob.write(self._data[:amount])
+
+    def _read_small(self, config: TransferConfig, count: int) -> None:
+        client = self._site.blob(self._site.read, config)
+        version = client.version()
+        assert version is not None
+        size = min(_SMALL, version.size)
+        buffers = [memoryview(bytearray(size)) for _ in range(config.max_connections)]
+
+        def run(scope: Scope) -> None:
+            buffer = buffers.pop()
+            client.fetch(ByteRange(0, size), [buffer], etag=version.etag, scope=scope)
+            buffers.append(buffer)
+
+        engine_for(config).run_all([run] * count, config.max_connections)
+
+
+def _report(output: Output, found: _Diagnosis, report: dict[str, Any]) -> None:
+    plots = [("download", "max_concurrency", found.download, "MiB/s", MiB)]
+    if found.writes:
+        plots.append(("upload", "max_concurrency", found.upload, "MiB/s", MiB))
+    plots.append(("small blobs", "max_connections", found.small, "blobs/s", 1))
+    for title, setting, rates, unit, scale in plots:
+        output.line(f"\n{title}, {unit} by {setting}")
+        best = max(rates.values())
+        for value, rate in rates.items():
+            output.line(f"{value:>5}  {'█' * max(1, round(rate / best * _BAR)):<{_BAR}}  {rate / scale:,.0f}")
+        report[title.replace(" ", "_")] = [{setting: value, "per_second": round(rate)} for value, rate in rates.items()]
+    changed = {
+        name: getattr(found.suggested, name)
+        for name in _SUGGESTED
+        if getattr(found.suggested, name) != getattr(found.default, name)
+    }
+    report["suggested"] = {setting.name: getattr(found.suggested, setting.name) for setting in fields(found.suggested)}
+    report["environment"] = {f"AZSTORAGETORCH_{name.upper()}": str(value) for name, value in changed.items()}
+    report["compared"] = {name: {k: round(v) for k, v in rates.items()} for name, rates in found.compared.items()}
+    rows = [
+        [direction, *(f"{rates[direction] / MiB:,.0f}" for rates in found.compared.values())]
+        for direction in found.compared["default"]
+    ]
+    if changed:
+        output.line("")
+        output.table("MiB/s, measured in turns", ["", *found.compared], rows)
+        arguments = ", ".join(f"{name}={_expression(value)}" for name, value in changed.items())
+        output.line(f"\nsuggested      TransferConfig({arguments})")
+        output.line("for a whole process")
+        for name, text in report["environment"].items():
+            output.line(f"  export {name}={text}")
+        memory = human(found.suggested.memory_limit)
+        output.line(f"It may hold {memory} in a process, and so in each worker of a DataLoader.")
+    else:
+        output.line("\nsuggested      the defaults: nothing that was tried is clearly faster")
+    output.record(report)
+
+
+def _expression(value: int) -> str:
+    return f"{value // MiB} << 20" if value >= MiB and value % MiB == 0 else str(value)

@@ -1,0 +1,128 @@
+"""What a command says: results on stdout, bars and remarks on stderr, one JSON object a line for machines.
+
+Everything passes through here, so that no signature or key gets out and no name of a blob steers a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from azstoragetorch._blob.secret import redact
+
+
+def printable(text: str) -> str:
+    """*text* with control characters escaped, so that it is one line and moves no cursor."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def human(count: float) -> str:
+    """*count* bytes in the unit that fits."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+class Bar:
+    """A progress bar. Call it with each count that is done, from any thread."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, count: int) -> None:
+        """*count* more are done."""
+        self._progress.advance(self._task, count)
+
+    def plan(self, total: int) -> None:
+        """There are *total* to do in all."""
+        self._progress.update(self._task, total=total)
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, *, is_json: bool = False, is_quiet: bool = False) -> None:
+        self.is_json = is_json
+        self.is_quiet = is_quiet
+
+    def line(self, text: str) -> None:
+        """A line of the result, for people; not with ``--json``."""
+        if not self.is_json:
+            click.echo(redact(text))
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A piece of the result as a line of JSON; only with ``--json``."""
+        if self.is_json:
+            click.echo(redact(json.dumps(record)))
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Rows under headings; all but the first column are numbers."""
+        if self.is_json:
+            return
+        table = Table(title=title or None, title_justify="left", title_style="bold")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="right" if place else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(printable, row))
+        Console(markup=False, highlight=False, emoji=False).print(table)
+
+    def note(self, text: str) -> None:
+        """A remark on stderr, unless ``--quiet`` or ``--json``."""
+        if not self.is_quiet and not self.is_json:
+            click.echo(redact(text), err=True)
+
+    def error(self, message: str, code: int) -> None:
+        """What went wrong, on stderr, always."""
+        message = redact(message)
+        if self.is_json:
+            click.echo(json.dumps({"error": message, "exit_code": code}), err=True)
+        else:
+            click.echo(f"azstoragetorch: {printable(message)}", err=True)
+
+    @contextmanager
+    def progress(self, what: str, total: int | None, *, unit: str = "bytes") -> Iterator[Bar]:
+        """A bar with rate and time left while inside; without a *total* until `Bar.plan` tells."""
+        columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
+        if unit == "bytes":
+            columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()]
+        else:
+            columns += [MofNCompleteColumn(), TextColumn(unit), _Rate(), TimeRemainingColumn()]
+        is_off = self.is_quiet or self.is_json or not sys.stderr.isatty()
+        console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+        with Progress(*columns, console=console, disable=is_off) as bar:
+            yield Bar(bar, bar.add_task(what, total=total))
+
+
+class _Rate(TextColumn):
+    """Items a second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Any) -> Any:
+        speed = task.finished_speed or task.speed
+        self.text_format = f"{speed:,.1f}/s" if speed else ""
+        return super().render(task)
