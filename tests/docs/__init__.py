@@ -1,0 +1,1 @@
+"""The site: its pages are run, its links followed, its reference compared with what is public."""

@@ -1,0 +1,108 @@
+"""Every page has an example, and every example works as it stands."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.azurite.container import Container
+from tests.docs.identity import signed_in
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+
+# A line "% not run: why" before a block keeps it from being run.
+BLOCK = re.compile(r"(?:^% not run: *(?P<reason>.*)\n\n?)?^ *```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+CONTAINER = "https://<account>.blob.core.windows.net/<container>"
+
+
+def program_of(page: str) -> str:
+    """The Python of *page* that is to run, as one program."""
+    return "\n".join(block["code"] for block in BLOCK.finditer(page) if block["reason"] is None)
+
+
+WITH_PYTHON = [name for name, text in PAGES.items() if program_of(text)]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_its_python_runs(page: str, https_container: Container, tmp_path: Path) -> None:
+    """In order, as one program, signed in as the page says; only the names in angle brackets are filled in."""
+    program = program_of(PAGES[page])
+    program = program.replace(CONTAINER, https_container.url).replace("<sas>", https_container.sas())
+    program = program.replace("<account>", https_container.service.account_name)
+    program = program.replace("<key>", https_container.service.account_key)
+    (tmp_path / "page.py").write_text(program, encoding="utf-8")
+    with signed_in(tmp_path) as environment:
+        environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        result = subprocess.run(
+            [sys.executable, "-W", "default::ResourceWarning:azstoragetorch", "page.py"],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=False,
+        )
+    assert result.returncode == 0, f"{page}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    assert "was dropped without close()" not in result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_it_has_an_example(page: str) -> None:
+    assert re.search(r"^ *```(\{doctest\}|python|sh|console)", PAGES[page], re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_has_a_reason(page: str) -> None:
+    marks = re.findall(r"^% not run.*$", PAGES[page], re.MULTILINE)
+    reasons = [block["reason"] for block in BLOCK.finditer(PAGES[page]) if block["reason"] is not None]
+    assert len(marks) == len(reasons)
+    assert all(len(reason) > 10 for reason in reasons)
+
+
+def test_the_architecture_page_shows_every_room() -> None:
+    rooms = {path.stem for path in (ROOT / "azstoragetorch/_blob").glob("*.py")} - {"__init__"}
+    table = set(re.findall(r"^\| `(\w+)` \|", PAGES["architecture.md"], re.MULTILINE))
+    assert table == rooms
+
+
+def own_texts() -> set[str]:
+    """The constant parts of all texts in the package."""
+    found = set()
+    for path in (ROOT / "azstoragetorch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_the_messages_to_look_up_are_those_that_are_raised() -> None:
+    """What the troubleshooting page quotes as ours shares a part, of some length, with a text of the package."""
+    quoted = re.findall(r"^`(.+?)`.*\n: ", PAGES["guide/troubleshooting.md"], re.MULTILINE)
+    of_others = re.compile(r"\d{3} |DefaultAzureCredential failed|.*CERTIFICATE_VERIFY_FAILED|Too many open|\w+(Error)?$")
+    texts = {text.strip() for text in own_texts() if len(text.strip()) >= 9}
+    ours = [message for message in quoted if not of_others.match(message)]
+    assert len(ours) >= 10
+
+    def is_known(message: str) -> bool:
+        parts = [part.strip() for part in re.sub(r"^\w+: ", "", message).split("...") if len(part.strip()) >= 15]
+        return any(text in message or any(part in text for part in parts) for text in texts)
+
+    assert [message for message in ours if not is_known(message)] == []
+
+
+def test_every_variable_and_field_of_the_configuration_is_explained() -> None:
+    from dataclasses import fields
+
+    from azstoragetorch import TransferConfig
+
+    table = re.findall(r"^\| `(\w+)` \| [^|]+ \|", PAGES["guide/tuning.md"], re.MULTILINE)
+    assert table == [field.name for field in fields(TransferConfig)]

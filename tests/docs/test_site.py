@@ -1,0 +1,74 @@
+"""The built site: no warnings, no dead links, every public name in the reference."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from sphinx.util.inventory import InventoryFile
+
+from tests.test_architecture import FACES
+
+ROOT = Path(__file__).parents[2]
+PUBLIC = ["azstoragetorch", "azstoragetorch.exceptions", *(f"azstoragetorch.{face}" for face in sorted(FACES))]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def load_links() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("links", ROOT / "docs/links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_its_links_lead_somewhere(site: Path) -> None:
+    assert load_links().dead_links(site) == []
+
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="here"><a href="#here"><a href="b.html#there"><a href="https://x.example/">')
+    (tmp_path / "b.html").write_text('<img src="missing.png"><a href="a.html">')
+    assert load_links().dead_links(tmp_path) == ["a.html: b.html#there", "b.html: missing.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
+    """Under its own module, or under another public one that hands out the same object."""
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    documented = {name for kind in inventory.data if kind.startswith("py:") for name in inventory.data[kind]}
+    names = importlib.import_module(module).__all__
+    assert names
+    missing = []
+    for name in names:
+        value = getattr(importlib.import_module(module), name)
+        twins = [other for other in PUBLIC if getattr(importlib.import_module(other), name, None) is value]
+        if not any(f"{other}.{name}" in documented for other in twins):
+            missing.append(name)
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_doctests_hold(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "doctest", "docs", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr
