@@ -116,7 +116,7 @@ class BlobIO(io.BufferedIOBase):
 
     @property
     def size(self) -> int:
-        """Length in bytes: of the blob when reading (asks the service unless known), of what was written so far."""
+        """Bytes of the blob when reading, which asks the service unless it is known; bytes written so far when writing."""
         with self._lock:
             if self._blob is None:
                 return self._writer.written
