@@ -76,7 +76,7 @@ class ResumeState:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state: damaged ({type(error).__name__}: {error})") from error
         numbers = [p for p in positions if p is not None] + [p for layer in consumed for p in layer]
-        if len(positions) != shards or any(p < 0 for p in numbers) or not all(consumed):
+        if shards < 1 or not numbers or len(positions) != shards or any(p < 0 for p in numbers) or not all(consumed):
             raise ValueError("state: damaged (positions do not match the number of shards)")
         return cls(fingerprint, seed, epoch, shards, positions, consumed)
 
