@@ -6,7 +6,6 @@ taken apart by regular expressions; any other well-formed page by an XML parser,
 
 from __future__ import annotations
 
-import html
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -28,7 +27,10 @@ _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
 _MARKER = re.compile(rb"<NextMarker>([^<]*)</NextMarker>")
 # What only the parser understands: directory markers, markup that hides text from the expressions above.
-_NEEDS_PARSER = (b"hdi_isfolder", b"<resourcetype>directory", b"<!", b"encoded=")
+_NEEDS_PARSER = (b"hdi_isfolder", b"<resourcetype>directory", b"<!", b"encoded=", b"\r", b"\0")
+_ODD_REFERENCE = re.compile("&(?!amp;|lt;|gt;|quot;|apos;)")
+_REFERENCE = re.compile("&(?:#([0-9]+)|#x([0-9a-fA-F]+)|(amp|lt|gt|quot|apos));")
+_CHARACTERS = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +85,32 @@ def list_pages(
             except BaseException as error:  # noqa: BLE001 - raised by whoever asks for the result
                 future.set_exception(error)
 
-    marker = ""
+    firsts: set[tuple[str, ...]] = set()
+
+    def parse(raw: bytes) -> Page:
+        page = parse_page(raw, container)
+        first = (*page.names[:1], *page.prefixes[:1])
+        if first in firsts:
+            raise _repeated(container)  # under another marker
+        if first:
+            firsts.add(first)
+        return page
+
+    marker, seen = "", {""}
     raw = fetch(marker)
     try:
         while True:
             following = _next_marker(raw)
-            if following and following == marker:
-                raise portable(ServiceResponseError(f"GET {container}: the service repeated a page of its listing"))
+            if following and following in seen:
+                raise _repeated(container)
+            seen.add(following)
             if not following:
-                yield parse_page(raw, container)
+                yield parse(raw)
                 return
             marker = following
             future: Future[bytes] = Future()
             engine.submit(lambda future=future, marker=marker: run(future, marker))  # type: ignore[misc]
-            yield parse_page(raw, container)
+            yield parse(raw)
             # Not begun for want of a thread: do it here, so that a listing never waits for other transfers.
             raw = fetch(marker) if future.cancel() else future.result()
     finally:
@@ -134,13 +148,15 @@ def _match_page(raw: bytes) -> Page | None:
     names, sizes, etags = _NAME.findall(raw), _SIZE.findall(raw), _ETAG.findall(raw)
     prefixes = _PREFIX.findall(raw)
     count = raw.count(b"<Blob>")
+    if not count and not prefixes:
+        return None
     if not count == len(names) == len(sizes) == len(etags) == raw.count(b"</Blob>"):
         return None
     if not len(prefixes) == raw.count(b"<BlobPrefix>") == raw.count(b"</BlobPrefix>"):
         return None
     try:
         return Page(_texts(names), list(map(int, sizes)), _quoted(_texts(etags)), _texts(prefixes), _next_marker(raw))
-    except UnicodeDecodeError:
+    except ValueError:  # not UTF-8, or an odd reference
         return None
 
 
@@ -148,8 +164,18 @@ def _texts(values: list[bytes]) -> list[str]:
     if not values:
         return []
     joined = b"\0".join(values).decode("utf-8")  # a NUL cannot be in XML
-    texts = joined.split("\0")
-    return [html.unescape(text) for text in texts] if "&" in joined else texts
+    if "&" in joined:
+        if _ODD_REFERENCE.search(joined):
+            raise ValueError("a reference that only the parser resolves, or refuses")
+        joined = _unescape(joined)
+    return joined.split("\0")
+
+
+def _unescape(text: str) -> str:
+    """*text* of an XML document as it is meant; HTML's rules differ."""
+    return _REFERENCE.sub(
+        lambda found: _CHARACTERS[found[3]] if found[3] else chr(int(found[1]) if found[1] else int(found[2], 16)), text
+    )
 
 
 def _quoted(etags: list[str]) -> list[str]:
@@ -157,8 +183,9 @@ def _quoted(etags: list[str]) -> list[str]:
 
 
 def _next_marker(raw: bytes) -> str:
-    found = _MARKER.search(raw, max(0, len(raw) - 65536))
-    return html.unescape(found.group(1).decode("utf-8", "replace")) if found else ""
+    # Behind the blobs, whose metadata may have an entry of that name.
+    found = _MARKER.search(raw, max(0, raw.rfind(b"</Blobs>")))
+    return _unescape(found.group(1).decode("utf-8", "replace")) if found else ""
 
 
 def _parse_page(raw: bytes, container: BlobURL) -> Page:
@@ -196,6 +223,10 @@ def _is_directory(item: ET.Element) -> bool:
     metadata = item.find("Metadata")
     entries = [] if metadata is None else list(metadata)
     return any(entry.tag.lower() == "hdi_isfolder" and (entry.text or "").lower() == "true" for entry in entries)
+
+
+def _repeated(container: BlobURL) -> ServiceResponseError:
+    return portable(ServiceResponseError(f"GET {container}: the service repeated a page of its listing"))
 
 
 def _malformed(container: BlobURL, what: str) -> ServiceResponseError:
