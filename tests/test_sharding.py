@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 
@@ -70,7 +71,7 @@ def test_all_orders_of_a_short_sequence_are_about_equally_likely(varied: str) ->
 def test_a_long_permutation_spreads_neighbours() -> None:
     length = 100_000
     order = Permutation(length, seed=1)[:2000]
-    distances = [abs(b - a) for a, b in zip(order, order[1:], strict=False)]
+    distances = [abs(b - a) for a, b in itertools.pairwise(order)]
     assert abs(sum(distances) / len(distances) / length - 1 / 3) < 0.03  # of two independent places
     fixed = sum(place == value for place, value in enumerate(order))
     assert fixed <= 5
