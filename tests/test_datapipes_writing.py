@@ -174,6 +174,7 @@ def test_what_was_packed_comes_back(container: Container) -> None:
     assert back == [{**sample, "txt": sample["txt"].encode()} for sample in SAMPLES]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow  # torch takes 5 s for each worker of an iterator that failed
 def test_workers_do_not_overwrite_each_others_tars(fault_service: FaultService) -> None:
     pipe = IterableWrapper(SAMPLES).sharding_filter()
     packed = pipe.write_blob_tar_shards(f"{fault_service.container_url('data')}/{{shard}}.tar", credential=False)

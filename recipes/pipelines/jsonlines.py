@@ -1,0 +1,26 @@
+"""Read big JSON-lines blobs with several workers, each its own ranges, every line exactly once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from azstoragetorch.datapipes import AzureBlobInfoLister
+
+
+def parse(lines: tuple[str, bytes]) -> list[Any]:
+    _, data = lines
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def make_loader(
+    url: str, credential: Any, *, chunk_size: int = 32 << 20, batch_size: int = 256, workers: int = 2
+) -> DataLoader[Any]:
+    """Batches of records. A worker holds one range at a time, and some that are on their way."""
+    blobs = AzureBlobInfoLister(url, "*.jsonl", credential=credential)
+    ranges = blobs.split_blob_ranges(chunk_size, align=b"\n", credential=credential)
+    records = ranges.shuffle().sharding_filter().read_files_by_azure(prefetch=2, credential=credential)
+    records = records.map(parse).unbatch().shuffle(buffer_size=10_000)
+    return DataLoader(records, batch_size=batch_size, num_workers=workers, collate_fn=list)
