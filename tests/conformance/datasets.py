@@ -1,4 +1,4 @@
-"""What every dataset promises, whichever its style and wherever its blobs were named. Inherited by the tests of each."""
+"""What every dataset promises, whatever its style and wherever its blobs were named. Each style inherits it."""
 
 from __future__ import annotations
 

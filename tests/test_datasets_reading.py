@@ -1,0 +1,371 @@
+"""What datasets ask the service for, in which order things happen, and what becomes of failures."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
+from torch.utils.data import DataLoader
+
+from azstoragetorch._blob.config import KiB
+from azstoragetorch._blob.engine import engine_for
+from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
+from tests.faults import FaultService, Hold, Match, Status, Torn
+from tests.support import QUICK, content
+
+MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
+
+
+def fill(service: FaultService, count: int, size: int = 1000) -> list[str]:
+    service.create_container("data")
+    names = [f"{index:05d}" for index in range(count)]
+    for index, name in enumerate(names):
+        service.put("data", name, content(size, index))
+    return names
+
+
+def iterable(service: FaultService, **options: Any) -> Any:
+    options = {"credential": False, "transfer": MANY, **options}
+    return IterableBlobDataset.from_container_url(service.container_url("data"), **options)
+
+
+def map_style(service: FaultService, **options: Any) -> Any:
+    options = {"credential": False, "transfer": MANY, **options}
+    return BlobDataset.from_container_url(service.container_url("data"), **options)
+
+
+def read(blob: Blob) -> bytes:
+    with blob.reader() as reader:
+        return reader.read()
+
+
+def test_a_small_blob_is_one_request_and_listing_happens_once(fault_service: FaultService) -> None:
+    names = fill(fault_service, 50)
+    dataset = iterable(fault_service)
+    assert fault_service.log == []
+    for _ in range(2):
+        assert [sample["data"] for sample in dataset] == [content(1000, i) for i in range(50)]
+    assert len(fault_service.requests("list_blobs")) == 1
+    assert sorted(r.blob for r in fault_service.requests("get_blob")) == sorted(names * 2)
+    assert len(fault_service.log) == 101
+
+
+def test_reads_run_ahead_in_one_process_and_stay_in_order(fault_service: FaultService) -> None:
+    """The first blob is held back until the service has seen many of the next."""
+    names = fill(fault_service, 40)
+    gate = threading.Event()
+    fault_service.script(Match("get_blob", path="/00000$"), [Hold(gate)])
+    dataset = iterable(fault_service)
+    samples = iter(dataset)
+    first: list[Any] = []
+    reader = threading.Thread(target=lambda: first.append(next(samples)))
+    reader.start()
+    fault_service.wait_for_requests(16, "get_blob")
+    assert not first
+    assert dataset.state_dict()["position"] <= 1
+    gate.set()
+    reader.join(10)
+    rest = [sample["url"].rpartition("/")[2] for sample in samples]
+    assert [first[0]["url"].rpartition("/")[2], *rest] == names
+
+
+def test_what_is_ahead_is_bounded_by_bytes_and_a_larger_blob_goes_alone(fault_service: FaultService) -> None:
+    size = 60 * KiB
+    fill(fault_service, 60, size)
+    transfer = replace(QUICK, max_connections=60, memory_limit=1 << 20)
+    samples = iter(iterable(fault_service, transfer=transfer))
+    next(samples)
+    fault_service.wait_until_idle()
+    ahead = len(fault_service.requests("get_blob"))
+    assert 2 <= ahead <= (1 << 20) // size + 1
+    assert sum(1 for _ in samples) == 59
+    assert engine_for(transfer).budget.in_flight == 0
+    assert engine_for(transfer).budget.peak <= 1 << 20
+
+
+@pytest.mark.parametrize("make", [iterable, map_style])
+def test_what_a_transform_does_not_read_is_not_fetched(fault_service: FaultService, make: Any) -> None:
+    fill(fault_service, 30)
+    dataset = make(fault_service, transform=lambda blob: (blob.url, blob.size, blob.etag))
+    samples = dataset.__getitems__(range(30)) if make is map_style else list(dataset)
+    assert [size for _, size, _ in samples] == [1000] * 30
+    assert all(etag.startswith('"') for _, _, etag in samples)
+    assert fault_service.requests("get_blob") == []
+
+
+def test_a_transform_that_reads_few_blobs_fetches_few(fault_service: FaultService) -> None:
+    fill(fault_service, 200)
+    dataset = iterable(fault_service, transform=lambda blob: read(blob) if blob.blob_name.endswith("00") else None)
+    assert sum(1 for data in dataset if data) == 2
+    assert len(fault_service.requests("get_blob")) <= 2 * 6
+
+
+def test_a_transform_that_reads_all_is_read_ahead_for(fault_service: FaultService) -> None:
+    fill(fault_service, 64)
+    fault_service.latency = 0.02
+    assert list(iterable(fault_service, transform=read)) == [content(1000, i) for i in range(64)]
+    assert len(fault_service.requests("get_blob")) == 64
+    assert fault_service.peak_active >= 8
+
+
+def test_of_a_large_blob_only_the_first_part_is_ahead(fault_service: FaultService) -> None:
+    size, part = 1000 * KiB, QUICK.part_size
+    fill(fault_service, 5, size)
+    seen: list[int] = []
+
+    def first_bytes(blob: Blob) -> bytes:
+        with blob.reader() as reader:
+            assert (reader.size, blob.size) == (size, size)
+            seen.append(len(fault_service.requests("get_blob")))
+            return reader.read(100)
+
+    quiet = replace(MANY, read_ahead=0)
+    assert list(iterable(fault_service, transform=first_bytes, transfer=quiet)) == [
+        content(size, i)[:100] for i in range(5)
+    ]
+    spans = [request.range for request in fault_service.requests("get_blob")]
+    assert spans == [(0, part)] * 5
+    fault_service.reset_log()
+    assert list(iterable(fault_service, transform=read)) == [content(size, i) for i in range(5)]
+    read_once = sum(request.sent for request in fault_service.requests("get_blob"))
+    assert read_once == 5 * size
+
+
+def test_a_batch_of_a_map_style_dataset_is_fetched_at_once(fault_service: FaultService) -> None:
+    fill(fault_service, 40)
+    dataset = map_style(fault_service)
+    fault_service.latency = 0.02
+    fault_service.reset_log()
+    indices = [31, 5, 17, 5, 39, 0, -1, 2]
+    assert [sample["data"] for sample in dataset.__getitems__(indices)] == [content(1000, i % 40) for i in indices]
+    assert fault_service.peak_active >= 6
+    assert len(fault_service.log) == len(indices)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_in_sequence_are_read_ahead_and_only_once(fault_service: FaultService, workers: int) -> None:
+    fill(fault_service, 101)
+    dataset = map_style(fault_service, transform=read)
+    for _ in range(2):
+        fault_service.reset_log()
+        loader = DataLoader(dataset, batch_size=8, num_workers=workers, collate_fn=list)
+        assert [data for batch in loader for data in batch] == [content(1000, i) for i in range(101)]
+        assert len(fault_service.requests("get_blob")) == 101
+        assert fault_service.requests("list_blobs") == []
+
+
+def test_batches_at_random_fetch_nothing_else(fault_service: FaultService) -> None:
+    fill(fault_service, 64)
+    dataset = map_style(fault_service)
+    seen = [sample["url"] for batch in DataLoader(dataset, 8, shuffle=True, collate_fn=list) for sample in batch]
+    assert len(set(seen)) == 64
+    assert len(fault_service.requests("get_blob")) == 64
+
+
+def test_batches_that_jump_are_right_whatever_was_foreseen(fault_service: FaultService) -> None:
+    fill(fault_service, 60)
+    dataset = map_style(fault_service)
+    for start in (0, 8, 16, 0, 8, 40, 48, 56, 8):
+        indices = [i for i in range(start, start + 8) if i < 60]
+        assert [s["data"] for s in dataset.__getitems__(indices)] == [content(1000, i) for i in indices]
+
+
+def test_indices_are_those_of_a_list(fault_service: FaultService) -> None:
+    fill(fault_service, 3)
+    dataset = map_style(fault_service)
+    assert dataset[-1]["data"] == content(1000, 2)
+    for wrong in (3, -4):
+        with pytest.raises(IndexError, match=f"index {wrong} is out of range for a dataset of 3 blobs"):
+            dataset[wrong]
+        with pytest.raises(IndexError, match=f"index {wrong}"):
+            dataset.__getitems__([0, wrong])
+    with pytest.raises(TypeError):
+        dataset["0"]
+
+
+def test_an_iterator_that_is_dropped_gives_everything_back(fault_service: FaultService) -> None:
+    fill(fault_service, 64)
+    transfer = replace(MANY, max_connections=13)
+    samples = iter(iterable(fault_service, transfer=transfer))
+    next(samples)
+    del samples
+    gc.collect()
+    fault_service.wait_until_idle()
+    for _ in range(200):
+        if engine_for(transfer).budget.in_flight == 0:
+            break
+        threading.Event().wait(0.01)
+    assert engine_for(transfer).budget.in_flight == 0
+    assert len(fault_service.requests("get_blob")) <= 14
+
+
+def test_what_the_service_stumbles_over_is_tried_again(fault_service: FaultService) -> None:
+    fill(fault_service, 30)
+    faults = [Status(503), Torn(after=10), Status(500)]
+    fault_service.script(Match("get_blob", nth=3, every=4), faults)
+    fault_service.script("list_blobs", [Status(503)])
+    assert [s["data"] for s in iterable(fault_service)] == [content(1000, i) for i in range(30)]
+    assert fault_service.unused_faults() == []
+
+
+def lose(service: FaultService, dataset: Any, *indices: int) -> None:
+    _ = dataset.metadata
+    for index in indices:
+        service.delete("data", f"{index:05d}")
+
+
+def test_an_error_is_raised_in_its_turn_and_the_next_blob_follows(fault_service: FaultService) -> None:
+    fill(fault_service, 10)
+    dataset = iterable(fault_service)
+    lose(fault_service, dataset, 4)
+    samples = iter(dataset)
+    assert len(list(itertools.islice(samples, 4))) == 4
+    with pytest.raises(ResourceNotFoundError, match="00004"):
+        next(samples)
+    assert dataset.state_dict()["position"] == 5
+    assert [s["data"] for s in samples] == [content(1000, i) for i in range(5, 10)]
+
+
+@pytest.mark.parametrize("on_error", ["skip", "warn", "call"])
+def test_errors_can_be_skipped_and_count_as_consumed(fault_service: FaultService, on_error: str) -> None:
+    fill(fault_service, 10)
+    told: list[tuple[str, Exception]] = []
+    handler: Any = (lambda url, error: told.append((url, error))) if on_error == "call" else on_error
+
+    def picky(blob: Blob) -> bytes:
+        if blob.blob_name == "00007":
+            raise KeyError("not an image")
+        return read(blob)
+
+    dataset = iterable(fault_service, on_error=handler, transform=picky)
+    lose(fault_service, dataset, 0, 9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert list(dataset) == [content(1000, i) for i in (1, 2, 3, 4, 5, 6, 8)]
+    assert dataset.state_dict()["position"] == 10
+    texts = [str(entry.message) for entry in caught if entry.category is RuntimeWarning]
+    assert len(texts) == (3 if on_error == "warn" else 0)
+    assert all(name in text for name, text in zip(("00000", "KeyError", "00009"), texts, strict=False))
+    if on_error == "call":
+        assert [(url[-5:], type(error)) for url, error in told] == [
+            ("00000", ResourceNotFoundError),
+            ("00007", KeyError),
+            ("00009", ResourceNotFoundError),
+        ]
+
+
+def test_what_a_handler_raises_is_raised(fault_service: FaultService) -> None:
+    fill(fault_service, 3)
+
+    def refuse(url: str, error: Exception) -> None:
+        raise RuntimeError(url) from error
+
+    dataset = iterable(fault_service, on_error=refuse)
+    lose(fault_service, dataset, 1)
+    with pytest.raises(RuntimeError, match="00001"):
+        list(dataset)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refusal_is_never_skipped(fault_service: FaultService, status: int, workers: int) -> None:
+    fill(fault_service, 10)
+    dataset = iterable(fault_service, on_error="skip")
+    fault_service.script(Match("get_blob", path="00003"), [Status(status)] * 2)
+    with pytest.raises(ClientAuthenticationError, match=f"00003: {status}.*No credential was sent"):
+        list(DataLoader(dataset, batch_size=None, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_listing_that_is_refused_is_raised_on_first_use(fault_service: FaultService, workers: int) -> None:
+    fill(fault_service, 3)
+    fault_service.script("list_blobs", [Status(403)], repeat=True)
+    dataset = iterable(fault_service, on_error="skip")
+    assert "not listed yet" in repr(dataset)
+    with pytest.raises(ClientAuthenticationError, match=r"403.*No credential was sent"):
+        list(DataLoader(dataset, batch_size=None, num_workers=workers))
+    with pytest.raises(ClientAuthenticationError, match="403"):
+        map_style(fault_service)
+
+
+def test_a_listing_that_failed_is_tried_again(fault_service: FaultService) -> None:
+    fill(fault_service, 3)
+    rule = fault_service.script("list_blobs", [Status(403)])
+    dataset = iterable(fault_service)
+    with pytest.raises(HttpResponseError):
+        iter(dataset)
+    assert rule.is_exhausted
+    assert len(list(dataset)) == 3
+
+
+@pytest.mark.parametrize("make", [iterable, map_style])
+def test_a_transform_that_raises_stop_iteration_does_not_end_the_epoch(fault_service: FaultService, make: Any) -> None:
+    fill(fault_service, 5)
+    dataset = make(fault_service, transform=lambda blob: next(iter([])))
+    with pytest.raises(RuntimeError, match="the transform raised StopIteration"):
+        list(DataLoader(dataset, batch_size=2))
+
+
+def test_urls_may_come_from_a_generator_with_states_and_signatures_of_their_own(fault_service: FaultService) -> None:
+    service = fault_service
+    service.put("data", "a", b"old")
+    snapshot = service.snapshot("data", "a")
+    service.put("data", "a", b"new")
+    service.put("other", "b c", b"other")
+    urls = [
+        service.blob_url("data", "a"),
+        service.blob_url("data", "a", snapshot=snapshot),
+        service.blob_url("other", "b c"),
+        service.blob_url("data", "a") + "?sv=2020-01-01&sig=secret%2B",
+    ]
+    for kind in (BlobDataset, IterableBlobDataset):
+        dataset: Any = kind.from_blob_urls((url for url in urls), credential=False, transfer=QUICK)
+        for _ in range(2):
+            samples = list(dataset) if kind is IterableBlobDataset else dataset.__getitems__(range(4))
+            assert [sample["data"] for sample in samples] == [b"new", b"old", b"other", b"new"]
+            assert [sample["url"] for sample in samples] == [url.partition("?")[0] for url in urls]
+    assert [r.query.get("sig") for r in service.requests("get_blob")][-1] == "secret+"
+    (single,) = IterableBlobDataset.from_blob_urls(urls[0], credential=False)
+    assert single["data"] == b"new"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda url: BlobDataset.from_blob_urls([url]), ValueError, "blob_url .* names a container but no blob"),
+        (lambda url: BlobDataset.from_blob_urls(7), TypeError, "blob_urls must be a URL or an iterable"),  # type: ignore[call-overload]
+        (lambda url: BlobDataset.from_blob_urls([7]), TypeError, "blob_urls must be texts"),  # type: ignore[list-item]
+        (lambda url: BlobDataset.from_container_url(f"{url}/blob"), ValueError, "container_url .* names a blob"),
+        (
+            lambda url: IterableBlobDataset.from_container_url("https://x.y"),
+            ValueError,
+            "container_url .* no container",
+        ),
+        (lambda url: IterableBlobDataset.from_container_url(url, even="both"), ValueError, "even must be one of"),
+        (lambda url: IterableBlobDataset.from_container_url(url, shard_by="gpu"), ValueError, "shard_by must be one"),
+        (lambda url: IterableBlobDataset.from_container_url(url, on_error="log"), ValueError, "on_error must be"),
+        (lambda url: IterableBlobDataset.from_container_url(url, seed=1.5), TypeError, "seed must be an int"),
+        (lambda url: IterableBlobDataset.from_container_url(url, prefix=b"a"), TypeError, "prefix must be a str"),
+        (lambda url: IterableBlobDataset.from_container_url(url, rank=0), ValueError, "go together"),
+        (lambda url: IterableBlobDataset.from_container_url(url, shufle=True), TypeError, "shufle"),
+        (
+            lambda url: IterableBlobDataset.from_container_url(url, shard_by="rank_and_worker", rank=2, world_size=2),
+            ValueError,
+            "rank must be between 0 and world_size - 1 = 1, not 2",
+        ),
+        (
+            lambda url: IterableBlobDataset.from_container_url(url, rank=0, world_size=2),
+            ValueError,
+            "need shard_by='rank_and_worker'",
+        ),
+    ],
+)
+def test_bad_input_is_named(make: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        make("https://account.blob.core.windows.net/container")
