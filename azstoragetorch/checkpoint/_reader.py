@@ -459,15 +459,17 @@ class Load:
             for part in split(span, limit):
                 at = part.start - span.start
                 self._fetch(self._blobs[request.blob], part, _cut(parts, at, at + len(part)), keys, scope)
-        except ResourceNotFoundError as error:
+        except (ResourceNotFoundError, BlobChangedError) as error:
+            # A blob that is gone may fail the condition on its version before it is missed.
+            is_gone = isinstance(error, ResourceNotFoundError) or self._blobs[request.blob].client.version() is None
+            state = (
+                "is missing"
+                if is_gone
+                else "is not the one that was saved, or was overwritten while it was read; if it was restored from a "
+                "copy, read it with check_etags=False"
+            )
             raise CheckpointError(
-                f"the data blob {request.blob} with {_named(keys)} is missing: {error}", key=keys[0]
-            ) from plain(error)
-        except BlobChangedError as error:
-            raise CheckpointError(
-                f"the data blob {request.blob} with {_named(keys)} is not the one that was saved, or was overwritten "
-                "while it was read; if it was restored from a copy, read it with check_etags=False",
-                key=keys[0],
+                f"the data blob {request.blob} with {_named(keys)} {state} ({error})", key=keys[0]
             ) from plain(error)
         except AzureError as error:
             raise CheckpointError(

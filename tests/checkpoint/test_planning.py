@@ -1,8 +1,9 @@
-"""Plans are pure, so they are tested against the simplest thing that could be right: index arithmetic on small arrays."""
+"""Plans are pure, so they are tested against index arithmetic on small arrays."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_requests_carry_every_piece_and_fetch_no_byte_twice(pieces: list[Piece],
         covered = {b for p in request.pieces for b in range(p.start, p.stop, 50_000)}
         wasted = request.stop - request.start - 50_000 * len(covered)
         assert wasted <= max(WASTE * (request.stop - request.start) * 2, NEAR * len(request.pieces))
-    for one, two in zip(requests, requests[1:], strict=False):
+    for one, two in pairwise(requests):
         assert one.blob < two.blob or one.stop <= two.start
 
 
@@ -126,7 +127,7 @@ def test_tensors_beyond_2_and_4_gib_are_cut_by_exact_arithmetic() -> None:
     source = Source("b", 704, 4, contiguous_strides(shape), Box((0, 0), shape))
     pieces = list(cut(source, 0, 8 * MiB))
     assert (pieces[0].start, pieces[-1].stop) == (704, 704 + 70_000 * 40_000 * 4)
-    assert all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(pieces))
     assert max(p.stop - p.start for p in pieces) <= 8 * MiB
 
 

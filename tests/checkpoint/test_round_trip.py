@@ -1,4 +1,4 @@
-"""What is saved is loaded to the bit: by this package, by torch's own reader, and from what torch's own writer wrote."""
+"""What is saved is loaded to the bit: by us, by torch's own reader, and from what torch's own writer wrote."""
 
 from __future__ import annotations
 

@@ -1,0 +1,129 @@
+"""Several real ranks: sharding and resharding, failures that reach everybody, asynchronous saves, sharing."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from azstoragetorch.checkpoint import BlobStorageReader, load_keys
+from tests.azurite.container import Container
+from tests.checkpoint import jobs
+from tests.checkpoint.ranks import Ranks, context, run_ranks
+from tests.checkpoint.states import load
+
+ONE_D = ["rows", "columns", "replicated"]
+TWO_D = ["2d", "hybrid", "2d rows", "columns"]
+
+
+@pytest.fixture
+def base(container: Container) -> str:
+    return container.blob_url("run")
+
+
+def test_two_ranks_in_every_placement(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save_all_and_load_all, base, container.key, ONE_D)
+    found = load_keys(f"{base}/columns", "model", credential=container.key)["model"]
+    assert all(torch.equal(found[key], value) for key, value in jobs.whole().items())
+
+
+def test_four_ranks_on_a_mesh_then_three_then_one(container: Container, base: str) -> None:
+    """Resharding: 2-D to 1-D, rows to columns, between world sizes."""
+    run_ranks(4, jobs.save_for_others, base, container.key, TWO_D)
+    run_ranks(3, jobs.load_from_others, base, container.key, TWO_D, ["rows", "columns"])
+    for layout in TWO_D:
+        state = {"model": {key: torch.zeros_like(value) for key, value in jobs.whole().items()}}
+        load(state, BlobStorageReader(f"{base}/{layout}", credential=container.key))
+        assert all(torch.equal(state["model"][key], value) for key, value in jobs.whole().items())
+
+
+@pytest.mark.slow
+def test_one_and_two_ranks_to_four_on_a_mesh(container: Container, base: str) -> None:
+    run_ranks(1, jobs.save_for_others, f"{base}/1", container.key, ["rows"])
+    run_ranks(2, jobs.save_for_others, f"{base}/2", container.key, ONE_D)
+    run_ranks(4, jobs.load_from_others, f"{base}/1", container.key, ["rows"], TWO_D)
+    run_ranks(4, jobs.load_from_others, f"{base}/2", container.key, ONE_D, TWO_D)
+
+
+def test_ranks_that_do_not_coordinate_keep_their_own(container: Container, base: str) -> None:
+    run_ranks(2, jobs.alone_together, base, container.key)
+    assert sum(name.endswith(".distcp") for name in container.names()) == 2  # the first ones were replaced
+
+
+def test_without_collectives_a_checkpoint_of_all_is_not_shadowed(container: Container, base: str) -> None:
+    for told in run_ranks(2, jobs.overwrite_with_collectives_off, base, container.key):
+        assert "saved with collectives" in told
+
+
+def test_an_error_on_one_rank_is_everybodys_and_changes_nothing(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save, base, container.key, "rows")
+    before = set(container.names())
+    for told in run_ranks(2, jobs.fail_in_the_middle, base, container.key):
+        assert "(RANK 1)" in told
+        assert "(RANK 0)" not in told
+        assert "the disk of the mind is full" in told
+        assert "'model.uneven'" in told
+        assert base in told
+    assert before <= set(container.names())
+    run_ranks(2, jobs.load, base, container.key, ["columns"])
+
+
+def test_a_missing_data_blob_is_everybodys_error_and_named(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save, base, container.key, "rows")
+    (victim,) = [name for name in container.names() if "__1_0" in name]
+    container.client.delete_blob(victim)
+    for told in run_ranks(2, jobs.fail_to_load, base, container.key):
+        assert "is missing" in told
+        assert victim.rpartition("/")[2] in told
+
+
+def test_no_checkpoint_is_said_on_every_rank(container: Container, base: str) -> None:
+    for told in run_ranks(2, jobs.fail_to_load, base, container.key):
+        assert "there is no checkpoint here" in told
+
+
+@pytest.mark.parametrize("kind", ["THREAD", pytest.param("PROCESS", marks=pytest.mark.slow)])
+def test_asynchronous_saves(container: Container, base: str, kind: str) -> None:
+    run_ranks(2, jobs.async_saves, base, container.key, kind, env=[{"MASTER_ADDR": "127.0.0.1"}] * 2)
+
+
+def test_what_all_ranks_need_alike_is_fetched_once(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    size = sum(container.client.get_blob_client(n).get_blob_properties().size for n in container.names())
+    alone = run_ranks(3, jobs.load_once, base, container.key, "rank")
+    assert min(alone) > 0.9 * size
+    shared = run_ranks(3, jobs.load_once, base, container.key, "world")
+    metadata = container.client.get_blob_client("run/.metadata").get_blob_properties().size
+    assert sum(shared) - 3 * metadata < 1.1 * size
+    nodes = [{"GROUP_RANK": "0"}, {"GROUP_RANK": "0"}, {"GROUP_RANK": "1"}]
+    by_node = run_ranks(3, jobs.load_once, base, container.key, "node", env=nodes)
+    assert by_node[0] + by_node[1] - 2 * metadata < 1.1 * size
+    assert by_node[2] > 0.9 * size
+
+
+def test_sharing_ranks_fail_together(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    for told in run_ranks(2, jobs.load_once_and_fail, base, container.key, "big"):
+        assert "different types or shapes" in told
+    for name in container.names():
+        if name.endswith(".distcp"):
+            container.client.delete_blob(name)
+    for told in run_ranks(2, jobs.load_once_and_fail, base, container.key, "half"):
+        assert "is missing" in told
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_last_checkpoint_loads(container: Container, base: str) -> None:
+    told = context.Queue()
+    ranks = Ranks(2, jobs.keep_saving, base, container.key, told)
+    steps = [told.get(timeout=40) for _ in range(4)]
+    os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
+    killed, ended = ranks.processes[1], ranks.results(timeout=45)
+    killed.join(5)
+    assert ended[1] is None
+    assert isinstance(ended[0], BaseException)
+    newest = max(step for _, step in steps)
+    found = load_keys(base, "step", credential=container.key)["step"]
+    assert found >= newest
+    run_ranks(2, jobs.load, base, container.key, ["columns"], found)
