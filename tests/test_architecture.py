@@ -33,7 +33,7 @@ ROWS = [
     {"_blob.records", "_blob.resume", "_blob.sharding", "_blob.tar", "_workers"},
     {"_blob.engine", "_blob.retry"},
     {"_blob.transport", "_blob.credentials", "_blob.service", "_blob.sdk", "_blob.url"},
-    {"_blob.download", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
+    {"_blob.download", "_blob.multiplex", "_blob.prefetch", "_blob.upload", "_blob.listing", "_blob.readahead"},
     {"_blob.client", "_blob.cache", "_blob.catalog", "_blob.sources"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},

@@ -7,7 +7,7 @@ them and works in a forked child.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.memory import filled_bytes
+from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.sdk import SdkBlob
-from azstoragetorch._blob.service import Service
+from azstoragetorch._blob.service import Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL
 
@@ -94,6 +95,19 @@ class BlobClient(_Client):
             return Head(opened.version, filled_bytes(len(opened.span), lambda view: opened.receive([view])))
         finally:
             opened.close()
+
+    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
+        """Do as `head` on a thread that serves many, and call *done*, or *failed* where `head` itself is needed.
+
+        False if that cannot be begun now, which `head` always can.
+        """
+        multiplexer = None if self.config.validate_content or is_tracing() else multiplexer_for(self.engine)
+        if multiplexer is None:
+            return False
+        length = self.config.effective_part_size
+        return multiplexer.begin(
+            self.service, self.url, length, scope, lambda version, data: done(Head(version, data)), failed
+        )
 
     def fetch(self, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope) -> None:
         """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""

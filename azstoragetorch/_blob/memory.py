@@ -47,11 +47,20 @@ def filled_bytes(length: int, fill: Callable[[memoryview], object]) -> bytes:
         small = bytearray(length)
         fill(memoryview(small))
         return bytes(small)
+    data, view = bytes_to_fill(length)
+    fill(view)
+    return data
+
+
+def bytes_to_fill(length: int) -> tuple[bytes, memoryview]:
+    """New bytes of *length*, two or more, and a view of them.
+
+    Every byte is written through the view before anybody else sees them, and the view is not used after.
+    """
     data: bytes = _new_bytes(None, length)
     address = _address_of_bytes(data)
     _advise_huge_pages(address, length)
-    fill(memoryview((ctypes.c_char * length).from_address(address)).cast("B"))
-    return data
+    return data, memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
 def new_buffer(length: int) -> memoryview:

@@ -28,15 +28,20 @@ class Ahead(Generic[T, R]):
         self._work = work
         self._on_use = on_use
         self._pid = os.getpid()
+        self._claim = threading.Lock()  # held for good by whoever does the work
         self._future: Future[R] = Future()
 
     def run(self) -> None:
         """Do the work, unless somebody else does."""
-        if self._future.set_running_or_notify_cancel():
-            try:
-                self._future.set_result(self._work(self.item))
-            except BaseException as error:  # noqa: BLE001 - raised by `result`
-                self._future.set_exception(error)
+        if self._claim.acquire(blocking=False):
+            self._run()
+
+    def begin(self, start: Callable[[T, Callable[[R], None], Callable[[], None]], bool], engine: Engine) -> None:
+        """Have *start* do the work with nobody waiting for it; a thread of *engine* does it where that fails."""
+        self._claim.acquire()
+        if not start(self.item, self._future.set_result, lambda: engine.submit(self._run)):
+            self._claim.release()
+            engine.submit(self.run)
 
     def result(self) -> R:
         """The result; the work is done here if it has not begun.
@@ -47,7 +52,8 @@ class Ahead(Generic[T, R]):
         self._on_use()
         with timed("blocked_seconds"):
             # After fork the thread that was at it is the parent's.
-            if self._pid != os.getpid() or self._future.cancel():
+            if self._pid != os.getpid() or self._claim.acquire(blocking=False) or self._future.cancelled():
+                self._future.cancel()
                 return self._work(self.item)
             return self._future.result()
 
@@ -57,7 +63,14 @@ class Ahead(Generic[T, R]):
 
     def give_up(self) -> None:
         """Do not begin the work ahead, if it has not begun."""
-        self._future.cancel()
+        if self._claim.acquire(blocking=False):
+            self._future.cancel()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._work(self.item))
+        except BaseException as error:  # noqa: BLE001 - raised by `result`
+            self._future.set_exception(error)
 
 
 class OrderedPrefetch(Generic[T, R]):
@@ -75,6 +88,8 @@ class OrderedPrefetch(Generic[T, R]):
         depth: Items under way at once, at most.
         is_eager: Begin at once with all. Otherwise what is under way grows with the results that are asked for and
             shrinks with those that are not: a consumer that never asks costs nothing.
+        start: Tries to do the work of an item without a thread that waits; calls the first function with the result,
+            or the second to have the work done in the ordinary way. False if it cannot.
     """
 
     def __init__(
@@ -87,7 +102,9 @@ class OrderedPrefetch(Generic[T, R]):
         size: Callable[[R], int],
         depth: int,
         is_eager: bool = True,
+        start: Callable[[T, Scope, Callable[[R], None], Callable[[], None]], bool] | None = None,
     ) -> None:
+        self._start = start
         self._engine = engine
         self._items = items
         self._work = work
@@ -164,8 +181,15 @@ class OrderedPrefetch(Generic[T, R]):
             ahead = Ahead(item, self._do, self._on_use)
             if loan is not None:
                 ahead.when_settled(loan.shrink(self._size))
-                self._engine.submit(ahead.run)
+                if self._start is None:
+                    self._engine.submit(ahead.run)
+                else:
+                    ahead.begin(self._begin, self._engine)
             self._queue.append((ahead, loan))
+
+    def _begin(self, item: T, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
+        assert self._start is not None
+        return self._start(item, self._scope, done, failed)
 
     def _do(self, item: T) -> R:
         return self._work(item, self._scope)

@@ -57,7 +57,7 @@ class Service:
             AzureError: the service refused.
             Cancelled: *scope* was cancelled.
         """
-        if not _is_tracing():
+        if not is_tracing():
             return self._send(method, url, query, headers, body, accept, scope)
         return self._send_traced(
             method,
@@ -80,17 +80,9 @@ class Service:
         accept: frozenset[int],
         scope: Scope | None,
     ) -> Response:
-        state = f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
-        state = f"versionid={quote(url.versionid)}" if url.versionid else state
-        own = {
-            "x-ms-version": API_VERSION,
-            "x-ms-client-request-id": os.urandom(16).hex(),
-            "User-Agent": transport.USER_AGENT,
-        }
+        query = "&".join(filter(None, (query, _state(url))))
         try:
-            response = self.exchange(
-                method, url.path, "&".join(filter(None, (query, state))), {**own, **(headers or {})}, body, scope
-            )
+            response = self.exchange(method, url.path, query, {**_own_headers(), **(headers or {})}, body, scope)
         except ClientRequestIdMismatchError as error:
             raise Transient(error) from error
         except BaseException as error:  # noqa: BLE001 - sorted by fail
@@ -117,13 +109,24 @@ class Service:
         has_renewed = False
         while True:
             proof = self.authorizer.headers()
-            signed = "&".join(filter(None, (query, self.authorizer.query())))
-            target = f"{path}?{signed}" if signed else path
+            target = self._target(path, query)
             response = transport.send(self.origin, method, target, {**headers, **proof}, body=body, scope=scope)
             if response.status != 401 or has_renewed or not self.authorizer.renew(proof):
                 return response
             has_renewed = True  # it was revoked, or expired on the way
             response.close()
+
+    def signed(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """The target and the headers of a signed GET, for those who send it themselves.
+
+        Raises:
+            AzureError: no token could be had.
+        """
+        return self._target(url.path, _state(url)), {**_own_headers(), **headers, **self.authorizer.headers()}
+
+    def _target(self, path: str, query: str) -> str:
+        signed = "&".join(filter(None, (query, self.authorizer.query())))
+        return f"{path}?{signed}" if signed else path
 
     def _refuse(self, method: str, url: BlobURL, response: Response) -> NoReturn:
         with response:
@@ -143,10 +146,25 @@ class Service:
         raise refusal(refused, response.headers)
 
 
+def _state(url: BlobURL) -> str:
+    """The part of the query that chooses an older state of the blob."""
+    if url.versionid:
+        return f"versionid={quote(url.versionid)}"
+    return f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
+
+
+def _own_headers() -> dict[str, str]:
+    return {
+        "x-ms-version": API_VERSION,
+        "x-ms-client-request-id": os.urandom(16).hex(),
+        "User-Agent": transport.USER_AGENT,
+    }
+
+
 _tracing = (0.0, False)  # when it was looked up last, and what was found: it costs as much as the rest of a request
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
     global _tracing
     looked_up, is_on = _tracing
     if time.monotonic() - looked_up > 1.0:

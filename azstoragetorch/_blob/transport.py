@@ -40,7 +40,7 @@ log = logging.getLogger("azstoragetorch")
 USER_AGENT = f"azstoragetorch/{__version__}"
 _SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
 _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than a new connection
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: ([^\r\n]*))?\r?\n")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
 _MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
@@ -138,6 +138,30 @@ class Connection:
             raise ValueError(f"{method} {redact(repr(target))}: a credential or header has a space or line break in it")
         return text.replace("\0", "\r\n").encode("latin-1") + b"\r\n\r\n"
 
+    def begin(self, target: str, headers: Mapping[str, str]) -> socket.socket:
+        """Send a GET on an open connection without waiting for anything; its socket does not block until `settle`.
+
+        Raises:
+            OSError: it could not be sent at once.
+        """
+        sock = self.socket
+        head = self._head("GET", self._prefix + target, headers)
+        sock.setblocking(False)
+        if sock.send(head) != len(head):
+            raise BlockingIOError("the request could not be sent at once")
+        return sock
+
+    def settle(self) -> None:
+        """Return to the pool after a GET that was begun and whose answer was taken whole."""
+        self.socket.settimeout(self.origin.read_timeout)
+        _pool.give_back(self)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket of an open connection."""
+        sock: socket.socket = self._http.sock
+        return sock
+
     def is_stale(self) -> bool:
         """Whether the other side has closed this idle connection, or sent what nobody asked for."""
         sock = self._http.sock
@@ -200,27 +224,19 @@ class _Answer(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the status line and the headers."""
         while True:
-            line = self.fp.readline(_MAX_LINE)
-            found = _STATUS_LINE.fullmatch(line)
-            if found is None:
-                raise (
-                    http.client.BadStatusLine(repr(line)) if line else http.client.RemoteDisconnected("no answer came")
-                )
-            status = int(found.group(2))
-            values = self._read_fields()
-            if status >= 200:  # below are interim answers
+            self.code, values, stays_open = parse_head(self._read_head())
+            if self.code >= 200:  # below are interim answers
                 break
-        self.code = self.status = status
-        self.reason = (found.group(3) or b"").decode("latin-1").strip()
-        self.version = 10 + int(found.group(1))
+        self.status = self.code
+        self.reason = values.pop("", "")
+        self.version = 11
         self.fields = Headers(values)
         self.chunked = values.get("transfer-encoding", "").lower() == "chunked"
         self.chunk_left = None
-        connection = values.get("connection", "").lower()
-        self.will_close = "close" in connection or (self.version == 10 and "keep-alive" not in connection)
+        self.will_close = not stays_open
         length = values.get("content-length")
         self.length = None
-        if self.is_head or status in (204, 304):
+        if self.is_head or self.status in (204, 304):
             self.length = 0
         elif length is not None and not self.chunked:
             if not (length.isascii() and length.isdigit()):
@@ -229,19 +245,39 @@ class _Answer(http.client.HTTPResponse):
         if self.length is None and not self.chunked:
             self.will_close = True
 
-    def _read_fields(self) -> dict[str, str]:
-        values: dict[str, str] = {}
+    def _read_head(self) -> bytes:
+        lines: list[bytes] = []
         for _ in range(_MAX_FIELDS):
             line = self.fp.readline(_MAX_LINE)
-            if line in (b"\r\n", b"\n"):
-                return values
+            if line in (b"\r\n", b"\n") and lines:
+                return b"".join(lines)
             if not line.endswith(b"\n"):
-                raise http.client.IncompleteRead(line)
-            name, colon, value = line.decode("latin-1").partition(":")
-            if not colon:
-                raise http.client.HTTPException(f"not a header: {line[:80]!r}")
-            values[name.strip().lower()] = value.strip()
+                if not lines and not line:
+                    raise http.client.RemoteDisconnected("no answer came")
+                raise http.client.IncompleteRead(line) if lines else http.client.BadStatusLine(repr(line))
+            lines.append(line)
         raise http.client.HTTPException(f"more than {_MAX_FIELDS} headers")
+
+
+def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
+    """Status, headers by lower-case name (and the reason by no name), and whether the connection stays open.
+
+    Raises:
+        http.client.HTTPException: this is no head of an answer.
+    """
+    first, *lines = head.decode("latin-1").splitlines()
+    found = _STATUS_LINE.fullmatch(first)
+    if found is None:
+        raise http.client.BadStatusLine(repr(first))
+    values = {"": (found.group(3) or "").strip()}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise http.client.HTTPException(f"not a header: {line[:80]!r}")
+        values[name.strip().lower()] = value.strip()
+    connection = values.get("connection", "").lower()
+    stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
+    return int(found.group(2)), values, stays_open
 
 
 class Response:
@@ -313,16 +349,20 @@ class Pool:
 
     def take(self, origin: Origin) -> Connection:
         """An idle connection that is still open, or a new one."""
+        connection = self.take_idle(origin)
+        if connection is None:
+            count("connections")
+            connection = Connection(origin)
+            self._made.add(connection)
+        return connection
+
+    def take_idle(self, origin: Origin) -> Connection | None:
+        """An idle connection that is still open, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
                 connection = idle.pop() if idle else None
-            if connection is None:
-                count("connections")
-                connection = Connection(origin)
-                self._made.add(connection)
-                return connection
-            if not connection.is_stale():
+            if connection is None or not connection.is_stale():
                 return connection
             connection.close()
 
@@ -423,6 +463,11 @@ def _length(body: Body) -> int:
 def _creates_only(headers: Mapping[str, str]) -> bool:
     """Whether the request would be refused the second time, which is for the caller to sort out."""
     return any(name.lower() == "if-none-match" for name in headers)
+
+
+def take_idle(origin: Origin) -> Connection | None:
+    """A connection of the pool that is still open, for the caller to give back or close; None if there is none."""
+    return _pool.take_idle(origin)
 
 
 def idle_connections() -> int:

@@ -238,6 +238,7 @@ class Source:
             size=lambda head: len(head.data),
             depth=self.config.max_connections,
             is_eager=is_eager,
+            start=None if self._cache is not None else _start_head,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -247,6 +248,10 @@ class Source:
 
 def _fetch_head(blob: Blob, scope: Scope) -> Head:
     return blob._client.head(scope)  # noqa: SLF001
+
+
+def _start_head(blob: Blob, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
+    return blob._client.start_head(scope, done, failed)  # noqa: SLF001
 
 
 def _to_other_process(source: Source) -> tuple[Any, ...]:

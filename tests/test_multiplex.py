@@ -1,0 +1,218 @@
+"""Many small blobs on one thread: the same bytes and errors as by ordinary reads, whatever the service does."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+from azure.core.exceptions import AzureError, ResourceNotFoundError
+
+from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._blob.client import ContainerClient, Head
+from azstoragetorch._blob.credentials import CredentialHolder
+from azstoragetorch._blob.engine import Scope
+from azstoragetorch._blob.prefetch import OrderedPrefetch
+from azstoragetorch._blob.transport import close_idle_connections, idle_connections
+from azstoragetorch._blob.url import parse_container_url
+from tests.faults.faults import (
+    Chunked,
+    CorruptByte,
+    Fault,
+    FullInsteadOfPartial,
+    GarbageStatusLine,
+    Hangup,
+    Match,
+    MissingHeader,
+    Reset,
+    ResetInHeaders,
+    SlowBytes,
+    StaleConnection,
+    Stall,
+    Status,
+    Torn,
+    TornReset,
+    WrongContentRange,
+    WrongHeader,
+    WrongLength,
+)
+from tests.faults.service import FaultService
+
+QUICK = TransferConfig(max_backoff=0.01, read_timeout=0.5, part_size=64 << 10, max_connections=16)
+COUNT = 60
+
+
+@pytest.fixture
+def blobs(fault_service: FaultService) -> dict[str, bytes]:
+    made = {f"{i:03d}": os.urandom(1 + i * 997) for i in range(COUNT)}
+    for name, data in made.items():
+        fault_service.put("box", name, data)
+    return made
+
+
+def container(service: FaultService, config: TransferConfig = QUICK) -> ContainerClient:
+    url = parse_container_url(service.container_url("box"))
+    return ContainerClient(url, CredentialHolder(False, url.sas), config)
+
+
+def read_all(client: ContainerClient, names: list[str], started: list[bool] | None = None) -> list[Head]:
+    def start(name: str, scope: Scope, done: object, failed: object) -> bool:
+        is_started = client.blob(name).start_head(scope, done, failed)  # type: ignore[arg-type]
+        if started is not None:
+            started.append(is_started)
+        return is_started
+
+    ahead = OrderedPrefetch(
+        client.engine,
+        iter(names),
+        lambda name, scope: client.blob(name).head(scope),
+        cost=lambda _name: 64 << 10,
+        size=lambda head: len(head.data),
+        depth=16,
+        start=start,
+    )
+    try:
+        return [item.result() for item in ahead]
+    finally:
+        ahead.close()
+
+
+def warm(client: ContainerClient, blobs: dict[str, bytes]) -> None:
+    """Leave idle connections in the pool: only those are used without a thread."""
+    close_idle_connections()
+    read_all(client, list(blobs))
+    assert idle_connections() > 1
+
+
+def test_order_bytes_and_one_request_each(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """Heads come in order, whole, by one request each, over the connections that are there."""
+    client = container(fault_service)
+    warm(client, blobs)
+    fault_service.reset_log()
+    before, started = metrics(), list[bool]()
+    heads = read_all(client, list(blobs), started)
+    assert [head.data for head in heads] == list(blobs.values())
+    assert all(head.version.size == len(head.data) for head in heads)
+    assert len(fault_service.requests()) == COUNT
+    assert started.count(True) > COUNT // 2
+    seen = metrics() - before
+    assert (seen.requests, seen.bytes_received) == (COUNT, sum(map(len, blobs.values())))
+    assert client.engine.budget.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Status(503)],
+        [Status(429, retry_after=0)],
+        [Status(500), Status(500)],
+        [Reset()],
+        [ResetInHeaders()],
+        [Hangup()],
+        [Torn(after=0)],
+        [Torn(after=100)],
+        [TornReset(after=100)],
+        [Stall(after=10, seconds=2)],
+        [SlowBytes(200_000)],
+        [WrongContentRange()],
+        [WrongLength(delta=-1)],
+        [WrongLength(delta=1)],
+        [FullInsteadOfPartial()],
+        [GarbageStatusLine()],
+        [MissingHeader("ETag")],
+        [MissingHeader("Content-Range")],
+        [WrongHeader("x-ms-client-request-id", "another's")],
+        [Chunked()],
+        [StaleConnection()],
+    ],
+    ids=repr,
+)
+def test_exact_bytes_under_faults(fault_service: FaultService, blobs: dict[str, bytes], faults: list[Fault]) -> None:
+    """Whatever happens to some answers, every blob arrives exactly, and nothing stays in flight."""
+    client = container(fault_service)
+    warm(client, blobs)
+    names = [name for name, data in blobs.items() if len(data) > 200]
+    for nth in (5, 20, 40):
+        fault_service.script(Match("get_blob", path=f"{names[nth]}$"), faults)
+    heads = read_all(client, names)
+    assert [head.data for head in heads] == [blobs[name] for name in names]
+    assert not fault_service.unused_faults()
+    assert client.engine.budget.in_flight == 0
+
+
+def test_corrupt_bytes_are_noticed_where_asked_for(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """With validate_content every head is checked."""
+    client = container(fault_service, TransferConfig(max_backoff=0.01, validate_content=True, max_connections=16))
+    warm(client, blobs)
+    fault_service.script(Match("get_blob", path="030$"), [CorruptByte()])
+    assert [head.data for head in read_all(client, list(blobs))] == list(blobs.values())
+
+
+def test_refusals_have_their_type_and_place(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """A blob that is missing raises in its turn, after those before it."""
+    client = container(fault_service)
+    warm(client, blobs)
+    names = [*list(blobs)[:20], "missing", *list(blobs)[20:]]
+    ahead = OrderedPrefetch(
+        client.engine,
+        iter(names),
+        lambda name, scope: client.blob(name).head(scope),
+        cost=lambda _name: 1,
+        size=lambda head: 1,
+        depth=16,
+        start=lambda name, scope, done, failed: client.blob(name).start_head(scope, done, failed),
+    )
+    for item in ahead:
+        if item.item == "missing":
+            with pytest.raises(ResourceNotFoundError, match="missing"):
+                item.result()
+        else:
+            assert item.result().data == blobs[item.item]
+
+
+def test_service_that_ends_for_good(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """A service that only resets gives an error within the tries, not a hang."""
+    client = container(fault_service)
+    warm(client, blobs)
+    fault_service.script(Match("get_blob"), [Reset()], repeat=True)
+    with pytest.raises(AzureError):
+        read_all(client, list(blobs))
+
+
+def test_closing_gives_up_what_is_under_way(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """Closing in the middle of slow answers returns at once and gives all bytes of the budget back."""
+    client = container(fault_service)
+    warm(client, blobs)
+    fault_service.latency = 0.3
+    ahead = OrderedPrefetch(
+        client.engine,
+        iter(blobs),
+        lambda name, scope: client.blob(name).head(scope),
+        cost=lambda _name: 1000,
+        size=lambda head: 1000,
+        depth=16,
+        start=lambda name, scope, done, failed: client.blob(name).start_head(scope, done, failed),
+    )
+    next(ahead)
+    ahead.close()
+    deadline = threading.Event()
+    for _ in range(100):
+        if client.engine.budget.in_flight == 0:
+            break
+        deadline.wait(0.05)
+    assert client.engine.budget.in_flight == 0
+
+
+def test_forked_child_reads_on_its_own(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """After use in the parent, a forked child reads the same, and so does the parent then."""
+    client = container(fault_service)
+    warm(client, blobs)
+    child = os.fork()
+    if child == 0:
+        try:
+            is_same = [head.data for head in read_all(client, list(blobs) * 2)] == list(blobs.values()) * 2
+            os._exit(0 if is_same else 1)
+        finally:
+            os._exit(2)
+    assert [head.data for head in read_all(client, list(blobs))] == list(blobs.values())
+    assert os.waitpid(child, 0)[1] == 0
