@@ -25,7 +25,7 @@ _FAN_OUT_AFTER = 20_000  # names; listing so many takes a second, and shows how 
 _FAN_OUT = 8  # listings at once
 _SURVEY_PAGES = 2  # of one folder; one with more entries than these hold is as well listed flat
 _PAGE = 5000  # names that one request can bring
-_UNIT_BYTES = 4 * MiB  # what a folder of 50,000 names takes
+_UNIT_BYTES = 1 * MiB  # what a folder of 15,000 names takes
 
 
 class Catalog:
