@@ -36,7 +36,7 @@ nitpick_ignore_regex = [
 ]
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
@@ -61,7 +61,10 @@ def _take_in_pages_that_are_there(_app: Any, page: str, source: list[str]) -> No
     """In a toctree, ``name?`` is a page that another tool writes, and that may not have been written yet."""
     folder = (Path(__file__).parent / page).parent
     source[0] = re.sub(
-        r"^([\w/-]+)\?\n", lambda name: f"{name[1]}\n" * (folder / f"{name[1]}.md").exists(), source[0], flags=re.MULTILINE
+        r"^([\w/-]+)\?\n",
+        lambda name: f"{name[1]}\n" * (folder / f"{name[1]}.md").exists(),
+        source[0],
+        flags=re.MULTILINE,
     )
 
 

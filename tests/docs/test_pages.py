@@ -87,7 +87,9 @@ def own_texts() -> set[str]:
 def test_the_messages_to_look_up_are_those_that_are_raised() -> None:
     """What the troubleshooting page quotes as ours shares a part, of some length, with a text of the package."""
     quoted = re.findall(r"^`(.+?)`.*\n: ", PAGES["guide/troubleshooting.md"], re.MULTILINE)
-    of_others = re.compile(r"\d{3} |DefaultAzureCredential failed|.*CERTIFICATE_VERIFY_FAILED|Too many open|\w+(Error)?$")
+    of_others = re.compile(
+        r"\d{3} |DefaultAzureCredential failed|.*CERTIFICATE_VERIFY_FAILED|Too many open|\w+(Error)?$"
+    )
     texts = {text.strip() for text in own_texts() if len(text.strip()) >= 9}
     ours = [message for message in quoted if not of_others.match(message)]
     assert len(ours) >= 10

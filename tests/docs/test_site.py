@@ -43,7 +43,9 @@ def test_its_links_lead_somewhere(site: Path) -> None:
 
 
 def test_a_dead_link_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text('<p id="here"><a href="#here"><a href="b.html#there"><a href="https://x.example/">')
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here"><a href="b.html#there"><a href="https://x.example/">'
+    )
     (tmp_path / "b.html").write_text('<img src="missing.png"><a href="a.html">')
     assert load_links().dead_links(tmp_path) == ["a.html: b.html#there", "b.html: missing.png"]
 
