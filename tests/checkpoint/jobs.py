@@ -194,10 +194,7 @@ def load_once(rank: int, url: str, credential: Any, per: str) -> int:
     transport.Response.readinto = counted  # type: ignore[method-assign]
     state = unloaded()
     state["strided"] = torch.zeros(30, 20).t()
-    dcp.load(
-        state,
-        storage_reader=BlobStorageReader(url, credential=credential, load_once_per=per, transfer=TransferConfig()),
-    )
+    dcp.load(state, storage_reader=BlobStorageReader(url, credential=credential, load_once_per=per))
     for key, value in replicated().items():
         found = state[key]
         assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, key

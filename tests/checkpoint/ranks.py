@@ -27,8 +27,8 @@ class Ranks:
     """*world* ranks that run *function(rank, \\*arguments)*. Results come in the order of ranks."""
 
     def __init__(
-        self, world: int, function: Callable[..., Any], *arguments: Any, env: list[dict[str, str]] = []
-    ) -> None:  # noqa: B006
+        self, world: int, function: Callable[..., Any], *arguments: Any, env: list[dict[str, str]] | None = None
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         meeting = f"file://{Path(self._folder.name, 'store')}"
         self.processes = []
