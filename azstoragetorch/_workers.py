@@ -15,7 +15,7 @@ import torch.distributed
 import torch.utils.data
 
 ShardBy: TypeAlias = Literal["worker", "rank_and_worker", "none"]
-_MOST_WORKERS = 4095  # of one DataLoader, for each of which 8 bytes are shared
+_MOST_WORKERS = 1023  # of one DataLoader, for each of which 8 bytes are shared
 
 SHARD_BY: tuple[ShardBy, ...] = ("worker", "rank_and_worker", "none")
 

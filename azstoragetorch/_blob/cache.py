@@ -239,12 +239,14 @@ class _CachingReader(ReadAhead):
         self._has_whole_head = version is not None and len(head) == version.size
 
     def read_all(self, start: int) -> bytes:
-        if start == 0 and not self._has_whole_head:
-            cached = self._cache.load(self._key, self.version.etag) if self.version is not None else None
+        if self._has_whole_head:
+            return super().read_all(start)
+        if self.version is not None:
+            cached = self._cache.load(self._key, self.version.etag)
             if cached is not None:
-                return cached
+                return cached[start:] if start else cached
         data = super().read_all(start)
-        if start == 0 and not self._has_whole_head and self.version is not None:
+        if start == 0 and self.version is not None:
             self._cache.store(self._key, self.version.etag, data)
         return data
 
