@@ -61,6 +61,8 @@ class BlobIO(io.BufferedIOBase):
     raises ``ResourceExistsError`` if there is a blob.
     """
 
+    _is_ready = False  # until all is set up there is nothing to close
+
     def __init__(
         self,
         blob_url: str,
@@ -69,7 +71,6 @@ class BlobIO(io.BufferedIOBase):
         credential: Credential = None,
         transfer: TransferConfig | None = None,
     ) -> None:
-        self._is_ready = False  # until all is set up there is nothing to close
         url = parse_blob_url(blob_url)
         if mode not in ("rb", "wb", "xb"):
             raise ValueError(f"mode must be 'rb', 'wb' or 'xb', not {mode!r}")
@@ -116,7 +117,7 @@ class BlobIO(io.BufferedIOBase):
 
     @property
     def size(self) -> int:
-        """Bytes of the blob when reading, which asks the service unless it is known; bytes written so far when writing."""
+        """Bytes of the blob when reading, which asks the service unless known; bytes written so far when writing."""
         with self._lock:
             if self._blob is None:
                 return self._writer.written
@@ -325,15 +326,15 @@ class BlobIO(io.BufferedIOBase):
             self.close()
 
     def __del__(self) -> None:
-        if not self.closed:
-            if self._mode != "rb":
-                warnings.warn(
-                    f"{self!r} was dropped without close(): nothing was committed",
-                    ResourceWarning,
-                    stacklevel=2,
-                    source=self,
-                )
-            self.abort()
+        if self.closed:
+            return
+        if self._blob is not None:
+            self._blob.abandon()
+            return
+        self._writer.cancel()
+        warnings.warn(
+            f"{self!r} was dropped without close(): nothing was committed", ResourceWarning, stacklevel=2, source=self
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A reader pickles as its blob, version and position; a writer cannot be pickled."""

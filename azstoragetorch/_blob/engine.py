@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -78,6 +79,8 @@ class Scope:
 
     def cancel(self) -> None:
         """Give up: what is blocked fails at once, what has not begun never begins."""
+        if sys.is_finalizing():
+            return  # threads that stand still for ever may hold the lock
         with self._lock:
             self.is_cancelled = True
             for resource in self._active:  # under the lock: after it they may serve another transfer
@@ -327,6 +330,11 @@ def engine_for(config: TransferConfig) -> Engine:
         if engine is None:
             engine = _engines[key] = Engine(*key)
         return engine
+
+
+def running_engine(config: TransferConfig) -> Engine | None:
+    """The engine that `engine_for` has given out, if it has; takes no lock."""
+    return _engines.get((config.max_connections, config.memory_limit))
 
 
 def _forget_parent() -> None:

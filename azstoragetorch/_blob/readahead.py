@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
-from azstoragetorch._blob.engine import Engine, Scope, engine_for
+from azstoragetorch._blob.engine import Engine, Scope, engine_for, running_engine
 from azstoragetorch._blob.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
@@ -77,6 +77,7 @@ class ReadAhead:
 
     def size(self) -> int:
         """The length of the blob in bytes; the first bytes are on their way after."""
+        self._check_process()
         if self.version is None:
             self._open_first()
         assert self.version is not None
@@ -128,6 +129,12 @@ class ReadAhead:
             self._drop(segment)
         self._segments = []
         self._head = b""
+
+    def abandon(self) -> None:
+        """`close` on a thread of the engine: for finalizers, which may run where this thread holds any lock."""
+        engine = running_engine(self._config)
+        if engine is not None and self._segments and self._pid == os.getpid():
+            engine.retire(self.close)
 
     def _open(self, start: int, length: int, scope: Scope) -> RangeRead | None:
         span = ByteRange(start, start + length)

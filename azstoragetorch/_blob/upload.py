@@ -12,10 +12,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from azure.core import MatchConditions
-from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
+from azure.core.exceptions import AzureError, HttpResponseError, ResourceExistsError, ResourceNotFoundError
 from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob import BlobClient as SdkBlobClient
 
@@ -24,11 +25,13 @@ from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.memory import copy
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
+from azstoragetorch._blob.retry import RETRYABLE_STATUS
 from azstoragetorch._blob.sdk import Pieces, SdkBlob
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch.exceptions import FatalBlobIOWriteError
+from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_BLOCKS = 50_000  # the service's limit for a committed blob
@@ -48,6 +51,25 @@ def even_cuts(length: int, limit: int) -> list[ByteRange]:
         return []
     count = -(-length // limit)
     return split(ByteRange(0, length), -(-length // count))
+
+
+class _UnknownOutcome(Exception):  # noqa: N818 - control flow; its cause is shown
+    """Nobody answers to say whether a commit was carried out."""
+
+
+def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callable[Concatenate[BlockWriter, P], T]:
+    """An error or an interrupt in *method* ends the writer: it may have less than it was given."""
+
+    @wraps(method)
+    def guarded(writer: BlockWriter, /, *arguments: P.args, **options: P.kwargs) -> T:
+        writer._check()  # noqa: SLF001
+        try:
+            return method(writer, *arguments, **options)
+        except BaseException as error:  # noqa: BLE001 - raised with what it means
+            failed = writer._failed(error)  # noqa: SLF001
+            raise failed from failed.__cause__
+
+    return guarded
 
 
 class BlockWriter:
@@ -76,13 +98,13 @@ class BlockWriter:
         """Bytes taken so far."""
         return self._staged + self._filled
 
+    @_all_or_nothing
     def write(self, data: memoryview) -> None:
         """Take *data*, bytes in one contiguous piece; its memory is not used after the return.
 
         Raises:
             FatalBlobIOWriteError: this or an earlier block failed; nothing will be committed.
         """
-        self._check()
         while data.nbytes:
             size = self._block_size()
             if data.nbytes >= size:
@@ -98,6 +120,7 @@ class BlockWriter:
             if self._filled == self._collected.nbytes:
                 self._stage_collected()
 
+    @_all_or_nothing
     def write_pieces(
         self,
         pieces: Iterable[memoryview],
@@ -115,7 +138,6 @@ class BlockWriter:
         Raises:
             FatalBlobIOWriteError: a block failed, or *pieces* raised; nothing will be committed.
         """
-        self._check()
         if self._filled:
             self._stage_collected()
         self._stage_all(self._scattered(pieces, block_size, staged), concurrency)
@@ -133,6 +155,7 @@ class BlockWriter:
                 self._settled.wait()
         self._check()
 
+    @_all_or_nothing
     def commit(self, *, md5: bytes | None = None) -> None:
         """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
 
@@ -140,7 +163,6 @@ class BlockWriter:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
             ResourceExistsError: the blob exists and was to be created only.
         """
-        self._check()
         if not self._block_ids:
             data = bytes(self._collected[: self._filled]) if self._collected is not None else b""
             self._finish(lambda: self._put_blob(data))
@@ -152,17 +174,14 @@ class BlockWriter:
         self._free()
 
     def cancel(self) -> None:
-        """From another thread: fail what is on its way, and so whoever writes. `abort` is still due."""
+        """From another thread, or a finalizer: fail what is on its way, and so whoever writes. `abort` is still due."""
         self._scope.cancel()
 
     def abort(self) -> None:
         """Give up: stop what is on its way, commit nothing."""
         if self._pid != os.getpid():
             return  # forked: it is the parent's to finish
-        self._scope.cancel()
-        with self._settled:
-            while self._pending:
-                self._settled.wait()
+        self._scope.cancel()  # what is in the background ends by itself: it has its own memory
         self._free()
 
     def _check(self) -> None:
@@ -172,6 +191,14 @@ class BlockWriter:
             )
         if self._failure is not None:
             raise self._fatal(self._failure)
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """Remember that *error* ended this writer; what to raise for it."""
+        if self._failure is None:
+            self._failure = error
+        if isinstance(error, Exception) and not isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)):
+            return self._fatal(error)
+        return error
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
         error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {cause}")
@@ -250,23 +277,22 @@ class BlockWriter:
 
     @timed("blocked_seconds")
     def _stage_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int) -> None:
-        try:
-            engine_for(self._config).run_all(tasks, concurrency, self._scope)
-        except Exception as error:
-            self._failure = error
-            raise self._fatal(error) from error
-        except BaseException as error:
-            self._failure = error  # interrupted: the blocks are incomplete, so nothing may be committed
-            raise
+        engine_for(self._config).run_all(tasks, concurrency, self._scope)
 
     def _stage_collected(self) -> None:
-        """Stage the collected block in the background, when the budget has room for it."""
+        """Stage the collected block: in the background if the budget has room for it now, else here.
+
+        Nobody waits for the budget: readers may hold it until whoever writes here reads on.
+        """
         block, length = self._collected, self._filled
         assert block is not None
         engine = engine_for(self._config)
         stage = self._staging(self._next_id(length), [block[:length]])
-        engine.budget.acquire(block.nbytes)
         self._collected, self._filled = None, 0
+        if not engine.budget.try_acquire(block.nbytes):
+            stage(self._scope)
+            engine.buffers.give_back(block)
+            return
         with self._settled:
             while self._pending >= self._config.max_concurrency:
                 self._settled.wait()
@@ -307,15 +333,12 @@ class BlockWriter:
     def _finish(self, operation: Callable[[], T]) -> T:
         try:
             return operation()
-        except ResourceExistsError as error:
-            self._failure = error
-            raise
-        except Exception as error:
-            self._failure = error
-            raise self._fatal(error) from error
-        except BaseException as error:
-            self._failure = error
-            raise
+        except _UnknownOutcome as unknown:
+            cause = unknown.__cause__
+            raise FatalBlobIOWriteError(
+                f"{self._url}: the commit was sent, and the service does not say whether it was carried out; look at "
+                f"the blob before writing it again: {cause}"
+            ) from cause
 
     def _put_blob(self, data: bytes) -> None:
         headers = {"Content-MD5": _md5([memoryview(data)])} if self._config.validate_content else {}
@@ -329,9 +352,14 @@ class BlockWriter:
         try:
             self._sdk.call("PUT", put)
         except ResourceExistsError as error:
+            if not self._create_only:
+                raise
             # After a lost answer the blob that is in the way may be the one we put.
             if tries == 1 or not self._has_content(data):
                 raise _exists(self._url) from error
+        except (AzureError, ClientRequestIdMismatchError) as error:
+            if not self._was_carried_out(error, lambda: self._has_content(data)):
+                raise
 
     def _put_block_list(self, md5: bytes | None) -> None:
         blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
@@ -345,6 +373,20 @@ class BlockWriter:
         except ResourceExistsError as error:
             if not self._is_committed():
                 raise _exists(self._url) from error
+        except (AzureError, ClientRequestIdMismatchError) as error:
+            if not self._was_carried_out(error, self._is_committed):
+                raise
+
+    def _was_carried_out(self, error: Exception, look: Callable[[], bool]) -> bool:
+        """Whether a commit that ended with *error* took effect all the same, as one does whose answer is lost."""
+        if isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS:
+            return False
+        try:
+            return look()
+        except ResourceNotFoundError:
+            return False
+        except (AzureError, ClientRequestIdMismatchError):
+            raise _UnknownOutcome from error
 
     def _has_content(self, data: bytes) -> bool:
         found = self._sdk.call("HEAD", lambda client: client.get_blob_properties())
