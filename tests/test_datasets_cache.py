@@ -54,6 +54,7 @@ def test_a_second_reading_asks_the_service_for_the_listing_only(fault_service: F
             samples = list(dataset) if kind is IterableBlobDataset else dataset.__getitems__(range(20))
             data = [sample["data"] if transform is None else sample for sample in samples]
             assert data == [content(3000, i) for i in range(20)]
+            assert kind is IterableBlobDataset or dataset[7] == samples[7]
             is_first = kind is IterableBlobDataset and transform is None
             assert len(fault_service.requests("get_blob")) == (20 if is_first else 0)
 
@@ -88,6 +89,9 @@ def test_without_a_listing_the_version_is_asked_for(fault_service: FaultService,
         assert [s["data"] for s in dataset] == [content(3000, i) for i in range(2)]
         assert len(fault_service.requests("get_blob")) == (0 if turn else 2)
         assert len(fault_service.requests("head")) == 2
+    dataset = BlobDataset.from_blob_urls(urls, credential=False, transfer=QUICK, cache_dir=tmp_path)
+    assert dataset[1]["data"] == content(3000, 1)
+    assert fault_service.requests("get_blob") == []
 
 
 def test_a_large_blob_is_kept_when_it_was_read_whole(fault_service: FaultService, tmp_path: Path) -> None:

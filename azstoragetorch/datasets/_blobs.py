@@ -227,6 +227,11 @@ class Source:
         client._live = container._live  # noqa: SLF001
         return Blob(client, catalog.size(index), etag)
 
+    def unhurried(self, index: int) -> Ahead[Blob, Head] | Blob:
+        """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
+        blob = self.blob(index)
+        return blob if self._cache is None else Ahead(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None)
+
     def prefetch(self, blobs: Iterator[Blob], *, is_eager: bool) -> OrderedPrefetch[Blob, Head]:
         """Fetch the first parts of *blobs* ahead, in order."""
         part = self.config.effective_part_size
@@ -282,20 +287,15 @@ def check_transform(transform: Any) -> None:
         raise TypeError(f"transform must be callable, not {type(transform).__name__}")
 
 
-def sample_of(transform: Callable[[Blob], T] | None, blob: Blob) -> T:
-    """What *transform* makes of *blob*, or the default sample."""
-    if transform is None:
-        return cast(T, to_sample(blob))
-    with timed("transform_seconds"):
-        return transform(blob)
-
-
-def apply(transform: Callable[[Blob], T] | None, ahead: Ahead[Blob, Head]) -> T:
-    """Make a sample of what was fetched ahead."""
-    blob = ahead.item
-    blob._ahead = ahead  # noqa: SLF001
+def apply(transform: Callable[[Blob], T] | None, ahead: Ahead[Blob, Head] | Blob) -> T:
+    """Make a sample of a blob, or of what was fetched ahead of it."""
+    blob = ahead if isinstance(ahead, Blob) else ahead.item
+    blob._ahead = None if isinstance(ahead, Blob) else ahead  # noqa: SLF001
     try:
-        return sample_of(transform, blob)
+        if transform is None:
+            return cast(T, to_sample(blob))
+        with timed("transform_seconds"):
+            return transform(blob)
     except StopIteration as error:
         raise RuntimeError("the transform raised StopIteration") from error  # it would end the epoch unnoticed
     finally:

@@ -24,7 +24,6 @@ from azstoragetorch.datasets._blobs import (
     Source,
     apply,
     check_transform,
-    sample_of,
 )
 
 T = TypeVar("T")
@@ -198,8 +197,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             IndexError: there is no such blob.
             AzureError: the service refused, or could not be reached.
         """
-        blob = self._source.blob(_position(index, len(self)))
-        return sample_of(self._transform, blob)
+        return apply(self._transform, self._source.unhurried(_position(index, len(self))))
 
     def __getitems__(self, indices: Sequence[int]) -> list[T_co]:
         """The samples of a batch, in its order, fetched concurrently. DataLoader calls this."""
