@@ -254,7 +254,7 @@ class BlobReader(_Node[tuple[str, bytes]]):
         self.source.reset(None if state is None else state["source"])
         self._state: State = self.source.state_dict()
         self._states: deque[State] = deque()  # of the source, after each item that is on its way
-        self._ahead = fetch_ahead(self._access, self._items(), depth=2 * self._access.config.max_connections)
+        self._ahead = fetch_ahead(self._access, self._items(), depth=self._access.config.max_connections)
 
     def _items(self) -> Iterator[Item]:
         for item in self.source:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from azure.core.exceptions import ResourceNotFoundError
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient
+from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch_parallel
@@ -260,15 +260,31 @@ def fetch_ahead(
         client = access.blob(url_of(item))
         if isinstance(item, BlobRange):
             return Fetched(client, BlobVersion(item.size, item.etag), _fetch_range(client, item, scope), is_whole=True)
-        head = client.head(scope)
-        is_whole = len(head.data) == head.version.size
-        if not is_whole and whole and isinstance(item, BlobInfo) and head.version.size <= item.size:
-            return Fetched(client, head.version, _complete(client, head.version, head.data, scope), is_whole=True)
-        return Fetched(client, head.version, head.data, is_whole)
+        fetched = _of_head(client, client.head(scope))
+        if not fetched.is_whole and whole and isinstance(item, BlobInfo) and fetched.version.size <= item.size:
+            data = _complete(client, fetched.version, fetched.data, scope)
+            return Fetched(client, fetched.version, data, is_whole=True)
+        return fetched
+
+    def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> bool:
+        if isinstance(item, BlobRange) or (whole and isinstance(item, BlobInfo) and item.size > part):
+            return False
+        client = access.blob(url_of(item))
+        return client.start_head(scope, lambda head: done(_of_head(client, head)), failed)
 
     return OrderedPrefetch(
-        engine_for(access.config), iter(items), work, cost=cost, size=lambda fetched: len(fetched.data), depth=depth
+        engine_for(access.config),
+        iter(items),
+        work,
+        cost=cost,
+        size=lambda fetched: len(fetched.data),
+        depth=depth,
+        start=start,
     )
+
+
+def _of_head(client: BlobClient, head: Head) -> Fetched:
+    return Fetched(client, head.version, head.data, is_whole=len(head.data) == head.version.size)
 
 
 def _fetch_range(client: BlobClient, item: BlobRange, scope: Scope) -> bytes:
