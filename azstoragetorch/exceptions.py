@@ -39,8 +39,9 @@ class AZStorageTorchError(Exception):
 class FatalBlobIOWriteError(AZStorageTorchError):
     """A write failed for good: this writer commits nothing and takes no more data.
 
-    The blob is what it was before the writer was opened. The cause is chained (``__cause__``) and named in the
-    message. Open a new :class:`~azstoragetorch.io.BlobIO` and write everything again to retry.
+    The blob is what it was before the writer was opened; only where the service fell silent after the commit had been
+    sent the message says that this is not known. The cause is chained (``__cause__``) and named in the message. Open
+    a new :class:`~azstoragetorch.io.BlobIO` and write everything again to retry.
     """
 
 

@@ -1,0 +1,144 @@
+"""Every fault in every operation: exact bytes or the error named, in time, nothing half-done, nothing left open."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+from azstoragetorch._blob import transport
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
+from azstoragetorch._blob.engine import engine_for
+from tests.support import wait_until
+
+from .fixtures import LoopbackTls
+from .matrix import (
+    META,
+    OUTERMOST,
+    READ_TIMEOUT,
+    RIGHT,
+    ROWS,
+    TARGETS,
+    Cell,
+    Row,
+    cells,
+    is_save,
+    right_results,
+    serving,
+    stored,
+)
+from .operations import CONTAINER, OPERATIONS, Place, Tokens, names_of
+from .service import FaultService
+
+QUICK = {
+    "part_size": 64 * KiB,
+    "block_size": 64 * KiB,
+    "max_concurrency": 4,
+    "max_connections": 8,
+    "memory_limit": 4 * MiB,
+    "read_ahead": 512 * KiB,
+    "connect_timeout": 2.0,
+    "read_timeout": READ_TIMEOUT,
+    "max_attempts": 6,
+    "max_backoff": 0.02,
+}
+_SLACK = 5.0  # seconds; for a busy machine
+_START_OF_WORKERS = 15.0
+
+_QUICK_ROWS = {"503", "reset before the answer", "body cut short", "403", "commit whose answer is lost", "no ETag"}
+
+
+def _is_slow(row: Row, operation: str) -> bool:
+    """What starts processes, waits, or writes and checks whole checkpoints is left to the slow run, but for a few."""
+    if "workers" in operation or "Retry-After" in row.name:
+        return True
+    return row.name not in _QUICK_ROWS and (operation.startswith("dcp") or "stall" in row.name)
+
+
+PAIRS = [
+    pytest.param(
+        row,
+        operation,
+        id=f"{row.name}-{operation}",
+        marks=[pytest.mark.slow] if _is_slow(row, operation) else [],
+    )
+    for row in ROWS
+    for operation in TARGETS
+    if any(True for _ in cells(row, operation))
+]
+
+
+@pytest.mark.parametrize(("row", "operation"), PAIRS)
+def test_cell(
+    row: Row,
+    operation: str,
+    loopback_tls: LoopbackTls,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """What the matrix says comes true."""
+    if row.needs_token:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
+    for cell in cells(row, operation):
+        with serving(cell, lambda: loopback_tls.server_context) as (service, rule):
+            outcome = run(cell, service)
+            assert rule.fired, f"{cell.kind}: the fault befell nothing"
+            service.clear_script()
+        record_property(f"{'always' if cell.is_always else 'now and then'}: {cell.kind}", outcome)
+
+
+def run(cell: Cell, service: FaultService) -> str:
+    """Carry *cell* out and check everything about it; returns the outcome."""
+    transfer = TransferConfig(**{**QUICK, **cell.row.transfer})  # type: ignore[arg-type]
+    credential = Tokens("good", "fresh") if cell.row.needs_token else False
+    place = Place(service.container_url(CONTAINER), credential, {"transfer": transfer})
+    begin = time.monotonic()
+    try:
+        result = OPERATIONS[cell.operation](place)
+    except BaseException as error:  # noqa: BLE001 - torch raises such a one; compared with the one expected
+        chain, text = names_of(error), "".join(traceback.format_exception(error))
+        seconds = time.monotonic() - begin
+        del error
+        outcome = check_error(cell, chain, text)
+    else:
+        seconds = time.monotonic() - begin
+        assert result in right_results(cell.operation), f"{cell.kind}: WRONG BYTES ({len(result)})"
+        outcome = RIGHT
+        assert cell.expected == RIGHT, f"{cell.kind}: ended well instead of with {cell.expected}"
+    assert seconds <= longest(cell, transfer), f"{cell.kind}: took {seconds:.1f} s"
+    if is_save(cell.operation):
+        assert stored(service, cell.operation) == ("new" if outcome == RIGHT else "old")
+    check_nothing_left(service, transfer)
+    return outcome
+
+
+def check_error(cell: Cell, chain: list[str], text: str) -> str:
+    assert cell.expected != RIGHT, f"{cell.kind}: {chain} {text}"
+    assert cell.expected in chain, f"{cell.kind}: {cell.expected} is not in {chain} {text}"
+    outermost = OUTERMOST.get(cell.operation, chain[:1])
+    assert chain[0] in outermost, f"{cell.kind}: {chain} {text}"
+    assert outermost[0] in chain, f"{cell.kind}: {chain} {text}"
+    assert cell.kind != META or "metadata read failed" in text, text
+    return cell.expected
+
+
+def longest(cell: Cell, transfer: TransferConfig) -> float:
+    """Seconds within which a request has used up its tries, and with it the operation."""
+    try_ = (READ_TIMEOUT if "stall" in cell.row.name else 0.1) + transfer.max_backoff
+    if "Retry-After" in cell.row.name:
+        try_ += 1.0
+    workers = _START_OF_WORKERS if "workers" in cell.operation else 0.0
+    return transfer.max_attempts * try_ * (3 if not cell.is_always else 1) + _SLACK + workers
+
+
+def check_nothing_left(service: FaultService, transfer: TransferConfig) -> None:
+    """Memory is given back, and each connection is in the pool or closed."""
+    gc.collect()
+    service.wait_until_idle()
+    wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
+    wait_until(lambda: service.open_connections <= transport.idle_connections())
+    transport.close_idle_connections()
+    wait_until(lambda: service.open_connections == 0)
