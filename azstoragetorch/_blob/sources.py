@@ -50,6 +50,9 @@ class BlobRange(NamedTuple):
     align: bytes = b""
 
 
+# Names that stand in a URL as they are, where parsing would find nothing to decode, split off or refuse.
+_PLAIN = re.compile(r"(?:[\w~-][\w.~-]*/)*[\w~-][\w.~-]*", re.ASCII)
+
 Item: TypeAlias = "str | BlobInfo | BlobRange"
 """What readers take: a blob's URL, or what a lister or a range splitter yields."""
 
@@ -63,9 +66,10 @@ class Access:
         self.config = transfer or TransferConfig()
         self._holder = CredentialHolder(credential)
         self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
+        self._last: tuple[str, ContainerClient | None] = ("", None)  # URLs mostly follow others of their container
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_containers": {}}
+        return {**self.__dict__, "_containers": {}, "_last": ("", None)}
 
     def container(self, url: BlobURL) -> ContainerClient:
         """The client of the container that *url* is in; a SAS in *url* wins over the credential."""
@@ -79,8 +83,15 @@ class Access:
 
     def blob(self, url: str | BlobURL) -> BlobClient:
         """The client of the blob at *url*."""
+        if isinstance(url, str):
+            prefix, last = self._last
+            if last is not None and url.startswith(prefix) and _PLAIN.fullmatch(url, len(prefix)) and len(url) < 1024:
+                last.service  # noqa: B018 - made once, for all blobs of the container
+                return last.blob(url[len(prefix) :])
         parsed = parse_blob_url(url) if isinstance(url, str) else url
         container = self.container(parsed)
+        if parsed.sas is None:
+            self._last = f"{container.url}/", container
         if parsed.is_read_only:
             holder = self._holder if parsed.sas is None else CredentialHolder(None, parsed.sas)
             return BlobClient(parsed, holder, self.config)
