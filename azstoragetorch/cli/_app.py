@@ -21,7 +21,7 @@ from azure.core.exceptions import (
 )
 from click.shell_completion import get_completion_class
 
-import azstoragetorch
+from azstoragetorch import __version__
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch.cli._access import Access
@@ -91,7 +91,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(azstoragetorch.__version__, prog_name="azstoragetorch")
+@click.version_option(__version__, prog_name="azstoragetorch")
 def app() -> None:
     """PyTorch on Azure Blob Storage, from the shell."""
 

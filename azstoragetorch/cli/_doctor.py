@@ -15,7 +15,7 @@ from typing import Any
 import click
 from azure.core.exceptions import AzureError, ClientAuthenticationError
 
-import azstoragetorch
+from azstoragetorch import __version__
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
@@ -77,7 +77,7 @@ def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: floa
             _try_access(session, url)
     if source.found is not None:
         kind = f"{kind} ({source.found})"
-    output.line(f"azstoragetorch {azstoragetorch.__version__}, {os.cpu_count()} CPUs")
+    output.line(f"azstoragetorch {__version__}, {os.cpu_count()} CPUs")
     output.line(f"place          {url}")
     output.line(f"credential     {kind}")
     with _site(session, url, version, size * MiB) as site:

@@ -1,0 +1,1 @@
+"""Benchmarks against the libraries that a user would pick instead; ``python -m recipes.benchmarks --help``."""

@@ -1,0 +1,306 @@
+"""The libraries that are compared, each used as its own documentation shows it, with 16 requests at once where it asks.
+
+This runs in the virtual environment of one library and imports no other. A method that a library has no counterpart
+for is missing from its class, and shows as a dash in the report.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+CONCURRENCY = 16  # of one transfer: the default of azstoragetorch, and what the others are told
+SAMPLES_AT_ONCE = 32
+BATCH = 32
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """A container, and the SAS that opens it; without one it is open to everybody."""
+
+    account_url: str
+    container: str
+    sas: str | None
+
+    @property
+    def url(self) -> str:
+        return f"{self.account_url}/{self.container}"
+
+
+class _BlobIO:
+    """What both packages called azstoragetorch have."""
+
+    def __init__(self, place: Place) -> None:
+        from azure.core.credentials import AzureSasCredential
+
+        self.place = place
+        self.options: dict[str, Any] = {"credential": AzureSasCredential(place.sas) if place.sas else False}
+
+    def open(self, name: str, mode: Any) -> Any:
+        from azstoragetorch.io import BlobIO
+
+        return BlobIO(f"{self.place.url}/{name}", mode, **self.options)
+
+    def read(self, name: str) -> int:
+        with self.open(name, "rb") as blob:
+            return len(blob.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.open(name, "wb") as blob:
+            blob.write(data)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        import torch
+
+        with self.open(name, "wb") as blob:
+            torch.save(state, blob)
+
+    def load(self, name: str) -> dict[str, Any]:
+        import torch
+
+        with self.open(name, "rb") as blob:
+            return torch.load(blob)
+
+    def samples(self, prefix: str) -> int:
+        from torch.utils.data import DataLoader
+
+        from azstoragetorch.datasets import IterableBlobDataset
+
+        dataset = IterableBlobDataset.from_container_url(self.place.url, prefix=prefix, **self.options)
+        return sum(
+            len(sample["data"]) for batch in DataLoader(dataset, batch_size=BATCH, collate_fn=list) for sample in batch
+        )
+
+    def names(self, prefix: str) -> int:
+        from azstoragetorch.datasets import BlobDataset
+
+        return len(BlobDataset.from_container_url(self.place.url, prefix=prefix, **self.options))
+
+
+class Published(_BlobIO):
+    requirements = ("azstoragetorch==0.2.0",)
+    title = "azstoragetorch 0.2"
+
+
+class Ours(_BlobIO):
+    requirements = ()
+    title = "azstoragetorch"
+
+    def read_with(self, name: str, concurrency: int) -> int:
+        from azstoragetorch import TransferConfig
+        from azstoragetorch.io import BlobIO
+
+        transfer = TransferConfig(max_concurrency=concurrency)
+        with BlobIO(f"{self.place.url}/{name}", "rb", transfer=transfer, **self.options) as blob:
+            return len(blob.read())
+
+    def checkpoint_save(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        from azstoragetorch.checkpoint import BlobStorageWriter
+
+        dcp.save(state, storage_writer=BlobStorageWriter(f"{self.place.url}/{name}", **self.options), no_dist=True)
+
+    def checkpoint_load(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        from azstoragetorch.checkpoint import BlobStorageReader
+
+        dcp.load(state, storage_reader=BlobStorageReader(f"{self.place.url}/{name}", **self.options), no_dist=True)
+
+
+class Sdk:
+    requirements = ("azure-storage-blob",)
+    title = "azure-storage-blob"
+
+    def __init__(self, place: Place) -> None:
+        from azure.core.credentials import AzureSasCredential
+        from azure.storage.blob import ContainerClient
+
+        credential = AzureSasCredential(place.sas) if place.sas else None
+        self.container = ContainerClient(place.account_url, place.container, credential=credential)
+
+    def read(self, name: str) -> int:
+        return self.read_with(name, CONCURRENCY)
+
+    def read_with(self, name: str, concurrency: int) -> int:
+        return len(self.container.download_blob(name, max_concurrency=concurrency).readall())
+
+    def write(self, name: str, data: bytes) -> None:
+        self.container.upload_blob(name, data, overwrite=True, max_concurrency=CONCURRENCY)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        self.container.upload_blob(name, buffer, overwrite=True, max_concurrency=CONCURRENCY)
+
+    def load(self, name: str) -> dict[str, Any]:
+        import torch
+
+        return torch.load(io.BytesIO(self.container.download_blob(name, max_concurrency=CONCURRENCY).readall()))
+
+    def samples(self, prefix: str) -> int:
+        names = self.container.list_blob_names(name_starts_with=prefix)
+        with ThreadPoolExecutor(SAMPLES_AT_ONCE) as pool:
+            return sum(pool.map(lambda name: len(self.container.download_blob(name).readall()), names))
+
+    def names(self, prefix: str) -> int:
+        return sum(1 for _ in self.container.list_blobs(name_starts_with=prefix))
+
+
+class Adlfs:
+    requirements = ("adlfs",)
+    title = "adlfs"
+
+    def __init__(self, place: Place) -> None:
+        from adlfs import AzureBlobFileSystem
+
+        account = urlsplit(place.account_url)
+        name = account.path.strip("/") or account.netloc.partition(".")[0]
+        proof = f"SharedAccessSignature={place.sas}"
+        if not place.sas:  # a connection string needs a key; a service that is open to everybody does not look at it
+            proof = f"AccountKey={base64.b64encode(os.urandom(64)).decode()}"
+        self.options = {"connection_string": f"BlobEndpoint={place.account_url};AccountName={name};{proof};"}
+        self.files = AzureBlobFileSystem(**self.options, max_concurrency=CONCURRENCY, skip_instance_cache=True)
+        self.container = place.container
+
+    def read(self, name: str) -> int:
+        return len(self.files.cat_file(f"{self.container}/{name}"))
+
+    def read_with(self, name: str, concurrency: int) -> int:
+        return len(self.files.cat_file(f"{self.container}/{name}", max_concurrency=concurrency))
+
+    def write(self, name: str, data: bytes) -> None:
+        self.files.pipe_file(f"{self.container}/{name}", data)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        import torch
+
+        with self.files.open(f"{self.container}/{name}", "wb") as blob:
+            torch.save(state, blob)
+
+    def load(self, name: str) -> dict[str, Any]:
+        import torch
+
+        with self.files.open(f"{self.container}/{name}", "rb") as blob:
+            return torch.load(blob)
+
+    def samples(self, prefix: str) -> int:
+        self.files.invalidate_cache()
+        names = self.files.find(f"{self.container}/{prefix}")
+        return sum(
+            len(data)
+            for at in range(0, len(names), SAMPLES_AT_ONCE)
+            for data in self.files.cat(names[at : at + SAMPLES_AT_ONCE]).values()
+        )
+
+    def names(self, prefix: str) -> int:
+        self.files.invalidate_cache()
+        return len(self.files.find(f"{self.container}/{prefix}"))
+
+    def checkpoint_save(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer = FsspecWriter(f"abfs://{self.container}/{name}", **self.options)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+
+    def checkpoint_load(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+        reader = FsspecReader(f"abfs://{self.container}/{name}", **self.options)
+        dcp.load(state, storage_reader=reader, no_dist=True)
+
+
+class Obstore:
+    requirements = ("obstore",)
+    title = "obstore"
+
+    def __init__(self, place: Place) -> None:
+        from obstore.store import AzureStore
+
+        account = urlsplit(place.account_url)
+        name = account.path.strip("/") or account.netloc.partition(".")[0]
+        proof: dict[str, Any] = {"sas_key": place.sas} if place.sas else {"skip_signature": True}
+        self.store = AzureStore(
+            place.container,
+            account_name=name,
+            endpoint=place.account_url,
+            client_options={"allow_http": account.scheme == "http"},
+            **proof,
+        )
+
+    def read(self, name: str) -> int:
+        return self.read_with(name, CONCURRENCY)
+
+    def read_with(self, name: str, concurrency: int) -> int:
+        """As many ranges at once; they are not joined, which would be another copy."""
+        import obstore
+
+        size = obstore.head(self.store, name)["size"]
+        step = max(8 * MiB, -(-size // concurrency)) if size else 1
+        starts = range(0, size, step)
+
+        def fetch(start: int) -> int:
+            return len(obstore.get_range(self.store, name, start=start, end=min(size, start + step)))
+
+        with ThreadPoolExecutor(concurrency) as pool:
+            return sum(pool.map(fetch, starts))
+
+    def write(self, name: str, data: bytes) -> None:
+        import obstore
+
+        obstore.put(self.store, name, data, max_concurrency=CONCURRENCY)
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        import obstore
+        import torch
+
+        with obstore.open_writer(self.store, name, max_concurrency=CONCURRENCY) as blob:
+            torch.save(state, blob)
+
+    def load(self, name: str) -> dict[str, Any]:
+        import obstore
+        import torch
+
+        return torch.load(io.BytesIO(obstore.get(self.store, name).bytes()))
+
+    def samples(self, prefix: str) -> int:
+        import obstore
+
+        names = [meta["path"] for batch in obstore.list(self.store, prefix) for meta in batch]
+        with ThreadPoolExecutor(SAMPLES_AT_ONCE) as pool:
+            return sum(pool.map(lambda name: len(obstore.get(self.store, name).bytes()), names))
+
+    def names(self, prefix: str) -> int:
+        import obstore
+
+        return sum(len(batch) for batch in obstore.list(self.store, prefix or None))
+
+
+LIBRARIES: dict[str, Callable[[Place], Any]] = {
+    "ours": Ours,
+    "published": Published,
+    "sdk": Sdk,
+    "adlfs": Adlfs,
+    "obstore": Obstore,
+}
+_DISTRIBUTIONS = {"ours": "azstoragetorch", "published": "azstoragetorch", "sdk": "azure-storage-blob"}
+
+
+def version_of(library: str) -> str:
+    """The installed version of *library*, and of Python."""
+    return f"{version(_DISTRIBUTIONS.get(library, library))}, Python {sys.version.split()[0]}"

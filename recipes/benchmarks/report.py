@@ -1,0 +1,360 @@
+"""From lines of JSON to a page with tables and plots, the same page for the same lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from recipes.benchmarks.libraries import LIBRARIES
+
+MiB = 1 << 20
+COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"}
+TITLES = {name: library.title for name, library in LIBRARIES.items()}  # type: ignore[attr-defined]
+WHAT = {
+    "read": "read {size}",
+    "write": "write {size}",
+    "save": "torch.save, {size} in 16 tensors",
+    "load": "torch.load, {size} in 318 tensors",
+    "samples": "dataset of {count} blobs of 110 KB",
+    "names": "list {count} blobs",
+    "latency": "read 4 KiB, one after the other",
+    "checkpoint-save": "distributed checkpoint saved, {size}",
+    "checkpoint-load": "distributed checkpoint loaded, {size}",
+}
+
+INTRODUCTION = """\
+What the same work takes with the libraries that a user would pick. Measured on {date} on {cpus} CPUs ({cpu}, {system},
+Python {python}) against {where}. Versions: {versions_of}."""
+
+HOW = """\
+Figures are medians. The libraries took turns, run by run, in processes of their own; the first run of each warmed up
+and does not count unless it took long. A dash means that a library has no such function. *Ratio* is azstoragetorch over the
+published azstoragetorch 0.2, or over the best of the others where that has none.
+
+```{note}
+Only ratios within a row mean something: absolute figures are those of one machine and one server.
+```
+
+## Throughput
+"""
+
+AGAIN = """\
+Every run is a line of JSON in [results.jsonl]({results}). `make bench` makes the virtual environments, runs all of it
+and writes this page; without options it runs on Azurite, which is then the limit. On your own account:
+
+```sh
+export AZURE_STORAGE_SAS_TOKEN='...'
+make bench BENCH="--base region=https://<account>.blob.core.windows.net --container <container>"
+```
+
+It writes some 2 GiB into a folder of the container and deletes it again. `azstoragetorch bench` measures this package
+alone, and `azstoragetorch doctor` finds the settings for a place.
+"""
+
+LIMITS = """\
+## What this does not show
+
+- **A real account.** Throttling, tail latency and what the network does are missing from a server on loopback; a server
+  on the same CPUs as the client takes its share of them.
+- **GPUs and large machines.** There is no copy to a device in these figures, and few CPUs.
+- **Tuning.** All run with their defaults, but for 16 requests at once where a library asks, and 32 samples at once
+  where the loop around it is the user's. Each may do better with care.
+- **Equal work.** obstore's read leaves the bytes in 16 pieces. The SDK, adlfs and obstore have no dataset: theirs is a
+  loop over a thread pool or a batch call, without a DataLoader. Checkpoints with adlfs are torch's own FsspecWriter and
+  FsspecReader.
+- **Safety.** That a torn write commits nothing, or that a read never mixes versions, shows as nothing here.
+- **Several ranks or workers.** Every case is one process.
+"""
+
+
+class Results:
+    """The runs, by case."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        records = [json.loads(line) for line in lines if line.strip()]
+        self.setup = next(record for record in records if record["record"] == "setup")
+        self.left_out = [record for record in records if record["record"] == "left out"]
+        self.runs = [record for record in records if record["record"] == "run"]
+        self.libraries = [name for name in LIBRARIES if name in {run["library"] for run in self.runs}]
+        self.bases = list(dict.fromkeys(run["base"] for run in self.runs))
+
+    def of(self, library: str, **wanted: Any) -> list[dict[str, Any]]:
+        """Runs that count: not the first one where others followed."""
+        found = [
+            run
+            for run in self.runs
+            if run["library"] == library and "rate" in run and all(run.get(k) == v for k, v in wanted.items())
+        ]
+        return [run for run in found if not run["warm_up"]] or found
+
+    def median(self, figure: str | Callable[[dict[str, Any]], float], library: str, **wanted: Any) -> float | None:
+        """The median of a *figure* over the runs; None if there is none."""
+        values = [figure(run) if callable(figure) else run[figure] for run in self.of(library, **wanted)]
+        return statistics.median(values) if values else None
+
+    def cases(self, *names: str) -> list[dict[str, Any]]:
+        """What sets the cases of these *names* apart, in order."""
+        keys = ("case", "base", "size", "count")
+        found = [{key: run[key] for key in keys if key in run} for run in self.runs if run["case"] in names]
+        return [dict(pairs) for pairs in dict.fromkeys(tuple(case.items()) for case in found)]
+
+    def failure(self, library: str, **wanted: Any) -> str | None:
+        """Why there is no figure, if the library failed."""
+        for run in self.runs:
+            if run["library"] == library and "error" in run and all(run.get(k) == v for k, v in wanted.items()):
+                return str(run["error"])
+        return None
+
+
+def write_report(results: Path, page: Path) -> None:
+    """Write *page* and the plots beside *results* from the lines in *results*."""
+    found = Results(results.read_text(encoding="utf-8").splitlines())
+    plots = draw(found, results.parent)
+    folder = results.parent.name
+    page.write_text(describe(found, [f"{folder}/{plot.name}" for plot in plots], f"{folder}/{results.name}"), "utf-8")
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def describe(found: Results, plots: list[str], results: str) -> str:
+    setup = found.setup
+    server = setup.get("server", "")
+    is_azurite = server == "azurite"
+    where = "Azurite, the emulator" if is_azurite else server or ", ".join(found.bases)
+    versions = ", ".join(f"{TITLES[name]} {setup['versions'][name].split(',')[0]}" for name in found.libraries)
+    python = setup["versions"]["ours"].rpartition("Python ")[2]
+    parts = [
+        "# Performance",
+        "",
+        "<!-- Made by `make bench`; edit recipes/benchmarks/report.py instead. -->",
+        "",
+        INTRODUCTION.format(**setup, python=python, where=where, versions_of=versions),
+        "",
+    ]
+    if is_azurite:
+        parts += [
+            "**Azurite was the limit here**, not the libraries: it serves some tens of MiB/s. Give an account.",
+            "",
+        ]
+    parts += [HOW]
+    parts += table(found, found.cases("read", "write", "save", "load"), "rate", "MiB/s", is_more_better=True)
+    if plots:
+        parts += ["", *figure(plots[0], "Throughput by case and library", found, "read", "write", "save", "load")]
+    parts += ["", "## Many blobs, listing, checkpoints, latency", ""]
+    parts += table(
+        found,
+        found.cases("samples", "names", "checkpoint-save", "checkpoint-load"),
+        "rate",
+        "samples/s, names/s, MiB/s",
+        is_more_better=True,
+    )
+    parts += [""]
+    parts += table(found, found.cases("latency"), lambda run: 1000 / run["rate"], "ms a read", is_more_better=False)
+    parts += ["", "## What it costs", "", "CPU seconds of the client for each GiB that was moved:", ""]
+    moved = found.cases("read", "write", "save", "load", "checkpoint-save", "checkpoint-load")
+    moved = [case for case in moved if case.get("size", 0) >= 32 * MiB or setup.get("tiny")]
+    moved = moved or found.cases("read", "write", "save", "load")
+    parts += table(found, moved, lambda run: run["cpu_seconds"] / run["amount"] * 1024, "s/GiB", is_more_better=False)
+    parts += [
+        "",
+        "Memory on top of what the process had before, at its peak, in MiB. Reading includes the bytes read:",
+        "",
+    ]
+    parts += table(found, moved, "peak_mib", "MiB", is_more_better=False)
+    if len(plots) > 1:
+        parts += ["", *figure(plots[1], "CPU and memory by case and library", found, "read", "save", "load")]
+    parts += ["", "## Scaling", ""]
+    if len(plots) > 2:
+        caption = "Rate by requests at once, by size of the blob and by number of blobs"
+        parts += figure(plots[2], caption, found, "concurrency", "read", "samples")
+    parts += ["", *scaling(found), "", "## Made with", "", "```sh", command(found), "```", ""]
+    parts += [AGAIN.format(results=results), LIMITS]
+    failures = sorted(
+        {
+            f"{TITLES[run['library']]}, {name_of(run)} ({run['base']}): `{run['error']}`"
+            for run in found.runs
+            if "error" in run
+        }
+    )
+    if failures:
+        parts += ["Failed, and so without a figure:", "", *(f"- {text}" for text in failures), ""]
+    if found.left_out:
+        names = sorted({f"{name_of(case)} ({case['base']})" for case in found.left_out})
+        parts += ["Left out for lack of time:", "", *(f"- {name}" for name in names), ""]
+    return "\n".join(parts)
+
+
+def figure(path: str, caption: str, found: Results, *cases: str) -> list[str]:
+    if not found.cases(*cases):
+        return []
+    return [f"```{{figure}} {path}", f":alt: {caption}", ":width: 100%", "", caption + ".", "```"]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    text = WHAT.get(case["case"], case["case"])
+    return text.format(size=size_of(case.get("size", 0)), count=f"{case.get('count', 0):,}")
+
+
+def size_of(count: int) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", MiB), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:g} {unit}"
+    return f"{count} B"
+
+
+def table(
+    found: Results,
+    cases: list[dict[str, Any]],
+    what: str | Callable[[dict[str, Any]], float],
+    unit: str,
+    *,
+    is_more_better: bool,
+) -> list[str]:
+    """Rows of cases, columns of libraries, and the ratio."""
+    lines = [
+        f"| {unit} | server | " + " | ".join(TITLES[name] for name in found.libraries) + " | ratio |",
+        "|---|---|" + "--:|" * (len(found.libraries) + 1),
+    ]
+    for case in cases:
+        values = {name: found.median(what, name, **case) for name in found.libraries}
+        if not any(value is not None for value in values.values()):
+            continue
+        cells = []
+        for name, value in values.items():
+            text = "failed" if value is None and found.failure(name, **case) else number(value)
+            cells.append(f"**{text}**" if name == "ours" else text)
+        lines.append(
+            f"| {name_of(case)} | {case['base']} | " + " | ".join(cells) + f" | {ratio(values, is_more_better)} |"
+        )
+    return lines
+
+
+def ratio(values: dict[str, float | None], is_more_better: bool) -> str:
+    ours = values.get("ours")
+    others = [value for name, value in values.items() if name != "ours" and value is not None]
+    other = values.get("published")
+    if other is None and others:
+        other = max(others) if is_more_better else min(others)
+    if ours is None or not other:
+        return ""
+    return f"{ours / other:.2f}" if ours / other < 10 else f"{ours / other:.0f}"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def scaling(found: Results) -> list[str]:
+    """The figures of the plots."""
+    runs = [run for run in found.runs if run["case"] == "concurrency"]
+    if not runs:
+        return []
+    steps = sorted({run["concurrency"] for run in runs})
+    names = [name for name in found.libraries if any(found.of(name, case="concurrency"))]
+    base = runs[0]["base"]
+    lines = [
+        f"Reading {size_of(runs[0]['size'])} from *{base}* in MiB/s, by requests at once:",
+        "",
+        "| at once | " + " | ".join(TITLES[name] for name in names) + " |",
+        "|--:|" + "--:|" * len(names),
+    ]
+    for step in steps:
+        cells = [number(found.median("rate", name, case="concurrency", concurrency=step)) for name in names]
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def command(found: Results) -> str:
+    bases = " ".join(f"--base {base}=<url>" for base in found.bases)
+    return "make bench" if found.setup.get("server") == "azurite" else f'make bench BENCH="{bases}"'
+
+
+# -- the plots --------------------------------------------------------------------------------------------------------
+
+
+def draw(found: Results, folder: Path) -> list[Path]:
+    """Three plots: throughput, cost, scaling."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"svg.hashsalt": "azstoragetorch", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+        | {"axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
+    )
+    made = []
+
+    def finish(figure: Any, name: str) -> None:
+        path = folder / name
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+        plt.close(figure)
+        # Fonts are named, not embedded: the reader's own are used.
+        path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+        made.append(path)
+
+    large = [case for case in found.cases("read", "write", "save", "load") if not is_step(found, case)]
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.62 * len(large)))
+    bars(axes, found, large, "rate")
+    axes.set_xlabel("MiB/s")
+    axes.legend(loc="lower right")
+    finish(figure, "throughput.svg")
+
+    figure, pair = plt.subplots(1, 2, figsize=(9, 0.6 + 0.5 * len(large)), sharey=True)
+    bars(pair[0], found, large, lambda run: run["cpu_seconds"] / run["amount"] * 1024)
+    bars(pair[1], found, large, "peak_mib")
+    pair[0].set_xlabel("CPU seconds a GiB")
+    pair[1].set_xlabel("peak memory, MiB")
+    pair[1].legend(loc="lower right")
+    finish(figure, "cost.svg")
+
+    figure, three = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    lines(three[0], found, "concurrency", "concurrency", "requests at once", "MiB/s")
+    lines(three[1], found, "read", "size", "bytes of the blob", "MiB/s")
+    lines(three[2], found, "samples", "count", "blobs", "samples/s")
+    handles, labels = three[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1)
+    finish(figure, "scaling.svg")
+    return made
+
+
+def is_step(found: Results, case: dict[str, Any]) -> bool:
+    """Whether this is a small blob, which stands in another plot."""
+    largest = max((run["size"] for run in found.runs if run["case"] == case["case"]), default=0)
+    return case["case"] == "read" and case.get("size", 0) < largest
+
+
+def bars(axes: Any, found: Results, cases: list[dict[str, Any]], what: Any) -> None:
+    height = 0.8 / max(1, len(found.libraries))
+    for place, name in enumerate(found.libraries):
+        values = [found.median(what, name, **case) or 0 for case in cases]
+        positions = [row + (place - (len(found.libraries) - 1) / 2) * height for row in range(len(cases))]
+        axes.barh(positions, values, height, label=TITLES[name], color=COLORS[name])
+    axes.set_yticks(range(len(cases)), [f"{name_of(case)}, {case['base']}" for case in cases])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) -> None:
+    """One line a library, on the last base that has several points."""
+    points = {(run["base"], run[by]) for run in found.runs if run["case"] == case and by in run}
+    counts = {base: sum(1 for point in points if point[0] == base) for base in found.bases}
+    base = max(found.bases, key=lambda name: (counts[name], found.bases.index(name)))
+    steps = sorted(step for name, step in points if name == base)
+    for name in found.libraries:
+        values = [found.median("rate", name, case=case, base=base, **{by: step}) for step in steps]
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if value]
+        if known:
+            axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=TITLES[name], color=COLORS[name])
+    if steps:
+        axes.set_xscale("log", base=2 if by != "count" else 10)
+        axes.set_yscale("log")
+    axes.set_xlabel(f"{label} ({base})")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)

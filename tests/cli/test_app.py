@@ -1,0 +1,157 @@
+"""Credentials, exit codes, what is said where: the same for all commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.azurite.container import Container
+from tests.cli.conftest import Command, run_command
+from tests.faults.faults import Stall
+from tests.faults.service import FaultService
+from tests.support import ROOT, run_python
+
+
+def test_without_its_extra_it_says_what_to_install() -> None:
+    program = (
+        "import sys\nsys.modules['rich'] = None\nfrom azstoragetorch.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == "2\n"
+    assert "pip install 'azstoragetorch[cli]'" in ended.stderr
+
+
+def test_importing_it_needs_no_extra() -> None:
+    assert "ok" in run_python(
+        "import sys\nsys.modules['click'] = sys.modules['rich'] = None\nimport azstoragetorch.cli\nprint('ok')"
+    )
+
+
+@pytest.mark.parametrize("name", [[], ["doctor"], ["ls"], ["cp"], ["bench"], ["completion"], ["checkpoint", "verify"]])
+def test_every_command_explains_itself(command: Command, name: list[str]) -> None:
+    ended = command(*name, "--help")
+    assert ended.code == 0
+    assert "Usage: azstoragetorch" in ended.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_for_the_shell(command: Command, shell: str) -> None:
+    ended = command("completion", shell)
+    assert ended.code == 0
+    assert "_AZSTORAGETORCH_COMPLETE" in ended.out
+
+
+def test_completion_completes() -> None:
+    """What the script asks the program, and gets."""
+    ended = run_command(_AZSTORAGETORCH_COMPLETE="bash_complete", COMP_WORDS="azstoragetorch che", COMP_CWORD="1")
+    assert ended.out.strip().endswith("checkpoint")
+
+
+def test_ways_in(container: Container, public_container: Container, command: Command) -> None:
+    """SAS in the URL, in a variable of one's own, in the usual one, the key, and nothing for a public container."""
+    container.put("found", b"x")
+    public_container.put("found", b"x")
+    key = container.service.account_key
+    for arguments, environment in [
+        ([container.sas_url], {}),
+        ([container.url, "--sas-env", "MY_SAS"], {"MY_SAS": container.sas()}),
+        ([container.url], {"AZURE_STORAGE_SAS_TOKEN": f"?{container.sas()}"}),
+        ([container.url], {"AZURE_STORAGE_KEY": key}),
+        ([container.url], {"AZURE_STORAGE_KEY": key, "AZURE_STORAGE_ACCOUNT": container.service.account_name}),
+        ([public_container.url, "--anonymous"], {"AZURE_STORAGE_KEY": "bm9uc2Vuc2U="}),
+    ]:
+        ended = command("ls", *arguments, **{"AZURE_STORAGE_KEY": "", **environment})
+        assert (ended.code, ended.out) == (0, "found\n"), ended.err
+
+
+def test_a_key_of_another_account_is_not_used(container: Container, command: Command) -> None:
+    """What is left is DefaultAzureCredential, whose tokens do not go over plain http."""
+    ended = command("ls", container.url, AZURE_STORAGE_ACCOUNT="another")
+    assert ended.code == 2
+    assert "never sent over plain http" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["ls", "{url}", "--sas-env", "NOT_SET"], 2),
+        (["ls", "https://account.blob.core.windows.net"], 2),
+        (["ls"], 2),
+        (["frobnicate"], 2),
+        (["ls", "{url}/nothing"], 3),
+        (["cp", "{url}/nothing", "{here}/file"], 3),
+        (["cp", "{here}/nothing", "{url}/blob"], 3),
+        (["ls", "{account}/nothing-there"], 3),
+        (["ls", "{url}", "--anonymous"], 4),
+        (["checkpoint", "inspect", "{url}/nothing"], 3),
+        (["checkpoint", "prune", "{url}"], 2),
+    ],
+)
+def test_exit_codes(container: Container, command: Command, tmp_path: Path, arguments: list[str], code: int) -> None:
+    container.put("blob", b"x")
+    places = {"url": container.url, "here": tmp_path, "account": container.service.account_url}
+    ended = command(*(argument.format(**places) for argument in arguments))
+    assert ended.code == code, ended.err
+    assert ended.err.startswith("azstoragetorch: ")
+    assert ended.out == ""
+
+
+def test_a_wrong_key_is_refused(container: Container, command: Command) -> None:
+    ended = command("ls", container.url, AZURE_STORAGE_KEY="bm9uc2Vuc2U=")
+    assert ended.code == 4
+    assert "403" in ended.err
+
+
+def test_nobody_listens(command: Command) -> None:
+    ended = command("ls", "http://127.0.0.1:1/account/container", "--anonymous", AZSTORAGETORCH_MAX_ATTEMPTS="1")
+    assert ended.code == 5
+
+
+def test_errors_are_json_for_machines(command: Command, container: Container) -> None:
+    ended = command("ls", f"{container.url}/nothing", "--json")
+    assert ended.code == 3
+    error = json.loads(ended.err)
+    assert error["exit_code"] == 3
+    assert "nothing" in error["error"]
+
+
+def test_no_secret_is_repeated(container: Container, command: Command) -> None:
+    """Not even by the parser of arguments, which quotes what it does not understand."""
+    secret = container.sas()
+    signature = secret.partition("sig=")[2].partition("&")[0]
+    for arguments in (
+        ["ls", container.url, f"{container.url}?{secret}"],
+        ["ls", f"{container.service.account_url}?{secret}"],
+        ["ls", f"{container.url}?{secret}&unknown=1"],
+        ["ls", f"{container.url}/nothing?{secret}"],
+        ["cp", f"--{container.url}?{secret}", "x"],
+        ["completion", f"{container.url}?{secret}"],
+    ):
+        ended = command(*arguments)
+        assert ended.code in (2, 3)
+        assert signature not in ended.out + ended.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_ends_at_once(fault_service: FaultService, number: signal.Signals, code: int) -> None:
+    """Also while the service is silent."""
+    fault_service.allow_anonymous()
+    fault_service.create_container("data")
+    fault_service.script("list_blobs", [Stall(seconds=60)], repeat=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "azstoragetorch.cli", "ls", fault_service.container_url("data"), "--anonymous"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fault_service.wait_for_requests(1, timeout=20)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
