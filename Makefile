@@ -10,7 +10,7 @@ DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint format types check build clean
+.PHONY: help setup demo bench test docs lint format types check build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ setup: $(DEV) $(AZURITE)  ## make .venv and .tools: pinned torch, the project wi
 
 demo: setup  ## train on images in Azurite, lose the process, resume from the checkpoint blob
 	$(BIN)/python -m recipes.demo
+
+bench: setup  ## compare with other libraries and write docs/performance.md; BENCH= says where (default: Azurite)
+	$(BIN)/python -m recipes.benchmarks $(BENCH)
 
 test: setup  ## run the tests; SLOW=1 adds those marked slow, ARGS= goes to pytest
 	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)

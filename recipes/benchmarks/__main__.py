@@ -139,8 +139,7 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
         for count in (*sizes.counts, sizes.samples):
             yield {"case": "samples", "base": base, "name": f"samples-{count}/", "count": count}
         for operation in ("checkpoint-save", "checkpoint-load"):
-            name = "checkpoint"
-            yield {"case": operation, "base": base, "name": name, "state": "few", "size": sizes.checkpoint}
+            yield {"case": operation, "base": base, "name": operation, "state": "few", "size": sizes.checkpoint}
     if options.listing is not None:
         container, count = options.listing
         yield {"case": "names", "base": first, "name": "", "count": count, "container": container}

@@ -31,8 +31,8 @@ Python {python}) against {where}. Versions: {versions_of}."""
 
 HOW = """\
 Figures are medians. The libraries took turns, run by run, in processes of their own; the first run of each warmed up
-and does not count unless it took long. A dash means that a library has no such function. *Ratio* is azstoragetorch over the
-published azstoragetorch 0.2, or over the best of the others where that has none.
+and does not count unless it took long. A dash means that a library has no such function. *Ratio* is azstoragetorch over
+the published azstoragetorch 0.2, or over the best of the others where that has none.
 
 ```{note}
 Only ratios within a row mean something: absolute figures are those of one machine and one server.
