@@ -1,0 +1,219 @@
+"""Datasets across processes: every blob exactly once, however workers and ranks were started."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+from torch.utils.data import DataLoader
+
+from azstoragetorch._blob.transport import idle_connections
+from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
+from tests.azurite.container import Container
+from tests.faults import FaultService
+from tests.support import QUICK, content
+
+COUNT = 25
+NAMES = [f"{index:03d}" for index in range(COUNT)]
+
+
+def checked_name(blob: Blob) -> str:
+    with blob.reader() as reader:
+        assert reader.read() == content(2000, int(blob.blob_name))
+    return blob.blob_name
+
+
+def url_of_filled(service: FaultService) -> str:
+    for index, name in enumerate(NAMES):
+        service.put("data", name, content(2000, index))
+    return service.container_url("data")
+
+
+def make(kind: Any, url: str, **options: Any) -> Any:
+    options = {"credential": False, "transfer": QUICK, "transform": checked_name, **options}
+    return kind.from_container_url(url, **options)
+
+
+def matrix() -> list[Any]:
+    """All of it when slow tests run; otherwise what is quick, and one of each slower way to start."""
+    samples = {(IterableBlobDataset, "spawn", 2, True), (IterableBlobDataset, "forkserver", 1, False)}
+    cases = []
+    for kind in (IterableBlobDataset, BlobDataset):
+        for context in ("fork", "spawn", "forkserver"):
+            for workers in (0, 1, 2):
+                for is_used_before in (False, True):
+                    case = (kind, context, workers, is_used_before)
+                    is_quick = context == "fork" or case in samples
+                    # Workers that start once take half as long; those that start for each epoch are among the slow.
+                    is_persistent = case in samples
+                    cases.append(pytest.param(*case, is_persistent, marks=[] if is_quick else [pytest.mark.slow]))
+    return cases
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("kind", "context", "workers", "is_used_before", "is_persistent"), matrix())
+def test_every_blob_exactly_once_in_each_of_two_epochs(
+    fault_service: FaultService, kind: Any, context: str, workers: int, is_used_before: bool, is_persistent: bool
+) -> None:
+    url = url_of_filled(fault_service)
+    dataset = make(kind, url)
+    if is_used_before:
+        assert (next(iter(dataset)) if kind is IterableBlobDataset else dataset[0]) == NAMES[0]
+    loader = DataLoader(
+        dataset,
+        batch_size=3,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context=context if workers else None,
+        persistent_workers=is_persistent,
+    )
+    fault_service.reset_log()
+    for _ in range(2):
+        assert Counter(name for batch in loader for name in batch) == Counter(NAMES)
+    listings = len(fault_service.requests("list_blobs"))
+    assert listings == (0 if kind is BlobDataset or is_used_before else 1)
+    requests = Counter(request.blob for request in fault_service.requests("get_blob"))
+    assert requests == Counter(NAMES * 2) or is_used_before  # what was ahead when the first was dropped comes on top
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_epoch_set_in_the_parent_reaches_workers(fault_service: FaultService, persistent: bool) -> None:
+    url = url_of_filled(fault_service)
+    dataset = make(IterableBlobDataset, url, shuffle=True, seed=3)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=persistent)
+    alone = make(IterableBlobDataset, url, shuffle=True, seed=3)
+    orders = []
+    for epoch in (0, 1, 2, 1):
+        dataset.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        orders.append(list(loader))
+        # Two workers in turn restore the order of one.
+        assert orders[-1] == list(alone)
+    assert orders[1] == orders[3]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize(("even", "lengths"), [("none", {4, 5}), ("drop", {4}), ("pad", {5})])
+def test_explicit_ranks_share_the_blobs(fault_service: FaultService, even: str, lengths: set[int]) -> None:
+    url = url_of_filled(fault_service)
+    shards = []
+    for rank in range(3):
+        dataset = make(IterableBlobDataset, url, shard_by="rank_and_worker", rank=rank, world_size=3, even=even)
+        names = list(DataLoader(dataset, batch_size=None, num_workers=2))
+        shards += [names[worker::2] for worker in range(2)] if even != "none" else [names]
+    if even == "none":
+        assert Counter(name for names in shards for name in names) == Counter(NAMES)
+    else:
+        assert {len(names) for names in shards} == lengths
+
+
+def test_a_rank_without_samples_is_an_error_that_says_so(fault_service: FaultService) -> None:
+    fault_service.put("data", "only", b"")
+    url = fault_service.container_url("data")
+    options: dict[str, Any] = {"shard_by": "rank_and_worker", "world_size": 2, "transform": None}
+    assert len(list(make(IterableBlobDataset, url, rank=0, **options))) == 1
+    dataset = make(IterableBlobDataset, url, rank=1, **options)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="rank 1 of world_size 2 is left without samples: the dataset has 1"):
+            list(DataLoader(dataset, batch_size=None, num_workers=workers))
+
+
+def test_several_processes_without_a_process_group_are_not_taken_for_one(
+    fault_service: FaultService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dataset = make(IterableBlobDataset, url_of_filled(fault_service), shard_by="rank_and_worker")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2, but torch\.distributed is not initialised"):
+        iter(dataset)
+
+
+def rank_main(rank: int, world: int, store: str, url: str, workers: int, context: str | None, folder: str) -> None:
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    dataset = make(IterableBlobDataset, url, shard_by="rank_and_worker", shuffle=True)
+    loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=list, multiprocessing_context=context)
+    epochs = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        epochs.append([name for batch in loader for name in batch])
+    Path(folder, str(rank)).write_text(json.dumps([epochs, dataset.metadata.fingerprint]))
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("world", "workers", "context"),
+    [
+        pytest.param(1, 0, None, marks=pytest.mark.slow),
+        pytest.param(1, 2, "fork", marks=pytest.mark.slow),
+        pytest.param(2, 0, None, marks=pytest.mark.slow),
+        (2, 2, "fork"),
+        pytest.param(2, 2, "spawn", marks=pytest.mark.slow),
+        pytest.param(2, 2, "forkserver", marks=pytest.mark.slow),
+        (3, 0, None),
+        pytest.param(3, 2, "fork", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_over_gloo_share_the_blobs(
+    container: Container, tmp_path: Path, world: int, workers: int, context: str | None
+) -> None:
+    """Also from spawned workers, which have no process group."""
+    for index, name in enumerate(NAMES):
+        container.put(name, content(2000, index))
+    container.client.set_container_access_policy({}, public_access="container")
+    start = multiprocessing.get_context("fork")
+    ranks = [
+        start.Process(
+            target=rank_main,
+            args=(rank, world, str(tmp_path / "store"), container.url, workers, context, str(tmp_path)),
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [0] * world
+    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(world)]
+    assert len({fingerprint for _, fingerprint in told}) == 1
+    for epoch in range(2):
+        assert Counter(name for epochs, _ in told for name in epochs[epoch]) == Counter(NAMES)
+    assert told[0][0][0] != told[0][0][1]
+    assert all(len(epochs[0]) >= COUNT // world - workers for epochs, _ in told)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_thousand_blobs_leave_memory_and_sockets_as_they_were(fault_service: FaultService) -> None:
+    size, count = 20_000, 1000
+    for index in range(count):
+        fault_service.put("data", f"{index:05d}", content(size, index % 50))
+    fault_service.keeps_log = False
+    url = fault_service.container_url("data")
+    dataset = make(IterableBlobDataset, url, transform=None, shuffle=True)
+
+    def epoch(number: int) -> tuple[int, int]:
+        dataset.set_epoch(number)
+        assert sum(len(sample["data"]) for sample in dataset) == count * size
+        gc.collect()
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE"), descriptors
+
+    after = [epoch(number) for number in range(10)]
+    warm, last = after[3], after[-1]
+    assert last[0] - warm[0] < 8 << 20
+    assert last[1] <= max(descriptors for _, descriptors in after[:4])
+    # The server's side of each connection is a descriptor of this process too.
+    assert idle_connections() <= QUICK.max_connections + 2
