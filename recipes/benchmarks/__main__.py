@@ -312,7 +312,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="next to no data: whether it runs at all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so long")
     options = parser.parse_args()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
         names = [name for name in options.libraries.split(",") if name]
         if unknown := set(names) - set(LIBRARIES):
@@ -320,6 +319,7 @@ def main() -> None:
         if "ours" not in names:
             parser.error("--libraries must have 'ours' among them: it writes what all read")
         pythons = make_environments(options.environments, names)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             bases = dict(item.split("=", 1) for item in options.base)
             server, sas = options.server, None

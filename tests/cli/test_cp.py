@@ -46,9 +46,7 @@ def test_there_and_back(container: Container, command: Command, tmp_path: Path, 
     for status in ("copied", "skipped"):
         assert statuses(command, source, container.blob_url("a b#ü"), **SMALL_PARTS) == {status: 1}
         assert container.get("a b#ü") == content(size)
-        assert statuses(command, container.blob_url("a b#ü"), container.blob_url("copy"), **SMALL_PARTS) == {
-            status: 1
-        }
+        assert statuses(command, container.blob_url("a b#ü"), container.blob_url("copy"), **SMALL_PARTS) == {status: 1}
         assert container.get("copy") == content(size)
         assert statuses(command, container.blob_url("copy"), target, **SMALL_PARTS) == {status: 1}
         assert target.read_bytes() == content(size)

@@ -1,0 +1,145 @@
+"""``checkpoint``: what torch saved is listed, shown, checked, converted and removed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
+from tests.azurite.container import Container
+from tests.cli.conftest import Command
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+STATE = {"model": {"weight": torch.arange(1000.0).reshape(10, 100), "bias": torch.ones(7)}, "epoch": torch.tensor(3)}
+
+
+def save(container: Container, name: str, state: dict[str, Any] = STATE) -> str:
+    url = f"{container.url}/{name}"
+    dcp.save(state, storage_writer=BlobStorageWriter(url, credential=container.key), no_dist=True)
+    return url
+
+
+def data_blob(container: Container, name: str) -> str:
+    (found,) = [blob for blob in container.names() if blob.startswith(name) and blob.endswith(".distcp")]
+    return found
+
+
+def test_ls(container: Container, command: Command) -> None:
+    urls = [save(container, f"run/step-{number}") for number in (900, 1000)]
+    container.put("run/step-2000/__0_0.distcp", b"an interrupted save")
+    assert command("checkpoint", "ls", f"{container.url}/run").out.splitlines() == urls
+    assert command("checkpoint", "ls", f"{container.url}/run", "--latest", "--json").records == [{"url": urls[1]}]
+
+
+def test_inspect(container: Container, command: Command) -> None:
+    url = save(container, "step")
+    *entries, summary = command("checkpoint", "inspect", url, "--json").records
+    assert {entry["key"]: (entry["type"], entry["shape"], entry["bytes"]) for entry in entries} == {
+        "model.weight": ("float32", [10, 100], 4000),
+        "model.bias": ("float32", [7], 28),
+        "epoch": ("int64", [], 8),
+    }
+    assert summary["summary"]["bytes"] == 4036
+    shown = command("checkpoint", "inspect", url).out
+    assert "model.weight" in shown
+    assert "10x100" in shown
+
+
+def test_verify(container: Container, command: Command) -> None:
+    url = save(container, "step")
+    ended = command("checkpoint", "verify", url)
+    assert (ended.code, ended.out[:7]) == (0, "3 good,"), ended.err
+
+
+def test_verify_names_what_is_broken(container: Container, command: Command) -> None:
+    url = save(container, "step")
+    name = data_blob(container, "step")
+    container.put(name, container.get(name)[:-3000])
+    ended = command("checkpoint", "verify", url, "--json")
+    assert ended.code == 1
+    assert ended.records[-1]["summary"]["broken"] >= 1
+    assert all(record["reason"] for record in ended.records[:-1])
+    container.client.delete_blob(name)
+    ended = command("checkpoint", "verify", url, "--json")
+    assert ended.code == 1
+    assert ended.records[-1]["summary"] == {"url": url, "good": 0, "broken": 3, "unchecked": 0}
+
+
+def test_export_and_import(container: Container, command: Command, tmp_path: Path) -> None:
+    """To a file and a blob that torch.load reads, and back from both."""
+    url = save(container, "step")
+    assert command("checkpoint", "export", url, tmp_path / "state.pt").code == 0
+    assert command("checkpoint", "export", url, container.blob_url("state.pt")).code == 0
+    for number, (loaded, source) in enumerate(
+        [
+            (torch.load(tmp_path / "state.pt"), tmp_path / "state.pt"),
+            (torch.load(io.BytesIO(container.get("state.pt"))), container.blob_url("state.pt")),
+        ]
+    ):
+        assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"])
+        assert torch.equal(loaded["epoch"], STATE["epoch"])
+        again = f"{container.url}/again-{number}"
+        assert command("checkpoint", "import", source, again).code == 0
+        target = {"model": {"weight": torch.zeros(10, 100), "bias": torch.zeros(7)}, "epoch": torch.tensor(0)}
+        dcp.load(target, storage_reader=BlobStorageReader(again, credential=container.key), no_dist=True)
+        assert torch.equal(target["model"]["weight"], STATE["model"]["weight"])
+        assert torch.equal(target["epoch"], STATE["epoch"])
+        assert command("checkpoint", "import", source, again).code == 1  # there is one
+        assert command("checkpoint", "import", source, again, "--overwrite").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_export_of_a_few_keys(container: Container, command: Command, tmp_path: Path) -> None:
+    url = save(container, "step")
+    assert command("checkpoint", "export", url, tmp_path / "bias.pt", "--key", "model.bias").code == 0
+    assert list(torch.load(tmp_path / "bias.pt")["model"]) == ["bias"]
+    assert command("checkpoint", "export", url, tmp_path / "x.pt", "--key", "nothing").code == 3
+    assert not (tmp_path / "x.pt").exists()
+
+
+class Stranger:
+    """Something that weights_only does not load."""
+
+
+def test_what_may_run_code_needs_trust(container: Container, command: Command, tmp_path: Path) -> None:
+    url = save(container, "step", {"weight": torch.ones(3), "config": Stranger()})
+    ended = command("checkpoint", "verify", url, "--json")
+    assert ended.records[-1]["summary"] == {"url": url, "good": 1, "broken": 0, "unchecked": 1}
+    assert command("checkpoint", "verify", url, "--trust", "--json").records[-1]["summary"]["good"] == 2
+    ended = command("checkpoint", "export", url, tmp_path / "state.pt")
+    assert ended.code == 1
+    assert "--trust" in ended.err
+    assert command("checkpoint", "export", url, tmp_path / "state.pt", "--trust").code == 0
+    torch.save({"config": Stranger()}, tmp_path / "strange.pt")
+    ended = command("checkpoint", "import", tmp_path / "strange.pt", f"{container.url}/new")
+    assert ended.code == 1
+    assert "--trust" in ended.err
+
+
+def test_prune(container: Container, command: Command) -> None:
+    for number in range(1, 5):
+        save(container, f"run/step-{number}")
+    url = f"{container.url}/run"
+    assert command("checkpoint", "prune", url, "--keep", "2").code == 2  # nobody there to ask
+    assert len(command("checkpoint", "prune", url, "--keep", "2", "--dry-run").out.splitlines()) == 2
+    assert len(command("checkpoint", "ls", url).out.splitlines()) == 4
+    ended = command("checkpoint", "prune", url, "--keep", "2", "--yes", "--json")
+    assert [record["url"][-1] for record in ended.records] == ["1", "2"]
+    assert [line[-1] for line in command("checkpoint", "ls", url).out.splitlines()] == ["3", "4"]
+    assert not any(name.startswith("run/step-1/") for name in container.names())
+
+
+def test_prune_of_leftovers(container: Container, command: Command) -> None:
+    url = save(container, "run/step-1")
+    left = f"run/step-2/{data_blob(container, 'run').rpartition('/')[2]}"
+    container.put(left, b"")
+    command("checkpoint", "prune", f"{container.url}/run", "--incomplete", "--yes")
+    assert left in container.names()  # too young
+    command("checkpoint", "prune", f"{container.url}/run", "--incomplete", "--min-age", "-1", "--yes")
+    assert left not in container.names()
+    assert command("checkpoint", "verify", url).code == 0
