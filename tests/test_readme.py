@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.azurite.container import Container
+from tests.docs.pages import program_of, run_page
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_its_python_runs(container: Container, capsys: pytest.CaptureFixture[str]) -> None:
-    """All blocks in order, as one program, with a real container in the URLs."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    program = re.sub(
-        r'"https://<account>\.blob\.core\.windows\.net/<container>/([^"]*)"',
-        lambda url: repr(container.blob_sas_url(url[1])),
-        "\n".join(blocks),
-    )
-    names: dict[str, Any] = {}
-    exec(compile(program, "README.md", "exec"), names)
-    assert capsys.readouterr().out == "there is a model already\nb'cat.png,0\\n'\n"
-    assert container.names() == ["labels.csv", "log.gz", "model.pt"]
+def test_its_python_runs(https_container: Container, tmp_path: Path) -> None:
+    """All blocks in order, as one program, as somebody who is signed in and has a container."""
+    printed = run_page(README, https_container, tmp_path)
+    assert printed.splitlines() == ["there is a model already", "b'cat.png,0\\n'", "step 1"]
+    assert https_container.get("model.pt")
+
+
+def test_its_first_example_stands_at_the_top() -> None:
+    first = program_of(README[: README.index("## Quick start")])
+    assert first.startswith("import torch\nfrom azstoragetorch.io import BlobIO\n")
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
