@@ -146,7 +146,7 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
     else:
         yield {"case": "names", "base": first, "name": f"{PREFIX}/samples-{sizes.samples}/", "count": sizes.samples}
     for concurrency in sizes.concurrencies:
-        yield {"case": "concurrency", "base": far, "name": "large", "size": sizes.large, "concurrency": concurrency}
+        yield {"case": "concurrency", "base": far, "name": "half", "size": sizes.large // 2, "concurrency": concurrency}
     for size in sizes.steps:
         yield {"case": "read", "base": slow, "name": f"step-{size}", "size": size}
 
@@ -155,6 +155,7 @@ def preparations(options: Options) -> Iterator[dict[str, Any]]:
     """What is written before anything is read."""
     sizes = options.sizes
     yield {"what": "blob", "name": "large", "size": sizes.large}
+    yield {"what": "blob", "name": "half", "size": sizes.large // 2}
     for size in (4096, *sizes.steps):
         yield {"what": "blob", "name": f"step-{size}", "size": size}
     yield {"what": "state", "name": "model.pt", "state": "many", "size": sizes.model}
@@ -206,7 +207,8 @@ def turns(case: dict[str, Any], options: Options, workers: dict[str, Worker]) ->
             if "rate" not in found:
                 out.add(library)
             is_warm_up = number == 0 and options.sizes.rounds > 0 and found.get("seconds", SHORT) < SHORT
-            is_last = number == options.sizes.rounds or found.get("seconds", 0) > 4 * SHORT
+            took = found.get("seconds", 0.0)
+            is_last = number == options.sizes.rounds or took > 4 * SHORT or (number > 0 and took > SHORT)
             yield {"record": "run", "library": library, **case, "round": number, "warm_up": is_warm_up, **found}
             if is_last:
                 out.add(library)
