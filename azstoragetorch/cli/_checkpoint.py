@@ -98,7 +98,7 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
                         check([key])
                     return
                 text = str(error.__cause__ or error).split("\n", 1)[0]
-                is_refused = isinstance(error, pickle.UnpicklingError) and not trust
+                is_refused = _needs_trust(error) and not trust
                 (unchecked if is_refused else broken)[keys[0]] = text
             advance(sum(sizes[key] for key in keys))
 
@@ -144,8 +144,10 @@ def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], t
             )
         except KeyError as error:
             raise FileNotFoundError(str(error.args[0])) from None
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(_untrusted(str(url), error)) from None
+        except (CheckpointError, pickle.UnpicklingError) as error:
+            if not _needs_trust(error):
+                raise
+            raise CheckpointError(_untrusted(str(url), error.__cause__ or error)) from None
     session.output.note(f"writing {target if isinstance(place, Path) else place}")
     if isinstance(place, Path):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +279,11 @@ def _causes(error: Any) -> Iterable[Exception]:
     return (found[0] for found in error.failures.values() if isinstance(found[0], Exception))
 
 
-def _untrusted(place: str, error: Exception) -> str:
+def _needs_trust(error: BaseException) -> bool:
+    """Whether *error* says that `torch.load` refused something with ``weights_only=True``."""
+    return isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError)
+
+
+def _untrusted(place: str, error: BaseException) -> str:
     first = str(error).split("\n", 1)[0]
     return f"{place}: {first} If you trust who wrote it, add --trust: it may then run what is in there."
