@@ -12,7 +12,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from azstoragetorch._blob.config import KiB, TransferConfig
+from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.download import BlobVersion, open_range
-from azstoragetorch._blob.engine import Budget, Cancelled, Scope, engine_for
+from azstoragetorch._blob.download import open_range
+from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Scope, engine_for
 from azstoragetorch._blob.memory import expect_filling
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
@@ -42,6 +42,9 @@ from azstoragetorch.exceptions import AZStorageTorchError, BlobChangedError, Che
 
 log = logging.getLogger("azstoragetorch")
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+_REUSED = 64 * MiB  # staging buffers up to this size are kept for the next request
+_ALIGNMENT = 64  # bytes; elements of any type may lie there
 _PROBED = 256 * KiB  # items of unknown inner layout below are fetched and decoded whole
 
 
@@ -258,8 +261,8 @@ class _Blob:
     def __init__(self, folder: Folder, path: str) -> None:
         self.client = folder.blob(path)
         self.lock = threading.Lock()
-        self.etag: str | None = None  # as the metadata tells it
-        self.version: BlobVersion | None = None  # as the service told it
+        self.etag: str | None = None  # as the metadata tells it, or else the first answer
+        self.size: int | None = None
 
 
 class Load:
@@ -276,6 +279,7 @@ class Load:
         """What was loaded of what other ranks wait for; `accept` hands it to the planner."""
         self._config = folder.transfer
         self._budget = Budget(folder.transfer.memory_limit)
+        self._buffers = BufferPool(folder.transfer.memory_limit)
         self._blobs: dict[str, _Blob] = {}
         self._touched: set[str] = set()
         self._planner_lock = threading.Lock()
@@ -388,47 +392,80 @@ class Load:
 
     def _load(self, request: Request, pieces: list[tuple[Piece, _Read]], keys: list[str], scope: Scope) -> None:
         places = [self._place(piece, read) for piece, read in pieces]
-        staged = sum(piece.stop - piece.start for piece, _ in pieces) - sum(p.nbytes for p in places if p is not None)
-        self._budget.acquire(staged)
-        try:
+        with self._staging(pieces, places) as buffers:
             scope.check()
-            buffers: list[torch.Tensor | None] = []
-            targets: list[memoryview] = []
-            for (piece, read), place in zip(pieces, places, strict=True):
-                buffer = None
-                if place is None:
-                    buffer = self._lane(read).buffer(piece.stop - piece.start)
-                    targets.append(view_of(buffer))
-                else:
-                    targets.append(view_of(place))
-                    expect_filling(targets[-1])
-                buffers.append(buffer)
-            self._touched.update(read.key for (_, read), place in zip(pieces, places, strict=True) if place is not None)
-            self._receive(request, targets, keys, scope)
-            lanes = set()
-            for (piece, read), buffer, place in zip(pieces, buffers, places, strict=True):
-                if read.payload is None:
-                    assert buffer is not None
-                    self._decode(read, view_of(buffer))
-                    continue
-                source = place if place is not None else self._elements(piece, read.payload, buffer)
-                for sink in [read, *read.followers]:
-                    if sink is not read or place is None:
-                        self._touched.add(sink.key)
-                        lane = self._lane(sink)
-                        lane.copy(select(self._target(sink), piece.box), source)
-                        lanes.add(lane)
-            for lane in lanes:
-                lane.wait()
-            del buffers, targets
-        finally:
-            self._budget.release(staged)
+            self._transfer(request, pieces, places, buffers, keys, scope)
         for _, read in pieces:
             with self._planner_lock:
                 read.pieces_left -= 1
                 is_done = not read.pieces_left
             if is_done and read.payload is not None:
                 self._finish(read)
+
+    def _transfer(
+        self,
+        request: Request,
+        pieces: list[tuple[Piece, _Read]],
+        places: list[torch.Tensor | None],
+        buffers: list[torch.Tensor],
+        keys: list[str],
+        scope: Scope,
+    ) -> None:
+        """Receive *request* into the places of its pieces, or their buffers, and pass on what is in the latter."""
+        targets = [view_of(buffer if place is None else place) for place, buffer in zip(places, buffers, strict=True)]
+        for (_, read), place, target in zip(pieces, places, targets, strict=True):
+            if place is not None:
+                expect_filling(target)
+                self._touched.add(read.key)
+        self._receive(request, targets, keys, scope)
+        lanes = set()
+        for (piece, read), place, buffer in zip(pieces, places, buffers, strict=True):
+            if read.payload is None:
+                self._decode(read, view_of(buffer))
+                continue
+            source = place if place is not None else self._elements(piece, read.payload, buffer)
+            for sink in [read, *read.followers]:
+                if sink is not read or place is None:
+                    self._touched.add(sink.key)
+                    lane = self._lane(sink)
+                    lane.copy(select(self._target(sink), piece.box), source)
+                    lanes.add(lane)
+        for lane in lanes:
+            lane.wait()
+
+    @contextmanager
+    def _staging(
+        self, pieces: list[tuple[Piece, _Read]], places: list[torch.Tensor | None]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Buffers for those of *pieces* that have no place to be received into, under the memory limit."""
+        lanes = [
+            None if place is not None else self._lane(read) for (_, read), place in zip(pieces, places, strict=True)
+        ]
+        lengths = [-(-(piece.stop - piece.start) // _ALIGNMENT) * _ALIGNMENT for piece, _ in pieces]
+        plain = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and not lane.is_pinned)
+        pinned = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and lane.is_pinned)
+        # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
+        plain = 1 << (plain - 1).bit_length() if 0 < plain <= _REUSED else plain
+        self._budget.acquire(plain + pinned)
+        area = self._buffers.take(plain) if plain else memoryview(b"")
+        try:
+            buffers: list[torch.Tensor] = []
+            at = 0
+            for (piece, _), lane, length in zip(pieces, lanes, lengths, strict=True):
+                size = piece.stop - piece.start
+                if lane is None:
+                    buffers.append(_NOTHING)
+                elif lane.is_pinned:
+                    buffers.append(lane.buffer(size))
+                else:
+                    buffers.append(torch.frombuffer(area, dtype=torch.uint8, count=size, offset=at))
+                    at += length
+            yield buffers
+            buffers.clear()
+            if 0 < plain <= _REUSED:
+                self._buffers.give_back(area)
+        finally:
+            self._budget.release(plain + pinned)
 
     def _place(self, piece: Piece, read: _Read) -> torch.Tensor | None:
         """The tensor whose memory takes the bytes of *piece* as they are, or None if they are to be staged."""
@@ -442,9 +479,8 @@ class Load:
             return None
         return place
 
-    def _elements(self, piece: Piece, payload: Payload, buffer: torch.Tensor | None) -> torch.Tensor:
+    def _elements(self, piece: Piece, payload: Payload, buffer: torch.Tensor) -> torch.Tensor:
         """The elements of *piece* as they lie, perhaps apart, in *buffer*."""
-        assert buffer is not None
         strides = contiguous_strides(payload.shape) if not piece.is_dense else contiguous_strides(piece.box.lengths)
         return buffer.view(payload.dtype).as_strided(piece.box.lengths, strides)
 
@@ -480,20 +516,25 @@ class Load:
 
     def _fetch(self, blob: _Blob, span: ByteRange, targets: list[memoryview], keys: list[str], scope: Scope) -> None:
         client = blob.client
-        with blob.lock if blob.version is None else nullcontext():  # the first answer tells the version to pin
-            etag = blob.version.etag if blob.version is not None else blob.etag
-            if blob.version is not None and span.stop > blob.version.size:
-                raise self._truncated(blob.version, client.url, span, keys)
-            read = open_range(client.service, client.url, span, etag=etag, scope=scope)
-            blob.version = read.version
+        with blob.lock if blob.etag is None else nullcontext():
+            # The first answer tells the version that all others are pinned to.
+            read = None
+            if blob.etag is None:
+                read = open_range(client.service, client.url, span, scope=scope)
+                blob.etag, blob.size = read.version.etag, read.version.size
+        if read is None:
+            if blob.size is not None and span.stop > blob.size:
+                raise self._truncated(blob.size, client.url, span, keys)
+            read = open_range(client.service, client.url, span, etag=blob.etag, scope=scope)
+            blob.size = read.version.size
         if read.span != span:
             read.close()
-            raise self._truncated(read.version, client.url, span, keys)
+            raise self._truncated(read.version.size, client.url, span, keys)
         read.receive(targets)
 
-    def _truncated(self, version: BlobVersion, url: BlobURL, span: ByteRange, keys: list[str]) -> CheckpointError:
+    def _truncated(self, size: int, url: BlobURL, span: ByteRange, keys: list[str]) -> CheckpointError:
         return CheckpointError(
-            f"{url}, which holds {_named(keys)}, is truncated: it has {version.size} bytes, and the checkpoint needs "
+            f"{url}, which holds {_named(keys)}, is truncated: it has {size} bytes, and the checkpoint needs "
             f"{span.stop}",
             key=keys[0],
         )

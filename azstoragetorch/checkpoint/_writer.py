@@ -183,7 +183,8 @@ class BlobStorageWriter(StorageWriter):
         meter = Meter(self._progress, sum(sizes))
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
         config = self._folder.transfer
-        at_once = max(1, min(config.max_concurrency, config.memory_limit // config.block_size))
+        largest = max((self._block_size(sum(sizes[at] + _ENVELOPE for at in run)) for run in runs), default=1)
+        at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         results: list[list[WriteResult]] = [[] for _ in runs]
         planner_lock = threading.Lock()
@@ -238,11 +239,13 @@ class BlobStorageWriter(StorageWriter):
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // ranks))
 
+    def _block_size(self, size: int) -> int:
+        """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
+        return max(self._folder.transfer.block_size, size if size <= _WHOLE else 0)
+
     def _write_blob(self, encoder: _Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
         name = encoder.name
-        block_size = self._folder.transfer.block_size
-        if encoder.size_hint <= _WHOLE:
-            block_size = max(block_size, encoder.size_hint)
+        block_size = self._block_size(encoder.size_hint)
         writer = self._folder.blob(name).writer()
         try:
             with scope.holding(_Interrupt(writer)):

@@ -1,0 +1,317 @@
+"""What a load asks for: how many requests, which bytes, how much memory. Counted, not timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from azstoragetorch import TransferConfig
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
+from azstoragetorch.checkpoint import _host as host
+from azstoragetorch.checkpoint._planning import Box, Piece, Request
+from azstoragetorch.checkpoint._reader import scatter
+from tests.checkpoint.states import load, save
+from tests.faults import FaultService
+
+ROOT = Path(__file__).parents[2]
+KiB, MiB = 1 << 10, 1 << 20
+
+
+@pytest.fixture
+def url(fault_service: FaultService) -> str:
+    fault_service.create_container("data")
+    return f"{fault_service.container_url('data')}/run"
+
+
+def put(url: str, state: dict[str, Any], **options: Any) -> None:
+    save(state, BlobStorageWriter(url, credential=False, **options))
+
+
+def reads(service: FaultService) -> list[tuple[int, int]]:
+    """The ranges of data that were asked for."""
+    found = []
+    for request in service.requests("get_blob", path="distcp"):
+        assert request.range is not None
+        assert request.range[1] is not None
+        found.append((request.range[0], request.range[1]))
+    return sorted(found)
+
+
+def take(url: str, wanted: list[tuple[tuple[int, ...], tuple[int, ...]]], key: str = "x", **options: Any) -> list[Any]:
+    """Load boxes (offsets, lengths) of one tensor, as a planner that reshards does."""
+    targets = [torch.zeros(lengths) for _, lengths in wanted]
+
+    class Boxes(dcp.DefaultLoadPlanner):
+        def create_local_plan(self) -> LoadPlan:
+            zero = torch.Size([0] * len(wanted[0][0]))
+            return LoadPlan(
+                [
+                    ReadItem(
+                        LoadItemType.TENSOR,
+                        MetadataIndex(key, torch.Size([number, *zero[1:]])),
+                        zero,
+                        MetadataIndex(key, zero),
+                        torch.Size(offsets),
+                        torch.Size(lengths),
+                    )
+                    for number, (offsets, lengths) in enumerate(wanted)
+                ]
+            )
+
+        def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+            assert read_item.dest_index.offset is not None
+            return targets[read_item.dest_index.offset[0]]
+
+    load({key: torch.zeros(0)}, BlobStorageReader(url, credential=False, **options), planner=Boxes())
+    return targets
+
+
+def test_318_tensors_of_94_mib_are_16_requests_and_one_for_the_metadata(fault_service: FaultService, url: str) -> None:
+    state = {f"layer{i}.weight": torch.randn(460_000) for i in range(53)}
+    state |= {f"layer{i}.small": torch.randn(512) for i in range(265)}
+    put(url, state)
+    fault_service.log.clear()
+    found = load(
+        {key: torch.zeros_like(value) for key, value in state.items()}, BlobStorageReader(url, credential=False)
+    )
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert len(fault_service.requests("get_blob", path="metadata")) == 1
+    assert len(reads(fault_service)) <= 16
+    assert len(fault_service.log) == len(reads(fault_service)) + 1
+    wanted = sum(value.nbytes for value in state.values())
+    assert sum(stop - start for start, stop in reads(fault_service)) < 1.01 * wanted + 318 * 2048
+
+
+def test_metadata_is_fetched_again_only_if_it_changed(fault_service: FaultService, url: str) -> None:
+    for step in (1.0, 2.0):
+        put(url, {"x": torch.full((10,), step)})
+        for _ in range(2):
+            fault_service.log.clear()
+            assert load({"x": torch.zeros(10)}, BlobStorageReader(url, credential=False))["x"].tolist() == [step] * 10
+        assert not fault_service.requests("get_blob", path="metadata")
+
+
+def test_rows_are_fetched_without_the_rest(fault_service: FaultService, url: str) -> None:
+    values = torch.randn(1000, 256)
+    put(url, {"x": values})
+    fault_service.log.clear()
+    (rows,) = take(url, [((300, 0), (100, 256))])
+    assert torch.equal(rows, values[300:400])
+    ((start, stop),) = reads(fault_service)
+    assert stop - start == 100 * 256 * 4
+
+
+def test_columns_of_short_rows_are_fetched_in_one_span_and_of_long_ones_alone(
+    fault_service: FaultService, url: str
+) -> None:
+    short, long = torch.randn(500, 1000), torch.randn(4, 600_000)
+    put(url, {"short": short, "long": long}, blobs_per_rank=1)
+    fault_service.log.clear()
+    (columns,) = take(url, [((0, 200), (500, 50))], "short")
+    assert torch.equal(columns, short[:, 200:250])
+    ((start, stop),) = reads(fault_service)
+    assert stop - start == 499 * 4000 + 200
+    fault_service.log.clear()
+    (columns,) = take(url, [((0, 0), (4, 1000))], "long")
+    assert torch.equal(columns, long[:, :1000])
+    assert [stop - start for start, stop in reads(fault_service)] == [4000] * 4
+
+
+def test_no_byte_is_fetched_twice(fault_service: FaultService, url: str) -> None:
+    """Not where boxes overlap, and not where they are the same."""
+    values = torch.randn(1000, 256)
+    put(url, {"x": values})
+    fault_service.log.clear()
+    wanted = [((0, 0), (400, 256)), ((300, 0), (400, 256)), ((300, 0), (400, 256)), ((0, 10), (1000, 5))]
+    for found, (offsets, lengths) in zip(take(url, wanted), wanted, strict=True):
+        expected = values[offsets[0] : offsets[0] + lengths[0], offsets[1] : offsets[1] + lengths[1]]
+        assert torch.equal(found, expected)
+    ranges = reads(fault_service)
+    assert all(one[1] <= two[0] for one, two in pairwise(ranges))
+
+
+def test_parts_of_a_large_tensor_travel_together(fault_service: FaultService, url: str) -> None:
+    values = torch.randn(5_000_000)
+    put(url, {"x": values})
+    fault_service.log.clear()
+    fault_service.latency = 0.05
+    found = load(
+        {"x": torch.zeros(5_000_000)}, BlobStorageReader(url, credential=False, transfer=TransferConfig(part_size=MiB))
+    )
+    assert torch.equal(found["x"], values)
+    assert len(reads(fault_service)) == 20
+    assert fault_service.peak_active >= 10
+
+
+def test_every_request_for_data_is_pinned(fault_service: FaultService, url: str, tmp_path: Path) -> None:
+    """Ours by the ETag that the save noted; of a foreign checkpoint all but the first of each blob."""
+    put(url, {"x": torch.randn(100_000)})
+    fault_service.log.clear()
+    load({"x": torch.zeros(100_000)}, BlobStorageReader(url, credential=False))
+    assert all("if-match" in r.headers for r in fault_service.requests("get_blob", path="distcp"))
+    state = {f"x{n}": torch.randn(100_000) for n in range(8)}
+    save(state, dcp.FileSystemWriter(tmp_path))
+    for path in tmp_path.iterdir():
+        fault_service.put("data", f"stock/{path.name}", path.read_bytes())
+    fault_service.log.clear()
+    there = url.replace("run", "stock")
+    found = load(
+        {key: torch.zeros(100_000) for key in state},
+        BlobStorageReader(there, credential=False, transfer=TransferConfig(part_size=MiB)),
+    )
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    unpinned = [r for r in fault_service.requests("get_blob", path="distcp") if "if-match" not in r.headers]
+    assert len(unpinned) == 1
+
+
+def test_large_items_of_a_foreign_checkpoint_go_straight_to_their_tensors(
+    fault_service: FaultService, url: str, tmp_path: Path
+) -> None:
+    """Their layout is read off both ends, so a slice needs no more than its rows."""
+    values = torch.randn(1000, 1000)
+    save({"x": values}, dcp.FileSystemWriter(tmp_path))
+    for path in tmp_path.iterdir():
+        fault_service.put("data", f"run/{path.name}", path.read_bytes())
+    (rows,) = take(url, [((500, 0), (10, 1000))])
+    assert torch.equal(rows, values[500:510])
+    assert sum(stop - start for start, stop in reads(fault_service)) == 2 * 4096 + 40_000
+
+
+PEAK = """
+import sys, threading, warnings, torch, torch.distributed.checkpoint as dcp
+from azstoragetorch import TransferConfig
+from azstoragetorch.checkpoint import BlobStorageReader
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+url, limit, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) << 10
+
+dtype = torch.float64 if kind == "converted" else torch.float32
+state = {f"x{n}": torch.zeros(8 << 20, dtype=dtype) for n in range(4)}
+for value in state.values():
+    value.fill_(1)  # its pages are there before
+transfer = TransferConfig(memory_limit=limit)
+dcp.load({"small": torch.zeros(1000)}, storage_reader=BlobStorageReader(url, credential=False, transfer=transfer))
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+dcp.load(state, storage_reader=BlobStorageReader(url, credential=False, transfer=transfer))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["in place", "converted"])
+def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
+    fault_service: FaultService, url: str, kind: str
+) -> None:
+    limit = 32 * MiB
+    state = {f"x{n}": torch.full((8 << 20,), float(n)) for n in range(4)} | {"small": torch.zeros(1000)}
+    put(url, state)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, url, str(limit), kind], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= limit + 64 * MiB
+
+
+def test_a_save_takes_no_more_than_the_limit_beside_its_tensors(fault_service: FaultService, url: str) -> None:
+    """128 MiB that have to be copied, since they do not lie in memory as they are saved."""
+    program = (
+        "import sys, warnings, torch, torch.distributed.checkpoint as dcp\n"
+        "from azstoragetorch import TransferConfig\n"
+        "from azstoragetorch.checkpoint import BlobStorageWriter\n"
+        "warnings.filterwarnings('ignore'); torch.set_num_threads(1)\n"
+        "status = lambda n: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(n)) << 10\n"
+        "state = {f'x{n}': torch.ones(4096, 2048).t() for n in range(4)}\n"
+        "writer = BlobStorageWriter(sys.argv[1], credential=False, "
+        "transfer=TransferConfig(memory_limit=32 << 20, block_size=4 << 20))\n"
+        "dcp.save({'y': torch.ones(9)}, storage_writer=writer)\n"
+        "open('/proc/self/clear_refs', 'w').write('5'); before = status('VmRSS')\n"
+        "dcp.save(state, storage_writer=writer)\n"
+        "print(status('VmHWM') - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, url], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 32 * MiB + 64 * MiB
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_scattering_leaves_out_gaps_and_copies_overlaps() -> None:
+    content = bytes(range(100))
+    spans = [(10, 20), (15, 30), (15, 18), (40, 45), (40, 45), (41, 60)]
+    pieces = tuple(Piece("b", start, stop, n, Box((), ())) for n, (start, stop) in enumerate(spans))
+    targets = [memoryview(bytearray(stop - start)) for start, stop in spans]
+    parts, copies = scatter(Request("b", 10, 60, pieces), targets)
+    at = 10
+    for part in parts:
+        part[:] = content[at : at + part.nbytes]
+        at += part.nbytes
+    assert at == 60
+    for target, source in copies:
+        target[:] = source
+    assert [bytes(target) for target in targets] == [content[start:stop] for start, stop in spans]
+
+
+def test_the_way_of_accelerators_works_on_the_cpu_too() -> None:
+    """The same code: slices of limited size through buffers of a lane, waited for one behind."""
+    lane = host.Lane(torch.device("cpu"))
+    assert not lane.is_pinned
+    for tensor in (
+        torch.randn(300, 70).t(),
+        torch.randn(5, 6, 7, 8).permute(3, 1, 0, 2),
+        torch.randn(100, dtype=torch.complex64).conj(),
+        torch.arange(1000)[::3],
+    ):
+        pieces = list(host.host_bytes(tensor, lane, 1000))
+        assert all(piece.nbytes <= 1000 for piece in pieces)
+        expected = tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+        assert b"".join(pieces) == bytes(expected.tolist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_an_accelerator_go_through_pinned_memory(fault_service: FaultService, url: str) -> None:
+    state = {"x": torch.randn(3000, 1000, device="cuda"), "t": torch.randn(300, 100, device="cuda").t()}
+    put(url, state)
+    found = load(
+        {key: torch.zeros_like(value) for key, value in state.items()}, BlobStorageReader(url, credential=False)
+    )
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert host.Lane(torch.device("cuda")).is_pinned
+
+
+def test_tensors_beyond_4_gib_are_planned_in_the_metadata_without_their_bytes() -> None:
+    """The sizes that a save hints and the pieces that a load plans are exact integers."""
+    from torch.distributed.checkpoint.metadata import TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    from azstoragetorch.checkpoint._writer import _size_hint
+
+    shape = torch.Size([50_000, 60_000])
+    chunk = ChunkStorageMetadata(torch.Size([0, 0]), shape)
+    data = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size([100_000, 60_000]))
+    item = WriteItem(MetadataIndex("x"), WriteItemType.SHARD, tensor_data=data)
+    assert _size_hint(item) == 12_000_000_000
+
+
+def test_a_load_leaves_no_thread_waiting_after_an_error(fault_service: FaultService, url: str) -> None:
+    put(url, {f"x{n}": torch.randn(300_000) for n in range(20)})
+    name = next(name for name in fault_service.names("data") if name.endswith("distcp"))
+    fault_service.delete("data", name)
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(dcp.CheckpointException):
+            load({f"x{n}": torch.zeros(300_000) for n in range(20)}, BlobStorageReader(url, credential=False))
+    assert threading.active_count() <= max(before, TransferConfig().max_connections + 5)
