@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from azstoragetorch.datasets import Blob, IterableBlobDataset
 from azstoragetorch.io import BlobIO
 
 LABELS = "labels.csv"
@@ -46,19 +46,21 @@ def read_labels(container_url: str, credential: Any) -> list[tuple[str, int]]:
         return [(name, int(label)) for name, label in csv.reader(table)]
 
 
-class DigitImages(Dataset[tuple[torch.Tensor, int, int]]):
-    """Pixels (1 x 8 x 8, from 0 to 1), label, and size in bytes of each image, read when it is asked for."""
+class ReadDigit:
+    """Turns a blob into pixels (1 x 8 x 8, from 0 to 1), label, and size in bytes."""
 
-    def __init__(self, container_url: str, credential: Any, labels: Iterable[tuple[str, int]]) -> None:
-        self.container_url = container_url
-        self.credential = credential
-        self.labels = list(labels)
+    def __init__(self, labels: Iterable[tuple[str, int]]) -> None:
+        self.labels = dict(labels)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __call__(self, blob: Blob) -> tuple[torch.Tensor, int, int]:
+        with blob.reader() as reader:
+            pixels = np.asarray(Image.open(reader), dtype=np.float32) / 255
+            return torch.from_numpy(pixels)[None], self.labels[blob.blob_name], reader.size
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        name, label = self.labels[index]
-        with BlobIO(f"{self.container_url}/{name}", "rb", credential=self.credential) as blob:
-            pixels = np.asarray(Image.open(blob), dtype=np.float32) / 255
-            return torch.from_numpy(pixels)[None], label, blob.size
+
+def digit_images(
+    container_url: str, credential: Any, labels: Sequence[tuple[str, int]], *, shuffle: bool = False
+) -> IterableBlobDataset[tuple[torch.Tensor, int, int]]:
+    """The images in *labels*; the next ones are on their way while one is decoded."""
+    urls = [f"{container_url}/{name}" for name, _ in labels]
+    return IterableBlobDataset.from_blob_urls(urls, credential=credential, transform=ReadDigit(labels), shuffle=shuffle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,10 +14,10 @@ import torch
 from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from azstoragetorch.io import BlobIO
-from recipes.demo.images import DigitImages, read_labels
+from recipes.demo.images import digit_images, read_labels
 
 CHECKPOINT = "checkpoint.pt"
 BATCH_SIZE = 32
@@ -51,23 +52,17 @@ def train(container_url: str, credential: Any, epochs: int, report: Callable[[di
 
     labels = read_labels(container_url, credential)
     held_back = len(labels) // 5
-    shuffle = torch.Generator()
-    images = DigitImages(container_url, credential, labels[held_back:])
-    training = DataLoader(
-        images,
-        BATCH_SIZE,
-        # A sampler of its own: DataLoader(generator=...) draws the workers' seed from the generator as well, but
-        # not in every epoch.
-        sampler=RandomSampler(images, generator=shuffle),
-        num_workers=WORKERS,
-        persistent_workers=True,
-    )
+    images = digit_images(container_url, credential, labels[held_back:], shuffle=True)
+    training = DataLoader(images, BATCH_SIZE, num_workers=WORKERS, persistent_workers=True)
     validation = DataLoader(
-        DigitImages(container_url, credential, labels[:held_back]),
+        digit_images(container_url, credential, labels[:held_back]),
         256,
         num_workers=WORKERS,
         persistent_workers=True,
     )
+    # Each worker makes batches of its own share.
+    shares = [len(range(worker, len(labels) - held_back, WORKERS)) for worker in range(WORKERS)]
+    batches = sum(math.ceil(share / BATCH_SIZE) for share in shares)
 
     began = time.perf_counter()
     finished = size = 0
@@ -82,12 +77,12 @@ def train(container_url: str, credential: Any, epochs: int, report: Callable[[di
         optimizer.load_state_dict(state["optimizer"])
         finished = state["epoch"]
     seconds = time.perf_counter() - began
-    report({"event": "start", "epoch": finished, "batches": len(training), "size": size, "seconds": seconds})
+    report({"event": "start", "epoch": finished, "batches": batches, "size": size, "seconds": seconds})
 
     for epoch in range(finished + 1, epochs + 1):
         began = time.perf_counter()
         count = size = correct = 0
-        shuffle.manual_seed(epoch)
+        images.set_epoch(epoch)
         for batch, (pixels, digits, sizes) in enumerate(training, 1):
             loss = nn.functional.cross_entropy(model(pixels), digits)
             optimizer.zero_grad()
