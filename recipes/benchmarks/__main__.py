@@ -83,7 +83,9 @@ class Worker:
         if options.sas:
             self._environment["BENCHMARK_SAS"] = options.sas
         if options.ca_file:
-            self._environment |= {"REQUESTS_CA_BUNDLE": options.ca_file, "SSL_CERT_FILE": options.ca_file}
+            self._environment |= dict.fromkeys(
+                ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "BENCHMARK_OWN_AUTHORITY"), options.ca_file
+            )
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, command: dict[str, Any], timeout: float = 120.0) -> dict[str, Any]:
