@@ -1,0 +1,70 @@
+"""Train on the blobs of a container; interrupted anywhere, go on at the very next batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from azure.core.exceptions import ResourceNotFoundError
+from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from azstoragetorch.datasets import Blob, IterableBlobDataset
+from azstoragetorch.io import BlobIO
+
+CHECKPOINT = "checkpoint.pt"
+FOLDER = "vectors/"
+
+
+def upload(container_url: str, credential: Any, count: int) -> None:
+    """Something to learn: vectors of eight numbers, each a blob."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        with BlobIO(f"{container_url}/{FOLDER}{number:05d}.pt", "wb", credential=credential) as blob:
+            torch.save(torch.randn(8, generator=generator), blob)
+
+
+def read(blob: Blob) -> tuple[str, torch.Tensor]:
+    with blob.reader() as reader:
+        return blob.blob_name, torch.load(reader)
+
+
+def train(container_url: str, credential: Any, steps: int, *, workers: int = 2) -> list[str]:
+    """Train for *steps* more batches; returns the names of the blobs they were made of."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    dataset = IterableBlobDataset.from_container_url(
+        container_url, prefix=FOLDER, credential=credential, transform=read, shuffle=True
+    )
+    loader = StatefulDataLoader(dataset, batch_size=4, num_workers=workers)
+
+    epoch = 0
+    try:
+        with BlobIO(f"{container_url}/{CHECKPOINT}", "rb", credential=credential) as blob:
+            state = torch.load(blob)
+    except ResourceNotFoundError:
+        pass  # the first run
+    else:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        loader.load_state_dict(state["loader"])
+        epoch = state["epoch"]
+
+    used: list[str] = []
+    while True:
+        dataset.set_epoch(epoch)
+        for names, vectors in loader:
+            loss = (model(vectors).squeeze(1) - vectors.sum(1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            used += names
+            steps -= 1
+            if not steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"loader": loader.state_dict(), "epoch": epoch}
+                with BlobIO(f"{container_url}/{CHECKPOINT}", "wb", credential=credential) as blob:
+                    torch.save(state, blob)
+                return used
+        epoch += 1
