@@ -1,4 +1,4 @@
-"""``python -m recipes.demo``: upload, train, kill -9 in mid-epoch, resume."""
+"""``python -m recipes.demo``: upload, train, kill -9 in mid-epoch, resume; then save on two ranks and load on one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from recipes.azurite import Azurite, run_azurite
 from recipes.demo.images import upload_digits
+from recipes.demo.ranks import show_ranks
 from recipes.demo.train import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,7 @@ def main() -> None:
         run_job(azurite, url, options.epochs, kill_in=options.epochs // 2 + 1)
         print("starting the job again", flush=True)
         run_job(azurite, url, options.epochs)
+        show_ranks(f"{url}/sharded", azurite.account_name, azurite.account_key, lambda text: print(text, flush=True))
         print("done: the job was killed once and lost no finished epoch")
 
 

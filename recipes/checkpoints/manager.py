@@ -1,0 +1,82 @@
+"""What a training loop needs of checkpoints, as torchtitan has it: load the latest, save every so often, keep some.
+
+    checkpoints = CheckpointManager(url, {"app": state}, every=500, keep=3)
+    step = checkpoints.load()
+    while step < steps:
+        step += 1
+        train(step)
+        checkpoints.save(step, last=step == steps)
+    checkpoints.close()
+
+All ranks make one and call it alike. Saving copies the state and goes on in the background; the next save waits for
+it. A save that is interrupted leaves the one before.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, keep_last, latest_checkpoint
+
+
+class CheckpointManager:
+    """Checkpoints of *states*, which are Stateful or tensors, as folders ``step-N`` of *url*."""
+
+    def __init__(
+        self, url: str, states: dict[str, Any], *, every: int, keep: int | None = None, credential: Any = None
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._states = states
+        self._every = every
+        self._keep = keep
+        self._credential = credential
+        # Saving in the background talks to the other ranks while training does: each needs a group of its own.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+        self._writer = BlobStorageWriter(self._url, credential=credential)
+        self._under_way: Future[Any] | None = None
+
+    def load(self) -> int:
+        """Load the latest complete checkpoint; returns its step, or 0 if there is none."""
+        latest: list[str | None] = [None]
+        if dist.get_rank() == 0:  # all have to load the same, whatever one of them would find
+            latest = [latest_checkpoint(self._url, credential=self._credential)]
+        dist.broadcast_object_list(latest, group=self._group)
+        (url,) = latest
+        if url is None:
+            return 0
+        reader = BlobStorageReader(url, credential=self._credential)
+        dcp.load(self._states, storage_reader=reader, process_group=self._group)
+        found = re.search(r"step-(\d+)$", url)
+        return int(found.group(1)) if found else 0
+
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Save if *step* is one to save at, or the *last*: that one is waited for."""
+        if step % self._every and not last:
+            return
+        self.wait()
+        self._under_way = dcp.async_save(
+            self._states,
+            checkpoint_id=f"{self._url}/step-{step}",
+            storage_writer=self._writer,
+            process_group=self._group,
+        )
+        if last:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way; raises what it raised."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+            if self._keep is not None and dist.get_rank() == 0:
+                keep_last(self._url, self._keep, credential=self._credential)
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self.wait()

@@ -1,0 +1,88 @@
+"""The recipes for checkpoints: a killed job that goes on with more ranks, Lightning's plugin, the demo of ranks."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from azstoragetorch.checkpoint import list_checkpoints
+from recipes.checkpoints.lightning import BlobCheckpointIO
+from recipes.checkpoints.train import train
+from recipes.demo.ranks import show_ranks
+from tests.azurite.container import Container
+from tests.checkpoint.ranks import Ranks, run_ranks
+
+STEPS, EVERY = 14, 4
+
+
+def run_to_the_end(rank: int, url: str, credential: Any) -> tuple[float, list[int]]:
+    seen: list[int] = []
+    loss = train(url, steps=STEPS, every=EVERY, credential=credential, report=lambda step, _: seen.append(step))
+    return loss, seen
+
+
+def run_and_be_killed(rank: int, url: str, credential: Any) -> None:
+    def report(step: int, loss: float) -> None:
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(url, steps=STEPS, every=EVERY, credential=credential, report=report)
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: Container) -> None:
+    undisturbed = run_ranks(2, run_to_the_end, container.blob_url("undisturbed"), container.key, timeout=100)
+    assert undisturbed[0][1] == list(range(1, STEPS + 1))
+    url = container.blob_url("killed")
+    assert Ranks(2, run_and_be_killed, url, container.key).results(timeout=100) == [None, None]
+    resumed = run_ranks(4, run_to_the_end, url, container.key, timeout=100)
+    first = resumed[0][1][0]
+    assert first in (5, 9)  # after the last save that was complete when it died
+    assert resumed[0][1] == list(range(first, STEPS + 1))
+    for loss, _ in resumed:
+        assert loss == pytest.approx(undisturbed[0][0], rel=1e-9)
+    kept = list_checkpoints(url, credential=container.key)
+    assert [name.rpartition("/")[2] for name in kept] == ["step-12", "step-14"]
+
+
+def test_lightnings_plugin_keeps_checkpoints_in_blobs(container: Container, tmp_path: Path) -> None:
+    plugin = BlobCheckpointIO(container.blob_url("run"), root=tmp_path, credential=container.key)
+    state = {"state_dict": {"w": torch.randn(100)}, "epoch": 3}
+    path = tmp_path / "deep" / "epoch=3-step=4.ckpt"
+    plugin.save_checkpoint(state, path)
+    name = "run/deep/epoch=3-step=4.ckpt"
+    assert container.names() == [name]
+    assert torch.equal(torch.load(io.BytesIO(container.get(name)))["state_dict"]["w"], state["state_dict"]["w"])
+    loaded = plugin.load_checkpoint(path, map_location=lambda storage, _: storage)
+    assert torch.equal(loaded["state_dict"]["w"], state["state_dict"]["w"])
+    assert plugin.load_checkpoint(container.blob_url(name))["epoch"] == 3
+    plugin.remove_checkpoint(path)
+    plugin.remove_checkpoint(path)
+    assert container.names() == []
+    with pytest.raises(ValueError, match="not below"):
+        plugin.save_checkpoint(state, tmp_path.parent / "x")
+    with pytest.raises(TypeError):
+        plugin.save_checkpoint(state, path, storage_options={"a": 1})
+
+
+def test_lightnings_trainer_takes_the_plugin(container: Container, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    plugin = BlobCheckpointIO(container.blob_url("run"), root=tmp_path, credential=container.key)
+    trainer = lightning.Trainer(plugins=[plugin], max_epochs=0, logger=False, default_root_dir=tmp_path)
+    assert trainer.strategy.checkpoint_io is plugin
+
+
+@pytest.mark.slow
+def test_two_ranks_save_and_one_loads(container: Container) -> None:
+    told: list[str] = []
+    show_ranks(
+        container.blob_url("sharded"), container.service.account_name, container.service.account_key, told.append
+    )
+    assert "2 ranks saved 32 MiB" in told[0]
+    assert "1 rank loaded the same" in told[1]
