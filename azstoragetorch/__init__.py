@@ -14,8 +14,8 @@
                                            |
    ground              engine: threads, byte budget, per process     retry
 
-Imports point down this picture. Importing the package itself loads neither torch nor the Azure SDK; each
-module loads what it needs.
+Imports point down this picture, and the command line (``cli``) looks down on all of it. Importing the package itself
+loads neither torch nor the Azure SDK; each module loads what it needs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import secrets
 import statistics
 import sys
@@ -19,6 +18,9 @@ from azstoragetorch._blob.engine import engine_for
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch.cli._app import Session, Url, common
 from azstoragetorch.io import BlobIO
+
+if sys.platform != "win32":
+    import resource
 
 _SAMPLE = 110_000  # bytes of a typical photograph of a data set
 _TENSORS = 16
@@ -69,10 +71,17 @@ def bench(session: Session, url: BlobURL, size: int, count: int, rounds: int) ->
                 rows.append([case.name, f"{rate:,.0f} {case.unit}", "" if burnt is None else f"{burnt:.2f}"])
     finally:
         _delete(session, place)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = _peak()
     session.output.table("", ["case", "median rate", "CPU s/GiB"], rows)
     session.output.record({"summary": {"url": str(url), "size": size * MiB, "count": count, "peak_bytes": peak}})
     session.output.note(f"the process took {peak / MiB:,.0f} MiB at most, torch and the test data included")
+
+
+def _peak() -> int:
+    """Bytes that this process has taken at most; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu() -> float:

@@ -139,12 +139,16 @@ class _Plan:
         jobs = []
         for name, size in found.items():
             relative = name[len(prefix) :]
-            if isinstance(target, BlobURL):
-                jobs.append(self._copy(source.with_blob(name), target.with_blob(_folder(target) + relative), size))
-            elif _is_path(relative):
-                jobs.append(self._download(source.with_blob(name), target.joinpath(*relative.split("/")), size))
-            else:
-                self._session.output.error(f"{source.with_blob(name)}: no file can have this name", FAILED)
+            try:
+                url = source.with_blob(name)
+                if isinstance(target, BlobURL):
+                    jobs.append(self._copy(url, target.with_blob(_folder(target) + relative), size))
+                elif _is_path(relative):
+                    jobs.append(self._download(url, target.joinpath(*relative.split("/")), size))
+                else:
+                    raise ValueError(f"{url}: no file can have this name")
+            except ValueError as error:
+                self._session.output.error(str(error), FAILED)
                 self.refused += 1
         return jobs
 

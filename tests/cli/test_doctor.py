@@ -10,12 +10,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+from azure.identity import ChainedTokenCredential
 from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch import TransferConfig
 from azstoragetorch.cli import _sweep as sweep
+from azstoragetorch.cli._access import TokenSource
 from tests.azurite.container import Container
+from tests.azurite.token import AzuriteTokenCredential
 from tests.cli.conftest import Command
 from tests.faults.faults import Stall
 from tests.faults.service import FaultService
@@ -66,6 +69,14 @@ def test_a_blob_is_only_read(container: Container, command: Command) -> None:
 def test_who_may_not_write_is_told(container: Container, command: Command) -> None:
     ended = command("doctor", f"{container.url}?{container.sas('rl')}", *QUICK)
     assert ended.code == 4
+
+
+def test_which_credential_had_a_token_is_heard() -> None:
+    """From what azure-identity logs, as its DefaultAzureCredential does, which is a chain."""
+    with TokenSource() as source:
+        assert source.found is None
+        ChainedTokenCredential(AzuriteTokenCredential()).get_token("https://storage.azure.com/.default")
+    assert source.found == "AzuriteTokenCredential"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
