@@ -273,8 +273,9 @@ class BlobIO(io.BufferedIOBase):
     def close(self) -> None:
         """Close. When writing, upload the rest and commit: after a return the blob has the new content.
 
-        Closing while an exception that came up after the opening is on its way, as `io.TextIOWrapper` does when its
-        ``with`` block fails, commits nothing and warns.
+        Closing while an exception that came up after the opening is on its way, as ``finally`` does, or
+        `io.TextIOWrapper` when its ``with`` block fails, commits nothing and warns. To commit in a handler use the
+        blob's own ``with`` block, which knows how it ended.
 
         Raises:
             FatalBlobIOWriteError: it could not be committed; the blob is unchanged.
@@ -292,6 +293,10 @@ class BlobIO(io.BufferedIOBase):
                     stacklevel=2,
                 )
                 return
+            self._finish()
+
+    def _finish(self) -> None:
+        with self._lock:
             self._is_closed = True
             if self._blob is not None:
                 self._blob.close()
@@ -322,8 +327,8 @@ class BlobIO(io.BufferedIOBase):
     ) -> None:
         if error is not None:
             self.abort()
-        else:
-            self.close()
+        elif not self.closed:
+            self._finish()
 
     def __del__(self) -> None:
         if self.closed:
