@@ -16,7 +16,7 @@ import click
 from azstoragetorch._blob.config import GiB, MiB, TransferConfig
 from azstoragetorch._blob.engine import engine_for
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch.cli._app import Session, Url, common
+from azstoragetorch.cli._session import Session, Url, common
 from azstoragetorch.io import BlobIO
 
 if sys.platform != "win32":

@@ -14,8 +14,8 @@ import click
 
 from azstoragetorch._blob.config import GiB
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
-from azstoragetorch.cli._app import FAILED, Session, Url, common
 from azstoragetorch.cli._output import Bar, human, printable
+from azstoragetorch.cli._session import FAILED, Session, Url, common
 from azstoragetorch.exceptions import CheckpointError
 from azstoragetorch.io import BlobIO
 

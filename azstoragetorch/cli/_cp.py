@@ -17,8 +17,8 @@ from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.url import BlobURL, parse_url
-from azstoragetorch.cli._app import FAILED, Session, common, exit_code
 from azstoragetorch.cli._output import human
+from azstoragetorch.cli._session import FAILED, Session, common, exit_code
 from azstoragetorch.cli._transfer import PARTIAL, Advance, copy, download, look, upload
 from azstoragetorch.exceptions import AZStorageTorchError
 

@@ -26,8 +26,8 @@ from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch.cli import _sweep as sweep
 from azstoragetorch.cli._access import TokenSource
-from azstoragetorch.cli._app import Session, Url, common
 from azstoragetorch.cli._output import Output, human
+from azstoragetorch.cli._session import Session, Url, common
 from azstoragetorch.io import BlobIO
 
 _LATENCIES = 20  # requests whose time is taken one after the other

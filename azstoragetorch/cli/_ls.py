@@ -10,8 +10,8 @@ import click
 from azstoragetorch._blob.client import ContainerClient
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.url import BlobURL, join_url
-from azstoragetorch.cli._app import NOT_FOUND, Session, Url, common
 from azstoragetorch.cli._output import human, printable
+from azstoragetorch.cli._session import NOT_FOUND, Session, Url, common
 
 
 @click.command()

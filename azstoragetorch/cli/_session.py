@@ -1,0 +1,87 @@
+"""What all commands share: their options, the form of a URL, and what their exit codes mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceNotFoundError,
+    ServiceRequestError,
+    ServiceResponseError,
+)
+
+from azstoragetorch._blob.url import BlobURL, parse_url
+from azstoragetorch.cli._access import Access
+from azstoragetorch.cli._output import Output
+from azstoragetorch.exceptions import AZStorageTorchError, CheckpointNotFoundError
+
+FAILED, USAGE, NOT_FOUND, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the common options of a command say."""
+
+    access: Access
+    output: Output
+
+
+class Url(click.ParamType[BlobURL]):
+    """The URL of a container, a folder or a blob."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> BlobURL:
+        """Parse *value*."""
+        if isinstance(value, BlobURL):
+            return value
+        try:
+            return parse_url(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that all have; it gets a `Session` as its first argument."""
+
+    @click.option("--anonymous", is_flag=True, help="Send no credential: public containers.")
+    @click.option("--sas-env", metavar="NAME", help="Use the SAS in the environment variable NAME.")
+    @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object a line, and no progress.")
+    @click.option("--quiet", "-q", "is_quiet", is_flag=True, help="No progress and no remarks.")
+    @functools.wraps(function)
+    def wrapped(anonymous: bool, sas_env: str | None, is_json: bool, is_quiet: bool, **arguments: Any) -> Any:
+        output = Output(is_json=is_json, is_quiet=is_quiet)
+        try:
+            return function(Session(Access(anonymous, sas_env), output), **arguments)
+        except (AzureError, AZStorageTorchError, OSError, ValueError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            code = exit_code(error)
+            output.error(str(error), code)
+            raise click.exceptions.Exit(code) from error
+
+    return wrapped
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with that *error* ended."""
+    if isinstance(error, (ResourceNotFoundError, CheckpointNotFoundError, FileNotFoundError)):
+        return NOT_FOUND
+    if isinstance(error, ClientAuthenticationError):
+        return REFUSED
+    if isinstance(error, (ServiceRequestError, ServiceResponseError)):
+        return UNREACHABLE
+    if isinstance(error, ValueError):
+        return USAGE
+    if isinstance(error, AZStorageTorchError) and error.__cause__ is not None:
+        return exit_code(error.__cause__) if isinstance(error.__cause__, AzureError) else FAILED
+    if isinstance(error, HttpResponseError) and error.status_code in (401, 403):
+        return REFUSED
+    return FAILED
