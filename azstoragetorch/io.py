@@ -281,9 +281,9 @@ class BlobIO(io.BufferedIOBase):
             FatalBlobIOWriteError: it could not be committed; the blob is unchanged.
             ResourceExistsError: mode ``"xb"``, and there is a blob.
         """
-        if self.closed:
-            return
         with self._lock:
+            if self.closed:
+                return
             error = sys.exc_info()[1]
             if self._mode != "rb" and error is not None and error is not self._opened_during:
                 self.abort()
@@ -296,22 +296,21 @@ class BlobIO(io.BufferedIOBase):
             self._finish()
 
     def _finish(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            if self._blob is not None:
-                self._blob.close()
-                return
-            try:
-                self._writer.commit()
-            except BaseException:
-                self._writer.abort()
-                raise
+        self._is_closed = True
+        if self._blob is not None:
+            self._blob.close()
+            return
+        try:
+            self._writer.commit()
+        except BaseException:
+            self._writer.abort()
+            raise
 
     def abort(self) -> None:
         """Close without committing: the blob stays as it was before it was opened. Does nothing when closed."""
-        if self.closed:
-            return
         with self._lock:
+            if self.closed:
+                return
             self._is_closed = True
             if self._blob is not None:
                 self._blob.close()
@@ -327,8 +326,10 @@ class BlobIO(io.BufferedIOBase):
     ) -> None:
         if error is not None:
             self.abort()
-        elif not self.closed:
-            self._finish()
+            return
+        with self._lock:
+            if not self.closed:
+                self._finish()
 
     def __del__(self) -> None:
         if self.closed:

@@ -371,6 +371,16 @@ class TestCommit:
         run_threads(3, act)
         assert service.get("c", "b") == content(200_000)
 
+    @pytest.mark.parametrize("size", [5, 200_000])
+    def test_closing_from_many_threads_commits_once(self, service: FaultService, size: int) -> None:
+        for _ in range(10):
+            blob = open_blob(service, "wb")
+            blob.write(content(size))
+            run_threads(6, lambda _, blob=blob: blob.close())  # type: ignore[misc]
+            assert service.get("c", "b") == content(size)
+        commits = service.requests("put_blob") + service.requests("put_block_list")
+        assert len(commits) == 10
+
     def test_exclusive_creation(self, service: FaultService) -> None:
         with pytest.raises(ResourceExistsError), open_blob(service, "xb") as blob:
             blob.write(b"new")
