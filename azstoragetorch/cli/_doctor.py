@@ -186,7 +186,7 @@ class _Diagnosis:
         """How many measurements `run` makes, unless a sweep ends early."""
         settings = len(sweep.CONCURRENCIES) + len(sweep.PART_SIZES)
         settings += len(sweep.CONCURRENCIES) + len(sweep.BLOCK_SIZES) if self.writes else 0
-        finals = 3 * (2 if self.writes else 1)
+        finals = 5 * (2 if self.writes else 1)
         return self._rounds * (settings + len(sweep.CONNECTIONS)) + (self._rounds + 2) * finals
 
     def run(self) -> None:
@@ -212,7 +212,9 @@ class _Diagnosis:
             self._requests, sweep.CONNECTIONS, lambda count: replace(self.default, max_connections=count), self._rounds
         )
         connections = max(sweep.smallest_good(self.small), self.default.max_connections)
-        self._decide([self.default, chosen, tuned], connections)
+        # Its neighbours too: one that a noisy moment put aside gets another chance.
+        near = [replace(tuned, max_concurrency=max(1, tuned.max_concurrency * step // 2)) for step in (1, 2, 4)]
+        self._decide([self.default, chosen, *near], connections)
 
     def _decide(self, candidates: list[TransferConfig], connections: int) -> None:
         """Measure the *candidates* in turns; the defaults win unless another is clearly better."""

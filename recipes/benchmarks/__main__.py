@@ -48,11 +48,11 @@ class Sizes:
 
     large: int = 512 * MiB
     model: int = 94 * MiB
-    checkpoint: int = 256 * MiB
+    checkpoint: int = 128 * MiB
     samples: int = 300
     steps: tuple[int, ...] = (64 << 10, 1 * MiB, 8 * MiB, 64 * MiB)
-    counts: tuple[int, ...] = (30, 100)
-    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    counts: tuple[int, ...] = (10, 60)
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
     rounds: int = 3
 
 
@@ -148,7 +148,13 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
     else:
         yield {"case": "names", "base": first, "name": f"{PREFIX}/samples-{sizes.samples}/", "count": sizes.samples}
     for concurrency in sizes.concurrencies:
-        yield {"case": "concurrency", "base": far, "name": "half", "size": sizes.large // 2, "concurrency": concurrency}
+        yield {
+            "case": "concurrency",
+            "base": far,
+            "name": "quarter",
+            "size": sizes.large // 4,
+            "concurrency": concurrency,
+        }
     for size in sizes.steps:
         yield {"case": "read", "base": slow, "name": f"step-{size}", "size": size}
 
@@ -157,7 +163,7 @@ def preparations(options: Options) -> Iterator[dict[str, Any]]:
     """What is written before anything is read."""
     sizes = options.sizes
     yield {"what": "blob", "name": "large", "size": sizes.large}
-    yield {"what": "blob", "name": "half", "size": sizes.large // 2}
+    yield {"what": "blob", "name": "quarter", "size": sizes.large // 4}
     for size in (4096, *sizes.steps):
         yield {"what": "blob", "name": f"step-{size}", "size": size}
     yield {"what": "state", "name": "model.pt", "state": "many", "size": sizes.model}
