@@ -316,7 +316,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
 
     figure, three = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     lines(three[0], found, "concurrency", "concurrency", "requests at once", "MiB/s")
-    lines(three[1], found, "read", "size", "bytes of the blob", "MiB/s")
+    lines(three[1], found, "read", "size", "size of the blob", "MiB/s")
     lines(three[2], found, "samples", "count", "blobs", "samples/s")
     handles, labels = three[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1)
@@ -353,8 +353,11 @@ def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) 
         if known:
             axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=TITLES[name], color=COLORS[name])
     if steps:
-        axes.set_xscale("log", base=2 if by != "count" else 10)
+        axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xticks(steps, [size_of(step) if by == "size" else str(step) for step in steps])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{label} ({base})")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
