@@ -76,6 +76,8 @@ class _Node(BaseNode, Generic[T]):  # type: ignore[misc]  # torchdata is not typ
             try:
                 item = self._next()
             except Cancelled:
+                if not self._is_given_up:
+                    raise
                 raise StopIteration from None
             if self._is_given_up:
                 raise StopIteration

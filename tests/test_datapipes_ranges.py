@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
-from azure.core.exceptions import ResourceNotFoundError
+from azure.core.exceptions import ClientAuthenticationError, ResourceNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data.datapipes.iter import IterableWrapper
+from torchdata import nodes
+from torchdata.nodes import Loader
 
 from azstoragetorch import TransferConfig
 from azstoragetorch._blob.records import read_records
-from azstoragetorch.datapipes import AzureBlobInfoLister, BlobRange
+from azstoragetorch.datapipes import AzureBlobInfoLister, BlobInfo, BlobRange
 from azstoragetorch.exceptions import BlobChangedError
+from azstoragetorch.nodes import BlobReader
 from tests.azurite.container import Container
-from tests.faults import FaultService
+from tests.faults import FaultService, Hold, Match, Status
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -143,6 +148,42 @@ def test_a_range_is_of_the_version_that_was_split(fault_service: FaultService) -
     fault_service.put("data", "a", b"new\nnew\n")
     with pytest.raises(BlobChangedError, match="data/a"):
         list(IterableWrapper(ranges).read_files_by_azure(credential=False))
+
+
+@pytest.mark.parametrize("kind", ["range", "large"])
+@pytest.mark.parametrize("with_node", [False, True])
+def test_an_item_that_fails_does_not_disturb_those_before_it(
+    fault_service: FaultService, kind: str, with_node: bool
+) -> None:
+    """Both are under way; the second fails first, and is raised second."""
+    transfer = TransferConfig(part_size=64 * KiB, max_attempts=1)
+    size = 300 * KiB
+    items: list[Any] = [BlobInfo(fault_service.blob_url("data", n), size, "") for n in "ab"]
+    for name in "ab":
+        fault_service.put("data", name, name.encode() * size)
+    if kind == "range":
+        items = list(IterableWrapper(items).split_blob_ranges(size, credential=False))
+        items = [item._replace(etag=fault_service.store.find("data", item.url[-1]).etag) for item in items]
+    gate = threading.Event()
+    fault_service.script(Match("get_blob", path="data/a", nth=2), [Hold(gate)])
+    failing = fault_service.script(Match("get_blob", path="data/b", nth=2), [Status(403)], repeat=True)
+    source = IterableWrapper(items)
+    samples: Any = iter(source.read_files_by_azure(credential=False, transfer=transfer))
+    if with_node:
+        samples = iter(Loader(BlobReader(nodes.IterableWrapper(items), credential=False, transfer=transfer)))
+    found: list[Any] = []
+    reader = threading.Thread(target=lambda: found.append(next(samples)))
+    reader.start()
+    deadline = time.monotonic() + 20
+    while not failing.fired:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)  # the failure has been noticed by now
+    gate.set()
+    reader.join(30)
+    assert [(url[-1], data) for url, data in found] == [("a", b"a" * size)]
+    with pytest.raises(ClientAuthenticationError, match="data/b"):
+        next(samples)
 
 
 def test_what_is_listed_needs_no_request_to_be_split(fault_service: FaultService) -> None:

@@ -298,11 +298,23 @@ def _of_head(client: BlobClient, head: Head) -> Fetched:
     return Fetched(client, head.version, head.data, is_whole=len(head.data) == head.version.size)
 
 
+class _ItemScope(Scope):
+    """The transfers of one item: they end with those of all, but their failure is theirs alone."""
+
+    def interrupt(self) -> None:
+        self.cancel()
+
+
+def _fetch_part(client: BlobClient, span: ByteRange, view: memoryview, etag: str, scope: Scope) -> None:
+    own = _ItemScope()
+    with scope.holding(own):
+        fetch_parallel(client.service, client.url, [(span, view)], etag=etag, scope=own)
+
+
 def _fetch_range(client: BlobClient, item: BlobRange, scope: Scope) -> bytes:
     def read(start: int, stop: int) -> bytes:
         def fill(view: memoryview) -> None:
-            job = (ByteRange(start, stop), view)
-            fetch_parallel(client.service, client.url, [job], etag=item.etag, scope=scope)
+            _fetch_part(client, ByteRange(start, stop), view, item.etag, scope)
 
         return filled_bytes(stop - start, fill)
 
@@ -316,8 +328,7 @@ def _complete(client: BlobClient, version: BlobVersion, head: bytes, scope: Scop
 
     def fill(view: memoryview) -> None:
         copy(view[: len(head)], memoryview(head))
-        rest = (ByteRange(len(head), version.size), view[len(head) :])
-        fetch_parallel(client.service, client.url, [rest], etag=version.etag, scope=scope)
+        _fetch_part(client, ByteRange(len(head), version.size), view[len(head) :], version.etag, scope)
 
     return filled_bytes(version.size, fill)
 
