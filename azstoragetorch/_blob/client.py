@@ -125,8 +125,11 @@ class BlobClient(_Client):
         """Make *data* the content of the blob; one request if it fits into a block."""
         writer = self.writer(create_only=create_only)
         try:
-            writer.write(memoryview(data))
-            writer.commit()
+            if len(data) <= self.config.block_size:
+                writer.put(data)
+            else:
+                writer.write(memoryview(data))
+                writer.commit()
         except BaseException:
             writer.abort()
             raise

@@ -156,6 +156,16 @@ class BlockWriter:
         self._check()
 
     @_all_or_nothing
+    def put(self, data: bytes) -> None:
+        """Make *data*, and nothing else, the content of the blob, by one request whatever its length.
+
+        Raises:
+            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
+            ResourceExistsError: the blob exists and was to be created only.
+        """
+        self._finish(lambda: self._put_blob(data))
+
+    @_all_or_nothing
     def commit(self, *, md5: bytes | None = None) -> None:
         """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
 

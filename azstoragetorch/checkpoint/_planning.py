@@ -159,7 +159,8 @@ def partition(sizes: Sequence[int], parts: int) -> list[range]:
     total, runs, at, done = sum(sizes), [], 0, 0
     for part in range(1, parts + 1):
         begin = at
-        while at < len(sizes) and (done < total * part / parts or part == parts):
+        # The size that a border would cut goes to the side where more of it is.
+        while at < len(sizes) and (part == parts or done + sizes[at] / 2 <= total * part / parts):
             done += sizes[at]
             at += 1
         if at > begin:

@@ -112,6 +112,12 @@ def test_a_first_save_with_overwrite_false_works(url: str) -> None:
     assert loaded(url) == 1
 
 
+def test_what_fits_into_a_block_is_put_at_once(fault_service: FaultService, url: str) -> None:
+    save(state(1), BlobStorageWriter(url, credential=False))
+    assert [r.operation for r in fault_service.requests(method="PUT")] == ["put_blob"] * 2
+    assert loaded(url) == 1
+
+
 @pytest.mark.parametrize("operation", ["put_block", "put_block_list", "put_blob"])
 def test_a_refused_request_fails_the_save_and_nothing_else(
     fault_service: FaultService, url: str, operation: str
