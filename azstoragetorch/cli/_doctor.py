@@ -66,7 +66,7 @@ def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: floa
     """Measure latency and throughput from this machine to URL, and suggest a TransferConfig.
 
     Writes test blobs to the container or folder URL and deletes them again. If URL is a blob, that is read and nothing
-    is written. Takes about half a minute and moves some tens of GiB where the network is fast: mind what
+    is written. Takes about a minute and moves some tens of GiB where the network is fast: mind what
     traffic out of a region costs.
     """
     output = session.output

@@ -99,7 +99,8 @@ class Results:
         """What sets the cases of these *names* apart, in order."""
         keys = ("case", "base", "size", "count")
         found = [{key: run[key] for key in keys if key in run} for run in self.runs if run["case"] in names]
-        return [dict(pairs) for pairs in dict.fromkeys(tuple(case.items()) for case in found)]
+        unique = [dict(pairs) for pairs in dict.fromkeys(tuple(case.items()) for case in found)]
+        return sorted(unique, key=lambda case: names.index(case["case"]))
 
     def failure(self, library: str, **wanted: Any) -> str | None:
         """Why there is no figure, if the library failed."""
