@@ -84,10 +84,13 @@ def test_cell(
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
     for cell in cells(row, operation):
         with serving(cell, lambda: loopback_tls.server_context) as (service, rule):
+            begin = time.monotonic()
             outcome = run(cell, service)
+            seconds = time.monotonic() - begin
             assert rule.fired, f"{cell.kind}: the fault befell nothing"
             service.clear_script()
-        record_property(f"{'always' if cell.is_always else 'now and then'}: {cell.kind}", outcome)
+        frequency = "always" if cell.is_always else "now and then"
+        record_property(f"{frequency}: {cell.kind}", f"{outcome} in {seconds:.2f} s")
 
 
 def run(cell: Cell, service: FaultService) -> str:

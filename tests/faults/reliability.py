@@ -1,0 +1,256 @@
+"""Write `docs/reliability.md` from a run of the fault matrix, and from the same faults against the published connector.
+
+    python -m tests.faults.reliability build/matrix.xml /tmp/peer-venv/bin/python
+
+The first argument is pytest's ``--junitxml`` of `test_matrix`; the second an interpreter with the published connector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import selectors
+import ssl
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
+from xml.etree import ElementTree
+
+import trustme
+
+from .matrix import RIGHT, ROWS, TARGETS, Cell, cells, is_save, right_results, serving, stored
+from .operations import CONTAINER
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "reliability.md"
+PEER_OPERATIONS = ("read all", "torch.load", "torch.save", "epoch")
+PATIENCE = 90.0  # seconds for one cell; the published connector retries for about a minute
+AT_ONCE = 8  # most of a cell is waiting
+
+Outcome = tuple[str, float]  # what came of it, and the seconds that it took
+
+
+class Peer:
+    """Another interpreter with another implementation, which serves one operation at a time."""
+
+    def __init__(self, python: str, ca_path: Path) -> None:
+        self._command = [python, "-P", str(Path(__file__).with_name("operations.py"))]
+        self._environment = {**os.environ, "REQUESTS_CA_BUNDLE": str(ca_path)}
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer, or None if there is none in time; then the interpreter is ended."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=self._environment,
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps(request), file=process.stdin, flush=True)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            line = process.stdout.readline() if selector.select(PATIENCE) else ""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self.close()
+        return None
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def peers(python: str) -> Iterator[tuple[SimpleQueue[Peer], ssl.SSLContext]]:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    with TemporaryDirectory() as folder:
+        ca_path = Path(folder) / "ca.pem"
+        authority.cert_pem.write_to_path(str(ca_path))
+        pool: SimpleQueue[Peer] = SimpleQueue()
+        for _ in range(AT_ONCE):
+            pool.put(Peer(python, ca_path))
+        try:
+            yield pool, context
+        finally:
+            for _ in range(AT_ONCE):
+                pool.get().close()
+
+
+def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Outcome:
+    """What comes of *cell* with the published connector."""
+    peer = pool.get()
+    begin = time.monotonic()
+    try:
+        with serving(cell, lambda: context) as (service, rule):
+            tokens = ["good", "fresh"] if cell.row.needs_token else []
+            request = {"operation": cell.operation, "url": service.container_url(CONTAINER), "tokens": tokens}
+            answer = peer.ask(request)
+            seconds = time.monotonic() - begin if answer is None else answer["seconds"]
+            service.clear_script()
+            if answer is None:
+                outcome = "no end"
+            elif "error" in answer:
+                outcome = answer["error"][0]
+                if outcome == "AssertionError":
+                    outcome = "SAMPLES TWICE"
+            else:
+                digests = [hashlib.sha256(data).hexdigest() for data in right_results(cell.operation)]
+                outcome = RIGHT if answer["digest"] in digests else "WRONG BYTES"
+            if is_save(cell.operation):
+                found = stored(service, cell.operation)
+                if outcome == RIGHT and found != "new":
+                    outcome = f"LOST ({found})"
+                elif outcome != RIGHT and found not in ("old", "new"):
+                    outcome += ", DAMAGED BLOB"
+                elif outcome != RIGHT and found == "new":
+                    outcome += ", yet written"
+            return (outcome if rule.fired else "-"), seconds
+    finally:
+        pool.put(peer)
+
+
+def measure_all(python: str) -> dict[tuple[str, str, bool], list[Outcome]]:
+    """Outcomes by row, operation and whether the fault is there always."""
+    todo = [
+        cell for row in ROWS if not row.is_ours_alone for operation in PEER_OPERATIONS for cell in cells(row, operation)
+    ]
+    found: dict[tuple[str, str, bool], list[Outcome]] = defaultdict(list)
+    with peers(python) as (pool, context), ThreadPoolExecutor(AT_ONCE) as executor:
+        for cell, outcome in zip(todo, executor.map(lambda cell: measure(cell, pool, context), todo), strict=True):
+            found[cell.row.name, cell.operation, cell.is_always].append(outcome)
+            line = f"{cell.name:50} {cell.operation:14} {outcome[0]} {outcome[1]:.1f} s\n"
+            sys.stderr.write(line)
+    return found
+
+
+def read_report(path: Path) -> dict[tuple[str, str, bool], list[Outcome]]:
+    """The outcomes in pytest's report; raises if a cell failed."""
+    found: dict[tuple[str, str, bool], list[Outcome]] = defaultdict(list)
+    known = {f"test_cell[{row.name}-{operation}]": (row, operation) for row in ROWS for operation in TARGETS}
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            raise SystemExit(f"{case.get('name')} failed: there is nothing to publish")
+        row, operation = known[str(case.get("name"))]
+        for entry in case.iter("property"):
+            is_always = str(entry.get("name")).startswith("always")
+            outcome, _, seconds = str(entry.get("value")).partition(" in ")
+            found[row.name, operation, is_always].append((outcome, float(seconds.removesuffix(" s"))))
+    return found
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    """Outcomes, each once, with the longest time if that is worth a word."""
+    names = list(dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-"))
+    longest = max(seconds for _, seconds in outcomes)
+    return ", ".join(names) + (f" ({longest:.0f} s)" if longest >= 5 else "") if names else "-"
+
+
+def table(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[str], is_always: bool) -> Iterator[str]:
+    yield "| fault | " + " | ".join(operations) + " |"
+    yield "|---" * (len(operations) + 1) + "|"
+    for row in ROWS:
+        texts = [
+            summary(found[key]) if (key := (row.name, operation, is_always)) in found else ""
+            for operation in operations
+        ]
+        if any(texts):
+            yield f"| {row.name} | " + " | ".join(texts) + " |"
+
+
+def count(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[str]) -> dict[str, int]:
+    """How many outcomes of the shared operations are of which sort."""
+    sorts: dict[str, int] = defaultdict(int)
+    for (row, operation, is_always), outcomes in found.items():
+        if operation not in operations or any(r.is_ours_alone for r in ROWS if r.name == row):
+            continue
+        for outcome, seconds in outcomes:
+            if outcome == "-":
+                continue
+            bad = outcome == "no end" or any(word.isupper() for word in outcome.replace(",", "").split())
+            sort = "wrong" if bad else "right" if outcome == RIGHT else "error"
+            sorts[f"{sort}, {'always' if is_always else 'now and then'}"] += 1
+            sorts["longer than 5 s"] += seconds > 5
+    return sorts
+
+
+_INTRODUCTION = """\
+# Reliability
+
+What becomes of a read or a save when the service or the network fails. `make reliability` writes this page from a run:
+a blob service on loopback fails as it is told, every operation meets every fault, and each cell of the tables is
+checked for exact bytes or the error named, for the time that the retries allow, for what is left in the container (the
+old content or the new one, whole, as torch itself reads it), and for connections and memory that were not given back.
+{runs} runs, all as they have to be.
+
+- *Now and then*: the fault befalls a few requests, about every other one. `right` means the exact bytes.
+- *Always*: it befalls every request of a kind. What cannot succeed ends with the error named, and soon.
+- A cell with several outcomes stands for several kinds of requests, such as listing and reading.
+- Behind `torch.save` the error named is the cause of a `FatalBlobIOWriteError`; behind `torch.distributed.checkpoint`
+  it is in the `CheckpointException` that torch raises. `AssertionError` is torch's for metadata that cannot be read.
+
+## Now and then
+
+{ours_sometimes}
+
+## Always
+
+{ours_always}
+
+## The published connector with the same faults
+
+azstoragetorch 0.2.0 against the same server, in those operations that it has. Its retries cannot be configured: it
+waits 15 s before the first, so its times are longer by nature; they are given from 5 s on. `WRONG BYTES` are bytes
+that the blob never held, returned without an error. `no end` means that it was ended after {patience:.0f} s.
+
+{counts}
+
+### Now and then, published
+
+{theirs_sometimes}
+
+### Always, published
+
+{theirs_always}
+"""
+
+
+def page(ours: Any, theirs: Any) -> str:
+    shared = list(PEER_OPERATIONS)
+    ours_count, theirs_count = count(ours, shared), count(theirs, shared)
+    counts = ["| outcomes in the operations that both have | this package | published |", "|---|---|---|"]
+    counts += [
+        f"| {sort} | {ours_count[sort]} | {theirs_count[sort]} |" for sort in sorted({*ours_count, *theirs_count})
+    ]
+    return _INTRODUCTION.format(
+        runs=sum(map(len, ours.values())),
+        patience=PATIENCE,
+        ours_sometimes="\n".join(table(ours, list(TARGETS), False)),
+        ours_always="\n".join(table(ours, list(TARGETS), True)),
+        counts="\n".join(counts),
+        theirs_sometimes="\n".join(table(theirs, shared, False)),
+        theirs_always="\n".join(table(theirs, shared, True)),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_report(Path(sys.argv[1])), measure_all(sys.argv[2])), encoding="utf-8")

@@ -1,0 +1,275 @@
+"""Processes that are killed, interrupted or ended in the middle of a transfer: nothing half-done, and no wait."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from azure.core.credentials import AccessToken
+
+from azstoragetorch._blob.config import MiB
+from azstoragetorch.datasets import BlobDataset
+from azstoragetorch.io import BlobIO
+from tests.faults import FaultService, Match, SlowBytes, Stall
+from tests.faults.fixtures import LoopbackTls
+from tests.support import QUICK, ROOT, content, run_threads, wait_until
+
+_ENDS_WITHIN = 8.0  # seconds; interpreters with torch take some to end on a busy machine
+
+PRELUDE = """
+import sys, time, torch
+from torch.utils.data import DataLoader
+from azstoragetorch import TransferConfig
+from azstoragetorch.io import BlobIO
+from azstoragetorch.datasets import IterableBlobDataset
+url = sys.argv[1]
+transfer = TransferConfig(part_size=65536, block_size=65536, max_concurrency=4, max_connections=8,
+                          memory_limit=1 << 22, read_timeout=60.0)
+access = {"credential": False, "transfer": transfer}
+def ready():
+    print("ready", flush=True)
+"""
+
+WRITES = {
+    "small writes": 'f = BlobIO(url + "/model.pt", "wb", **access)\nready()\nwhile True: f.write(b"x" * 1000)',
+    "a large write": 'f = BlobIO(url + "/model.pt", "wb", **access)\nready()\nf.write(b"x" * (64 << 20))\nf.close()',
+    "torch.save": """
+with BlobIO(url + "/model.pt", "wb", **access) as f:
+    ready()
+    torch.save({str(n): torch.zeros(200_000) for n in range(50)}, f)""",
+    "the commit": 'f = BlobIO(url + "/model.pt", "wb", **access)\nf.write(b"x" * 200_000)\nready()\nf.close()',
+}
+READS = {
+    "read": 'ready()\nBlobIO(url + "/blob", "rb", **access).read()',
+    "small reads": """
+f = BlobIO(url + "/blob", "rb", **access)
+ready()
+while f.read(100): pass""",
+    "an epoch": 'ready()\nlist(IterableBlobDataset.from_container_url(url, prefix="set/", **access))',
+    "an epoch of workers": """
+data = IterableBlobDataset.from_container_url(url, prefix="set/", **access)
+it = iter(DataLoader(data, None, num_workers=2))
+ready()
+list(it)""",
+}
+
+
+@contextmanager
+def program(source: str, service: FaultService) -> Iterator[subprocess.Popen[str]]:
+    """*source* in a fresh interpreter, under way; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + source, service.container_url("data")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def saved(seed: int) -> bytes:
+    sink = io.BytesIO()
+    torch.save({"weight": torch.full((1000,), float(seed))}, sink)
+    return sink.getvalue()
+
+
+def slow_service(service: FaultService) -> FaultService:
+    """Blobs to read at a trickle, and one to overwrite whose blocks take their time."""
+    service.put("data", "blob", content(2 * MiB))
+    service.put("data", "model.pt", saved(1))
+    for number in range(20):
+        service.put("data", f"set/{number:02d}", content(100_000, number))
+    service.script(Match("get_blob", path="/set/"), [SlowBytes(200_000)], repeat=True)
+    service.script(Match("get_blob", path="/blob$"), [SlowBytes(20_000)], repeat=True)
+    service.script("put_block", [Stall(0.05, None)], repeat=True)
+    service.script("put_block_list", [Stall(30.0, None)], repeat=True)
+    return service
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "torch.save" else [pytest.mark.slow]) for name in WRITES]
+)
+def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name: str, how: signal.Signals) -> None:
+    """The blob is the old one, or (if the commit had been sent) the new one, whole; and the process ends at once."""
+    service = slow_service(fault_service)
+    with program(WRITES[name], service) as process:
+        wait_until(
+            lambda: (
+                len(service.requests("put_block_list" if name == "the commit" else "put_block"))
+                >= 3 - 2 * (name == "the commit")
+            )
+        )
+        process.send_signal(how)
+        begin = time.monotonic()
+        _, errors = process.communicate(timeout=_ENDS_WITHIN * 3)
+        assert time.monotonic() - begin < _ENDS_WITHIN
+        # What torch.save itself raises on the way out may come on top of the interrupt.
+        assert process.returncode in {-how, 1 if name == "torch.save" and how == signal.SIGINT else -how}, errors
+        assert (how == signal.SIGINT) == ("KeyboardInterrupt" in errors)
+    wait_until(lambda: service.open_connections == 0)
+    if name == "the commit":
+        assert service.get("data", "model.pt") in (saved(1), b"x" * 200_000)
+    else:
+        assert service.get("data", "model.pt") == saved(1)
+        assert not service.requests("put_block_list")
+    service.clear_script()
+    with BlobIO(service.blob_url("data", "model.pt"), "wb", credential=False, transfer=QUICK) as file:
+        file.write(saved(3))
+    assert service.get("data", "model.pt") == saved(3), "the next writer is not disturbed by what was left"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("read", "an epoch of workers") else [pytest.mark.slow]) for name in READS],
+)
+def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: signal.Signals) -> None:
+    """In the main process, and its workers with it."""
+    service = slow_service(fault_service)
+    with program(READS[name], service) as process:
+        service.wait_for_requests(3, "get_blob", timeout=20)
+        process.send_signal(how)
+        begin = time.monotonic()
+        process.wait(_ENDS_WITHIN * 3)
+        # A DataLoader that is interrupted waits up to 5 s for each worker.
+        assert time.monotonic() - begin < _ENDS_WITHIN + (10 if "workers" in name else 0)
+        assert process.returncode in (-how, 1)
+        # Workers look after their parent between two batches.
+        wait_until(lambda: service.open_connections == 0, timeout=40)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_worker_that_is_ended_ends_the_epoch(fault_service: FaultService, how: signal.Signals) -> None:
+    """With an error that names the worker; the other ends too."""
+    service = slow_service(fault_service)
+    with program(READS["an epoch of workers"].replace("ready()", 'print("ready", flush=True)'), service) as process:
+        service.wait_for_requests(3, "get_blob", timeout=20)
+        workers = children_of(process.pid)
+        assert len(workers) >= 2
+        os.kill(workers[-1], how)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "DataLoader worker" in errors
+    wait_until(lambda: service.open_connections == 0, timeout=20)
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+AT_EXIT = {
+    "a read under way": 'import threading\nf = BlobIO(url + "/blob", "rb", **access)\n'
+    "threading.Thread(target=f.read, daemon=True).start()\ntime.sleep(0.3)\nready()",
+    "reading ahead": 'f = BlobIO(url + "/blob", "rb", **access)\nf.read(10)\nready()',
+    "an iterator in the middle": 'it = iter(IterableBlobDataset.from_container_url(url, prefix="set/", **access))\n'
+    "next(it)\nready()",
+    "a writer that was not closed": 'f = BlobIO(url + "/model.pt", "wb", **access)\nf.write(b"x" * 300_000)\nready()',
+    "an unhandled error": 'f = BlobIO(url + "/model.pt", "wb", **access)\nf.write(b"x" * 300_000)\nready()\n1 / 0',
+}
+
+
+@pytest.mark.parametrize("name", AT_EXIT)
+def test_the_interpreter_ends_with_transfers_open(fault_service: FaultService, name: str) -> None:
+    """Soon, without a crash, and nothing is committed."""
+    service = slow_service(fault_service)
+    with program(AT_EXIT[name], service) as process:
+        begin = time.monotonic()
+        _, errors = process.communicate(timeout=_ENDS_WITHIN * 3)
+        assert time.monotonic() - begin < _ENDS_WITHIN
+        assert process.returncode == (1 if "error" in name else 0), errors
+        assert "Fatal Python error" not in errors
+        assert "Exception ignored" not in errors, errors
+    assert service.get("data", "model.pt") == saved(1)
+    wait_until(lambda: service.open_connections == 0)
+
+
+@pytest.mark.slow
+def test_a_cached_epoch_that_is_killed_leaves_a_cache_that_can_be_trusted(
+    fault_service: FaultService, tmp_path: Path
+) -> None:
+    """Wherever it is killed: the next epoch reads the right bytes, from the cache as far as it goes."""
+    for number in range(30):
+        fault_service.put("data", f"set/{number:02d}", content(50_000, number))
+    source = f"""
+data = IterableBlobDataset.from_container_url(url, prefix="set/", cache_dir={str(tmp_path)!r}, **access)
+ready()
+list(data)
+"""
+    for moment in range(5):
+        fault_service.reset_log()
+        with program(source, fault_service) as process:
+            fault_service.wait_for_requests(min(1 + 4 * moment, 20), timeout=20)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        data = BlobDataset.from_container_url(
+            fault_service.container_url("data"), prefix="set/", credential=False, transfer=QUICK, cache_dir=tmp_path
+        )
+        assert [sample["data"] for sample in data] == [content(50_000, number) for number in range(30)]
+        for path in list(tmp_path.rglob("*"))[::3]:
+            if path.is_file():
+                path.unlink()
+
+
+class CountingTokens:
+    """Hands out one token, slowly, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def get_token(self, *_scopes: str, **_options: object) -> AccessToken:
+        self.asked += 1
+        time.sleep(0.1)
+        return AccessToken("the token", int(time.time()) + 3600)
+
+
+def test_eight_threads_share_a_dataset_and_a_credential(
+    https_fault_service: FaultService, loopback_tls: LoopbackTls
+) -> None:
+    """Each reads every blob right, and one token does for all."""
+    service = https_fault_service
+    for number in range(24):
+        service.put("data", f"{number:02d}", content(1000 * number, number))
+    service.require_token("the token")
+    service.script(Match("get_blob", every=5), [Stall(0.05, 0)], repeat=True)
+    credential = CountingTokens()
+    data = BlobDataset.from_container_url(service.container_url("data"), credential=credential, transfer=QUICK)
+    blob = BlobIO(service.blob_url("data", "23"), "rb", credential=credential, transfer=QUICK)
+
+    def read(thread: int) -> None:
+        order = [(index * 7 + thread * 3) % 24 for index in range(24)]
+        for index in order[:12]:
+            assert data[index]["data"] == content(1000 * index, index)
+        for at in range(12, 24, 4):
+            batch = order[at : at + 4]
+            assert [sample["data"] for sample in data.__getitems__(batch)] == [content(1000 * i, i) for i in batch]
+        with blob._lock:
+            blob.seek(thread * 1000)
+            assert blob.read(1000) == content(23_000, 23)[thread * 1000 : (thread + 1) * 1000]
+
+    run_threads(8, read)
+    assert credential.asked == 1
+    blob.close()
