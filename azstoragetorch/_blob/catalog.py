@@ -205,7 +205,7 @@ def _list(
     container: ContainerClient, prefix: str, catalog: Catalog, progress: Callable[[int], object], after: str
 ) -> bool:
     """Append to *catalog* what is listed below *prefix* and behind the name *after*; whether that was in order."""
-    first, last, is_sorted, listed = "", after, True, 0
+    first, last, is_sorted, listed = "", "", True, 0
     may_fan_out = True
     began, cpu = time.monotonic(), time.thread_time()
     pages = container.pages(prefix=prefix)
@@ -215,7 +215,7 @@ def _list(
             listed += len(names)
             if names:
                 first = first or names[0]
-                is_sorted = is_sorted and names == sorted(names) and (last < names[0] or bool(after))
+                is_sorted = is_sorted and names == sorted(names) and last < names[0]
                 if after and is_sorted:
                     keep = [index for index, name in enumerate(names) if name > after]
                     names, sizes, etags = ([column[i] for i in keep] for column in (names, sizes, etags))  # type: ignore[assignment]
