@@ -12,10 +12,11 @@ from types import ModuleType
 import pytest
 from sphinx.util.inventory import InventoryFile
 
-from tests.test_architecture import FACES
+from tests.test_architecture import MODULES
+from tests.test_architecture import PUBLIC as NAMES
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = ["azstoragetorch", "azstoragetorch.exceptions", *(f"azstoragetorch.{face}" for face in sorted(FACES))]
+PUBLIC = [MODULES[name].dotted for name in NAMES]
 
 
 @pytest.fixture(scope="module")
