@@ -318,10 +318,10 @@ def test_100_000_items_are_read_in_seconds() -> None:
         entries[key] = TensorStorageMetadata(TensorProperties(torch.float32), size, [chunk])
         payload = Payload(704, torch.float32, (16, 16), (16, 1))
         storage[MetadataIndex(key, [0, 0], 0)] = storage_info(Item("__0_0.x.distcp", number * 2600, 2600, (), payload))
-    begin = time.monotonic()
+    begin = time.process_time()
     data = dump_metadata(Metadata(entries, storage_data=storage))
     assert len(load_metadata(data).storage_data) == count
-    assert time.monotonic() - begin < 30
+    assert time.process_time() - begin < 30
 
 
 # -- private names of torch that there is no way around; see ALLOWED_PRIVATE in tests/test_architecture.py ------------
