@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import calendar
 import functools
+import gc
 import io
 import math
 import os
@@ -19,9 +20,10 @@ import pickle
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -75,8 +77,7 @@ def saved_at(name: str) -> float | None:
 # -- items ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """The bare bytes of a dense tensor inside its item: where they begin, and what they are."""
 
     offset: int
@@ -95,8 +96,7 @@ class Payload:
         return self.stride == contiguous_strides(self.shape) or math.prod(self.shape) == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """Where one item is. ``payload`` is None where only decoding the whole item tells what it holds."""
 
     path: str
@@ -300,9 +300,25 @@ def _check_path(path: object) -> None:
         raise CheckpointError(f"the checkpoint refers to {path!r:.200}, which is not inside it; it is not followed")
 
 
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Make very many objects without the garbage collector looking through them again and again.
+
+    Reading the metadata of 100,000 items takes three times as long with it, and there is no garbage to find.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def dump_metadata(metadata: dcp.Metadata) -> bytes:
     """*metadata* as the content of the blob ``.metadata``."""
-    return pickle.dumps(metadata, protocol=4)  # readable by every supported Python
+    with many_objects():
+        return pickle.dumps(metadata, protocol=4)  # readable by every supported Python
 
 
 def load_metadata(data: bytes) -> dcp.Metadata:
@@ -311,6 +327,11 @@ def load_metadata(data: bytes) -> dcp.Metadata:
     Raises:
         CheckpointError: it is broken, or it refers to a global that it should not; the message names it.
     """
+    with many_objects():
+        return _load_metadata(data)
+
+
+def _load_metadata(data: bytes) -> dcp.Metadata:
     before = [(value, dict(vars(value))) for value in _mutable_globals()]
     try:
         metadata: dcp.Metadata = _Unpickler(io.BytesIO(data)).load()

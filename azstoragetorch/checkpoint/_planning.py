@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from azstoragetorch._blob.config import KiB
 
@@ -19,16 +19,14 @@ WASTE = 1 / 4  # share of a request that may be fetched in vain, beyond small ga
 _GRAIN = 16  # boxes are cut at rows of at most this fraction of a request, so that requests come out about full
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """``lengths[d]`` indices from ``offsets[d]`` on in every dimension *d*."""
 
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A box of a stored array: ``base`` is the byte in the blob of its element zero, strides count elements."""
 
     blob: str
@@ -38,8 +36,7 @@ class Source:
     box: Box
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes ``start <= i < stop`` of a blob that hold ``box``, which is counted from the box of the whole read.
 
     ``is_dense`` says that they hold nothing else; ``read`` tells the reads apart.
@@ -53,8 +50,7 @@ class Piece:
     is_dense: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """Bytes ``start <= i < stop`` of a blob, and the pieces in them by their start."""
 
     blob: str

@@ -31,7 +31,7 @@ from azstoragetorch._blob.memory import expect_filling
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch.checkpoint._folder import Folder, describe, plain
-from azstoragetorch.checkpoint._format import PROBE, Item, Payload, probe, read_item
+from azstoragetorch.checkpoint._format import PROBE, Item, Payload, many_objects, probe, read_item
 from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, Source, contiguous_strides, cut, join
 from azstoragetorch.checkpoint._progress import Meter, Progress
@@ -191,7 +191,9 @@ class BlobStorageReader(StorageReader):
         mine = plan.items if sharing is None else sharing.mine(plan.items)
         failure: CheckpointError | None = None
         try:
-            load.run([(item, self._item(item.storage_index)) for item in mine], self._progress)
+            with many_objects():
+                wanted = [(item, self._item(item.storage_index)) for item in mine]
+            load.run(wanted, self._progress)
         except Exception as error:  # noqa: BLE001 - raised below, by all ranks that share
             failure = self._failed(error, load)
         if sharing is not None:
@@ -291,23 +293,29 @@ class Load:
 
     def run(self, wanted: Iterable[tuple[ReadItem, Item]], progress: Progress | None = None) -> None:
         """Load everything that is *wanted*."""
-        reads = self._reads(wanted)
+        with many_objects():
+            reads = self._reads(wanted)
         self._probe([read for read in reads if self._needs_probe(read)])
-        pieces: list[Piece] = []
-        limit = self._config.effective_part_size
-        for number, read in enumerate(reads):
-            self._check(read)
-            read.pieces_left = len(pieces)
-            pieces += self._pieces(number, read, limit)
-            read.pieces_left = len(pieces) - read.pieces_left
+        with many_objects():
+            requests = self._plan(reads)
+        for read in reads:
             if not read.pieces_left:
                 self._finish(read)
-        requests = join(pieces, limit)
         meter = Meter(progress, sum(request.stop - request.start for request in requests))
         tasks = [self._task(request, reads, meter) for request in requests]
         engine_for(self._config).run_all(tasks, self._config.max_concurrency)
 
     # -- planning -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, reads: list[_Read]) -> list[Request]:
+        """The requests that fetch all of *reads*."""
+        pieces: list[Piece] = []
+        for number, read in enumerate(reads):
+            self._check(read)
+            read.pieces_left = -len(pieces)
+            pieces += self._pieces(number, read, self._config.effective_part_size)
+            read.pieces_left += len(pieces)
+        return join(pieces, self._config.effective_part_size)
 
     def _reads(self, wanted: Iterable[tuple[ReadItem, Item]]) -> list[_Read]:
         """What to read, each source once: reads of the very same bytes follow the first of them."""
@@ -367,8 +375,11 @@ class Load:
         if payload is None or not payload.is_contiguous:
             read.payload = None
             yield Piece(item.path, item.offset, item.offset + item.length, number, read.box)
-        elif all(read.box.lengths):
-            base = item.offset + payload.offset
+            return
+        base, nbytes = item.offset + payload.offset, payload.nbytes
+        if tuple(read.wanted.lengths) == payload.shape and 0 < nbytes <= limit:
+            yield Piece(item.path, base, base + nbytes, number, read.box)  # most are like this
+        elif all(read.wanted.lengths):
             strides = contiguous_strides(payload.shape)
             yield from cut(Source(item.path, base, payload.dtype.itemsize, strides, read.box), number, limit)
 

@@ -307,21 +307,27 @@ def test_names_of_saves_tell_their_age_and_never_repeat() -> None:
     assert saved_at(".metadata") is None
 
 
-def test_100_000_items_are_read_in_seconds() -> None:
-    """Not a measurement: ten times what it takes."""
-    count = 100_000
+def test_reading_many_items_costs_little_more_than_unpickling_them() -> None:
+    """A ratio of processor time, so it holds on a busy machine: 100,000 items are to be read in seconds."""
     entries, storage = {}, {}
-    for number in range(count):
+    for number in range(20_000):
         key = f"model.layers.{number}.weight"
         size = torch.Size([16, 16])
         chunk = ChunkStorageMetadata(torch.Size([0, 0]), size)
         entries[key] = TensorStorageMetadata(TensorProperties(torch.float32), size, [chunk])
         payload = Payload(704, torch.float32, (16, 16), (16, 1))
         storage[MetadataIndex(key, [0, 0], 0)] = storage_info(Item("__0_0.x.distcp", number * 2600, 2600, (), payload))
-    begin = time.process_time()
     data = dump_metadata(Metadata(entries, storage_data=storage))
-    assert len(load_metadata(data).storage_data) == count
-    assert time.process_time() - begin < 30
+
+    def cost(read: Any) -> float:
+        begin = time.process_time()
+        found = read(data)
+        spent = time.process_time() - begin
+        assert len(found.storage_data) == 20_000
+        return spent
+
+    plain = min(cost(pickle.loads) for _ in range(3))
+    assert min(cost(load_metadata) for _ in range(3)) < 6 * plain
 
 
 # -- private names of torch that there is no way around; see ALLOWED_PRIVATE in tests/test_architecture.py ------------
