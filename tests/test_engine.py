@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azstoragetorch._blob.config import MiB, TransferConfig
-from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Engine, Scope, engine_for
+from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Engine, Reservation, Scope, engine_for
 from tests.support import in_time, run_python, run_threads, taking, wait_until
 
 
@@ -305,6 +305,17 @@ class TestBudget:
         assert worst <= limit
         assert budget.in_flight == 0
         assert budget.peak <= max([limit, *[amount for row in amounts for amount in row]])
+
+    def test_a_reservation_gives_back_what_it_took_and_no_more(self) -> None:
+        budget = Budget(10)
+        first, second = Reservation(budget), Reservation(budget)
+        assert first.take(8)
+        assert not second.take(8)
+        assert (first.amount, second.amount, budget.in_flight) == (8, 0, 8)
+        second.release()
+        first.release()
+        first.release()
+        assert (first.amount, budget.in_flight, budget.peak) == (0, 0, 8)
 
     def test_an_interrupted_wait_leaves_no_trace(self) -> None:
         budget = Budget(1)

@@ -48,6 +48,10 @@ class Authorizer(Protocol):
         """What is appended to the query, without a leading separator."""
         ...
 
+    def forget_parent(self) -> None:
+        """In a forked child: no thread of the parent that was at it will ever finish."""
+        ...
+
     def renew(self, refused: Mapping[str, str]) -> bool:
         """Forget the proof in the headers *refused*, if it is the one at hand; whether asking again can help."""
         ...
@@ -61,6 +65,9 @@ class _Anonymous:
 
     def query(self) -> str:
         return ""
+
+    def forget_parent(self) -> None:
+        pass
 
     def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
         return False
@@ -77,6 +84,9 @@ class _Sas:
 
     def query(self) -> str:
         return str(self._credential.signature).lstrip("?")
+
+    def forget_parent(self) -> None:
+        pass
 
     def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
         return False
@@ -95,6 +105,9 @@ class _AccountKey(_Sas):
     def query(self) -> str:
         self._refresh()
         return super().query()
+
+    def forget_parent(self) -> None:
+        self._lock = threading.Lock()
 
     def _refresh(self) -> None:
         from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
@@ -136,6 +149,9 @@ class _Token:
 
     def query(self) -> str:
         return ""
+
+    def forget_parent(self) -> None:
+        self._lock = threading.Lock()
 
     def renew(self, refused: Mapping[str, str]) -> bool:
         with self._lock:
@@ -311,6 +327,8 @@ def _shared(credential: Any) -> Authorizer:
 
 def _forget_parent() -> None:
     global _registry_lock
+    for _, authorizer in _registry.values():
+        authorizer.forget_parent()
     _registry.clear()
     _registry_lock = threading.Lock()  # another thread of the parent may have held it
 

@@ -105,6 +105,25 @@ class Budget:
             self._take(amount)
             return True
 
+    def lend(self, amount: int, reservation: Reservation) -> bool:
+        """Take *amount* bytes for *reservation* if that needs no waiting."""
+        with self._lock:
+            if self._waiting or not self._fits(amount):
+                return False
+            # No call between the two, so that no interrupt comes between them either.
+            self.in_flight += amount
+            reservation.amount = amount
+            self.peak = max(self.peak, self.in_flight)
+            return True
+
+    def settle(self, reservation: Reservation) -> None:
+        """Give back what *reservation* has."""
+        with self._lock:
+            amount = reservation.amount
+            reservation.amount = 0
+            self.in_flight -= amount
+            self._admit()
+
     def acquire(self, amount: int) -> None:
         """Take *amount* bytes, waiting for others to give theirs back."""
         with self._lock:
@@ -146,6 +165,24 @@ class Budget:
             amount, admitted = self._waiting.popleft()
             self._take(amount)
             admitted.set()
+
+
+class Reservation:
+    """Bytes of *budget* on loan: none at first, then what `take` got, until they are released."""
+
+    __slots__ = ("_budget", "amount")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.amount = 0
+
+    def take(self, amount: int) -> bool:
+        """Borrow *amount* bytes if that needs no waiting. An interrupt leaves them taken and noted, or neither."""
+        return self._budget.lend(amount, self)
+
+    def release(self) -> None:
+        """Give the bytes back; once is enough."""
+        self._budget.settle(self)
 
 
 class BufferPool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import bisect
 import os
+import queue
 import threading
 from typing import TYPE_CHECKING
 
 from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
-from azstoragetorch._blob.engine import Engine, Scope, engine_for, running_engine
+from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for, running_engine
 from azstoragetorch._blob.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
@@ -33,10 +34,10 @@ _LARGE_READ_WINDOW = 4  # parts; large reads bring their own parallelism and nee
 class _Segment:
     """A piece of the blob that is here or on its way. ``filled`` bytes have arrived."""
 
-    def __init__(self, span: ByteRange, *, keep: bool = False) -> None:
+    def __init__(self, span: ByteRange, reservation: Reservation | None, *, keep: bool = False) -> None:
         self.span = span
         self.keep = keep
-        self.reserved = 0
+        self.reservation = reservation
         self.buffer: memoryview | None = None
         self.filled = 0
         self.is_claimed = False
@@ -45,10 +46,15 @@ class _Segment:
         self.error: BaseException | None = None
         self.scope = Scope()
 
+    @property
+    def reserved(self) -> int:
+        """Bytes of the budget that it holds."""
+        return self.reservation.amount if self.reservation is not None else 0
+
     @classmethod
     def of(cls, data: bytes) -> _Segment:
         """The beginning of the blob, which is here already and costs no budget."""
-        segment = cls(ByteRange(0, len(data)), keep=True)
+        segment = cls(ByteRange(0, len(data)), None, keep=True)
         segment.buffer = memoryview(data)
         segment.filled = len(data)
         segment.is_claimed = segment.is_done = True
@@ -67,7 +73,7 @@ class ReadAhead:
         self._config = service.config
         self.version = version
         self._pid = os.getpid()
-        self._arrival = threading.Condition()
+        self._reset()
         self._head = head  # given by the caller: bytes of the beginning that need not be fetched
         self._segments: list[_Segment] = []  # sorted and disjoint
         if head:
@@ -151,7 +157,7 @@ class ReadAhead:
         """Learn the version from a request for the first part, whose body goes on arriving behind our back."""
         engine = engine_for(self._config)
         span = ByteRange(0, self._config.effective_part_size)
-        segment = _Segment(span)
+        segment = _Segment(span, Reservation(engine.budget))
         opened = self._open(0, len(span), segment.scope)
         assert opened is not None
         segment.span = opened.span
@@ -159,11 +165,15 @@ class ReadAhead:
         if not len(opened.span):
             opened.close()
             return
-        if not self._reserve(engine, segment):
-            opened.close()  # no memory to read ahead into: what is asked for comes directly
-            return
-        self._segments.append(segment)
-        engine.submit(lambda: self._fill(engine, segment, opened))
+        try:
+            if not self._reserve(segment):
+                opened.close()  # no memory to read ahead into: what is asked for comes directly
+                return
+            self._segments.append(segment)
+            engine.submit(lambda: self._fill(engine, segment, opened))
+        except BaseException:
+            self._forget(segment)  # interrupted: perhaps nobody fills it
+            raise
 
     def _read(self, start: int, target: memoryview, opened: RangeRead | None, scope: Scope) -> None:
         """Fill *target*, all of which lies within the blob."""
@@ -228,23 +238,25 @@ class ReadAhead:
 
     def _start(self, engine: Engine, span: ByteRange, keep: bool) -> bool:
         """Put *span* on its way; False if there is no memory for it now."""
-        segment = _Segment(span, keep=keep)
-        if not self._reserve(engine, segment):
-            return False
-        bisect.insort(self._segments, segment, key=lambda s: s.span.start)
-        engine.submit(lambda: self._fetch(engine, segment))
+        segment = _Segment(span, Reservation(engine.budget), keep=keep)
+        try:
+            if not self._reserve(segment):
+                return False
+            bisect.insort(self._segments, segment, key=lambda s: s.span.start)
+            engine.submit(lambda: self._fetch(engine, segment))
+        except BaseException:
+            self._forget(segment)
+            raise
         return True
 
-    def _reserve(self, engine: Engine, segment: _Segment) -> bool:
+    def _reserve(self, segment: _Segment) -> bool:
         part = self._config.effective_part_size
         length = len(segment.span)
         amount = part if _MIN_SEGMENT <= length <= part else length  # buffers of one size can be reused
-        if engine.budget.try_acquire(amount):
-            segment.reserved = amount
-        return segment.reserved > 0
+        return segment.reservation is not None and segment.reservation.take(amount)
 
     def _fetch(self, engine: Engine, segment: _Segment) -> None:
-        with self._arrival:
+        with self._lock:
             if segment.is_claimed:
                 return
             segment.is_claimed = True
@@ -252,9 +264,8 @@ class ReadAhead:
 
     def _fill(self, engine: Engine, segment: _Segment, opened: RangeRead | None) -> None:
         def arrived(count: int) -> None:
-            with self._arrival:
-                segment.filled = count
-                self._arrival.notify_all()
+            segment.filled = count
+            self._news.put(None)
 
         try:
             segment.scope.check()
@@ -268,23 +279,22 @@ class ReadAhead:
             if opened is not None:
                 opened.close()
         finally:
-            with self._arrival:
+            with self._lock:
                 segment.is_done = True
-                self._arrival.notify_all()
                 is_dropped = segment.is_dropped
+            self._news.put(None)
             if is_dropped:
                 _free(engine, segment)
 
     def _wait(self, engine: Engine, segment: _Segment, count: int) -> memoryview:
         """The segment's memory when its first *count* bytes are there."""
-        with self._arrival:
-            must_fetch, segment.is_claimed = not segment.is_claimed, True
-        if must_fetch:
-            self._fill(engine, segment, None)  # its turn has not come; ours has
         try:
-            with self._arrival:
-                while segment.filled < count and not segment.is_done:
-                    self._arrival.wait()
+            with self._lock:
+                must_fetch, segment.is_claimed = not segment.is_claimed, True
+            if must_fetch:
+                self._fill(engine, segment, None)  # its turn has not come; ours has
+            while segment.filled < count and not segment.is_done:
+                self._news.get()
         except BaseException:
             self._forget(segment)
             raise
@@ -313,12 +323,13 @@ class ReadAhead:
             self._forget(victim)
 
     def _forget(self, segment: _Segment) -> None:
-        self._segments.remove(segment)
+        if segment in self._segments:
+            self._segments.remove(segment)
         self._drop(segment)
 
     def _drop(self, segment: _Segment) -> None:
         engine = engine_for(self._config)
-        with self._arrival:
+        with self._lock:
             is_idle = segment.is_done or not segment.is_claimed
             segment.is_claimed = segment.is_dropped = True
         if is_idle:
@@ -326,16 +337,21 @@ class ReadAhead:
         else:
             segment.scope.cancel()
 
+    def _reset(self) -> None:
+        # Not a Condition: an interrupt in its wait can come out as a RuntimeError.
+        self._lock = threading.Lock()
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # something has arrived, or will not
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():  # forked: the threads that filled our segments are the parent's
             self._pid = os.getpid()
-            self._arrival = threading.Condition()
+            self._reset()
             self._segments = [_Segment.of(self._head)] if self._head else []
 
 
 def _free(engine: Engine, segment: _Segment) -> None:
     buffer, segment.buffer = segment.buffer, None
-    reserved, segment.reserved = segment.reserved, 0
-    if buffer is not None and reserved >= _MIN_SEGMENT:
+    if buffer is not None and segment.reserved >= _MIN_SEGMENT:
         engine.buffers.give_back(buffer)
-    engine.budget.release(reserved)
+    if segment.reservation is not None:
+        segment.reservation.release()

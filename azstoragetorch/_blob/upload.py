@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import threading
+import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,7 +21,7 @@ from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob import BlobClient as SdkBlobClient
 
 from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
-from azstoragetorch._blob.engine import Engine, Scope, engine_for
+from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for
 from azstoragetorch._blob.memory import copy
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
@@ -89,8 +89,10 @@ class BlockWriter:
         self._collected: memoryview | None = None
         self._filled = 0
         self._staged = 0
-        self._pending = 0
-        self._settled = threading.Condition()
+        self._begun = 0  # blocks given to the background
+        # Counted so that an interrupt at any moment leaves the count right, which a Condition does not.
+        self._ended: list[None] = []  # background blocks that have ended
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes who waits for one
         self._failure: BaseException | None = None
 
     @property
@@ -150,9 +152,7 @@ class BlockWriter:
             FatalBlobIOWriteError: a block failed.
         """
         self._check()
-        with self._settled:
-            while self._pending:
-                self._settled.wait()
+        self._wait_for_less_than(1)
         self._check()
 
     @_all_or_nothing
@@ -299,17 +299,23 @@ class BlockWriter:
         engine = engine_for(self._config)
         stage = self._staging(self._next_id(length), [block[:length]])
         self._collected, self._filled = None, 0
-        if not engine.budget.try_acquire(block.nbytes):
+        self._wait_for_less_than(self._config.max_concurrency)
+        reservation = Reservation(engine.budget)
+        if not reservation.take(block.nbytes):
             stage(self._scope)
             engine.buffers.give_back(block)
             return
-        with self._settled:
-            while self._pending >= self._config.max_concurrency:
-                self._settled.wait()
-            self._pending += 1
-        engine.submit(lambda: self._stage_in_background(engine, block, stage))
+        self._begun += 1
+        engine.submit(lambda: self._stage_in_background(engine, block, reservation, stage))
 
-    def _stage_in_background(self, engine: Engine, block: memoryview, stage: Callable[[Scope], None]) -> None:
+    def _wait_for_less_than(self, count: int) -> None:
+        """Wait until fewer than *count* blocks are on their way in the background."""
+        while self._begun - len(self._ended) >= count:
+            self._news.get()
+
+    def _stage_in_background(
+        self, engine: Engine, block: memoryview, reservation: Reservation, stage: Callable[[Scope], None]
+    ) -> None:
         try:
             if self._failure is None:
                 self._scope.check()
@@ -318,10 +324,9 @@ class BlockWriter:
             self._failure = self._failure or error
         finally:
             engine.buffers.give_back(block)
-            engine.budget.release(block.nbytes)
-            with self._settled:
-                self._pending -= 1
-                self._settled.notify_all()
+            reservation.release()
+            self._ended.append(None)
+            self._news.put(None)
 
     def _staging(
         self, block_id: str, pieces: Sequence[memoryview], staged: Callable[[int], None] | None = None
