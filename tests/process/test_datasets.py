@@ -171,7 +171,8 @@ def test_ranks_over_gloo_share_the_blobs(
     for index, name in enumerate(NAMES):
         container.put(name, content(2000, index))
     container.client.set_container_access_policy({}, public_access="container")
-    start = multiprocessing.get_context("fork")
+    # A forked rank would take this process's fork server for its own.
+    start = multiprocessing.get_context("spawn" if context == "forkserver" else "fork")
     ranks = [
         start.Process(
             target=rank_main,
