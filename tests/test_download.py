@@ -131,8 +131,9 @@ def open_blob(service: FaultService, fault: Fault | None = None) -> BlobIO:
 
 
 class TestOneFault:
-    @pytest.mark.parametrize("nth", [1, 3])
-    @pytest.mark.parametrize("read", READS)
+    @pytest.mark.parametrize(
+        ("read", "nth"), [(read_whole, 1), (read_into, 3), (read_in_small_pieces, 1), (read_backwards, 3)]
+    )
     @pytest.mark.parametrize("fault", [*PASSING, *HARMLESS], ids=repr)
     def test_is_survived(self, service: FaultService, fault: Fault, read: Callable[[BlobIO], bytes], nth: int) -> None:
         """Whether it hits the first request or one of those that follow."""
@@ -296,9 +297,7 @@ class TestVersions:
         assert len(others) == 19
 
     @pytest.mark.parametrize("ignores_conditions", [False, True])
-    @pytest.mark.parametrize(
-        "data", [None, b"", content(SIZE + 1, 1), content(100_000, 2)], ids=["same size", "empty", "longer", "shorter"]
-    )
+    @pytest.mark.parametrize("data", [None, content(100_000, 2)], ids=["same size", "shorter"])
     @pytest.mark.parametrize("read", READS)
     @pytest.mark.parametrize("nth", [2, 4])
     def test_a_blob_that_is_overwritten_meanwhile(

@@ -175,6 +175,14 @@ class TestAnswers:
         assert blob_client(service.blob_url("c", "b.gz")).read()[0] == b"\x1f\x8b not really"
         assert service.log[-1].headers["accept-encoding"] == "identity"
 
+    @pytest.mark.parametrize("text", ["Å.bin", "… .bin", "a\x0bb\x1cc", "a: b; c"])
+    def test_a_header_may_hold_any_text(self, service: FaultService, text: str) -> None:
+        """Such as the file name that somebody gave a blob, in UTF-8."""
+        value = f'attachment; filename="{text}"'.encode().decode("latin-1")
+        service.store.put("c", "named", DATA, settings={"Content-Disposition": value})
+        assert blob_client(service.blob_url("c", "named")).read()[0] == DATA
+        assert blob_client(service.blob_url("c", "named")).version() is not None
+
     def test_an_error_names_everything_that_support_asks_for(self, service: FaultService) -> None:
         service.script("get_blob", [Status(503, "ServerBusy")], repeat=True)
         with pytest.raises(HttpResponseError) as caught:

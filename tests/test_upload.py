@@ -285,8 +285,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("operation", "size"), [("put_blob", 50_000), ("put_block", 300_000), ("put_block_list", 300_000)]
     )
-    @pytest.mark.parametrize("pieces", [1, 50])
-    @pytest.mark.parametrize("mode", ["wb", "xb"])
+    @pytest.mark.parametrize(("mode", "pieces"), [("wb", 50), ("xb", 1)])
     @pytest.mark.parametrize("fault", PASSING, ids=repr)
     def test_one_is_survived(
         self, service: FaultService, fault: Fault, operation: str, size: int, pieces: int, mode: str

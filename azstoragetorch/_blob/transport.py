@@ -265,7 +265,8 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     Raises:
         http.client.HTTPException: this is no head of an answer.
     """
-    first, *lines = head.decode("latin-1").splitlines()
+    # Not splitlines, to which some bytes of a UTF-8 file name are ends of lines too.
+    first, *lines = head.decode("latin-1").rstrip("\r\n").replace("\r\n", "\n").split("\n")
     found = _STATUS_LINE.fullmatch(first)
     if found is None:
         raise http.client.BadStatusLine(repr(first))

@@ -55,7 +55,7 @@ from azstoragetorch.exceptions import (
 log = logging.getLogger("azstoragetorch")
 
 _AUTO_BLOBS = 256  # of a checkpoint: a large job has one for each rank, a small one is spread
-_SINGLE = 16 * MiB  # a blob up to this size is copied together and put at once, which saves a round trip
+_SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once, which saves a round trip
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 _ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
@@ -250,7 +250,7 @@ class BlobStorageWriter(StorageWriter):
         writer = self._folder.blob(name).writer()
         try:
             with scope.holding(_Interrupt(writer)):
-                if encoder.size_hint <= min(_SINGLE, self._folder.transfer.block_size):
+                if encoder.size_hint <= min(_SINGLE, 3 * self._folder.transfer.block_size // 2):
                     writer.put(b"".join(encoder.pieces()))
                 else:
                     writer.write_pieces(encoder.pieces(), block_size=block_size, concurrency=concurrency)

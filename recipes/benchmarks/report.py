@@ -41,6 +41,10 @@ Only ratios within a row mean something: absolute figures are those of one machi
 ## Throughput
 """
 
+MEMORY = """\
+Memory on top of what the process had before, at its peak over all runs, in MiB. Reading includes the bytes that are
+read. What an allocator kept from the cases before does not show:"""
+
 AGAIN = """\
 Every run is a line of JSON in [results.jsonl]({results}). `make bench` makes the virtual environments, runs all of it
 and writes this page; without options it runs on Azurite, which is then the limit. On your own account:
@@ -92,8 +96,19 @@ class Results:
 
     def median(self, figure: str | Callable[[dict[str, Any]], float], library: str, **wanted: Any) -> float | None:
         """The median of a *figure* over the runs; None if there is none."""
+        if figure == "peak_mib":
+            return self.peak(library, **wanted)
         values = [figure(run) if callable(figure) else run[figure] for run in self.of(library, **wanted)]
         return statistics.median(values) if values else None
+
+    def peak(self, library: str, **wanted: Any) -> float | None:
+        """The most memory of all runs, the warm-up too: what an allocator keeps for the next run does not show again."""
+        found = [
+            run["peak_mib"]
+            for run in self.runs
+            if run["library"] == library and "rate" in run and all(run.get(k) == v for k, v in wanted.items())
+        ]
+        return max(found, default=None)
 
     def cases(self, *names: str) -> list[dict[str, Any]]:
         """What sets the cases of these *names* apart, in order."""
@@ -162,7 +177,7 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     parts += table(found, moved, lambda run: run["cpu_seconds"] / run["amount"] * 1024, "s/GiB", is_more_better=False)
     parts += [
         "",
-        "Memory on top of what the process had before, at its peak, in MiB. Reading includes the bytes read:",
+        MEMORY,
         "",
     ]
     parts += table(found, moved, "peak_mib", "MiB", is_more_better=False)
@@ -307,15 +322,15 @@ def draw(found: Results, folder: Path) -> list[Path]:
     axes.legend(loc="lower right")
     finish(figure, "throughput.svg")
 
-    figure, pair = plt.subplots(1, 2, figsize=(9, 0.6 + 0.5 * len(large)), sharey=True)
+    figure, pair = plt.subplots(1, 2, figsize=(9, 0.9 + 0.5 * len(large)), sharey=True, layout="constrained")
     bars(pair[0], found, large, lambda run: run["cpu_seconds"] / run["amount"] * 1024)
     bars(pair[1], found, large, "peak_mib")
     pair[0].set_xlabel("CPU seconds a GiB")
     pair[1].set_xlabel("peak memory, MiB")
-    pair[1].legend(loc="lower right")
+    figure.legend(*pair[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.libraries))
     finish(figure, "cost.svg")
 
-    figure, three = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    figure, three = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     lines(three[0], found, "concurrency", "concurrency", "requests at once", "MiB/s")
     lines(three[1], found, "read", "size", "size of the blob", "MiB/s")
     lines(three[2], found, "samples", "count", "blobs", "samples/s")
@@ -338,7 +353,7 @@ def bars(axes: Any, found: Results, cases: list[dict[str, Any]], what: Any) -> N
         positions = [row + (place - (len(found.libraries) - 1) / 2) * height for row in range(len(cases))]
         axes.barh(positions, values, height, label=TITLES[name], color=COLORS[name])
     axes.set_yticks(range(len(cases)), [f"{name_of(case)}, {case['base']}" for case in cases])
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -357,8 +372,10 @@ def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) 
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(steps, [size_of(step) if by == "size" else str(step) for step in steps])
+        axes.tick_params(axis="x", which="major", rotation=30 if by == "size" else 0)
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_xlabel(f"{label} ({base})")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)

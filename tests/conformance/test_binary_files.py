@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,6 @@ class TestBlobIO(BinaryFileSuite):
     def files(self, fault_service: FaultService) -> Files:
         fault_service.create_container("c")
         return ServiceBlobs(fault_service)
-
-
-class TestBlobIOThatValidates(BinaryFileSuite):
-    @pytest.fixture
-    def files(self, fault_service: FaultService) -> Files:
-        fault_service.create_container("c")
-        return ServiceBlobs(fault_service, replace(QUICK, validate_content=True, read_ahead=0))
 
 
 class TestBlobIOOnAzurite(BinaryFileSuite):

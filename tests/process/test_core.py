@@ -438,7 +438,7 @@ def rain(service: FaultService, seconds: float) -> None:
 
 def test_interrupts_at_any_moment(service: FaultService) -> None:
     """Ctrl-C, again and again: bytes are right or not returned, no buffer changes after, nothing is half committed."""
-    rain(service, 4)
+    rain(service, 3)
 
 
 @pytest.mark.slow
