@@ -49,7 +49,7 @@ from .faults import (
     WrongHeader,
     WrongLength,
 )
-from .operations import BLOB, CHECKPOINT, CONTAINER, FOLDER, MODEL, SET_SIZES, SIZE, bytes_of, content, state
+from .operations import BLOB, CHECKPOINT, CONTAINER, FOLDER, MODEL, NUMEL, SET_SIZES, SIZE, bytes_of, content, state
 from .service import FaultService
 
 RIGHT = "right"
@@ -267,7 +267,7 @@ def right_results(operation: str) -> list[bytes]:
 
 def stored(service: FaultService, operation: str) -> str:
     """What a save left behind, seen through torch's own door: ``"old"``, ``"new"`` or what is wrong with it."""
-    numel = 100 if operation.endswith("block") else 20_000
+    numel = 100 if operation.endswith("block") else NUMEL
     known = {bytes_of(state(1)): "old", bytes_of(state(2, numel)): "new"}
     try:
         if operation.startswith("torch."):

@@ -24,6 +24,7 @@ CONTAINER = "data"
 BLOB = "blob"
 MODEL = "model.pt"
 FOLDER = "set/"
+NUMEL = 30_000  # more than what a checkpoint puts at once, given the blocks of the matrix
 CHECKPOINT = "checkpoint"
 SIZE = 4 * 65536 - 100  # four parts
 SET_SIZES = (0, 1, 999, 65535, 65536, 65537, 150_000, 7000, 30_000, 12_345)
@@ -33,7 +34,7 @@ def content(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def state(seed: int, numel: int = 20_000) -> dict[str, torch.Tensor]:
+def state(seed: int, numel: int = NUMEL) -> dict[str, torch.Tensor]:
     """A state dict of three tensors; another *seed* makes other values."""
     generator = torch.Generator().manual_seed(seed)
     return {f"layer{number}": torch.randn(numel + number, generator=generator) for number in range(3)}
