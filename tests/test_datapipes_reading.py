@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from azstoragetorch._blob.engine import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Torn
+from tests.support import wait_until
 
 KiB = 1 << 10
 READERS = ["open_files_by_azure", "load_files_by_azure", "read_files_by_azure"]
@@ -215,11 +217,18 @@ def test_wrong_arguments_fail_at_once(build: Any, error: type[Exception], match:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_names_no_blob_is_refused(container: Container, reader: str) -> None:
-    with pytest.raises(TypeError, match="URL of a blob"):
-        list(getattr(IterableWrapper([7]), reader)(credential=container.key))
-    with pytest.raises(ValueError, match="names a container but no blob"):
-        list(getattr(IterableWrapper([container.url]), reader)(credential=container.key))
+def test_what_names_no_blob_is_refused_in_its_turn(fault_service: FaultService, reader: str) -> None:
+    urls = fill(fault_service, 5)
+    transfer = replace(SMALL, max_connections=31)  # an engine of its own
+    for wrong, error, message in (
+        (7, TypeError, "URL of a blob"),
+        (fault_service.container_url("data"), ValueError, "names a container but no blob"),
+    ):
+        samples = iter(getattr(IterableWrapper([*urls, wrong]), reader)(credential=False, transfer=transfer))
+        assert [data_of(next(samples)[1]) for _ in urls] == [content(number) for number in range(5)]
+        with pytest.raises(error, match=message):
+            next(samples)
+    wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from ssl import SSLWantReadError
 
@@ -121,7 +121,8 @@ class Multiplexer:
                 self._end(descriptor, is_good=False)
 
     def _end(self, descriptor: int, *, is_good: bool) -> None:
-        self._epoll.unregister(descriptor)
+        with suppress(OSError):  # an interrupt has come before it was registered
+            self._epoll.unregister(descriptor)
         with self._lock:
             read = self._reads.pop(descriptor)
         read.end(is_good)

@@ -10,7 +10,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from azstoragetorch._blob.engine import Budget, Engine, Scope
@@ -39,7 +40,14 @@ class Ahead(Generic[T, R]):
     def begin(self, start: Callable[[T, Callable[[R], None], Callable[[], None]], bool], engine: Engine) -> None:
         """Have *start* do the work with nobody waiting for it; a thread of *engine* does it where that fails."""
         self._claim.acquire()
-        if not start(self.item, self._future.set_result, lambda: engine.submit(self._run)):
+        try:
+            is_begun = start(self.item, self._done, lambda: engine.submit(self._run))
+        except Exception:  # noqa: BLE001 - the thread meets it again, and `result` raises it
+            is_begun = False
+        except BaseException:
+            self._future.cancel()
+            raise
+        if not is_begun:
             self._claim.release()
             engine.submit(self.run)
 
@@ -68,9 +76,14 @@ class Ahead(Generic[T, R]):
 
     def _run(self) -> None:
         try:
-            self._future.set_result(self._work(self.item))
+            self._done(self._work(self.item))
         except BaseException as error:  # noqa: BLE001 - raised by `result`
-            self._future.set_exception(error)
+            with suppress(InvalidStateError):
+                self._future.set_exception(error)
+
+    def _done(self, result: R) -> None:
+        with suppress(InvalidStateError):  # of no use any more: an interrupt has cancelled it
+            self._future.set_result(result)
 
 
 class OrderedPrefetch(Generic[T, R]):
@@ -179,13 +192,13 @@ class OrderedPrefetch(Generic[T, R]):
                     return  # room comes when the items before are through
             self._pulled.popleft()
             ahead = Ahead(item, self._do, self._on_use)
+            self._queue.append((ahead, loan))
             if loan is not None:
                 ahead.when_settled(loan.shrink(self._size))
                 if self._start is None:
                     self._engine.submit(ahead.run)
                 else:
                     ahead.begin(self._begin, self._engine)
-            self._queue.append((ahead, loan))
 
     def _begin(self, item: T, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
         assert self._start is not None

@@ -164,7 +164,8 @@ TARGETS = {
         check_listing,
         listing_seeds,
         (b"<Blob>", b"</Blob>", b"<Name>", b"</Name>", b"<NextMarker>", b"<![CDATA[", b"<!--", b"-->", b"&amp;",
-         b"&#0;", b' Encoded="true"', b"<Content-Length>", b"99999999999999999999", b"<!DOCTYPE a>", b"<BlobPrefix>", b"\x00"),
+         b"&#0;", b' Encoded="true"', b"<Content-Length>", b"99999999999999999999", b"<!DOCTYPE a>", b"<BlobPrefix>",
+         b"\x00"),
     ),
     "url": Target(
         check_url,
