@@ -102,7 +102,7 @@ class Results:
         return statistics.median(values) if values else None
 
     def peak(self, library: str, **wanted: Any) -> float | None:
-        """The most memory of all runs, warm-up included: what an allocator keeps for the next run does not show again."""
+        """The most memory of all runs and the warm-up: what an allocator keeps for the next run does not show again."""
         found = [
             run["peak_mib"]
             for run in self.runs
