@@ -208,6 +208,13 @@ class BlobSharder(_Node[T]):
                 return item
 
 
+def _noted(source: Any, states: deque[State]) -> Iterator[Item]:
+    """The items of *source*, whose state after each is added to *states*."""
+    for item in source:
+        states.append(source.state_dict())
+        yield item
+
+
 class BlobReader(_Node[tuple[str, bytes]]):
     """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, many on their way at once.
 
@@ -250,18 +257,20 @@ class BlobReader(_Node[tuple[str, bytes]]):
         if self._ahead is not None:
             self._ahead.interrupt()
 
+    def __del__(self) -> None:
+        ahead = getattr(self, "_ahead", None)
+        if ahead is not None:
+            ahead.abandon()
+
     def _begin(self, state: State | None) -> None:
         if self._ahead is not None:
             self._ahead.close()
         self.source.reset(None if state is None else state["source"])
         self._state: State = self.source.state_dict()
         self._states: deque[State] = deque()  # of the source, after each item that is on its way
-        self._ahead = fetch_ahead(self._access, self._items(), depth=self._access.config.max_connections)
-
-    def _items(self) -> Iterator[Item]:
-        for item in self.source:
-            self._states.append(self.source.state_dict())
-            yield item
+        self._ahead = fetch_ahead(
+            self._access, _noted(self.source, self._states), depth=self._access.config.max_connections
+        )
 
     def _next(self) -> tuple[str, bytes]:
         assert self._ahead is not None

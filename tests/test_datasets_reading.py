@@ -17,7 +17,7 @@ from azstoragetorch._blob.config import KiB
 from azstoragetorch._blob.engine import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService, Hold, Match, Status, Torn
-from tests.support import QUICK, content
+from tests.support import QUICK, content, wait_until
 
 MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
 
@@ -369,3 +369,16 @@ def test_urls_may_come_from_a_generator_with_states_and_signatures_of_their_own(
 def test_bad_input_is_named(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         make("https://account.blob.core.windows.net/container")
+
+
+@pytest.mark.parametrize("make", [iterable, map_style])
+def test_leaving_early_gives_everything_back(fault_service: FaultService, make: Any) -> None:
+    fill(fault_service, 60, 10_000)
+    transfer = replace(MANY, max_connections=23)  # an engine of its own
+    budget = engine_for(transfer).budget
+    samples = iter(DataLoader(make(fault_service, transfer=transfer), batch_size=8, collate_fn=list))
+    assert [sample["data"] for sample in next(samples)] == [content(10_000, index) for index in range(8)]
+    assert budget.in_flight > 0
+    del samples
+    gc.collect()
+    wait_until(lambda: budget.in_flight == 0)

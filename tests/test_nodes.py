@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +18,12 @@ from azure.core.exceptions import ResourceNotFoundError
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
 
 from azstoragetorch import TransferConfig
+from azstoragetorch._blob.engine import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobRange, BlobReader, BlobSharder, ShuffleBuffer
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Torn
+from tests.support import wait_until
 
 COUNT = 13
 SMALL = TransferConfig(part_size=64 << 10, memory_limit=1 << 20, max_connections=4, max_attempts=3, max_backoff=0.01)
@@ -308,3 +312,15 @@ def test_a_torchdata_without_nodes_is_told_what_is_needed() -> None:
 def test_wrong_arguments_fail_at_once(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         BlobReader(IterableWrapper([]), **arguments)
+
+
+def test_a_reader_that_is_dropped_gives_everything_back(fault_service: FaultService) -> None:
+    fill(fault_service)
+    transfer = replace(SMALL, max_connections=5)  # an engine of its own
+    budget = engine_for(transfer).budget
+    reader = BlobReader(lister(fault_service), credential=False, transfer=transfer)
+    assert next(reader)[1] == content(0)
+    assert budget.in_flight > 0
+    del reader
+    gc.collect()
+    wait_until(lambda: budget.in_flight == 0)

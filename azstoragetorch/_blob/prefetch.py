@@ -117,6 +117,7 @@ class OrderedPrefetch(Generic[T, R]):
         is_eager: bool = True,
         start: Callable[[T, Scope, Callable[[R], None], Callable[[], None]], bool] | None = None,
     ) -> None:
+        self._pid = os.getpid()
         self._start = start
         self._engine = engine
         self._items = items
@@ -163,6 +164,11 @@ class OrderedPrefetch(Generic[T, R]):
             ahead, self._handed_out = self._queue.popleft()
             ahead.give_up()
             self._settle()
+
+    def abandon(self) -> None:
+        """`close` on a thread of the engine: for finalizers, which may run where this thread holds any lock."""
+        if self._pid == os.getpid():
+            self._engine.retire(self.close)
 
     def _settle(self) -> None:
         """The consumer is through with what it was handed last."""

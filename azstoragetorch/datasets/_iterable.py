@@ -480,7 +480,6 @@ class _Samples(Iterator[T_co]):
     def __init__(
         self, source: Source, transform: Callable[[Blob], T_co] | None, on_error: OnError, progress: _Progress
     ) -> None:
-        self._pid = os.getpid()
         self._transform = transform
         self._on_error = on_error
         self._progress = progress
@@ -505,5 +504,5 @@ class _Samples(Iterator[T_co]):
             warnings.warn(f"skipped {url}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
     def __del__(self) -> None:
-        if hasattr(self, "_ahead") and self._pid == os.getpid():  # connections are shared with a forked parent
-            self._ahead.close()
+        if hasattr(self, "_ahead"):
+            self._ahead.abandon()

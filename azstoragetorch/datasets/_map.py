@@ -235,15 +235,15 @@ class _Batches(Generic[T_co]):
         """The samples of one batch."""
         if self._pid != os.getpid():  # the parent's threads are not ours
             self._start_anew()
+        length = len(self._source.catalog)
         with self._lock:
             if self._stream is None or indices != self._foreseen:
                 if self._stream is not None:
                     self._stream.close()
                 self._step = _step_after(self._previous, indices)
-                self._stream = self._source.prefetch(
-                    map(self._source.blob, self._indices_from(indices, self._step)), is_eager=self._transform is None
-                )
-            self._previous, self._foreseen = indices, self._shift(indices, self._step)
+                foreseen = _indices_from(indices, self._step, length)
+                self._stream = self._source.prefetch(map(self._source.blob, foreseen), is_eager=self._transform is None)
+            self._previous, self._foreseen = indices, _shift(indices, self._step, length)
             try:
                 return [apply(self._transform, next(self._stream)) for _ in indices]
             except BaseException:
@@ -251,14 +251,9 @@ class _Batches(Generic[T_co]):
                 stream.close()
                 raise
 
-    def _indices_from(self, indices: list[int], step: int) -> Iterator[int]:
-        while indices:
-            yield from indices
-            indices = self._shift(indices, step)
-
-    def _shift(self, indices: list[int], step: int) -> list[int]:
-        length = len(self._source.catalog)
-        return [index + step for index in indices if 0 <= index + step < length] if step else []
+    def __del__(self) -> None:
+        if self._stream is not None:
+            self._stream.abandon()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Batches, (self._source, self._transform)
@@ -271,3 +266,14 @@ def _step_after(previous: list[int], batch: list[int]) -> int:
         return len(batch) * (info.num_workers if info is not None else 1)
     steps = {now - before for before, now in zip(previous, batch, strict=False)}
     return steps.pop() if len(previous) == len(batch) and len(steps) == 1 else 0
+
+
+def _indices_from(batch: list[int], step: int, length: int) -> Iterator[int]:
+    """The indices of *batch* and of the batches that are foreseen after it."""
+    while batch:
+        yield from batch
+        batch = _shift(batch, step, length)
+
+
+def _shift(batch: list[int], step: int, length: int) -> list[int]:
+    return [index + step for index in batch if 0 <= index + step < length] if step else []
