@@ -179,11 +179,12 @@ class TestRefusals:
             ("https://user@account.blob.core.windows.net/c/b", "user name"),
             (f"{ACCOUNT}/c/b?x=1", "'x'"),
             (f"{ACCOUNT}/c/b?se=2034&sp=r", "sig"),
+            (f"{ACCOUNT}/c/b&sv=2025&sig={SECRET}", "SAS in its path"),
             (f"{ACCOUNT}/c/%C3%28", "UTF-8"),
             (f"{ACCOUNT}/c/a\nb", "control"),
             (f"{ACCOUNT}/c/a\tb", "control"),
             (f"{ACCOUNT}/c/b\r\n", "control"),
-            ("https://acc ount.blob.core.windows.net/c/b", "control character or space"),
+            ("https://acc ount.blob.core.windows.net/c/b", "characters that no host has"),
             ("https://account:99999/c/b", "not a valid URL"),
         ],
     )

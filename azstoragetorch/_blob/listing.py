@@ -191,7 +191,7 @@ def _next_marker(raw: bytes) -> str:
 def _parse_page(raw: bytes, container: BlobURL) -> Page:
     try:
         root = ET.fromstring(raw.removeprefix(b"\xef\xbb\xbf"))  # noqa: S314 - entities are off in expat's defaults here
-    except ET.ParseError as error:
+    except (ET.ParseError, LookupError, ValueError) as error:  # the latter two for an encoding that is none
         raise _malformed(container, f"it is not XML: {error}") from error
     if root.tag != "EnumerationResults":
         raise _malformed(container, f"its root is {root.tag!r}")

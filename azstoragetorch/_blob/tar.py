@@ -10,6 +10,7 @@ import bz2
 import gzip
 import lzma
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from tarfile import ReadError, TarInfo
@@ -23,6 +24,7 @@ _CHUNK = 4 * MiB  # read from the stream at once
 _SPOOL = 16 * MiB  # a file up to this size comes as bytes, a larger one as a stream
 _COPY = 1 * MiB
 _MAX_HEADER = 1 * MiB  # bytes of one extended header; real ones have some hundred
+_MAX_SIZE = 1 << 60  # bytes of one file; beyond it a header is damaged
 _REGULAR = frozenset(b"07\0")
 _WITHOUT_DATA = frozenset(b"123456")
 _ZEROS = bytes(BLOCK)
@@ -86,7 +88,7 @@ def walk(stream: Any, where: str, open_slice: Callable[[int, int], IO[bytes]] | 
             raise ReadError(f"{where}: the file at byte {at} is sparse, which is not supported: pack it without -S")
         name = fields.get("path") or _name(header)
         if "size" in fields:
-            size = int(fields["size"])
+            size = _pax_size(fields["size"], at, where)
         if kind in _WITHOUT_DATA:
             continue
         if kind not in _REGULAR or (kind == 0 and name.endswith("/")):
@@ -196,7 +198,9 @@ class _Source:
                 self._chunk = self._buffer[: self._readinto(self._buffer)]
             else:
                 self._chunk = memoryview(self._stream.read(_CHUNK))
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the stream, not of what is in it
             raise ReadError(f"{self._where}: the compressed tar is truncated or damaged: {error}") from error
         except TypeError as error:
             raise TypeError(f"{self._where}: a tar needs a binary stream: {error}") from error
@@ -227,13 +231,19 @@ def _check(header: bytes, at: int, where: str) -> int:
     try:
         if len(header) == BLOCK and sum(header) - sum(header[148:156]) + 256 == _number(header[148:156]):
             size = _number(header[124:136])
-            if size >= 0:
+            if 0 <= size <= _MAX_SIZE:
                 return size
     except ValueError:
         pass
     if not at:
         raise ReadError(f"{where} is no tar: it begins with {header[:16]!r}")
     raise ReadError(f"{where} is a damaged tar: there is no header at byte {at}")
+
+
+def _pax_size(text: str, at: int, where: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 19 or int(text) > _MAX_SIZE:
+        raise ReadError(f"{where}: the extended header before byte {at} claims a size of {text[:30]!r} bytes")
+    return int(text)
 
 
 def _number(field: bytes) -> int:

@@ -7,6 +7,7 @@ the address and is in none of its texts.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
@@ -15,6 +16,7 @@ from azstoragetorch._blob.secret import Secret
 _SAS_FIELDS = {"sig", "sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "si", "skoid", "sktid", "skt", "ske"} | {
     "sks", "skv", "sdd", "saoid", "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
 }  # fmt: skip
+_HOST = re.compile(r"[\w.:-]*")
 _FORMS = (
     "https://<account>.blob.core.windows.net/<container>/<blob>, http(s)://<host>[:port]/<account>/<container>/<blob>, "
     "abfss://<container>@<account>.dfs.core.windows.net/<blob> or az://<account host>/<container>/<blob>"
@@ -117,14 +119,14 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
     except ValueError:
         raise ValueError(f"{argument} is not a valid URL: expected {_FORMS}") from None
     hostname, user = parts.hostname or "", parts.username
+    if not _HOST.fullmatch(hostname):
+        raise ValueError(f"{argument} has a host with characters that no host has: expected {_FORMS}")
     # Only the shape is quoted here: what is malformed may hold a secret anywhere.
     shape = f"{scheme}://{hostname}" if separator and hostname else "the given text"
     if not separator or scheme not in ("http", "https", "abfs", "abfss", "az") or not hostname:
         raise ValueError(f"{argument} is not a URL of Azure Blob Storage ({shape}): expected {_FORMS}")
     if parts.password is not None or (user is not None and scheme in ("http", "https")):
         raise ValueError(f"{argument} has a user name or password before its host ({hostname}): remove it")
-    if any(c <= " " or c == "\x7f" for c in hostname):
-        raise ValueError(f"{argument} has a control character or space in its host")
     host = f"[{hostname}]" if ":" in hostname else hostname
     host = f"{host}:{port}" if port is not None else host
     path = parts.path.removeprefix("/")
@@ -149,6 +151,10 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
     container, _, blob = path.partition("/")
     if not container:
         raise ValueError(f"{argument} {shape!r} names no container: expected {_FORMS}")
+    if "&sig=" in parts.path:
+        raise ValueError(
+            f"{argument} {shape!r} has a SAS in its path: put a '?' before the SAS; a '&' in a blob name is written %26"
+        )
     name = _decode(blob, argument)
     _check_name(name, argument)
     query = parse_qsl(parts.query, keep_blank_values=True, separator="&")
