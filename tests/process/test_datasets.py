@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,11 +13,10 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
-from azstoragetorch._blob.transport import idle_connections
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.azurite.container import Container
 from tests.faults import FaultService
-from tests.support import QUICK, content
+from tests.support import QUICK, content, run_python
 
 COUNT = 25
 NAMES = [f"{index:03d}" for index in range(COUNT)]
@@ -193,6 +190,27 @@ def test_ranks_over_gloo_share_the_blobs(
     assert all(len(epochs[0]) >= COUNT // world - workers for epochs, _ in told)
 
 
+TEN_EPOCHS = """
+import gc, os, sys
+from pathlib import Path
+from azstoragetorch._blob.transport import idle_connections
+from azstoragetorch.datasets import IterableBlobDataset
+from tests.support import QUICK
+
+dataset = IterableBlobDataset.from_container_url(sys.argv[1], credential=False, transfer=QUICK, shuffle=True)
+after = []
+for number in range(10):
+    dataset.set_epoch(number)
+    assert sum(len(sample["data"]) for sample in dataset) == int(sys.argv[2])
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    after.append((pages * os.sysconf("SC_PAGE_SIZE"), len(list(Path("/proc/self/fd").iterdir()))))
+assert after[-1][0] - after[3][0] < 8 << 20, after
+assert after[-1][1] <= max(descriptors for _, descriptors in after[:4]), after
+assert idle_connections() <= QUICK.max_connections
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -201,20 +219,4 @@ def test_ten_thousand_blobs_leave_memory_and_sockets_as_they_were(fault_service:
     for index in range(count):
         fault_service.put("data", f"{index:05d}", content(size, index % 50))
     fault_service.keeps_log = False
-    url = fault_service.container_url("data")
-    dataset = make(IterableBlobDataset, url, transform=None, shuffle=True)
-
-    def epoch(number: int) -> tuple[int, int]:
-        dataset.set_epoch(number)
-        assert sum(len(sample["data"]) for sample in dataset) == count * size
-        gc.collect()
-        descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE"), descriptors
-
-    after = [epoch(number) for number in range(10)]
-    warm, last = after[3], after[-1]
-    assert last[0] - warm[0] < 8 << 20
-    assert last[1] <= max(descriptors for _, descriptors in after[:4])
-    # The server's side of each connection is a descriptor of this process too.
-    assert idle_connections() <= QUICK.max_connections + 2
+    run_python(TEN_EPOCHS, fault_service.container_url("data"), str(size * count), timeout=300)
