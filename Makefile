@@ -25,7 +25,7 @@ bench: setup  ## compare with other libraries and write docs/performance.md; BEN
 
 # Most tests wait for sockets and processes: several at once, also on few CPUs.
 test: setup  ## run the tests; SLOW=1 adds those marked slow, ARGS= goes to pytest
-	$(BIN)/python -m pytest --numprocesses=4 $(if $(SLOW),,-m "not slow") $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
 
 docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 asks other sites too
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
