@@ -33,7 +33,7 @@ class _Job:
     run: Callable[[Scope, Advance], str]
 
 
-class _Place(click.ParamType[Any]):
+class _Place(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
     """A path, or the URL of a blob, folder or container."""
 
     name = "path or url"

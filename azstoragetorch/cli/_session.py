@@ -33,7 +33,7 @@ class Session:
     output: Output
 
 
-class Url(click.ParamType[BlobURL]):
+class Url(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
     """The URL of a container, a folder or a blob."""
 
     name = "url"
