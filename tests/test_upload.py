@@ -132,10 +132,22 @@ class TestRequests:
     def test_what_is_collected_goes_out_with_the_large_write_that_follows(self, service: FaultService) -> None:
         with open_writer(service) as blob:
             blob.write(b"head")
-            blob.write(content(65536 * 2))
+            blob.write(content(65536 * 4))
             blob.write(b"tail")
-        assert len(service.requests("put_block")) == 4
-        assert service.get("c", "b") == b"head" + content(65536 * 2) + b"tail"
+        assert len(service.requests("put_block")) == 6
+        assert service.get("c", "b") == b"head" + content(65536 * 4) + b"tail"
+
+    def test_writes_that_leave_connections_idle_go_on_in_the_background(self, service: FaultService) -> None:
+        gate = threading.Event()
+        service.script("put_block", [Hold(gate)], repeat=True)
+        blob = open_writer(service)
+        for _ in range(3):
+            blob.write(content(65536))
+        service.wait_for_requests(3, "put_block")
+        service.clear_script()
+        gate.set()
+        blob.close()
+        assert service.get("c", "b") == content(65536) * 3
 
     def test_blocks_are_staged_at_once(self, service: FaultService) -> None:
         service.latency = 0.1
@@ -205,7 +217,7 @@ class WriteMachine(RuleBasedStateMachine):
         self.written = bytearray()
 
     @rule(
-        base=st.sampled_from([0, 64 * KiB, 65 * KiB, 128 * KiB, 256 * KiB]),
+        base=st.sampled_from([0, 64 * KiB, 65 * KiB, 128 * KiB, 256 * KiB, 4 * (65 * KiB + 1)]),
         delta=st.integers(-3, 3),
         kind=st.sampled_from([bytes, bytearray, memoryview]),
     )

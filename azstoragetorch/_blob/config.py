@@ -66,7 +66,7 @@ class TransferConfig:
     """
 
     part_size: int = _setting("part_size", 8 * MiB)
-    block_size: int = _setting("block_size", 16 * MiB)
+    block_size: int = _setting("block_size", 8 * MiB)
     max_concurrency: int = _setting("max_concurrency", 16)
     max_connections: int = _setting("max_connections", 64)
     memory_limit: int = _setting("memory_limit", 512 * MiB)

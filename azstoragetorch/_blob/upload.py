@@ -1,8 +1,9 @@
 """Write a block blob: blocks staged in parallel, committed once, or nothing at all.
 
-Small writes are collected into blocks that are staged in the background; a large write is staged straight from the
-caller's memory before it returns. Until `commit` the blob in the service is untouched; an abandoned writer leaves
-uncommitted blocks, which the service discards after a week or at the next commit.
+What is written is collected into blocks that are staged in the background; a write that is large enough to keep all
+connections busy by itself is staged straight from the caller's memory before it returns. Until `commit` the blob in
+the service is untouched; an abandoned writer leaves uncommitted blocks, which the service discards after a week or at
+the next commit.
 """
 
 from __future__ import annotations
@@ -108,12 +109,11 @@ class BlockWriter:
             FatalBlobIOWriteError: this or an earlier block failed; nothing will be committed.
         """
         while data.nbytes:
-            size = self._block_size()
-            if data.nbytes >= size:
+            if data.nbytes >= self._enough_for_all():
                 self._stage_from_caller(data)
                 return
             if self._collected is None:
-                self._collected = engine_for(self._config).buffers.take(size)
+                self._collected = engine_for(self._config).buffers.take(self._block_size())
                 self._filled = 0
             count = min(data.nbytes, self._collected.nbytes - self._filled)
             copy(self._collected[self._filled : self._filled + count], data[:count])
@@ -218,6 +218,10 @@ class BlockWriter:
     def _block_size(self) -> int:
         size = block_size_at(self._staged, self._config.block_size)
         return max(self._config.block_size, min(size, self._config.memory_limit // _BUFFERED_SHARE))
+
+    def _enough_for_all(self) -> int:
+        """Bytes of a write whose blocks keep every connection busy."""
+        return max(self._block_size(), self._config.max_concurrency * min(self._config.block_size, _MIN_CUT))
 
     def _next_id(self, length: int) -> str:
         if len(self._block_ids) >= MAX_BLOCKS:
