@@ -8,12 +8,24 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := $(VENV)/.torch-installed
 DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
+OLDEST := build/oldest
+AUDIT := build/audit
+PEER ?= build/peer/bin/python
+FUZZ_SECONDS ?= 60
+SOAK_SECONDS ?= 600
+
+# A venv that has what $(VENV) has, but for some packages of its own.
+define beside
+$(BIN)/python -m venv --without-pip --clear $(1)
+$(BIN)/python -c 'import sys; from sysconfig import get_path; open(get_path("purelib", vars={"base": sys.argv[1]}) + "/beside.pth", "w").write(get_path("purelib"))' $(1)
+$(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python install --quiet $(2)
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check build clean
+.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest audit build clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEV) $(AZURITE)  ## make .venv and .tools: pinned torch, the project with its extras, Azurite
 
@@ -41,10 +53,35 @@ format: $(DEV)  ## apply style and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-types: $(DEV)  ## check types
-	$(BIN)/mypy
+types: $(DEV)  ## check types and syntax, for the oldest and the newest Python; ALL=1 for those between too
+	$(BIN)/mypy --python-version 3.10
+	$(foreach minor,$(if $(ALL),11 12 13),$(BIN)/mypy --python-version 3.$(minor) &&) $(BIN)/mypy --python-version 3.14
 
 check: lint types test  ## lint, types and test
+
+fuzz: $(DEV)  ## look for inputs that break a promise; FUZZ_SECONDS= is the time for each target
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
+
+soak: $(DEV)  ## use everything for SOAK_SECONDS= (600) under random faults; memory, threads and files have to stay flat
+	$(BIN)/python -m tests.soak $(SOAK_SECONDS)
+
+coverage: setup  ## run all tests and report the branches of the package that none took; ARGS= goes to pytest
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 --numprocesses=2 --timeout=300 $(ARGS)
+
+reliability: setup $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## write docs/reliability.md from a run; PEER= is a Python with the published connector
+	$(BIN)/python -m pytest tests/faults/test_matrix.py --numprocesses=2 --junitxml=build/matrix.xml
+	$(BIN)/python -m tests.faults.reliability build/matrix.xml $(PEER)
+
+oldest: setup  ## run the tests of the core with the oldest dependencies that are allowed; ARGS= goes to pytest
+	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python check
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_*.py tests/checkpoint tests/cli tests/conformance $(ARGS)
+
+audit: $(DEV)  ## check that dependencies fit together, and ask PyPI for known vulnerabilities of those that users get
+	$(BIN)/python -m pip --disable-pip-version-check check
+	@$(AUDIT)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip --disable-pip-version-check install --quiet pip-audit
+	$(BIN)/python -m tests.audit $(AUDIT)/bin/pip-audit
 
 build: $(DEV)  ## make the source archive and the wheel in dist/
 	$(BIN)/python -m build --no-isolation
@@ -69,3 +106,6 @@ $(AZURITE): | $(DEV)
 	mkdir -p .tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm install --prefix .tools --no-audit --no-fund --no-package-lock --loglevel=error azurite@$(AZURITE_VERSION)
 	@touch $@
+
+build/peer/bin/python: | $(DEV)
+	$(call beside,build/peer,azstoragetorch==0.2.0)
