@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from azstoragetorch._blob.config import MiB, TransferConfig
 from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Engine, Reservation, Scope, engine_for
@@ -335,6 +338,97 @@ class TestBudget:
         budget.release(1)
         assert budget.in_flight == 0
         assert budget.try_acquire(1)
+
+
+@dataclass(eq=False)
+class Turn:
+    """Somebody who waits for *amount* bytes in a thread of its own."""
+
+    amount: int
+    thread: threading.Thread
+
+
+class BudgetMachine(RuleBasedStateMachine):
+    """Any order of calls: never more than the limit but for one alone, first come first served, nobody left behind."""
+
+    held = Bundle("held")
+
+    @initialize(limit=st.integers(1, 20))
+    def begin(self, limit: int) -> None:
+        self.budget = Budget(limit)
+        self.taken: list[int] = []  # what is in flight, by the rules
+        self.waiting: deque[Turn] = deque()
+        self.served: list[Turn] = []  # in the order in which the rules admit them
+
+    def fits(self, amount: int) -> bool:
+        return not self.taken or sum(self.taken) + amount <= self.budget.limit
+
+    @rule(target=held, amount=st.integers(1, 30))
+    def try_to_take(self, amount: int) -> int:
+        may = not self.waiting and self.fits(amount)
+        assert self.budget.try_acquire(amount) is may
+        if may:
+            self.taken.append(amount)
+        return amount if may else 0
+
+    @rule(amount=st.integers(1, 30))
+    def borrow_and_give_back(self, amount: int) -> None:
+        reservation = Reservation(self.budget)
+        assert reservation.take(amount) is (not self.waiting and self.fits(amount))
+        reservation.release()
+
+    @rule(amount=st.integers(1, 30))
+    def wait_for(self, amount: int) -> None:
+        thread = threading.Thread(target=self.budget.acquire, args=(amount,), daemon=True)
+        turn = Turn(amount, thread)
+        queued = len(self.budget._waiting)
+        thread.start()
+        if not self.waiting and self.fits(amount):
+            self.taken.append(amount)
+            self.served.append(turn)
+        else:
+            self.waiting.append(turn)
+            wait_until(lambda: len(self.budget._waiting) == queued + 1)
+
+    @rule(amount=consumes(held))
+    def give_back(self, amount: int) -> None:
+        if amount:
+            self.release(amount)
+
+    @rule()
+    def the_first_that_waited_gives_back(self) -> None:
+        if self.served:
+            turn = self.served.pop(0)
+            turn.thread.join(10)
+            self.release(turn.amount)
+
+    def release(self, amount: int) -> None:
+        self.budget.release(amount)
+        self.taken.remove(amount)
+        while self.waiting and self.fits(self.waiting[0].amount):
+            self.taken.append(self.waiting[0].amount)
+            self.served.append(self.waiting.popleft())
+
+    @invariant()
+    def those_whose_turn_it_is_have_theirs(self) -> None:
+        if hasattr(self, "budget"):
+            for turn in self.served:
+                turn.thread.join(10)
+                assert not turn.thread.is_alive()
+            assert all(turn.thread.is_alive() for turn in self.waiting)
+            assert self.budget.in_flight == sum(self.taken)
+            assert self.budget.in_flight <= self.budget.limit or len(self.taken) == 1
+
+    def teardown(self) -> None:
+        if hasattr(self, "budget"):
+            while self.taken:
+                self.release(self.taken[0])
+            assert not self.waiting
+            self.those_whose_turn_it_is_have_theirs()
+
+
+TestBudgetMachine = BudgetMachine.TestCase
+TestBudgetMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 class TestBuffers:

@@ -19,6 +19,8 @@ from azure.core.exceptions import (
     ServiceRequestError,
     ServiceResponseError,
 )
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.engine import Cancelled, Scope
@@ -80,6 +82,37 @@ class TestPauses:
         for _ in range(10):
             retry.pause_after(Transient(BROKEN))
             retry.made_progress()
+
+
+class RetryMachine(RuleBasedStateMachine):
+    """Whatever fails and gets further in whatever order: as many tries as allowed since the last progress, no more."""
+
+    @initialize(attempts=st.integers(1, 6), longest=st.floats(0, 10))
+    def begin(self, attempts: int, longest: float) -> None:
+        self.config = TransferConfig(max_attempts=attempts, max_backoff=longest)
+        self.retry = Retry(self.config)
+        self.tried = 0
+
+    @rule(asked=st.none() | st.floats(0, 1000))
+    def fail(self, asked: float | None) -> None:
+        error = ServiceResponseError("this one")
+        self.tried += 1
+        if self.tried >= self.config.max_attempts:
+            with pytest.raises(ServiceResponseError) as caught:
+                self.retry.pause_after(Transient(error, asked))
+            assert caught.value is error
+        else:
+            least = min(asked or 0.0, 120.0)
+            grown = min(self.config.max_backoff, 0.4 * 2 ** (self.tried - 1))
+            assert least <= self.retry.pause_after(Transient(error, asked)) <= least + grown
+
+    @rule()
+    def get_further(self) -> None:
+        self.retry.made_progress()
+        self.tried = 0
+
+
+TestRetryMachine = RetryMachine.TestCase
 
 
 class TestRetrying:
