@@ -68,9 +68,9 @@ soak: $(DEV)  ## use everything for SOAK_SECONDS= (600) under random faults; mem
 coverage: setup  ## run all tests and report the branches of the package that none took; ARGS= goes to pytest
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 --numprocesses=2 --timeout=300 $(ARGS)
 
-reliability: setup $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## write docs/reliability.md from a run; PEER= is a Python with the published connector
+reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## write docs/reliability.md from a run; PEER= is a Python with the published connector
 	$(BIN)/python -m pytest tests/faults/test_matrix.py --numprocesses=2 --junitxml=build/matrix.xml
-	$(BIN)/python -m tests.faults.reliability build/matrix.xml $(PEER)
+	$(BIN)/python -m tests.faults.reliability build/matrix.xml build/soak.md $(PEER)
 
 oldest: setup  ## run the tests of the core with the oldest dependencies that are allowed; ARGS= goes to pytest
 	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)
@@ -106,6 +106,9 @@ $(AZURITE): | $(DEV)
 	mkdir -p .tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm install --prefix .tools --no-audit --no-fund --no-package-lock --loglevel=error azurite@$(AZURITE_VERSION)
 	@touch $@
+
+build/soak.md: | $(DEV)
+	$(BIN)/python -m tests.soak $(SOAK_SECONDS)
 
 build/peer/bin/python: | $(DEV)
 	$(call beside,build/peer,azstoragetorch==0.2.0)

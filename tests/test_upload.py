@@ -198,15 +198,24 @@ class TestCaller:
         blob.close()
 
 
+def leave_by_an_error(blob: BlobIO) -> None:
+    with suppress(KeyError), blob:
+        raise KeyError
+
+
 class WriteMachine(RuleBasedStateMachine):
-    """Pieces of any size, in any order of calls: what is committed is what was written."""
+    """Pieces of any size, in any order of calls: what is committed is what was written, or nothing."""
 
     service: FaultService
 
     @initialize(
-        mode=st.sampled_from(["wb", "xb"]), block=st.sampled_from([64 * KiB, 65 * KiB + 1]), validates=st.booleans()
+        mode=st.sampled_from(["wb", "xb"]),
+        block=st.sampled_from([64 * KiB, 65 * KiB + 1]),
+        validates=st.booleans(),
+        end=st.sampled_from([BlobIO.close, BlobIO.close, BlobIO.abort, leave_by_an_error]),
     )
-    def open(self, mode: Any, block: int, validates: bool) -> None:
+    def open(self, mode: Any, block: int, validates: bool, end: Callable[[BlobIO], None]) -> None:
+        self.end = end
         self.service = FaultService()
         self.service.create_container("c")
         if mode == "wb":
@@ -253,9 +262,15 @@ class WriteMachine(RuleBasedStateMachine):
             self.blob.abort()
             self.service.close()
         elif hasattr(self, "blob"):
-            self.blob.close()
-            assert self.service.get("c", "b") == bytes(self.written)
-            assert self.service.uncommitted("c", "b") == {}
+            self.end(self.blob)
+            assert self.blob.closed
+            if self.end is BlobIO.close:
+                assert self.service.get("c", "b") == bytes(self.written)
+                assert self.service.uncommitted("c", "b") == {}
+            elif self.mode == "wb":
+                assert self.service.get("c", "b") == OLD
+            else:
+                assert not self.service.exists("c", "b")
             self.service.close()
 
 
@@ -556,9 +571,44 @@ class TestCreateOnly:
         blob = open_writer(service, "xb", "new")
         blob.write(content(size))
         service.put("c", "new", b"somebody else's")
-        with pytest.raises(ResourceExistsError, match="exists already"):
+        with pytest.raises(
+            ResourceExistsError, match=r"exists already.*PUT.* 409 .*BlobAlreadyExists.*request id"
+        ) as caught:
             blob.close()
         assert service.get("c", "new") == b"somebody else's"
+        told = pickle.loads(pickle.dumps(caught.value))
+        assert (str(told), told.status_code, told.error_code) == (str(caught.value), 409, "BlobAlreadyExists")
+
+    @pytest.mark.parametrize("size", [100, 300_000])
+    def test_a_failed_condition_is_such_a_blob_too(self, service: FaultService, size: int) -> None:
+        """As a blob with a lease answers: the one condition that is sent is that there is none."""
+        service.script("put_blob" if size == 100 else "put_block_list", [Status(412, "LeaseIdMissing")], repeat=True)
+        with pytest.raises(ResourceExistsError, match="LeaseIdMissing"), open_writer(service, "xb", "new") as blob:
+            blob.write(content(size))
+
+    @pytest.mark.parametrize("size", [100, 300_000])
+    def test_leave_to_write_is_enough(self, container: Container, size: int) -> None:
+        """A SAS that does not allow to look whether there is a blob: the commit finds out."""
+        for mode, data in (("xb", content(size)), ("wb", content(size, 1))):
+            with BlobIO(container.blob_sas_url("b", "w"), mode, transfer=QUICK) as blob:  # type: ignore[arg-type]
+                blob.write(data)
+            assert container.get("b") == data
+        refused = pytest.raises(ResourceExistsError, match="exists already")
+        with refused, BlobIO(container.blob_sas_url("b", "w"), "xb", transfer=QUICK) as blob:
+            blob.write(content(size, 2))
+        assert container.get("b") == content(size, 1)
+
+    @pytest.mark.parametrize("size", [100, 300_000])
+    def test_a_lost_answer_that_nobody_may_look_after(self, service: FaultService, size: int) -> None:
+        """It is not said that nothing was committed."""
+        service.script("put_blob" if size == 100 else "put_block_list", [LostAnswer()])
+        service.script("head", [Status(403)], repeat=True)
+        service.script("get_block_list", [Status(403)], repeat=True)
+        blob = open_writer(service, "xb", "new")
+        blob.write(content(size))
+        with pytest.raises(FatalBlobIOWriteError, match="does not say whether it was carried out"):
+            blob.close()
+        assert service.get("c", "new") == content(size)
 
     @pytest.mark.parametrize("size", [100, 300_000])
     @pytest.mark.parametrize("is_pooled", [False, True])
@@ -614,7 +664,7 @@ class TestCreateOnly:
 
     def test_a_check_that_fails_leaves_nothing_behind(self, service: FaultService) -> None:
         """Not even an empty blob, if the error is caught and the writer closed."""
-        service.script("head", [Status(403)], repeat=True)
+        service.script("head", [Status(400)], repeat=True)
         blob = open_writer(service, "xb", "new")
         with pytest.raises(FatalBlobIOWriteError):
             blob.write(content(300_000))

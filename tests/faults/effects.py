@@ -164,6 +164,8 @@ def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
 def _end_of_whole(fault: Fault | None) -> End | None:
     """How the connection ends after an answer that was sent in full."""
     match fault:
+        case StaleConnection(reset=True):
+            return End.RST
         case StaleConnection(on_next_request):
             return End.FIN_ON_NEXT_REQUEST if on_next_request else End.FIN
         case WrongLength(delta) if delta > 0:

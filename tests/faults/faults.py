@@ -255,10 +255,11 @@ class StaleConnection(Fault):
     """A good answer without `Connection: close`, after which the connection is closed all the same.
 
     At once, or with *on_next_request* when the next request arrives on it: that one is dropped, unread and
-    not logged.
+    not logged. With *reset* by RST, not by FIN.
     """
 
     on_next_request: bool = False
+    reset: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ ROWS = [
     Row("reset in the body", TornReset(5000), RIGHT, RESPONSE, ANSWERED),
     Row("reset while sending", ResetUpload(1000), RIGHT, RESPONSE, (PUT, COMMIT)),
     Row("closed after the body", StaleConnection(), RIGHT, RIGHT),
+    Row("reset after the body", StaleConnection(reset=True), RIGHT, RIGHT),
     Row("closed on the next request", StaleConnection(on_next_request=True), RIGHT, RIGHT),
     Row("body cut short", Torn(5000), RIGHT, RESPONSE, ANSWERED),
     Row("stall before the answer", Stall(STALL, None), RIGHT, RESPONSE, times=1, transfer=_FEW, is_carried_out=True),

@@ -1,7 +1,7 @@
 """What users do with blobs, each as a function that the fault matrix runs.
 
 Imports nothing of the project's tests, and uses only what the published connector also has as far as it goes: run as a
-program it serves another interpreter, in which another implementation of the package is installed. It reads one JSON
+program it runs in another interpreter, in which another implementation of the package is installed. It reads one JSON
 request a line and answers each with one.
 """
 
@@ -201,9 +201,10 @@ def names_of(error: BaseException) -> list[str]:
 
 
 def main() -> None:
-    """Serve requests ``{"operation", "url", "tokens"}`` until the input ends."""
+    """Say that all is loaded, then serve requests ``{"operation", "url", "tokens"}`` until the input ends."""
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         credential = Tokens(*request["tokens"]) if request["tokens"] else False

@@ -1,8 +1,9 @@
 """Write `docs/reliability.md` from a run of the fault matrix, and from the same faults against the published connector.
 
-    python -m tests.faults.reliability build/matrix.xml /tmp/peer-venv/bin/python
+    python -m tests.faults.reliability build/matrix.xml build/soak.md build/peer/bin/python
 
-The first argument is pytest's ``--junitxml`` of `test_matrix`; the second an interpreter with the published connector.
+The arguments are pytest's ``--junitxml`` of `test_matrix`, the figures of a soak, and an interpreter with the published
+connector.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -32,11 +34,12 @@ from .operations import CONTAINER
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
-PEER_OPERATIONS = ("read all", "torch.load", "torch.save", "epoch")
-PATIENCE = 90.0  # seconds for one cell; the published connector retries for about a minute
-AT_ONCE = 8  # most of a cell is waiting
+PEER_OPERATIONS = ("read all", "small reads", "torch.load", "torch.save", "epoch", "epoch, 2 workers")
+PATIENCE = 240.0  # seconds for one cell; the published connector retries for more than a minute
+AT_ONCE = 24  # most of a cell is waiting
 
 Outcome = tuple[str, float]  # what came of it, and the seconds that it took
+Found = dict[tuple[str, str, bool], list[Outcome]]  # by row, operation, and whether the fault is there always
 
 
 class Peer:
@@ -58,6 +61,8 @@ class Peer:
                 text=True,
                 env=self._environment,
             )
+            assert self._process.stdout is not None
+            assert self._process.stdout.readline() == "ready\n"
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -129,12 +134,12 @@ def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Out
         pool.put(peer)
 
 
-def measure_all(python: str) -> dict[tuple[str, str, bool], list[Outcome]]:
-    """Outcomes by row, operation and whether the fault is there always."""
+def measure_all(python: str) -> Found:
+    """What comes of every cell with the published connector, as far as it has the operation."""
     todo = [
         cell for row in ROWS if not row.is_ours_alone for operation in PEER_OPERATIONS for cell in cells(row, operation)
     ]
-    found: dict[tuple[str, str, bool], list[Outcome]] = defaultdict(list)
+    found: Found = defaultdict(list)
     with peers(python) as (pool, context), ThreadPoolExecutor(AT_ONCE) as executor:
         for cell, outcome in zip(todo, executor.map(lambda cell: measure(cell, pool, context), todo), strict=True):
             found[cell.row.name, cell.operation, cell.is_always].append(outcome)
@@ -143,9 +148,9 @@ def measure_all(python: str) -> dict[tuple[str, str, bool], list[Outcome]]:
     return found
 
 
-def read_report(path: Path) -> dict[tuple[str, str, bool], list[Outcome]]:
+def read_report(path: Path) -> Found:
     """The outcomes in pytest's report; raises if a cell failed."""
-    found: dict[tuple[str, str, bool], list[Outcome]] = defaultdict(list)
+    found: Found = defaultdict(list)
     known = {f"test_cell[{row.name}-{operation}]": (row, operation) for row in ROWS for operation in TARGETS}
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
@@ -160,12 +165,16 @@ def read_report(path: Path) -> dict[tuple[str, str, bool], list[Outcome]]:
 
 def summary(outcomes: list[Outcome]) -> str:
     """Outcomes, each once, with the longest time if that is worth a word."""
-    names = list(dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-"))
-    longest = max(seconds for _, seconds in outcomes)
+    names = sorted(dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-"), key=_is_bad, reverse=True)
+    longest = max((seconds for _, seconds in outcomes), default=0.0)
     return ", ".join(names) + (f" ({longest:.0f} s)" if longest >= 5 else "") if names else "-"
 
 
-def table(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[str], is_always: bool) -> Iterator[str]:
+def _is_bad(outcome: str) -> bool:
+    return outcome == "no end" or any(word.isupper() for word in outcome.replace(",", "").split())
+
+
+def table(found: Found, operations: list[str], is_always: bool) -> Iterator[str]:
     yield "| fault | " + " | ".join(operations) + " |"
     yield "|---" * (len(operations) + 1) + "|"
     for row in ROWS:
@@ -177,7 +186,21 @@ def table(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[st
             yield f"| {row.name} | " + " | ".join(texts) + " |"
 
 
-def count(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[str]) -> dict[str, int]:
+def side_by_side(ours: Found, theirs: Found) -> Iterator[str]:
+    """All outcomes of a fault in the operations that both have."""
+    yield "| fault | now and then | published | always | published |"
+    yield "|---|---|---|---|---|"
+    for row in ROWS:
+        cells = [
+            summary([each for operation in PEER_OPERATIONS for each in found.get((row.name, operation, is_always), ())])
+            for is_always in (False, True)
+            for found in (ours, theirs)
+        ]
+        if not row.is_ours_alone and set(cells) != {"-"}:
+            yield f"| {row.name} | " + " | ".join(cells) + " |"
+
+
+def count(found: Found, operations: list[str]) -> dict[str, int]:
     """How many outcomes of the shared operations are of which sort."""
     sorts: dict[str, int] = defaultdict(int)
     for (row, operation, is_always), outcomes in found.items():
@@ -186,8 +209,7 @@ def count(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[st
         for outcome, seconds in outcomes:
             if outcome == "-":
                 continue
-            bad = outcome == "no end" or any(word.isupper() for word in outcome.replace(",", "").split())
-            sort = "wrong" if bad else "right" if outcome == RIGHT else "error"
+            sort = "wrong" if _is_bad(outcome) else "right" if outcome == RIGHT else "error"
             sorts[f"{sort}, {'always' if is_always else 'now and then'}"] += 1
             sorts["longer than 5 s"] += seconds > 5
     return sorts
@@ -196,11 +218,16 @@ def count(found: dict[tuple[str, str, bool], list[Outcome]], operations: list[st
 _INTRODUCTION = """\
 # Reliability
 
-What becomes of a read or a save when the service or the network fails. `make reliability` writes this page from a run:
-a blob service on loopback fails as it is told, every operation meets every fault, and each cell of the tables is
+What becomes of a read or a save when the service or the network fails. This page is written from a run:
+
+```sh
+make reliability
+```
+
+A blob service on loopback fails as it is told, every operation meets every fault, and each cell of the tables is
 checked for exact bytes or the error named, for the time that the retries allow, for what is left in the container (the
 old content or the new one, whole, as torch itself reads it), and for connections and memory that were not given back.
-{runs} runs, all as they have to be.
+{runs} runs, all as they have to be, with torch {torch} and azure-storage-blob {sdk}.
 
 - *Now and then*: the fault befalls a few requests, about every other one. `right` means the exact bytes.
 - *Always*: it befalls every request of a kind. What cannot succeed ends with the error named, and soon.
@@ -224,6 +251,8 @@ that the blob never held, returned without an error. `no end` means that it was 
 
 {counts}
 
+{side_by_side}
+
 ### Now and then, published
 
 {theirs_sometimes}
@@ -231,10 +260,19 @@ that the blob never held, returned without an error. `no end` means that it was 
 ### Always, published
 
 {theirs_always}
+
+## Soak
+
+`make soak` uses everything at once, epoch after epoch, against a service that keeps failing: 10,000 blobs through one
+dataset, workers, pipes, nodes, tars, a disk cache that is too small, files written and read, checkpoints saved, loaded
+and cleaned, two ranks. Every byte is checked. What an epoch leaves in use has to be flat: resident memory and cache
+(MiB), threads, processes, sockets, open files, temporary files, segments of shared memory, bytes in flight.
+
+{soak}
 """
 
 
-def page(ours: Any, theirs: Any) -> str:
+def page(ours: Found, soak: str, theirs: Found) -> str:
     shared = list(PEER_OPERATIONS)
     ours_count, theirs_count = count(ours, shared), count(theirs, shared)
     counts = ["| outcomes in the operations that both have | this package | published |", "|---|---|---|"]
@@ -243,14 +281,22 @@ def page(ours: Any, theirs: Any) -> str:
     ]
     return _INTRODUCTION.format(
         runs=sum(map(len, ours.values())),
+        torch=version("torch"),
+        sdk=version("azure-storage-blob"),
         patience=PATIENCE,
         ours_sometimes="\n".join(table(ours, list(TARGETS), False)),
         ours_always="\n".join(table(ours, list(TARGETS), True)),
         counts="\n".join(counts),
+        side_by_side="\n".join(side_by_side(ours, theirs)),
+        soak=soak.strip(),
         theirs_sometimes="\n".join(table(theirs, shared, False)),
         theirs_always="\n".join(table(theirs, shared, True)),
     )
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(read_report(Path(sys.argv[1])), measure_all(sys.argv[2])), encoding="utf-8")
+    matrix, figures, published = sys.argv[1:]
+    PAGE.write_text(
+        page(read_report(Path(matrix)), Path(figures).read_text(encoding="utf-8"), measure_all(published)),
+        encoding="utf-8",
+    )

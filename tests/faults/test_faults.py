@@ -483,6 +483,11 @@ class TestOnTheWire:
         assert (seen.status, seen.body, seen.end) == (200, CONTENT, "FIN")
         assert b"connection:" not in seen.head.lower()
 
+    def test_connection_that_is_reset_after_a_whole_answer(self, service: FaultService) -> None:
+        service.script("get_blob", [StaleConnection(reset=True)])
+        seen = watch(service)
+        assert (seen.status, seen.body, seen.end) == (200, CONTENT, "RST")
+
     def test_connection_that_is_stale_on_its_next_request(self, service: FaultService) -> None:
         service.script("get_blob", [StaleConnection(on_next_request=True)])
         with socket.create_connection((service.host, service.port), TIMEOUT) as sock:

@@ -43,8 +43,8 @@ def mutated(data: bytes, others: list[bytes], words: tuple[bytes, ...], dice: ra
                 out = out[:at]
             case 5:
                 piece = out[at : at + dice.choice((4, 64, 512))]
-                out[dice.randrange(len(out) + 1) :][:0] = piece
-                out[at:at] = piece
+                to = dice.randrange(len(out) + 1)
+                out[to:to] = piece
             case 6:
                 other = dice.choice(others)
                 out[at:] = other[dice.randrange(len(other) + 1) :]

@@ -191,6 +191,40 @@ class TestFork:
         assert errors == []
         assert blob.read() == DATA[1000:]
 
+    @pytest.mark.parametrize("action", ["read", "seek", "write"])
+    def test_while_a_thread_of_the_parent_is_in_a_call_of_the_same_object(
+        self, service: FaultService, action: str
+    ) -> None:
+        """The child does not wait for it: a reader is where it was before that call."""
+        gate = threading.Event()
+        transfer = replace(QUICK, read_timeout=60)
+        if action == "write":
+            blob = BlobIO(service.blob_url("c", "new"), "wb", credential=False, transfer=transfer)
+            service.script("put_block", [Hold(gate)], repeat=True)
+            call: Callable[[], object] = lambda: blob.write(DATA)  # noqa: E731
+        else:
+            blob = BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=transfer)
+            blob.seek(1000)
+            service.script("get_blob", [Hold(gate)])
+            call = blob.read if action == "read" else lambda: blob.seek(-5, os.SEEK_END)
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        service.wait_for_requests(1)
+
+        def act() -> bool:
+            if action == "write":
+                with pytest.raises(FatalBlobIOWriteError, match="forked"):
+                    blob.close()
+                return True
+            return blob.tell() == 1000 and blob.read() == DATA[1000:] and blob.seek(0) == 0
+
+        try:
+            assert in_fork(act)
+        finally:
+            gate.set()
+            thread.join(20)
+        blob.abort()
+
     def test_connections_of_the_parent_are_let_go(self, service: FaultService) -> None:
         """Idle ones and those in the middle of an answer: what the parent closes is closed."""
         gate = threading.Event()
