@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.url import parse_blob_url
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class BlobIO(io.BufferedIOBase):
         self._client = client
         self._mode = mode
         self._lock = threading.RLock()
+        self._generation = _generation
+        self._before = 0  # the position when the call began that is under way, or was last
         self._opened_during = sys.exc_info()[1]
         self._is_closed = False
         self._blob: ReadAhead | None = None
@@ -118,7 +121,7 @@ class BlobIO(io.BufferedIOBase):
     @property
     def size(self) -> int:
         """Bytes of the blob when reading, which asks the service unless known; bytes written so far when writing."""
-        with self._lock:
+        with self._turn():
             if self._blob is None:
                 return self._writer.written
             self._check_open()
@@ -170,11 +173,7 @@ class BlobIO(io.BufferedIOBase):
 
         def read(reader: io.BufferedReader, blob: ReadAhead) -> bytes:
             start = reader.tell()
-            if size is None or size < 0:
-                data = blob.read_all(start)
-            else:
-                length = min(size, max(0, blob.size() - start))
-                data = filled_bytes(length, lambda view: blob.readinto(start, view))
+            data = blob.read(start, None if size is None or size < 0 else size)
             reader.seek(start + len(data))
             return data
 
@@ -202,9 +201,9 @@ class BlobIO(io.BufferedIOBase):
 
     def _steadily(self, read: Callable[[io.BufferedReader, ReadAhead], T]) -> T:
         """What *read* returns; if it fails the position is what it was, so that another try skips nothing."""
-        with self._lock:
+        with self._turn():
             reader, blob = self._readable()
-            start = reader.tell()
+            self._before = start = reader.tell()
             try:
                 return read(reader, blob)
             except BaseException:
@@ -219,12 +218,14 @@ class BlobIO(io.BufferedIOBase):
         Raises:
             ValueError: the position would be negative, or *whence* is not 0, 1 or 2.
         """
-        with self._lock:
-            return self._readable("seek")[0].seek(offset, whence)
+        with self._turn():
+            reader, _ = self._readable("seek")
+            self._before = reader.tell()
+            return reader.seek(offset, whence)
 
     def tell(self) -> int:
         """The position in bytes."""
-        with self._lock:
+        with self._turn():
             self._check_open()
             return self._writer.written if self._reader is None else self._reader.tell()
 
@@ -240,7 +241,7 @@ class BlobIO(io.BufferedIOBase):
             FatalBlobIOWriteError: this or an earlier upload failed; nothing will be committed.
             TypeError: *data* has no buffer, such as text.
         """
-        with self._lock:
+        with self._turn():
             self._check_writable()
             if isinstance(data, str):
                 raise TypeError("a bytes-like object is required, not 'str': encode the text, or use io.TextIOWrapper")
@@ -263,7 +264,7 @@ class BlobIO(io.BufferedIOBase):
         Raises:
             FatalBlobIOWriteError: an upload failed; nothing will be committed.
         """
-        with self._lock:
+        with self._turn():
             self._check_open()
             if self._reader is None:
                 self._writer.flush()
@@ -281,7 +282,7 @@ class BlobIO(io.BufferedIOBase):
             FatalBlobIOWriteError: it could not be committed; the blob is unchanged.
             ResourceExistsError: mode ``"xb"``, and there is a blob.
         """
-        with self._lock:
+        with self._turn():
             if self.closed:
                 return
             error = sys.exc_info()[1]
@@ -308,7 +309,7 @@ class BlobIO(io.BufferedIOBase):
 
     def abort(self) -> None:
         """Close without committing: the blob stays as it was before it was opened. Does nothing when closed."""
-        with self._lock:
+        with self._turn():
             if self.closed:
                 return
             self._is_closed = True
@@ -327,7 +328,7 @@ class BlobIO(io.BufferedIOBase):
         if error is not None:
             self.abort()
             return
-        with self._lock:
+        with self._turn():
             if not self.closed:
                 self._finish()
 
@@ -337,6 +338,8 @@ class BlobIO(io.BufferedIOBase):
         if self._blob is not None:
             self._blob.abandon()
             return
+        if self._generation != _generation:
+            return  # forked: it is the parent's to finish
         self._writer.cancel()
         warnings.warn(
             f"{self!r} was dropped without close(): nothing was committed", ResourceWarning, stacklevel=2, source=self
@@ -346,8 +349,28 @@ class BlobIO(io.BufferedIOBase):
         """A reader pickles as its blob, version and position; a writer cannot be pickled."""
         if self._blob is None or self._reader is None:
             raise TypeError(f"cannot pickle {self!r}: only readers can be pickled")
-        self._check_open()
-        return _reopen, (self._client, self._blob.version, self._reader.tell())
+        with self._turn():
+            self._check_open()
+            return _reopen, (self._client, self._blob.version, self._reader.tell())
+
+    def _turn(self) -> AbstractContextManager[object]:
+        """The lock by which calls take turns."""
+        if self._generation != _generation:
+            self._settle()
+        return self._lock
+
+    def _settle(self) -> None:
+        """In a forked child: a thread of the parent that was in a call is not here to end it."""
+        with _settling:
+            if self._generation == _generation:
+                return
+            if not self._lock.acquire(blocking=False) and self._blob is not None:
+                assert self._reader is not None
+                _unusable.append(self._reader)
+                self._reader = io.BufferedReader(_RawBlob(self._blob), _BUFFER_SIZE)
+                self._reader.seek(self._before)
+            self._lock = threading.RLock()
+            self._generation = _generation
 
     def _check_open(self) -> None:
         if self.closed:
@@ -397,6 +420,21 @@ class _RawBlob(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+_generation = 0  # a forked child's is one more than its parent's
+_settling = threading.Lock()
+_unusable: list[io.BufferedReader] = []  # kept, since even their finalizers wait for a lock of the parent
+
+
+def _forget_parent() -> None:
+    global _generation, _settling
+    _generation += 1
+    _settling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
 
 
 def _reopen(client: BlobClient, version: BlobVersion | None, position: int) -> BlobIO:

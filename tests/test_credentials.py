@@ -6,11 +6,12 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential
+from azure.core.credentials import AccessToken, AccessTokenInfo, AzureNamedKeyCredential, AzureSasCredential
 from azure.core.exceptions import (
     ClientAuthenticationError,
     HttpResponseError,
@@ -305,6 +306,27 @@ class TestTokens:
         assert type(pickle.loads(pickle.dumps(caught.value))) is type(failure)
         assert self.read(service, credential) == DATA
 
+    def test_an_identity_with_an_error_of_its_own_is_an_azure_error(self, service: FaultService) -> None:
+        class RefusedError(ClientAuthenticationError):
+            def __init__(self, tenant: str, scopes: list[str]) -> None:
+                super().__init__(f"{tenant} refused {scopes}: access_token=topsecret")
+
+        credential = Tokens()
+        credential.failures = [RefusedError("tenant", [SCOPE])]
+        with pytest.raises(ClientAuthenticationError, match="tenant refused") as caught:
+            self.read(service, credential)
+        assert "topsecret" not in repr(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+    def test_a_credential_of_the_newer_protocol(self, service: FaultService) -> None:
+        class Newer:
+            def get_token_info(self, *scopes: str, options: Any = None) -> AccessTokenInfo:
+                assert scopes == (SCOPE,)
+                return AccessTokenInfo("token-1", int(time.time() + 3600))
+
+        service.require_token("token-1")
+        assert self.read(service, Newer()) == DATA
+
     def test_default_azure_credential_is_made_when_it_is_needed(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -373,6 +395,14 @@ class TestPickling:
         holder = pickle.loads(pickle.dumps(CredentialHolder(AzureNamedKeyCredential("account", "a2V5"))))
         with pytest.raises(ValueError, match="make the object again with its credential"):
             holder.authorizer(HTTP).query()
+
+    def test_whatever_came_out_of_pickles_shares_one_signature(self) -> None:
+        """As blobs do that a worker has sent: it is not minted for each."""
+        pickled = ForkingPickler.dumps(CredentialHolder(AzureNamedKeyCredential("account", "a2V5")))
+        first, second = (ForkingPickler.loads(pickled).authorizer(HTTP) for _ in range(2))
+        assert first is second
+        other = ForkingPickler.dumps(CredentialHolder(AzureNamedKeyCredential("account", "b3RoZXI=")))
+        assert ForkingPickler.loads(other).authorizer(HTTP) is not first
 
     def test_a_sas_that_was_left_out_too(self) -> None:
         holder = pickle.loads(pickle.dumps(CredentialHolder(AzureSasCredential("sig=x"))))

@@ -69,6 +69,7 @@ class TestWrongArguments:
             ((b"https://x/c/b", "rb"), {}, TypeError, "blob_url must be a str"),
             ((f"{ACCOUNT}/c/b",), {}, TypeError, "mode"),
             ((f"{ACCOUNT}/c/b", "rb"), {"credential": "key"}, TypeError, "credential must be"),
+            ((f"{ACCOUNT}/c/b?sv=1&sig=x", "rb"), {"credential": "key"}, TypeError, "credential must be"),
             ((f"{ACCOUNT}/c/b", "rb"), {"credentails": None}, TypeError, "credentails"),
             ((f"{ACCOUNT}/c/b", "rb"), {"transfer": {"part_size": 1}}, TypeError, "transfer must be a TransferConfig"),
             ((f"{ACCOUNT}/c/b", "rb", None), {}, TypeError, "positional"),
@@ -163,6 +164,16 @@ class TestWhatItIs:
         assert repr(blob) == f"<BlobIO '{blob.name}' mode='rb' closed>"
         assert (blob.name, blob.mode, blob.etag) == (service.blob_url("c", "a b"), "rb", etag)
         assert repr(BlobIO.__new__(BlobIO)) == "<BlobIO not opened>"
+
+    @pytest.mark.parametrize("length", [0, 5, 200_000])
+    @pytest.mark.parametrize("end", [BlobIO.close, BlobIO.abort])
+    def test_a_closed_writer_still_knows_how_much_it_took(
+        self, service: FaultService, length: int, end: Callable[[BlobIO], None]
+    ) -> None:
+        blob = open_blob(service, "wb")
+        blob.write(content(length))
+        end(blob)
+        assert blob.size == length
 
     def test_peek_does_not_move(self, service: FaultService) -> None:
         with open_blob(service) as blob:

@@ -265,11 +265,33 @@ class TestInterrupts:
                 writer._scope.cancel()
             else:
                 with pytest.raises(FatalBlobIOWriteError):
-                    writer.write(memoryview(DATA))
+                    writer.write(memoryview(DATA * 2))  # enough to be sent before the return
 
         with taking(at_most=5):
             run_threads(2, act)
         assert service.get("c", "b") == DATA
+
+
+def test_a_slow_upload_is_not_one_that_stalls() -> None:
+    """What counts is the time without a single byte, not the time that a body takes."""
+    size, received = 24 << 20, 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+
+        def serve() -> None:
+            nonlocal received
+            with server.accept()[0] as peer:
+                while received < size:
+                    received += len(peer.recv(1 << 16))
+                    time.sleep(0.004)
+                peer.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/account/c/b"
+        blob_client(url, replace(ONE_TRY, block_size=size, read_timeout=0.5)).put(bytes(size))
+        thread.join(10)
+    assert received > size  # with the head
 
 
 class TestProxies:

@@ -23,6 +23,7 @@ from azstoragetorch._blob.config import MiB, TransferConfig
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.engine import Scope
+from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
@@ -238,14 +239,17 @@ class _CachingReader(ReadAhead):
         self._key = url
         self._has_whole_head = version is not None and len(head) == version.size
 
-    def read_all(self, start: int) -> bytes:
-        if self._has_whole_head:
-            return super().read_all(start)
+    def read(self, start: int, size: int | None = None) -> bytes:
+        if self._has_whole_head or (self.version is None and size is not None):
+            return super().read(start, size)
+        if self.version is not None and size is not None:
+            length = min(size, max(0, self.version.size - start))
+            return filled_bytes(length, lambda view: self.readinto(start, view))
         if self.version is not None:
             cached = self._cache.load(self._key, self.version.etag)
             if cached is not None:
                 return cached[start:] if start else cached
-        data = super().read_all(start)
+        data = super().read(start)
         if start == 0 and self.version is not None:
             self._cache.store(self._key, self.version.etag, data)
         return data

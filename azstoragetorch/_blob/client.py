@@ -81,7 +81,7 @@ class BlobClient(_Client):
         """The whole blob and its version; one request if it is no larger than a part."""
         reader = self.reader()
         try:
-            data = reader.read_all(0)
+            data = reader.read(0)
             assert reader.version is not None
             return data, reader.version
         finally:

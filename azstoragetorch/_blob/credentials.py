@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential, TokenCredential
-from azure.core.exceptions import AzureError, HttpResponseError
+from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
 from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.retry import RETRYABLE_STATUS
 from azstoragetorch._blob.secret import Secret, redact
 from azstoragetorch._blob.url import BlobURL
 
@@ -195,13 +197,13 @@ class _Token:
             self._credential = DefaultAzureCredential()
         for attempt in range(5):
             try:
-                return self._credential.get_token(SCOPE)
-            except HttpResponseError as error:
-                # Managed identity throttles when all workers of a node start at once.
-                if error.status_code not in (429, 500, 502, 503, 504) or attempt == 4:
-                    raise portable(type(error)(message=redact(str(error)))) from None
+                token: AccessToken = _asking(self._credential)(SCOPE)
+                return token
             except AzureError as error:
-                raise portable(type(error)(redact(str(error)))) from None
+                # Managed identity throttles when all workers of a node start at once.
+                is_busy = isinstance(error, HttpResponseError) and error.status_code in RETRYABLE_STATUS
+                if not is_busy or attempt == 4:
+                    raise _as_told(error) from None
             time.sleep(random.uniform(0.1, 1.0) * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -213,9 +215,10 @@ class CredentialHolder:
     """
 
     def __init__(self, credential: Credential, sas: Secret | None = None) -> None:
+        checked = check_credential(credential)
         # A SAS in the URL wins, as it does in the SDK.
         self._sas = sas
-        self._credential = check_credential(credential) if sas is None else None
+        self._credential = checked if sas is None else None
 
     def authorizer(self, url: BlobURL) -> Authorizer:
         """The authorizer for requests to *url*, shared by all of this process that use the same credential.
@@ -265,7 +268,7 @@ class CredentialHolder:
             # Resolved on use: unpickling in a place that never reads needs no secret.
             self._sas, self._credential = values[0], None
         elif kind == "key":
-            self._credential = _LazyKey(values[0], values[1])
+            self._credential = _unpickled_key(values[0], values[1])
         else:
             self._credential = values[0]
 
@@ -284,6 +287,12 @@ class _LazyKey(AzureNamedKeyCredential):
         return super().named_key
 
 
+@lru_cache(maxsize=64)
+def _unpickled_key(name: str, key: Secret) -> _LazyKey:
+    """One object for all that came out of pickles with the same key, so that they share an authorizer."""
+    return _LazyKey(name, key)
+
+
 def check_credential(credential: Any) -> Any:
     """*credential* if it is one that we accept.
 
@@ -296,7 +305,7 @@ def check_credential(credential: Any) -> Any:
         or isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential))
     ):
         return credential
-    if isinstance(credential, type) or not callable(getattr(credential, "get_token", None)):
+    if isinstance(credential, type) or not callable(_asking(credential)):
         hint = "; pass an instance" if isinstance(credential, type) else ""
         hint = "; wrap a SAS in AzureSasCredential" if isinstance(credential, str) else hint
         raise TypeError(f"credential must be {_ACCEPTED}, not {type(credential).__name__}{hint}")
@@ -305,10 +314,24 @@ def check_credential(credential: Any) -> Any:
     return credential
 
 
+def _asking(credential: Any) -> Any:
+    """How *credential* is asked for a token, or None if it is not one that can be."""
+    return getattr(credential, "get_token", None) or getattr(credential, "get_token_info", None)
+
+
 def _is_async(credential: Any) -> bool:
     from inspect import iscoroutinefunction
 
-    return iscoroutinefunction(credential.get_token)
+    return iscoroutinefunction(_asking(credential))
+
+
+def _as_told(error: AzureError) -> AzureError:
+    """*error* of an identity anew, without secrets and what cannot be pickled."""
+    text = redact(str(error))
+    try:
+        return portable(type(error)(message=text))
+    except TypeError:  # a type with arguments of its own
+        return portable(ClientAuthenticationError(message=text))
 
 
 _ANONYMOUS = _Anonymous()

@@ -57,7 +57,7 @@ def service_error(
     text = (
         f"{verb} {url}: {status} {reason}"
         + (f" ({code})" if code else "")
-        + (f": {message}" if message else "")
+        + (f": {message}" if message and message != reason else "")
         + (f" {hint}" if hint else "")
         + f" [request id {headers.get('x-ms-request-id', '-')}, "
         + f"client request id {headers.get('x-ms-client-request-id', '-')}]"

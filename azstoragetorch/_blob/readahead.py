@@ -90,15 +90,17 @@ class ReadAhead:
         return self.version.size
 
     @timed("blocked_seconds")
-    def read_all(self, start: int) -> bytes:
-        """Everything from *start* on, as bytes that were never copied."""
+    def read(self, start: int, size: int | None = None) -> bytes:
+        """Up to *size* bytes, or everything, from *start* on, as bytes that were never copied."""
         self._check_process()
         opened: RangeRead | None = None
         scope = Scope()
-        if self.version is None:
-            opened = self._open(start, self._config.effective_part_size, scope)
+        if self.version is None and (start or size is None):
+            part = self._config.effective_part_size
+            opened = self._open(start, part if size is None else min(size, part), scope)
         try:
             length = max(0, self.size() - start)
+            length = length if size is None else min(size, length)
             if start == 0 and length == len(self._head):
                 return self._head
             return filled_bytes(length, lambda view: self._read(start, view, opened, scope))

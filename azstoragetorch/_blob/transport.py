@@ -110,7 +110,7 @@ class Connection:
             raise ConnectionAbortedError("interrupted")
         head = self._head(method, self._prefix + target, headers)
         try:
-            if body is None or isinstance(body, bytes):
+            if body is None or (isinstance(body, bytes) and len(body) <= _SEND_SLICE):
                 connection.sock.sendall(head + body if body else head)
             else:
                 connection.sock.sendall(head)
@@ -481,8 +481,8 @@ def close_idle_connections() -> None:
     _pool.close()
 
 
-def _slices(body: memoryview | Sequence[memoryview]) -> Iterator[memoryview]:
-    for piece in [body] if isinstance(body, memoryview) else body:
+def _slices(body: bytes | memoryview | Sequence[memoryview]) -> Iterator[memoryview]:
+    for piece in [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body:
         for start in range(0, piece.nbytes, _SEND_SLICE):
             yield piece[start : start + _SEND_SLICE]
 

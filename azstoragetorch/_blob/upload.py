@@ -17,12 +17,20 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from azure.core import MatchConditions
-from azure.core.exceptions import AzureError, HttpResponseError, ResourceExistsError, ResourceNotFoundError
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceModifiedError,
+    ResourceNotFoundError,
+)
 from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob import BlobClient as SdkBlobClient
 
 from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
 from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for
+from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.memory import copy
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
@@ -185,7 +193,8 @@ class BlockWriter:
 
     def cancel(self) -> None:
         """From another thread, or a finalizer: fail what is on its way, and so whoever writes. `abort` is still due."""
-        self._scope.cancel()
+        if self._pid == os.getpid():
+            self._scope.cancel()
 
     def abort(self) -> None:
         """Give up: stop what is on its way, commit nothing."""
@@ -242,6 +251,8 @@ class BlockWriter:
             self._sdk.call("HEAD", lambda client: client.get_blob_properties())
         except ResourceNotFoundError:
             return
+        except ClientAuthenticationError:
+            return  # a SAS may allow to create and not to look; the commit will say
         raise _exists(self._url)
 
     def _stage_from_caller(self, data: memoryview) -> None:
@@ -305,12 +316,16 @@ class BlockWriter:
         self._collected, self._filled = None, 0
         self._wait_for_less_than(self._config.max_concurrency)
         reservation = Reservation(engine.budget)
-        if not reservation.take(block.nbytes):
-            stage(self._scope)
-            engine.buffers.give_back(block)
-            return
-        self._begun += 1
-        engine.submit(lambda: self._stage_in_background(engine, block, reservation, stage))
+        try:
+            if reservation.take(block.nbytes):
+                self._begun += 1
+                engine.submit(lambda: self._stage_in_background(engine, block, reservation, stage))
+                return
+        except BaseException:
+            reservation.release()  # interrupted: perhaps nobody stages it
+            raise
+        stage(self._scope)
+        engine.buffers.give_back(block)
 
     def _wait_for_less_than(self, count: int) -> None:
         """Wait until fewer than *count* blocks are on their way in the background."""
@@ -361,24 +376,11 @@ class BlockWriter:
 
     def _put_blob(self, data: bytes) -> None:
         headers = {"Content-MD5": _md5([memoryview(data)])} if self._config.validate_content else {}
-        tries = 0
-
-        def put(client: SdkBlobClient) -> None:
-            nonlocal tries
-            tries += 1
-            client.upload_blob(data, overwrite=not self._create_only, headers=headers)
-
-        try:
-            self._sdk.call("PUT", put)
-        except ResourceExistsError as error:
-            if not self._create_only:
-                raise
-            # After a lost answer the blob that is in the way may be the one we put.
-            if tries == 1 or not self._has_content(data):
-                raise _exists(self._url) from error
-        except (AzureError, ClientRequestIdMismatchError) as error:
-            if not self._was_carried_out(error, lambda: self._has_content(data)):
-                raise
+        self._commit_once(
+            "PUT",
+            lambda client: client.upload_blob(data, overwrite=not self._create_only, headers=headers),
+            lambda: self._has_content(data),
+        )
 
     def _put_block_list(self, md5: bytes | None) -> None:
         blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
@@ -387,19 +389,34 @@ class BlockWriter:
         )
         if md5 is not None:  # of a blob that is put whole the service computes it
             options["content_settings"] = ContentSettings(content_md5=bytearray(md5))
+        self._commit_once(
+            "PUT (block list)", lambda client: client.commit_block_list(blocks, **options), self._is_committed
+        )
+
+    def _commit_once(self, verb: str, commit: Callable[[SdkBlobClient], object], look: Callable[[], bool]) -> None:
+        """Run *commit*; *look* tells whether one that ended otherwise was carried out."""
+        tries = 0
+
+        def attempt(client: SdkBlobClient) -> None:
+            nonlocal tries
+            tries += 1
+            commit(client)
+
         try:
-            self._sdk.call("PUT (block list)", lambda client: client.commit_block_list(blocks, **options))
-        except ResourceExistsError as error:
-            if not self._is_committed():
-                raise _exists(self._url) from error
+            self._sdk.call(verb, attempt)
+        except (ResourceExistsError, ResourceModifiedError) as error:
+            if not self._create_only:
+                raise
+            # After a lost answer the blob that is in the way may be the one we put.
+            if tries == 1 or not self._took_effect(error, look):
+                raise _exists(self._url, error) from error
         except (AzureError, ClientRequestIdMismatchError) as error:
-            if not self._was_carried_out(error, self._is_committed):
+            is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
+            if is_refused or not self._took_effect(error, look):
                 raise
 
-    def _was_carried_out(self, error: Exception, look: Callable[[], bool]) -> bool:
-        """Whether a commit that ended with *error* took effect all the same, as one does whose answer is lost."""
-        if isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS:
-            return False
+    def _took_effect(self, error: Exception, look: Callable[[], bool]) -> bool:
+        """What *look* says of a commit that ended with *error*, as one does whose answer is lost."""
         try:
             return look()
         except ResourceNotFoundError:
@@ -418,15 +435,17 @@ class BlockWriter:
         return [block.id for block in committed] == self._block_ids
 
     def _free(self) -> None:
-        block, self._collected, self._filled = self._collected, None, 0
+        block, self._collected = self._collected, None
         if block is not None:
             engine_for(self._config).buffers.give_back(block)
 
 
-def _exists(url: BlobURL) -> ResourceExistsError:
-    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged")
+def _exists(url: BlobURL, refused: AzureError | None = None) -> ResourceExistsError:
+    told = f": {refused}" if refused is not None else ""
+    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{told}")
     error.status_code = 409
-    return error
+    error.error_code = "BlobAlreadyExists"  # type: ignore[attr-defined]  # the SDK sets it too
+    return portable(error)
 
 
 def _md5(pieces: Sequence[memoryview]) -> str:

@@ -139,9 +139,8 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
             raise ValueError(f"{argument} {shape!r} names no container before the '@': expected {_FORMS}")
         scheme = "https"
     # The hierarchical endpoint of an account serves the same blobs under another name.
-    first, dot, domain = host.partition(".")
-    if domain.startswith("dfs.") and dot:
-        host = f"{first}.blob.{domain.removeprefix('dfs.')}"
+    # In DNS zones and behind private links one more label comes before "dfs".
+    host = re.sub(r"^([\w-]+(?:\.[\w-]+)?)\.dfs\.", r"\1.blob.", host)
     account_path = ""
     if _names_account_in_path(hostname, path):
         account, _, path = path.partition("/")
