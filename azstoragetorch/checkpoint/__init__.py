@@ -1,9 +1,9 @@
 """Distributed checkpoints (`torch.distributed.checkpoint`) on Azure Blob Storage, and their management.
 
-``writer`` and ``reader`` carry out what torch's planners ask for. Below them ``format`` knows what a checkpoint
-consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device meet host memory, ``sharing`` how
-ranks fetch once for all, and ``folder`` where it all is. Nothing here keeps a connection or thread: those are the
-core's.
+``writer`` and ``reader`` are what torch calls. A ``load`` carries out what torch's planner asks for: ``reads`` says
+what that is of which blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
+``format`` knows what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device
+meet host memory, and ``folder`` where it all is. Nothing here keeps a connection or thread: those are the core's.
 """
 
 from __future__ import annotations

@@ -147,3 +147,12 @@ def plain(error: BaseException) -> BaseException:
 def describe(error: BaseException) -> str:
     """*error* in one line."""
     return f"{error}" if isinstance(error, (AzureError, CheckpointError)) else f"{type(error).__name__}: {error}"
+
+
+def is_url(checkpoint_id: object) -> bool:
+    """Whether *checkpoint_id* is the URL of a folder of blobs."""
+    try:
+        Folder(checkpoint_id, False)  # type: ignore[arg-type]  # it raises TypeError
+    except (TypeError, ValueError):
+        return False
+    return True

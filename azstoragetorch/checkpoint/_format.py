@@ -179,7 +179,7 @@ def probe(head: bytes, tail: bytes, length: int) -> Payload | None:
 
     try:
         with FakeTensorMode():
-            source: Any = _Hollow(head, tail, length)
+            source: Any = ItemFile(head, tail, length)
             tensor: Any = torch.load(source, map_location="cpu", weights_only=True)
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             return None
@@ -198,11 +198,12 @@ def probe(head: bytes, tail: bytes, length: int) -> Payload | None:
     return payload if fits else None
 
 
-class _Hollow(io.RawIOBase):
-    """A file of which only both ends are known; reading in between fails."""
+class ItemFile(io.RawIOBase):
+    """An item as a file, without a copy. Where only both ends of it are known, reading in between fails."""
 
-    def __init__(self, head: bytes, tail: bytes, length: int) -> None:
-        self._head, self._tail, self._length = head, tail, length
+    def __init__(self, head: bytes | memoryview, tail: bytes = b"", length: int | None = None) -> None:
+        self._head, self._tail = head, tail
+        self._length = len(head) if length is None else length
         self._position = 0
 
     def readable(self) -> bool:
@@ -223,7 +224,7 @@ class _Hollow(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         start, stop = self._position, min(self._position + view.nbytes, self._length)
         if stop <= len(self._head):
-            known = self._head[start:stop]
+            known: bytes | memoryview = self._head[start:stop]
         elif start >= self._length - len(self._tail):
             at = start - (self._length - len(self._tail))
             known = self._tail[at : at + stop - start]

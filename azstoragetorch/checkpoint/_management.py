@@ -52,19 +52,30 @@ def latest_checkpoint(
     base_url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> str | None:
     """The last of :func:`list_checkpoints`, or None if there is none: a job resumes from it or starts afresh."""
-    found = _complete(Folder(base_url, credential, transfer))
-    return found[-1].url if found else None
+    for folder in reversed(_folders(Folder(base_url, credential, transfer))):
+        if _is_complete(folder):
+            return folder.url
+    return None
 
 
-def _complete(base: Folder) -> list[Folder]:
+def _folders(base: Folder) -> list[Folder]:
+    """The folders in *base*, oldest first."""
     names = [
         prefix.removeprefix(base.prefix).rstrip("/") for page in base.listing(delimiter="/") for prefix in page.prefixes
     ]
-    folders = [base.child(name) for name in sorted(filter(None, names), key=_by_number)]
+    return [base.child(name) for name in sorted(filter(None, names), key=_by_number)]
+
+
+def _is_complete(folder: Folder) -> bool:
+    return folder.blob(METADATA).version() is not None
+
+
+def _complete(base: Folder) -> list[Folder]:
+    folders = _folders(base)
     is_complete = [False] * len(folders)
 
     def look(number: int) -> None:
-        is_complete[number] = folders[number].blob(METADATA).version() is not None
+        is_complete[number] = _is_complete(folders[number])
 
     _for_each(range(len(folders)), look, base)
     return [folder for folder, complete in zip(folders, is_complete, strict=True) if complete]

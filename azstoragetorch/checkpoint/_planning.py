@@ -16,6 +16,7 @@ from azstoragetorch._blob.config import KiB
 NEAR = 16 * KiB  # a gap this small is always fetched along: it holds what stands between two tensors
 FAR = 512 * KiB  # a gap this large costs more than a request of its own: some 10 ms at 60 MB/s
 WASTE = 1 / 4  # share of a request that may be fetched in vain, beyond small gaps
+EXCESS = 1 / 4  # share by which a request may be too long, rather than to be cut into two that are short
 _GRAIN = 16  # boxes are cut at rows of at most this fraction of a request, so that requests come out about full
 
 
@@ -131,11 +132,11 @@ def join(pieces: Sequence[Piece], limit: int) -> list[Request]:
 
 
 def _split_chain(chain: Sequence[Piece], limit: int) -> Iterator[Request]:
-    """Cut a *chain* of neighbours, at borders of pieces, into the fewest requests, all of about one length."""
+    """Cut a *chain* of neighbours, at borders of pieces, into few requests, all of about one length."""
     if not chain:
         return
     start, stop = chain[0].start, max(piece.stop for piece in chain)
-    count = -(-(stop - start) // limit)
+    count = max(1, math.ceil((stop - start) / limit - EXCESS))
     done = 0
     group, end = [chain[0]], chain[0].stop
     for piece in chain[1:]:

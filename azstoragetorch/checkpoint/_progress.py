@@ -11,7 +11,7 @@ Progress = Callable[[int, int], None]
 
 
 class Meter:
-    """Counts bytes and reports them. It never fails a transfer's thread: an error of the callback is the caller's."""
+    """Counts bytes and reports them. An error of the callback fails the save or load."""
 
     def __init__(self, report: Progress | None, planned: int) -> None:
         self._report = report

@@ -2,15 +2,18 @@
 
 The coordinator decides from the plans of all ranks who fetches what; every rank then takes part in the same
 broadcasts in the same order. Before the first one, all ranks tell each other whether they succeeded, so that the
-failure of one is the failure of all and nobody waits for a broadcast that never comes.
+failure of one is the failure of all. A rank that cannot use what it gets after that raises when all is sent: nobody
+waits for a broadcast that never comes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,15 +23,21 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from azstoragetorch._blob.config import MiB
+from azstoragetorch.checkpoint._host import select
+from azstoragetorch.checkpoint._planning import boxes
 from azstoragetorch.exceptions import CheckpointError
 
 SHARING = ("rank", "node", "world")
 
 _PACKED = 1 * MiB  # smaller tensors travel together
 _PARCEL = 32 * MiB  # bytes of small tensors that travel together, and the most of a large one at once
+_ALIGNMENT = 16  # bytes; elements of any type may lie there
 
 Source = tuple[bool, str, tuple[int, ...] | None, tuple[int, ...], tuple[int, ...]]
 """What a read is of: whether a tensor, which entry and chunk, which box of it."""
+
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of what travels as the bare elements of a dense tensor."""
 
 
 class Loaded(Protocol):
@@ -38,6 +47,10 @@ class Loaded(Protocol):
 
     def target(self, wanted: ReadItem) -> torch.Tensor:
         """The tensor that *wanted* is for."""
+        ...
+
+    def touch(self, wanted: ReadItem) -> None:
+        """The target of *wanted* is about to be written to."""
         ...
 
     def accept(self, wanted: ReadItem, value: torch.Tensor | bytes) -> None:
@@ -80,81 +93,127 @@ class Sharing:
 
         Raises:
             CheckpointError: another rank failed, or wants the same in another type.
+            Exception: *failure*, or what the planner raised.
         """
         wanted = {source_of(item): item for item in items}
-        shapes: list[Any] = []
+        forms: list[Form | None] = []
         if failure is None:
-            shapes = [self._shape(wanted[source], load) for source, _ in self.owners]
+            try:
+                forms = [_form_of(wanted[source], load) for source, _ in self.owners]
+            except Exception as error:  # noqa: BLE001 - raised when the others know
+                failure = error
         told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, (None if failure is None else str(failure), self.group, shapes), group=group)
+        dist.all_gather_object(told, (None if failure is None else str(failure), self.group, forms), group=group)
+        if failure is not None:
+            raise failure
         failed = {rank: error for rank, (error, _, _) in enumerate(told) if error is not None}
         if failed:
-            if failure is not None:
-                return  # raised by the caller
             first = min(failed)
             raise CheckpointError(f"rank {first}, which shares what it fetches, failed: {failed[first]}")
         for rank, (_, ranks, theirs) in enumerate(told):
-            if ranks == self.group and theirs != shapes:
+            if ranks == self.group and theirs != forms:
                 raise CheckpointError(
                     f"load_once_per: ranks {self.rank} and {rank} want the same entries in different types or shapes; "
                     "load them with load_once_per='rank'"
                 )
         if len(self.group) > 1 and self.owners:
-            self._broadcast(wanted, load, group)
+            carriers = group
+            if len(self.group) < dist.get_world_size(group):
+                ranks = [rank if group is None else dist.get_global_rank(group, rank) for rank in self.group]
+                carriers = dist.new_group(ranks, use_local_synchronization=True)
+            try:
+                _Broadcasts(self, wanted, load, carriers).run(forms)
+            finally:
+                if carriers is not group:
+                    dist.destroy_process_group(carriers)
 
-    def _shape(self, item: ReadItem, load: Loaded) -> Any:
-        if item.type == LoadItemType.BYTE_IO:
-            return None
-        target = load.target(item)
-        return str(target.dtype), tuple(target.shape)
 
-    def _broadcast(self, wanted: dict[Source, ReadItem], load: Loaded, group: Any) -> None:
-        carriers = group
-        if len(self.group) < dist.get_world_size(group):
-            ranks = [rank if group is None else dist.get_global_rank(group, rank) for rank in self.group]
-            carriers = dist.new_group(ranks, use_local_synchronization=True)
-        device = _device_of(carriers)
-        try:
-            for owner, sources in _parcels(self.owners, wanted, load):
-                self._send(owner, sources, wanted, load, carriers, device)
-        finally:
-            if carriers is not group:
-                dist.destroy_process_group(carriers)
+class _Broadcasts:
+    """The broadcasts of one rank. They are the same on all ranks, whatever happens to what is sent."""
 
-    def _send(
-        self,
-        owner: int,
-        sources: list[Source],
-        wanted: dict[Source, ReadItem],
-        load: Loaded,
-        group: Any,
-        device: torch.device,
-    ) -> None:
-        """Broadcast *sources* of *owner* in one go."""
-        src = self.group.index(owner)
-        is_owner = owner == self.rank
-        if not sources[0][0]:
-            values: list[Any] = [load.kept[source] if is_owner else None for source in sources]
-            dist.broadcast_object_list(values, group=group, group_src=src)
-        else:
-            values = []
-            for source in sources:
-                kept = load.kept[source] if is_owner else load.target(wanted[source])
-                assert isinstance(kept, torch.Tensor)
-                values.append(kept)
-            parts = [_bytes_of(value, device) for value in values]
-            flat = torch.cat(parts) if len(parts) > 1 else parts[0]
-            for at in range(0, flat.numel(), _PARCEL):
-                dist.broadcast(flat[at : at + _PARCEL], group=group, group_src=src)
-            if not is_owner:
-                at = 0
-                for value in values:
-                    part = flat[at : at + value.nbytes].clone().view(value.dtype).view(value.shape)
-                    at += value.nbytes
-                    with torch.no_grad():
-                        value.copy_(part)
+    def __init__(self, sharing: Sharing, wanted: dict[Source, ReadItem], load: Loaded, group: Any) -> None:
+        self._sharing = sharing
+        self._wanted = wanted
+        self._load = load
+        self._group = group
+        self._device = _device_of(group)
+        self._failure: Exception | None = None
+
+    def run(self, forms: Sequence[Form | None]) -> None:
+        """Send and receive everything; *forms* are those of the owned, in order."""
+        for owner, parcel in _parcels(self._sharing.owners, forms):
+            src = self._sharing.group.index(owner)
+            is_owner = owner == self._sharing.rank
+            if parcel[0][1] is None:
+                self._send_objects([source for source, _ in parcel], src, is_owner)
+            else:
+                self._send_tensors(parcel, src, is_owner)
+        if self._failure is not None:
+            raise self._failure
+
+    def _send_objects(self, sources: list[Source], src: int, is_owner: bool) -> None:
+        values: list[Any] = [self._load.kept[source] if is_owner else None for source in sources]
+        dist.broadcast_object_list(values, group=self._group, group_src=src)
         for source, value in zip(sources, values, strict=True):
-            load.accept(wanted[source], value)
+            with self._noting():
+                content = value
+                if isinstance(value, torch.Tensor) and not is_owner:
+                    content = self._load.target(self._wanted[source])
+                    self._load.touch(self._wanted[source])
+                    with torch.no_grad():
+                        content.copy_(value)
+                self._load.accept(self._wanted[source], content)
+
+    def _send_tensors(self, parcel: list[tuple[Source, Form | None]], src: int, is_owner: bool) -> None:
+        values: list[torch.Tensor] = []
+        for source, form in parcel:
+            assert form is not None
+            dtype, shape = form
+            value: Any = self._load.kept[source] if is_owner else None
+            if value is None:
+                with self._noting():
+                    value = self._load.target(self._wanted[source])
+                    self._load.touch(self._wanted[source])
+            values.append(value if value is not None else torch.empty(shape, dtype=dtype))
+        if len(values) > 1:
+            self._send(values, src, is_owner)
+        else:
+            (value,) = values
+            for box in boxes(tuple(value.shape), value.itemsize, _PARCEL):
+                self._send([select(value, box)], src, is_owner)
+        for (source, _), value in zip(parcel, values, strict=True):
+            with self._noting():
+                self._load.accept(self._wanted[source], value)
+
+    def _send(self, values: list[torch.Tensor], src: int, is_owner: bool) -> None:
+        """Broadcast the elements of *values* in one go: in their own memory if that will do, else in a copy."""
+        if len(values) == 1 and _is_plain(values[0], self._device):
+            flat = values[0].detach().reshape(-1).view(torch.uint8)
+            dist.broadcast(flat, group=self._group, group_src=src)
+            return
+        places, end = [], 0
+        for value in values:
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + value.nbytes
+            places.append(slice(start, end))
+        flat = torch.empty(end, dtype=torch.uint8, device=self._device)
+        copies = [flat[place].view(v.dtype).view(v.shape) for place, v in zip(places, values, strict=True)]
+        with torch.no_grad():
+            if is_owner:
+                for value, copy in zip(values, copies, strict=True):
+                    copy.copy_(value)
+            dist.broadcast(flat, group=self._group, group_src=src)
+            if not is_owner:
+                for value, copy in zip(values, copies, strict=True):
+                    value.copy_(copy)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep the first error of the planner for when all is sent."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised at the end of `run`
+            self._failure = self._failure or error
 
 
 def plan_sharing(plans: Sequence[LoadPlan], *, by_node: bool, size_of: Callable[[MetadataIndex], int]) -> list[Sharing]:
@@ -181,29 +240,40 @@ def plan_sharing(plans: Sequence[LoadPlan], *, by_node: bool, size_of: Callable[
     return [sharing for sharing in shared if sharing is not None]
 
 
+def _form_of(item: ReadItem, load: Loaded) -> Form | None:
+    """The form in which *item* travels; None for what is pickled: no tensors, and tensors that are not dense."""
+    if item.type == LoadItemType.BYTE_IO:
+        return None
+    target = load.target(item)
+    if target.layout != torch.strided or target.is_quantized:
+        return None
+    return target.dtype, tuple(target.shape)
+
+
 def _parcels(
-    owners: Sequence[tuple[Source, int]], wanted: dict[Source, ReadItem], load: Loaded
-) -> Iterator[tuple[int, list[Source]]]:
-    """What travels together: entries of one owner, of one kind and on one device, as long as they are small."""
-    open_parcels: dict[tuple[int, bool], tuple[list[Source], int]] = {}
-    for source, owner in owners:
-        size = load.target(wanted[source]).nbytes if source[0] else 0
+    owners: Sequence[tuple[Source, int]], forms: Sequence[Form | None]
+) -> Iterator[tuple[int, list[tuple[Source, Form | None]]]]:
+    """What travels together: entries of one owner and of one kind, as long as they are small."""
+    parcels: dict[tuple[int, bool], list[tuple[Source, Form | None]]] = {}
+    totals: Counter[tuple[int, bool]] = Counter()
+    for (source, owner), form in zip(owners, forms, strict=True):
+        size = math.prod(form[1]) * form[0].itemsize if form is not None else 0
         if size >= _PACKED:
-            yield owner, [source]
+            yield owner, [(source, form)]
             continue
-        sources, total = open_parcels.pop((owner, source[0]), ([], 0))
-        if total + size > _PARCEL:
-            yield owner, sources
-            sources, total = [], 0
-        open_parcels[owner, source[0]] = [*sources, source], total + size
-    for (owner, _), (sources, _) in open_parcels.items():
-        yield owner, sources
+        key = owner, form is not None
+        if totals[key] + size > _PARCEL:
+            yield owner, parcels.pop(key)
+            totals[key] = 0
+        parcels.setdefault(key, []).append((source, form))
+        totals[key] += size
+    for (owner, _), parcel in parcels.items():
+        yield owner, parcel
 
 
-def _bytes_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The elements of *tensor* as flat bytes on *device*; its own memory where that will do."""
-    moved = tensor.detach() if tensor.device.type == device.type else tensor.detach().to(device)
-    return moved.contiguous().reshape(-1).view(torch.uint8)
+def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether the elements of *tensor* lie on *device* as they are, one after the other."""
+    return tensor.device.type == device.type and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _device_of(group: Any) -> torch.device:

@@ -7,6 +7,7 @@ error of every block reaches the caller, and so, through torch, every rank.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import math
 import threading
@@ -27,7 +28,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.upload import BlockWriter
-from azstoragetorch.checkpoint._folder import Folder, describe, plain
+from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
 from azstoragetorch.checkpoint._format import (
     METADATA,
     VERSION,
@@ -222,7 +223,7 @@ class BlobStorageWriter(StorageWriter):
         except ResourceExistsError as error:
             raise self._exists() from error
         except FatalBlobIOWriteError as error:
-            raise self._error(f"the metadata could not be written, so the save had no effect: {error}") from error
+            raise self._error(f"the metadata could not be written: {error}") from error
         tasks = [lambda _scope, path=path: self._discard(path) for path in replaced]
         engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
 
@@ -247,13 +248,19 @@ class BlobStorageWriter(StorageWriter):
     def _write_blob(self, encoder: _Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
         name = encoder.name
         block_size = self._block_size(encoder.size_hint)
+        single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
         writer = self._folder.blob(name).writer()
         try:
             with scope.holding(_Interrupt(writer)):
-                if encoder.size_hint <= min(_SINGLE, 3 * self._folder.transfer.block_size // 2):
-                    writer.put(b"".join(encoder.pieces()))
+                pieces = encoder.pieces()
+                first: list[memoryview] = []
+                if encoder.size_hint <= single:
+                    first = list(_until(single, pieces))
+                if encoder.is_done:
+                    writer.put(b"".join(first))
                 else:
-                    writer.write_pieces(encoder.pieces(), block_size=block_size, concurrency=concurrency)
+                    rest = itertools.chain(first, pieces)
+                    writer.write_pieces(rest, block_size=block_size, concurrency=concurrency)
                     writer.commit()
         except BaseException as error:
             writer.abort()
@@ -346,7 +353,8 @@ class _Interrupt:
 class _Encoder:
     """Turns items into the bytes of one blob, and notes where each of them went.
 
-    `pieces` is drawn by several threads in turn; ``key`` is the item that it is at, ``error`` what it raised.
+    `pieces` is drawn by several threads in turn; ``key`` is the item that it is at, ``error`` what it raised, and
+    ``is_done`` says that there are no more.
     """
 
     def __init__(
@@ -372,6 +380,7 @@ class _Encoder:
         self.written: list[tuple[MetadataIndex, Item]] = []
         self.key: str | None = None
         self.error: Exception | None = None
+        self.is_done = False
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes of all items. Small pieces come together in a copy, large ones are the items' own memory."""
@@ -401,6 +410,7 @@ class _Encoder:
             raise
         if small:
             yield memoryview(small)
+        self.is_done = True
 
     def _encode(self, item: WriteItem) -> Iterator[memoryview]:
         with self._planner_lock:
@@ -446,6 +456,16 @@ class _Encoder:
         self.written.append((item.index, Item(self.name, self._at, length, transforms, payload)))
 
 
+def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The first of *pieces*, until they are longer than *size* together: what is no tensor tells its size late."""
+    taken = 0
+    for piece in pieces:
+        yield piece
+        taken += piece.nbytes
+        if taken > size:
+            return
+
+
 class _Unclosed(io.BytesIO):
     """Extensions close the stream below their own; what it holds is wanted after that."""
 
@@ -472,12 +492,3 @@ def _size_hint(item: WriteItem) -> int:
     if item.type == WriteItemType.BYTE_IO or data is None:
         return 1
     return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
-
-
-def is_url(checkpoint_id: object) -> bool:
-    """Whether *checkpoint_id* is the URL of a folder of blobs."""
-    try:
-        Folder(checkpoint_id, False)  # type: ignore[arg-type]  # it raises TypeError
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
+from tests.checkpoint.states import same
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
     "rows": ((-1,), (Shard(0),)),
@@ -223,3 +229,118 @@ def keep_saving(rank: int, url: str, credential: Any, told: Any) -> None:
     for step in range(1, 1000):
         save(rank, url, credential, "rows", step)
         told.put((rank, step))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 10))
+
+
+def parallel(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, parallel in the way *kind*, after a step of training."""
+    torch.manual_seed(0)
+    model: nn.Module = network()
+    world = dist.get_world_size()
+    if "tensor" in kind:
+        names = ("data", "tensor") if kind == "tensor and fully sharded" else ("tensor",)
+        mesh = init_device_mesh("cpu", (world // 2, 2) if len(names) == 2 else (world,), mesh_dim_names=names)
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if len(names) == 2:
+            fully_shard(model, mesh=mesh["data"])
+    elif kind == "fully sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif kind == "hybrid sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    elif kind == "data parallel":
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(4, 16)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def everything_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state, gathered."""
+    found = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {"model": found[0], "optimizer": found[1]}
+
+
+def save_parallel(rank: int, url: str, credential: Any, kind: str) -> dict[str, Any]:
+    model, optimizer = parallel(kind)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(state, storage_writer=BlobStorageWriter(url, credential=credential))
+    return everything_of(model, optimizer)
+
+
+def load_parallel(rank: int, url: str, credential: Any, kind: str) -> dict[str, Any]:
+    model, optimizer = parallel(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, storage_reader=BlobStorageReader(url, credential=credential))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return everything_of(model, optimizer)
+
+
+def save_with_cached_plans(rank: int, url: str, credential: Any) -> None:
+    """torch sends plans once and then only those that changed; on one rank something does."""
+    writer = BlobStorageWriter(url, credential=credential)
+    for step in range(4):
+        state = sharded("rows", step) | ({"extra": torch.full((9,), float(step))} if rank == 1 and step == 2 else {})
+        dcp.save(state, storage_writer=writer, planner=dcp.DefaultSavePlanner(enable_plan_caching=True))
+        load(rank, url, credential, ["columns"], step)
+
+
+class PickyPlanner(dcp.DefaultLoadPlanner):
+    """Fails on rank 1, in the method *what*."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def _fail(self, what: str, item: Any) -> None:
+        if dist.get_rank() == 1 and self._what == what and item.dest_index.fqn in ("layer3", "text"):
+            raise ValueError(f"no {what} today")
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        self._fail("resolve_tensor", read_item)
+        return super().resolve_tensor(read_item)
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        self._fail("load_bytes", read_item)
+        super().load_bytes(read_item, value)
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        self._fail("commit_tensor", read_item)
+        super().commit_tensor(read_item, tensor)
+
+
+def load_once_with_a_picky_planner(rank: int, url: str, credential: Any, what: str) -> str:
+    reader = BlobStorageReader(url, credential=credential, load_once_per="world")
+    try:
+        dcp.load(unloaded(), storage_reader=reader, planner=PickyPlanner(what))
+    except dcp.CheckpointException as error:
+        return str(error)
+    return "no error"
+
+
+def load_once_in_every_layout(rank: int, url: str, credential: Any) -> None:
+    """Tensors that do not travel as the bare elements, and targets that do not lie in memory as they are sent."""
+
+    def state(make: Any) -> dict[str, torch.Tensor]:
+        return {
+            "sparse": make(torch.eye(6)).to_sparse(),
+            "quantised": torch.quantize_per_tensor(make(torch.arange(60.0)), 0.1, 3, torch.qint8),
+            "odd": make(torch.arange(3.0)).to(torch.uint8),
+            "complex": torch.complex(make(torch.ones(5)), make(torch.arange(5.0))),
+            "scalar": make(torch.tensor(7.0)),
+            "empty": make(torch.ones(0, 3)),
+            "large": make(torch.arange(10_000_000.0).reshape(2500, 4000)),
+        }
+
+    dcp.save(state(lambda value: value), storage_writer=BlobStorageWriter(url, credential=credential))
+    target = state(torch.zeros_like)
+    target["large"] = torch.zeros(4000, 2500).t() if rank else target["large"]
+    dcp.load(target, storage_reader=BlobStorageReader(url, credential=credential, load_once_per="world"))
+    same(state(lambda value: value), target)

@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from azstoragetorch.exceptions import CheckpointError, CheckpointExistsError, Ch
 from tests.azurite.container import Container
 from tests.checkpoint.ranks import context
 from tests.checkpoint.states import load, reason, save
-from tests.faults import ChangedEtag, FaultService, Fine, LostAnswer, Match, Stall, Status, Torn
+from tests.faults import ChangedEtag, CorruptByte, FaultService, Fine, LostAnswer, Match, Stall, Status, Torn
 
 KiB = 1 << 10
 QUICK = TransferConfig(block_size=64 * KiB, part_size=64 * KiB, max_backoff=0.05, read_timeout=30)
@@ -78,6 +79,15 @@ def test_data_goes_out_in_blocks_cut_across_items(fault_service: FaultService, u
     blocks = sorted((r.body_length for r in fault_service.requests("put_block")), reverse=True)
     assert set(blocks[:-1]) == {8 << 20}
     assert len(blocks) == 11
+
+
+def test_a_large_object_goes_out_in_blocks_too(fault_service: FaultService, url: str) -> None:
+    """Its size is not known when the save is planned."""
+    transfer = TransferConfig(block_size=8 << 20)
+    save({"small": 1, "large": bytes(40 << 20)}, BlobStorageWriter(url, credential=False, transfer=transfer))
+    assert max(r.body_length for r in fault_service.requests(method="PUT")) == 8 << 20
+    found = load({"small": 0, "large": b""}, BlobStorageReader(url, credential=False))
+    assert found == {"small": 1, "large": bytes(40 << 20)}
 
 
 def test_overwrite_false_refuses_before_any_upload(fault_service: FaultService, url: str) -> None:
@@ -146,6 +156,20 @@ def test_a_passing_fault_is_survived(fault_service: FaultService, url: str, oper
     assert loaded(url) == 1
     assert rule.is_exhausted
     clean(url, credential=False)
+    assert loaded(url) == 1
+
+
+def test_a_commit_of_which_nobody_says_whether_it_was_carried_out(fault_service: FaultService, url: str) -> None:
+    """The error does not claim that the save had no effect, and whichever of both is there is whole."""
+    save(state(0), writer(url))
+    is_metadata = Match("put_blob", path="metadata")
+    fault_service.script(is_metadata, [LostAnswer()], repeat=True)
+    fault_service.script(Match("head", path="metadata"), [Status(503)], repeat=True)
+    with pytest.raises(dcp.CheckpointException) as caught:
+        save(state(1), writer(url))
+    assert "does not say whether it was carried out" in str(reason(caught.value))
+    assert "no effect" not in str(reason(caught.value))
+    fault_service.clear_script()
     assert loaded(url) == 1
 
 
@@ -375,6 +399,27 @@ def test_a_blob_that_changes_while_it_is_read_is_an_error(fault_service: FaultSe
     save(state(1), writer(url, blobs_per_rank=1))
     fault_service.script(Match("get_blob", path="distcp"), [Fine(), ChangedEtag()])
     assert "overwritten while it was read" in str(failed_load(url, check_etags=False))
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_flipped_bit_is_noticed_with_validate_content(fault_service: FaultService, url: str, times: int) -> None:
+    """One that passes is fetched again, one that stays is an error; nothing wrong is loaded without an error."""
+    validating = replace(QUICK, validate_content=True, max_attempts=3)
+    save(state(1), BlobStorageWriter(url, credential=False, transfer=validating))
+    sent = fault_service.requests("put_block")
+    assert sent
+    assert all("content-md5" in request.headers for request in sent)
+    rule = fault_service.script(Match("get_blob", path="distcp"), [CorruptByte(at=1000)] * times)
+    target = {"x": torch.zeros(100_000), "y": torch.zeros(100_000), "step": -1}
+    if times == 1:
+        load(target, BlobStorageReader(url, credential=False, transfer=validating))
+        assert target["x"].unique().tolist() == [1.0]
+        assert rule.is_exhausted
+    else:
+        with pytest.raises(dcp.CheckpointException) as caught:
+            load(target, BlobStorageReader(url, credential=False, transfer=validating))
+        assert isinstance(reason(caught.value), CheckpointError)
+        assert "MD5" in str(reason(caught.value))
 
 
 def test_torn_answers_are_resumed(fault_service: FaultService, url: str) -> None:

@@ -26,6 +26,7 @@ from azstoragetorch.checkpoint import (
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 from tests.azurite.container import Container
 from tests.checkpoint.states import blank, load, rich_state, same, save
+from tests.faults import FaultService
 
 
 @pytest.fixture
@@ -55,6 +56,16 @@ def test_the_latest_is_by_number_and_complete(container: Container, base: str) -
     assert latest_checkpoint(base, credential=key) == f"{base}/step-1000"
     assert latest_checkpoint(f"{base}/?{container.sas('rl')}") == f"{base}/step-1000"
     load({"x": torch.zeros(3)}, BlobStorageReader(f"{base}/step-1000", credential=key))
+
+
+def test_the_latest_of_many_takes_few_requests(fault_service: FaultService) -> None:
+    fault_service.create_container("c")
+    for step in range(500):
+        fault_service.put("c", f"run/step-{step}/.metadata", b"")
+    fault_service.put("c", "run/step-500/__0_0.20260101000000-0123456789abcdef.distcp", b"under way")
+    base = f"{fault_service.container_url('c')}/run"
+    assert latest_checkpoint(base, credential=False) == f"{base}/step-499"
+    assert [request.operation for request in fault_service.requests()] == ["list_blobs", "head", "head"]
 
 
 def test_checkpoints_in_the_container_itself(container: Container) -> None:

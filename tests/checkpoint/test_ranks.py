@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 
 import pytest
 import torch
+from azure.core.credentials import AzureSasCredential
 
 from azstoragetorch.checkpoint import BlobStorageReader, load_keys
 from tests.azurite.container import Container
 from tests.checkpoint import jobs
 from tests.checkpoint.ranks import Ranks, context, run_ranks
-from tests.checkpoint.states import load
+from tests.checkpoint.states import load, same
 
 ONE_D = ["rows", "columns", "replicated"]
 TWO_D = ["2d", "hybrid", "2d rows", "columns"]
@@ -84,6 +86,54 @@ def test_no_checkpoint_is_said_on_every_rank(container: Container, base: str) ->
         assert "there is no checkpoint here" in told
 
 
+def test_no_permission_is_said_on_every_rank(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save, base, container.key, "rows")
+    wrong = AzureSasCredential("sv=2021-08-06&sig=AAAA")
+    for job in (jobs.fail_to_load, jobs.fail_in_the_middle):
+        for rank, told in enumerate(run_ranks(2, job, base, wrong)):
+            assert f"(RANK {rank})" in told
+            assert "403" in told
+            assert base in told
+
+
+def test_hostile_metadata_is_said_on_every_rank(container: Container, base: str) -> None:
+    container.put("run/.metadata", pickle.dumps(os.system))
+    for rank, told in enumerate(run_ranks(2, jobs.fail_to_load, base, container.key)):
+        assert f"(RANK {rank})" in told
+        assert "system, which no checkpoint needs" in told
+        assert base in told
+
+
+def test_torchs_cached_plans_on_several_ranks(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save_with_cached_plans, base, container.key)
+
+
+PARALLEL = ["data parallel", "fully sharded", "tensor parallel"]
+IN_TWO_DIMENSIONS = ["hybrid sharded", "tensor and fully sharded"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "saved", "others"),
+    [
+        (2, "data parallel", [(3, "fully sharded")]),
+        (2, "fully sharded", [(2, "tensor parallel"), (1, "data parallel")]),
+        pytest.param(2, "tensor parallel", [(4, "tensor and fully sharded")], marks=pytest.mark.slow),
+        pytest.param(4, "hybrid sharded", [(2, "tensor parallel"), (2, "data parallel")], marks=pytest.mark.slow),
+        (4, "tensor and fully sharded", [(2, "fully sharded")]),
+        pytest.param(4, "fully sharded", [(4, kind) for kind in PARALLEL + IN_TWO_DIMENSIONS], marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_and_its_optimizer_go_on_in_parallel_of_another_kind(
+    container: Container, base: str, ranks: int, saved: str, others: list[tuple[int, str]]
+) -> None:
+    """torch's own state dicts of DDP, FSDP2, tensor parallelism, and two of them at once."""
+    before = run_ranks(ranks, jobs.save_parallel, base, container.key, saved)[0]
+    assert len(before["model"]) == 4
+    assert len(before["optimizer"]["state"]) == 4
+    for world, kind in others:
+        same(before, run_ranks(world, jobs.load_parallel, base, container.key, kind)[0])
+
+
 @pytest.mark.parametrize("kind", ["THREAD", pytest.param("PROCESS", marks=pytest.mark.slow)])
 def test_asynchronous_saves(container: Container, base: str, kind: str) -> None:
     run_ranks(2, jobs.async_saves, base, container.key, kind, env=[{"MASTER_ADDR": "127.0.0.1"}] * 2)
@@ -101,6 +151,18 @@ def test_what_all_ranks_need_alike_is_fetched_once(container: Container, base: s
     by_node = run_ranks(3, jobs.load_once, base, container.key, "node", env=nodes)
     assert by_node[0] + by_node[1] - 2 * metadata < 1.1 * size
     assert by_node[2] > 0.9 * size
+
+
+def test_what_is_shared_may_be_of_any_layout(container: Container, base: str) -> None:
+    run_ranks(2, jobs.load_once_in_every_layout, base, container.key)
+
+
+@pytest.mark.parametrize("what", ["resolve_tensor", "load_bytes", "commit_tensor"])
+def test_a_planner_that_fails_while_ranks_share_ends_all_of_them(container: Container, base: str, what: str) -> None:
+    """Nobody is left waiting for a broadcast, and the error is that of the planner."""
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    for told in run_ranks(2, jobs.load_once_with_a_picky_planner, base, container.key, what):
+        assert f"no {what} today" in told
 
 
 def test_sharing_ranks_fail_together(container: Container, base: str) -> None:

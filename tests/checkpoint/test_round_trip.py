@@ -12,12 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from azure.core.credentials import AzureSasCredential
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from azstoragetorch import TransferConfig
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, TqdmProgress, load_keys
 from tests.azurite.container import Container
-from tests.checkpoint.states import blank, load, reason, rich_state, same, save
+from tests.checkpoint.states import alone, blank, load, reason, rich_state, same, save
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -322,6 +324,52 @@ def test_plan_caching_over_several_saves(container: Container, url: str) -> None
         same(state, load(blank(state), reader(container, url)))
 
 
+@pytest.mark.parametrize("kind", ["THREAD", pytest.param("PROCESS", marks=pytest.mark.slow)])
+def test_asynchronous_saves_of_one_process(container: Container, url: str, kind: str) -> None:
+    """Without a process group; the writer, its credential and its progress go along to the other process."""
+    mine = writer(container, url, progress=TqdmProgress(disable=True))
+    for step in range(2):
+        value = torch.full((1000,), float(step))
+        with alone():
+            future: Any = dcp.async_save(
+                {"x": value, "step": step},
+                storage_writer=mine,
+                async_checkpointer_type=AsyncCheckpointerType[kind],
+                no_dist=True,
+            )
+        value.fill_(-1)
+        future.result()
+        same(
+            {"x": torch.full((1000,), float(step)), "step": step},
+            load({"x": torch.zeros(1000), "step": -1}, reader(container, url)),
+        )
+
+
+@pytest.mark.parametrize(
+    "stager",
+    [
+        lambda: BlockingAsyncStager(cache_staged_state_dict=True),
+        lambda: DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
+            )
+        ),
+    ],
+    ids=["cached", "shared memory, in the background"],
+)
+def test_every_way_of_staging(container: Container, url: str, stager: Any) -> None:
+    staging = stager()
+    for step in range(2):
+        state = {"x": torch.full((1000,), float(step)), "view": torch.arange(100.0)[10:20] + step, "step": step}
+        with alone():
+            started: Any = dcp.async_save(
+                state, storage_writer=writer(container, url), async_stager=staging, no_dist=True
+            )
+        getattr(started, "upload_completion", started).result()
+        same(state, load(blank(state), reader(container, url)))
+    staging.close()
+
+
 def test_progress_counts_all_bytes_planned(container: Container, url: str) -> None:
     calls: dict[str, list[tuple[int, int]]] = {"save": [], "load": []}
     state = {"x": torch.randn(1_000_000), "y": torch.ones(10)}
@@ -331,6 +379,18 @@ def test_progress_counts_all_bytes_planned(container: Container, url: str) -> No
         assert seen[0][0] == 0
         assert seen[-1][0] == seen[-1][1] >= 4_000_040
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_an_error_of_the_progress_callback_fails_what_it_is_called_from(container: Container, url: str) -> None:
+    def report(done: int, planned: int) -> None:
+        if done:
+            raise RuntimeError("the screen is gone")
+
+    with pytest.raises(dcp.CheckpointException, match="the screen is gone"):
+        save({"x": torch.ones(1000)}, writer(container, url, progress=report))
+    save({"x": torch.ones(1000)}, writer(container, url))
+    with pytest.raises(dcp.CheckpointException, match="the screen is gone"):
+        load({"x": torch.zeros(1000)}, reader(container, url, progress=report))
 
 
 def test_the_tqdm_adapter_draws_and_pickles(container: Container, url: str) -> None:

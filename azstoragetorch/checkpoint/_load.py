@@ -1,0 +1,312 @@
+"""Load: the bytes that a rank needs, once each, from all blobs at once, straight into the tensors they are for.
+
+What the planner asks for becomes requests (``_reads``), and requests run on the engine. A request receives into the
+memory of contiguous tensors on the CPU; for all others its bytes are staged in buffers under the memory limit and
+copied.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from azure.core.exceptions import AzureError
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from azstoragetorch._blob.config import MiB
+from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Scope, engine_for
+from azstoragetorch._blob.memory import expect_filling
+from azstoragetorch.checkpoint._folder import Folder, plain
+from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
+from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
+from azstoragetorch.checkpoint._planning import Box, Piece, Request, contiguous_strides, join
+from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of
+from azstoragetorch.checkpoint._receiving import DataBlobs
+from azstoragetorch.checkpoint._sharing import Source, source_of
+from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+_REUSED = 64 * MiB  # staging buffers up to this size are kept for the next request
+_ALIGNMENT = 64  # bytes; elements of any type may lie there
+
+
+class Load:
+    """Carries out the reads of one rank. One `run` at a time."""
+
+    def __init__(
+        self, folder: Folder, planner: LoadPlanner, registry: Any = None, keep: Collection[Source] = ()
+    ) -> None:
+        self._planner = planner
+        self._registry = registry
+        self._keep = frozenset(keep)
+        self.kept: dict[Source, torch.Tensor | bytes] = {}
+        """What was loaded of what other ranks wait for; `accept` hands it to the planner."""
+        self._config = folder.transfer
+        self._budget = Budget(folder.transfer.memory_limit)
+        self._buffers = BufferPool(folder.transfer.memory_limit)
+        self._blobs = DataBlobs(folder)
+        self._touched: set[str] = set()
+        self._planner_lock = threading.Lock()
+        self._lanes: dict[tuple[int, torch.device], Lane] = {}
+
+    def touched(self) -> frozenset[str]:
+        """The entries of the state dict that may have been written to."""
+        return frozenset(self._touched)
+
+    def run(self, wanted: Iterable[tuple[ReadItem, Item]], progress: Progress | None = None) -> None:
+        """Load everything that is *wanted*."""
+        with many_objects():
+            reads = reads_of(wanted)
+            for read in reads:
+                self._blobs.add(read.item.path, read.item.etag)
+        self._probe([read for read in reads if read.needs_probe])
+        with many_objects():
+            requests = plan(reads, self._config.effective_part_size)
+        for read in reads:
+            if not read.pieces_left:
+                self._finish(read)
+        meter = Meter(progress, sum(request.stop - request.start for request in requests))
+        tasks = [self._task(request, reads, meter) for request in requests]
+        engine_for(self._config).run_all(tasks, self._config.max_concurrency)
+
+    def _probe(self, reads: list[Read]) -> None:
+        """Find out what lies inside items that the metadata does not describe."""
+        ends: list[tuple[bytearray, bytearray]] = [(bytearray(PROBE), bytearray(PROBE)) for _ in reads]
+        pieces = []
+        for number, read in enumerate(reads):
+            start, stop = read.item.offset, read.item.offset + read.item.length
+            pieces.append(Piece(read.item.path, start, start + PROBE, 2 * number, Box((), ())))
+            pieces.append(Piece(read.item.path, stop - PROBE, stop, 2 * number + 1, Box((), ())))
+
+        def task(request: Request) -> Callable[[Scope], None]:
+            keys = [reads[piece.read // 2].key for piece in request.pieces]
+            targets = [memoryview(ends[piece.read // 2][piece.read % 2]) for piece in request.pieces]
+            return lambda scope: self._blobs.receive(request, targets, keys, scope)
+
+        requests = join(pieces, self._config.effective_part_size)
+        engine_for(self._config).run_all([task(request) for request in requests], self._config.max_concurrency)
+        for read, (head, tail) in zip(reads, ends, strict=True):
+            read.payload = probe(bytes(head), bytes(tail), read.item.length)
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    def _task(self, request: Request, reads: list[Read], meter: Meter) -> Callable[[Scope], None]:
+        def run(scope: Scope) -> None:
+            pieces = [(piece, reads[piece.read]) for piece in request.pieces]
+            keys = [read.key for _, read in pieces]
+            try:
+                self._load(request, pieces, keys, scope)
+            except (Cancelled, AZStorageTorchError, AzureError):
+                raise
+            except Exception as error:  # noqa: BLE001 - of torch, the planner or an extension
+                raise CheckpointError(
+                    f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
+                ) from plain(error)
+            meter.add(request.stop - request.start)
+
+        return run
+
+    def _load(self, request: Request, pieces: list[tuple[Piece, Read]], keys: list[str], scope: Scope) -> None:
+        places = [self._place(piece, read) for piece, read in pieces]
+        with self._staging(pieces, places) as buffers:
+            scope.check()
+            self._transfer(request, pieces, places, buffers, keys, scope)
+        for _, read in pieces:
+            with self._planner_lock:
+                read.pieces_left -= 1
+                is_done = not read.pieces_left
+            if is_done and read.payload is not None:
+                self._finish(read)
+
+    def _transfer(
+        self,
+        request: Request,
+        pieces: list[tuple[Piece, Read]],
+        places: list[torch.Tensor | None],
+        buffers: list[torch.Tensor],
+        keys: list[str],
+        scope: Scope,
+    ) -> None:
+        """Receive *request* into the places of its pieces, or their buffers, and pass on what is in the latter."""
+        targets = [view_of(buffer if place is None else place) for place, buffer in zip(places, buffers, strict=True)]
+        for (_, read), place, target in zip(pieces, places, targets, strict=True):
+            if place is not None:
+                expect_filling(target)
+                self._touched.add(read.key)
+        self._blobs.receive(request, targets, keys, scope)
+        lanes = set()
+        for (piece, read), place, buffer in zip(pieces, places, buffers, strict=True):
+            if read.payload is None:
+                self._decode(read, view_of(buffer))
+                continue
+            source = place if place is not None else self._elements(piece, read.payload, buffer)
+            for sink in read.sinks:
+                if sink is not read or place is None:
+                    self._touched.add(sink.key)
+                    lane = self._lane(sink)
+                    lane.copy(select(self._target(sink), piece.box), source)
+                    lanes.add(lane)
+        for lane in lanes:
+            lane.wait()
+
+    @contextmanager
+    def _staging(
+        self, pieces: list[tuple[Piece, Read]], places: list[torch.Tensor | None]
+    ) -> Iterator[list[torch.Tensor]]:
+        """Buffers for those of *pieces* that have no place to be received into, under the memory limit."""
+        lanes = [
+            None if place is not None else self._lane(read) for (_, read), place in zip(pieces, places, strict=True)
+        ]
+        lengths = [-(-(piece.stop - piece.start) // _ALIGNMENT) * _ALIGNMENT for piece, _ in pieces]
+        plain = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and not lane.is_pinned)
+        pinned = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and lane.is_pinned)
+        # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
+        plain = 1 << (plain - 1).bit_length() if 0 < plain <= _REUSED else plain
+        decoded = sum(piece.stop - piece.start for piece, read in pieces if read.payload is None)
+        self._budget.acquire(plain + pinned + decoded)
+        area = self._buffers.take(plain) if plain else memoryview(b"")
+        try:
+            buffers: list[torch.Tensor] = []
+            at = 0
+            for (piece, _), lane, length in zip(pieces, lanes, lengths, strict=True):
+                size = piece.stop - piece.start
+                if lane is None:
+                    buffers.append(_NOTHING)
+                elif lane.is_pinned:
+                    buffers.append(lane.buffer(size))
+                else:
+                    buffers.append(torch.frombuffer(area, dtype=torch.uint8, count=size, offset=at))
+                    at += length
+            yield buffers
+            buffers.clear()
+            if 0 < plain <= _REUSED:
+                self._buffers.give_back(area)
+        finally:
+            self._budget.release(plain + pinned + decoded)
+
+    def _place(self, piece: Piece, read: Read) -> torch.Tensor | None:
+        """The tensor whose memory takes the bytes of *piece* as they are, or None if they are to be staged."""
+        if read.payload is None:
+            return None
+        target = self._target(read)
+        if not piece.is_dense or target.dtype != read.payload.dtype:
+            return None
+        place = select(target, piece.box)
+        if not is_in_place(place):
+            return None
+        return place
+
+    def _elements(self, piece: Piece, payload: Payload, buffer: torch.Tensor) -> torch.Tensor:
+        """The elements of *piece* as they lie, perhaps apart, in *buffer*."""
+        strides = contiguous_strides(payload.shape) if not piece.is_dense else contiguous_strides(piece.box.lengths)
+        return buffer.view(payload.dtype).as_strided(piece.box.lengths, strides)
+
+    # -- the planner's side -------------------------------------------------------------------------------------------
+
+    def _target(self, read: Read) -> torch.Tensor:
+        """The tensor that *read* is for."""
+        with self._planner_lock:
+            if read.target is None:
+                target = self._planner.resolve_tensor(read.wanted)
+                if tuple(target.shape) != read.box.lengths:
+                    raise CheckpointError(
+                        f"{read.key!r} has the shape {read.box.lengths} in the checkpoint and {tuple(target.shape)} in "
+                        "the state dict",
+                        key=read.key,
+                    )
+                if read.payload is not None:
+                    _check_cast(read.key, read.payload.dtype, target.dtype)
+                read.target = target
+            return _bare(read.target)
+
+    def target(self, wanted: ReadItem) -> torch.Tensor:
+        """The tensor that *wanted*, which another rank may fetch, is for."""
+        with self._planner_lock:
+            return _bare(self._planner.resolve_tensor(wanted))
+
+    def touch(self, wanted: ReadItem) -> None:
+        """The target of *wanted* is about to be written to."""
+        self._touched.add(wanted.dest_index.fqn)
+
+    def accept(self, wanted: ReadItem, value: torch.Tensor | bytes) -> None:
+        """Hand over what was fetched, here or by another rank."""
+        self.touch(wanted)
+        with self._planner_lock:
+            if isinstance(value, torch.Tensor):
+                self._planner.commit_tensor(wanted, value)
+            else:
+                self._planner.load_bytes(wanted, io.BytesIO(value))
+
+    def _finish(self, read: Read) -> None:
+        """All pieces of *read* are there."""
+        for done in read.sinks:
+            self._target(done)
+            target, done.target = done.target, None
+            assert target is not None
+            self._deliver(done, target)
+
+    def _deliver(self, read: Read, value: torch.Tensor | bytes) -> None:
+        source = source_of(read.wanted)
+        if source in self._keep:
+            self.kept[source] = value
+        else:
+            self.accept(read.wanted, value)
+
+    def _decode(self, read: Read, data: memoryview) -> None:
+        """Load an item from all of its bytes."""
+        stream: Any = ItemFile(data)
+        if read.item.transforms:
+            for extension in self._extensions(read.item.transforms):
+                stream = extension.transform_from(stream)
+            data = memoryview(stream.read(-1))
+            stream = ItemFile(data)
+        if read.wanted.type == LoadItemType.BYTE_IO:
+            content = bytes(data)
+            for sink in read.sinks:
+                self._deliver(sink, content)
+            return
+        tensor = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{read.key!r} is stored as a {type(tensor).__name__}, not a tensor", key=read.key)
+        if read.box.lengths != tuple(tensor.shape):
+            tensor = select(tensor, read.box)
+        for sink in read.sinks:
+            self._touched.add(sink.key)
+            target = self._target(sink)
+            _check_cast(sink.key, tensor.dtype, target.dtype)
+            lane = self._lane(sink)
+            lane.copy(target, tensor)
+            lane.wait()
+        self._finish(read)
+
+    def _extensions(self, descriptors: tuple[str, ...]) -> Iterable[Any]:
+        if self._registry is None:
+            from torch.distributed.checkpoint._extension import ExtensionRegistry
+
+            self._registry = ExtensionRegistry()
+        found: Iterable[Any] = self._registry.from_descriptor_list(descriptors)
+        return found
+
+    def _lane(self, read: Read) -> Lane:
+        """The lane of this thread to the device that *read* is for."""
+        device = torch.device("cpu") if read.payload is None else self._target(read).device
+        key = threading.get_ident(), device
+        with self._planner_lock:
+            if key not in self._lanes:
+                self._lanes[key] = Lane(device)
+            return self._lanes[key]
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    # Detaching makes a second sparse tensor, which would take the values in place of the first.
+    return tensor.detach() if tensor.layout == torch.strided else tensor
+
+
+def _check_cast(key: str, stored: torch.dtype, target: torch.dtype) -> None:
+    if stored != target and not torch.can_cast(stored, target):
+        raise CheckpointError(f"{key!r} is stored as {stored}, which {target} in the state dict cannot take", key=key)
