@@ -56,6 +56,7 @@ TRANSFER = TransferConfig(
 )
 CACHE_BYTES = 1 * MiB  # less than a set, so that what is cached has to go
 HASTY = replace(TRANSFER, max_attempts=1)
+_PATIENCE = 300.0  # seconds for ranks to start and end in, on a busy machine
 _MODEL = 300_000  # numbers in the largest tensor of a checkpoint
 
 
@@ -244,8 +245,8 @@ class Soak:
     def ranks(self, number: int) -> int:
         """Two ranks save a sharded state and load it with another sharding."""
         url = f"{self.url}/ranks"
-        run_ranks(2, jobs.save, url, False, "rows", number)
-        run_ranks(2, jobs.load, url, False, ["columns"], number)
+        run_ranks(2, jobs.save, url, False, "rows", number, timeout=_PATIENCE)
+        run_ranks(2, jobs.load, url, False, ["columns"], number, timeout=_PATIENCE)
         return 2
 
     def errors(self, number: int) -> int:
