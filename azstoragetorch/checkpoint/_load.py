@@ -68,7 +68,11 @@ class Load:
         with many_objects():
             requests = plan(reads, self._config.effective_part_size)
         for read in reads:
-            if not read.pieces_left:
+            if read.pieces_left:
+                continue
+            if read.payload is None:
+                self._decode(read, memoryview(b""))
+            else:
                 self._finish(read)
         meter = Meter(progress, sum(request.stop - request.start for request in requests))
         tasks = [self._task(request, reads, meter) for request in requests]

@@ -312,11 +312,7 @@ class _WholePlanner(DefaultLoadPlanner):
             if wanted is not None and not names & wanted:
                 continue
             self.matched |= names
-            self._flat[key] = (
-                torch.empty(entry.size, dtype=entry.properties.dtype)
-                if isinstance(entry, TensorStorageMetadata)
-                else None
-            )
+            self._flat[key] = _empty(key, entry) if isinstance(entry, TensorStorageMetadata) else None
 
     def set_up_planner(
         self,
@@ -336,6 +332,13 @@ class _WholePlanner(DefaultLoadPlanner):
         for key, value in self._flat.items():
             _put(nested, self._paths.get(key) or (key,), value)
         return nested
+
+
+def _empty(key: str, entry: TensorStorageMetadata) -> torch.Tensor:
+    try:
+        return torch.empty(entry.size, dtype=entry.properties.dtype)
+    except RuntimeError as error:  # torch has no other for too little memory
+        raise CheckpointError(f"no memory for {key!r} of the shape {tuple(entry.size)}: {error}", key=key) from None
 
 
 def _paths_of(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:

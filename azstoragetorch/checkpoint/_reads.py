@@ -103,7 +103,8 @@ def _pieces(number: int, read: Read, limit: int) -> Iterator[Piece]:
     item, payload = read.item, read.payload
     if payload is None or not payload.is_contiguous:
         read.payload = None
-        yield Piece(item.path, item.offset, item.offset + item.length, number, read.box)
+        if item.length:
+            yield Piece(item.path, item.offset, item.offset + item.length, number, read.box)
         return
     base, nbytes = item.offset + payload.offset, payload.nbytes
     if tuple(read.wanted.lengths) == payload.shape and 0 < nbytes <= limit:

@@ -202,6 +202,19 @@ def test_a_save_needs_no_permission_to_list(container: Container, base: str) -> 
     assert len(container.names()) == 2
 
 
+@pytest.mark.parametrize("size", [1 << 55, 1 << 62])
+def test_absurd_sizes_are_an_error(container: Container, base: str, size: int) -> None:
+    from azstoragetorch.checkpoint._format import dump_metadata, load_metadata
+
+    put(container, base)
+    metadata = load_metadata(container.get("runs/a b/.metadata"))
+    entry: Any = metadata.state_dict_metadata["x"]
+    entry.size = torch.Size([size])
+    container.put("runs/a b/.metadata", dump_metadata(metadata))
+    with pytest.raises(CheckpointError, match="no memory for 'x'"):
+        load_keys(base, credential=container.key)
+
+
 def test_forged_paths_in_the_nested_state_dict_are_refused(container: Container, base: str) -> None:
     from azstoragetorch.checkpoint._format import dump_metadata, load_metadata
 
