@@ -22,7 +22,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azstoragetorch.checkpoint import BlobStorageReader
-from azstoragetorch.checkpoint._format import Item, Payload, dump_metadata, envelope, read_item, storage_info
+from azstoragetorch.checkpoint._format import (
+    Item,
+    Payload,
+    dump_metadata,
+    envelope,
+    many_objects,
+    read_item,
+    storage_info,
+)
 from azstoragetorch.checkpoint._reads import plan, reads_of
 from tests.faults import FaultService
 
@@ -69,8 +77,9 @@ def main() -> None:
         planner.set_up_planner(state, found, True)
         local = planner.create_local_plan()
         by_torch = time.perf_counter()
-        wanted = [(item, read_item(found.storage_data[item.storage_index])) for item in local.items]
-        requests = plan(reads_of(wanted), 8 << 20)
+        with many_objects():
+            wanted = [(item, read_item(found.storage_data[item.storage_index])) for item in local.items]
+            requests = plan(reads_of(wanted), 8 << 20)
         end = time.perf_counter()
     sys.stdout.write(
         f"{len(found.storage_data):,} items, {len(content):,} bytes of metadata, {len(requests)} requests\n"
