@@ -132,6 +132,12 @@ class TestSecrets:
         for text in (str(parsed), repr(parsed), f"{parsed}", str(parsed.sas), pickle.dumps(parsed).decode("latin-1")):
             assert "c2VjcmV0" not in text
 
+    @pytest.mark.parametrize("field", ["skoid", "sduoid", "skdutid", "srh", "srq", "ses", "rsct"])
+    def test_every_field_that_is_signed_is_part_of_it(self, field: str) -> None:
+        parsed = parse_blob_url(f"{ACCOUNT}/c/b?{SAS}&{field}=x%2Fy")
+        assert parsed.sas is not None
+        assert parsed.sas.reveal() == f"{SAS}&{field}=x%2Fy"
+
     def test_it_goes_with_every_blob_of_the_container(self) -> None:
         parsed = parse_container_url(f"{ACCOUNT}/c?{SAS}")
         assert parsed.with_blob("b").sas == parsed.sas

@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 from azstoragetorch._blob.secret import Secret
 
 _SAS_FIELDS = {"sig", "sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "si", "skoid", "sktid", "skt", "ske"} | {
-    "sks", "skv", "sdd", "saoid", "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
+    "sks", "skv", "skdutid", "sdd", "sduoid", "srh", "srq", "saoid",
+    "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
 }  # fmt: skip
 _HOST = re.compile(r"[\w.:-]*")
 _FORMS = (
