@@ -38,11 +38,14 @@ from azstoragetorch._workers import Placement
 _NEEDED = "0.11"
 
 try:
+    from torchdata import __version__ as _found
     from torchdata.nodes import BaseNode
+
+    if tuple(map(int, _found.split(".")[:2])) < tuple(map(int, _NEEDED.split("."))):
+        raise ImportError(f"found torchdata {_found}")
 except ImportError as error:
     raise ImportError(
-        f"azstoragetorch.nodes needs torchdata {_NEEDED} or newer, which has torchdata.nodes: "
-        f"pip install 'torchdata>={_NEEDED}'"
+        f"azstoragetorch.nodes needs torchdata {_NEEDED} or newer ({error}): pip install 'torchdata>={_NEEDED}'"
     ) from error
 
 __all__ = ["BlobInfo", "BlobLister", "BlobRange", "BlobReader", "BlobSharder", "ShuffleBuffer"]
@@ -181,7 +184,7 @@ class BlobSharder(_Node[T]):
     def get_state(self) -> State:
         """The state of the source, and how many of its items have passed."""
         return {
-            "source": self.source.state_dict(),
+            "source": _state_of(self.source),
             "position": self._position,
             "rank": self._rank,
             "world_size": self._world_size,
@@ -208,10 +211,15 @@ class BlobSharder(_Node[T]):
                 return item
 
 
+def _state_of(source: Any) -> State:
+    """A copy of the state of *source*, which may be a node that goes on changing what it gives out."""
+    return copy.deepcopy(source.state_dict())
+
+
 def _noted(source: Any, states: deque[State]) -> Iterator[Item]:
     """The items of *source*, whose state after each is added to *states*."""
     for item in source:
-        states.append(source.state_dict())
+        states.append(_state_of(source))
         yield item
 
 
@@ -266,7 +274,7 @@ class BlobReader(_Node[tuple[str, bytes]]):
         if self._ahead is not None:
             self._ahead.close()
         self.source.reset(None if state is None else state["source"])
-        self._state: State = self.source.state_dict()
+        self._state: State = _state_of(self.source)
         self._states: deque[State] = deque()  # of the source, after each item that is on its way
         self._ahead = fetch_ahead(
             self._access, _noted(self.source, self._states), depth=self._access.config.max_connections
@@ -322,6 +330,7 @@ class ShuffleBuffer(_Node[T]):
 
     def _begin(self, state: State | None) -> None:
         self._buffer: list[T] | None = None
+        self._drawing: list[T] = []
         self._fill = self._yielded = 0
         if state is None:
             self._epoch += self._has_drawn
@@ -334,7 +343,7 @@ class ShuffleBuffer(_Node[T]):
             self._epoch, self._fill, self._yielded = state["epoch"], state["fill"], state["yielded"]
         self._has_drawn = False
         self.source.reset(None if state is None else state["source"])
-        self._filled_from: State = self.source.state_dict()
+        self._filled_from: State = _state_of(self.source)
 
     def _next(self) -> T:
         self._has_drawn = True
@@ -343,7 +352,7 @@ class ShuffleBuffer(_Node[T]):
             if not buffer:
                 raise StopIteration
             self._buffer = None
-            self._filled_from = self.source.state_dict()
+            self._filled_from = _state_of(self.source)
             self._fill, self._yielded = self._fill + 1, 0
             buffer = self._drawn()
             if not buffer:
@@ -353,8 +362,10 @@ class ShuffleBuffer(_Node[T]):
         return item
 
     def _drawn(self) -> list[T]:
-        """The next items of the source, shuffled. If that fails they are drawn again."""
-        buffer = list(islice(self.source, self.buffer_size))
+        """The next items of the source, shuffled. After a failure of the source it goes on where it was."""
+        for item in islice(self.source, self.buffer_size - len(self._drawing)):
+            self._drawing.append(item)
+        buffer, self._drawing = self._drawing, []
         random.Random(f"{self.seed} {self._epoch} {self._fill}").shuffle(buffer)
         self._buffer = buffer
         return buffer

@@ -194,6 +194,60 @@ def test_a_state_of_another_node_is_refused(fault_service: FaultService) -> None
         iter(resumed)
 
 
+class Live(BaseNode[str]):  # type: ignore[misc]
+    """A foreign source that gives out the very dict which it keeps, and fails once."""
+
+    def __init__(self, items: list[str], failing: int = -1) -> None:
+        super().__init__()
+        self.items = items
+        self.failing = failing
+        self.state: dict[str, Any] = {"at": 0}
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.state["at"] = 0 if initial_state is None else initial_state["at"]
+
+    def next(self) -> str:
+        if self.state["at"] == self.failing:
+            self.failing = -1
+            raise ConnectionError("once")
+        if self.state["at"] == len(self.items):
+            raise StopIteration
+        self.state["at"] += 1
+        return self.items[self.state["at"] - 1]
+
+    def get_state(self) -> dict[str, Any]:
+        return self.state
+
+
+LIVE: dict[str, Callable[[Any], Any]] = {
+    "shard": lambda source: BlobSharder(source, 0, 2),
+    "read": read,
+    "shuffle": lambda source: ShuffleBuffer(source, 4),
+}
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_a_state_is_a_copy_of_a_foreign_source_too(fault_service: FaultService, kind: str) -> None:
+    urls = fill(fault_service)
+    whole = list(Loader(LIVE[kind](Live(urls))))
+    node = LIVE[kind](Live(urls))
+    assert [next(node) for _ in range(3)] == whole[:3]
+    state = node.state_dict()
+    list(node)
+    resumed = LIVE[kind](Live(urls))
+    resumed.reset(state)
+    assert list(resumed) == whole[3:]
+
+
+def test_a_source_that_fails_while_a_buffer_is_drawn_loses_nothing() -> None:
+    items = [str(number) for number in range(7)]
+    node = ShuffleBuffer(Live(items, failing=2), 5)
+    with pytest.raises(ConnectionError):
+        next(node)
+    assert list(node) == list(ShuffleBuffer(Live(items), 5))
+
+
 # -- reset while another thread is inside ------------------------------------------------------------------------------
 
 
@@ -293,8 +347,16 @@ def test_resetting_often_never_loses_a_sample(fault_service: FaultService) -> No
 # -- the module --------------------------------------------------------------------------------------------------------
 
 
-def test_a_torchdata_without_nodes_is_told_what_is_needed() -> None:
-    program = "import sys\nsys.modules['torchdata.nodes'] = None\nimport azstoragetorch.nodes"
+@pytest.mark.parametrize(
+    "older",
+    [
+        "import sys; sys.modules['torchdata'] = None",
+        "import sys; sys.modules['torchdata.nodes'] = None",  # up to 0.9
+        "import torchdata; torchdata.__version__ = '0.10.1+cpu'",  # the nodes of 0.10 were a preview
+    ],
+)
+def test_an_older_torchdata_is_told_what_is_needed(older: str) -> None:
+    program = f"{older}\nimport azstoragetorch.nodes"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert answer.returncode != 0
     assert "azstoragetorch.nodes needs torchdata 0.11 or newer" in answer.stderr
