@@ -175,6 +175,46 @@ def test_the_state_is_small_and_a_fresh_copy(fault_service: FaultService) -> Non
     assert len(json.dumps(states[0])) < 300
 
 
+def url_in(sample: tuple[str, bytes]) -> str:
+    return sample[1].decode()
+
+
+def test_how_far_a_reader_drew_ahead_of_its_turn_does_not_matter(fault_service: FaultService) -> None:
+    """Blobs that name blobs: how many of the former were read depends on what fits into memory at the moment."""
+    fill(fault_service)
+    for number in range(COUNT):
+        fault_service.put("names", f"{number:02d}", fault_service.blob_url("data", f"{number:02d}").encode())
+
+    def naming(ahead: int) -> ResumableDataPipe:
+        listed = AzureBlobFileLister(fault_service.container_url("names"), credential=False).sharding_filter()
+        urls = listed.read_files_by_azure(credential=False).map(url_in)
+        read = urls.read_files_by_azure(credential=False, prefetch=ahead)
+        return read.filter(is_wanted).map(name_of).to_resumable()
+
+    whole = list(naming(0))
+    assert len(whole) == len(expected("filter"))
+    first, second = naming(0), naming(8)
+    samples = iter(first)
+    for _ in range(5):
+        next(samples)
+    second.load_state_dict(first.state_dict())
+    assert list(second) == whole[5:]
+
+
+def test_a_state_loaded_before_there_are_workers_counts_for_one_epoch(fault_service: FaultService) -> None:
+    """The workers of the next epoch are new ones, with what the parent once loaded."""
+    fill(fault_service)
+    first, second = build(fault_service, "map"), build(fault_service, "map")
+    whole = list(first)
+    samples = iter(first)
+    for _ in range(5):
+        next(samples)
+    second.load_state_dict(first.state_dict())
+    loader = DataLoader(second, batch_size=None, num_workers=1)
+    assert list(loader) == whole[5:]
+    assert list(loader) == whole
+
+
 @pytest.mark.parametrize("kind", ["map", "filter"])
 @pytest.mark.parametrize("change", ["added", "removed"])
 def test_a_changed_listing_raises_instead_of_resuming_wrongly(

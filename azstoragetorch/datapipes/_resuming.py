@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,18 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, IterDataPipe
+from torch.utils.data import IterableDataset, IterDataPipe, get_worker_info
 from torch.utils.data.datapipes.iter import Batcher, Collator, Mapper
 from torch.utils.data.graph import DataPipeGraph, traverse_dps
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding, get_all_graph_pipes
 
-from azstoragetorch._workers import Placement, ShardBy
-from azstoragetorch.datapipes._reading import Reading
+from azstoragetorch._workers import Placement, ShardBy, Shared
+from azstoragetorch.datapipes._reading import BlobRangeSplitterIterDataPipe, Reading
+from azstoragetorch.datapipes._writing import AzureBlobSaverIterDataPipe
 
 _VERSION = 1
 _FIELDS = {"version", "seed", "epoch", "shards", "shard", "position", "read"}
+_DRAWS_AHEAD = (Reading, BlobRangeSplitterIterDataPipe, AzureBlobSaverIterDataPipe)
 
 
 class ResumableDataPipe(IterableDataset[Any]):
@@ -55,20 +58,20 @@ class ResumableDataPipe(IterableDataset[Any]):
         self.source_datapipe = source_datapipe
         self.seed = seed
         self._placement = Placement(shard_by, rank, world_size)
-        # Shared memory: set_epoch in the parent reaches workers that live on.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared = Shared()
         self._pending: dict[str, Any] | None = None
+        self._load = 0  # by which workers know the pending state; 0 if the worker itself has loaded it
         self._run: _Run | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the iterations that begin from now on, here and in persistent workers."""
-        self._epoch.fill_(epoch)
+        self._shared.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last iteration is: small, JSON-able, a fresh copy. What is in flight counts as not consumed."""
         if self._pending is not None:
             return dict(self._pending)
-        run = self._run or _Run(int(self._epoch), 0, [])
+        run = self._run or _Run(self._shared.epoch, 0, [])
         place = self._placement.here()
         return {
             "version": _VERSION,
@@ -97,20 +100,20 @@ class ResumableDataPipe(IterableDataset[Any]):
                 f"{place.shards}: resume with the same number of workers and ranks"
             )
         self._pending = dict(state)
+        self._load = 0 if get_worker_info() is not None else 1 + int.from_bytes(os.urandom(7), "big")
 
     def __iter__(self) -> Iterator[Any]:
         # No generator: the state is used up now, and the next iteration begins at the beginning.
         state, self._pending = self._pending, None
-        epoch = int(self._epoch) if state is None else state["epoch"]
-        self._run = _Run(epoch, 0 if state is None else state["position"], self._readings())
+        if state is not None and self._load and not self._shared.is_first_use(self._load):
+            state = None
+        epoch = self._shared.epoch if state is None else state["epoch"]
+        readings = list(dict.fromkeys(_outer_readers(traverse_dps(self.source_datapipe))))
+        self._run = _Run(epoch, 0 if state is None else state["position"], readings)
         return self._samples(self._run, [] if state is None else [tuple(read) for read in state["read"]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}
-
-    def _readings(self) -> list[Reading]:
-        pipes = get_all_graph_pipes(traverse_dps(self.source_datapipe))
-        return [pipe for pipe in pipes if isinstance(pipe, Reading)]
 
     def _samples(self, run: _Run, expected: list[tuple[int, int]]) -> Iterator[Any]:
         graph = traverse_dps(self.source_datapipe)
@@ -141,12 +144,12 @@ class ResumableDataPipe(IterableDataset[Any]):
             is_unchecked = False
         for sample in samples:
             if is_unchecked and reader is not None:
-                _compare([expected[run.readings.index(reader)]], [reader.skipped])
+                _compare(expected, [reader.skipped])
                 is_unchecked = False
             run.position += 1
             yield sample
         if is_unchecked and reader is not None:
-            _compare([expected[run.readings.index(reader)]], [reader.skipped])
+            _compare(expected, [reader.skipped])
 
 
 @dataclass
@@ -156,6 +159,15 @@ class _Run:
     epoch: int
     position: int
     readings: list[Reading]
+
+
+def _outer_readers(graph: DataPipeGraph) -> Iterator[Reading]:
+    """The readers that nothing draws from ahead of its turn: how far others are is a matter of chance."""
+    for pipe, sources in graph.values():
+        if isinstance(pipe, Reading):
+            yield pipe
+        if not isinstance(pipe, _DRAWS_AHEAD):
+            yield from _outer_readers(sources)
 
 
 def _last_reader(graph: DataPipeGraph) -> tuple[Reading | None, int]:
