@@ -6,6 +6,7 @@ import gc
 import pickle
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Torn
 from tests.support import wait_until
+from tests.test_datapipes_tar import make_tar
 
 KiB = 1 << 10
 READERS = ["open_files_by_azure", "load_files_by_azure", "read_files_by_azure"]
@@ -143,6 +145,16 @@ def test_opened_streams_are_files(container: Container) -> None:
     container.put("a", b"short")
     stream.seek(0)
     assert stream.read() == "zwölf\nBoxkämpfer\n".encode()
+
+
+@pytest.mark.parametrize("mode", ["r:*", "r|*"])
+@pytest.mark.parametrize("reader", READERS[:2])
+def test_tarfile_takes_the_streams(fault_service: FaultService, reader: str, mode: Any) -> None:
+    fault_service.put("data", "a.tar", make_tar({"0.txt": content(7), "1.txt": b"end"}))
+    source = IterableWrapper([fault_service.blob_url("data", "a.tar")])
+    ((_, stream),) = getattr(source, reader)(credential=False, transfer=SMALL)
+    with tarfile.open(fileobj=stream, mode=mode) as tar:
+        assert [tar.extractfile(info).read() for info in tar] == [content(7), b"end"]  # type: ignore[union-attr]
 
 
 def test_an_opened_blob_is_pinned_to_what_was_fetched_first(fault_service: FaultService) -> None:
@@ -290,6 +302,33 @@ def test_workers_read_each_sample_once_with_their_credential(container: Containe
     assert read == Counter((container.blob_url(f"{number:04d}"), content(number)) for number in range(9))
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_live_on_read_each_sample_once_in_each_epoch(
+    fault_service: FaultService, method: str, workers: int
+) -> None:
+    """In another order, behind a shuffle; also through pipes that share a source, and with ranges."""
+    urls = fill(fault_service, 12)
+    listed = pipes.AzureBlobInfoLister(fault_service.container_url("data"), credential=False).shuffle()
+    ranges = listed.split_blob_ranges(100_000, credential=False).shard_blobs()
+    even, odd = ranges.read_files_by_azure(credential=False, transfer=SMALL).demux(2, parity)
+    pipe = even.concat(odd).map(url_and_length)
+    loader = DataLoader(
+        pipe, batch_size=None, num_workers=workers, multiprocessing_context=method, persistent_workers=True
+    )
+    epochs = [list(loader), list(loader)]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        lengths = Counter[str]()
+        for url, length in epoch:
+            lengths[url] += length
+        assert lengths == Counter({url: len(content(number)) for number, url in enumerate(urls) if content(number)})
+        assert len(epoch) == sum(-(-len(content(number)) // 100_000) for number in range(12))
+
+
 def test_open_streams_come_out_of_workers(container: Container) -> None:
     """A worker may yield the stream itself: it is opened again, on the same version, where it arrives."""
     container.put("a", b"0123456789")
@@ -328,17 +367,59 @@ def read_url_shard(rank: int, world: int, store: str, sas_url: str, workers: int
     read_shard(rank, world, store, url, AzureSasCredential(sas), workers, out)
 
 
-def test_nothing_alive_is_in_a_pipe(fault_service: FaultService) -> None:
+def copied(url: str) -> str:
+    return url.replace("/data/", "/copies/")
+
+
+def sized(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"__key__": sample["__key__"], "size": str(len(sample[""]))}
+
+
+def keyed(sample: tuple[str, bytes]) -> tuple[str, bytes]:
+    return f"{sample[0]}.", sample[1]
+
+
+GRAPHS: dict[str, Any] = {
+    "list": lambda _infos, url, access: pipes.AzureBlobFileLister(url, **access),
+    "list of roots": lambda _infos, url, access: IterableWrapper([url]).list_blobs_by_azure(**access),
+    "shard": lambda infos, _url, _access: infos.shard_blobs(by="size"),
+    "open": lambda infos, _url, access: infos.open_files_by_azure(**access).read_from_stream(),
+    "load": lambda infos, _url, access: infos.load_files_by_azure(**access).read_from_stream(),
+    "split": lambda infos, _url, access: infos.split_blob_ranges(50_000, **access).read_files_by_azure(**access),
+    "save": lambda infos, _url, access: infos.read_files_by_azure(**access).save_by_azure(copied, **access),
+    "group": lambda infos, _url, access: infos.read_files_by_azure(**access).map(keyed).group_blob_samples(),
+    "pack": lambda infos, url, access: (
+        infos.read_files_by_azure(**access)
+        .map(keyed)
+        .group_blob_samples()
+        .map(sized)
+        .write_blob_tar_shards(copied(f"{url}/{{shard}}.tar"), max_count=1, **access)
+    ),
+    "expand": lambda _infos, url, access: (
+        pipes.AzureBlobFileLister(url.replace("/data", "/tars"), **access)
+        .open_files_by_azure(**access)
+        .expand_blob_tar()
+        .read_from_stream()
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_nothing_alive_is_in_a_pipe(fault_service: FaultService, graph: str) -> None:
     """Traversal, pickling and copying work in mid-iteration, for every pipe."""
-    urls = fill(fault_service, 6)
-    listed = pipes.AzureBlobInfoLister(fault_service.container_url("data"), credential=False)
-    graph = listed.shard_blobs().split_blob_ranges(50_000, credential=False).read_files_by_azure(credential=False)
-    samples = iter(graph)
-    next(samples)
-    assert len(traverse_dps(graph)) == 1
-    copy = pickle.loads(pickle.dumps(graph))
-    assert b"".join(data for _, data in copy) == b"".join(content(number) for number in range(6))
-    assert len(urls) == 6
+    fill(fault_service, 6)
+    fault_service.create_container("copies")
+    fault_service.put("tars", "a.tar", make_tar({f"{number}.txt": content(number) for number in range(1, 4)}))
+    url = fault_service.container_url("data")
+    infos = pipes.AzureBlobInfoLister(url, credential=False)
+    pipe = GRAPHS[graph](infos, url, {"credential": False, "transfer": SMALL})
+    samples = iter(pipe)
+    first = next(samples)
+    assert len(traverse_dps(pipe)) == 1
+    again = list(pickle.loads(pickle.dumps(pipe)))
+    assert again[0] == first
+    assert again[1:] == list(samples)
+    assert len(again) > 2
 
 
 def test_secrets_are_in_no_plain_pickle_but_the_rest_is(container: Container) -> None:

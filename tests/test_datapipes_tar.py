@@ -158,6 +158,11 @@ def test_text_is_no_tar() -> None:
         list(IterableWrapper([("url", "text")]).expand_blob_tar())
 
 
+def test_a_blob_opened_as_text_is_no_tar(fault_service: FaultService) -> None:
+    with pytest.raises(TypeError, match=r"data/shard\.tar: a tar needs a binary stream, not text"):
+        list(expand(fault_service, make_tar({"0.bin": b"\xff" * 100}), mode="rt"))
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +224,17 @@ def test_files_are_grouped_as_webdataset_does(container: Container) -> None:
 
 def read_stream(file: tuple[str, Any]) -> tuple[str, bytes]:
     return file[0], file[1].read()
+
+
+def test_what_is_about_the_tar_is_in_no_sample() -> None:
+    """WebDataset keeps it in folders with underscores around their names."""
+    packed = make_tar({"__index__/all.json": b"-", "0.txt": b"0", "__x.txt": b"1", "a/__b__/2.txt": b"2"})
+    samples = IterableWrapper([("url.tar", packed)]).expand_blob_tar().group_blob_samples()
+    assert [(sample["__key__"], sample["txt"]) for sample in samples] == [
+        ("0", b"0"),
+        ("__x", b"1"),
+        ("a/__b__/2", b"2"),
+    ]
 
 
 def test_blobs_that_are_in_no_tar_are_grouped_by_their_folder(container: Container) -> None:

@@ -76,6 +76,14 @@ def test_what_is_no_bytes_is_an_error_that_names_the_url(container: Container, d
     assert container.get("a") == b"old"
 
 
+@pytest.mark.parametrize("item", ["https://h/a/c/b?sig=secret", ("https://h/a/c/b",), None])
+def test_what_is_no_pair_is_refused_in_words(item: Any) -> None:
+    """Such as URLs straight from a lister."""
+    for pipe in ("save_by_azure", "expand_blob_tar", "group_blob_samples"):
+        with pytest.raises(TypeError, match=r"expected \((name|url|path), .*, not ('https://h/a/c/b'|tuple|NoneType)"):
+            list(getattr(IterableWrapper([item]), pipe)())
+
+
 class Breaking(io.RawIOBase):
     def __init__(self) -> None:
         self.reads = 0
@@ -174,6 +182,12 @@ def test_what_was_packed_comes_back(container: Container) -> None:
     assert back == [{**sample, "txt": sample["txt"].encode()} for sample in SAMPLES]  # type: ignore[attr-defined]
 
 
+def test_an_error_in_a_worker_keeps_its_type_and_url(container: Container) -> None:
+    pipe = IterableWrapper([(container.blob_url("a"), 7)]).save_by_azure(credential=container.key)
+    with pytest.raises(TypeError, match=container.blob_url("a")):
+        list(DataLoader(pipe, num_workers=1, batch_size=None))
+
+
 @pytest.mark.slow  # torch takes 5 s for each worker of an iterator that failed
 def test_workers_do_not_overwrite_each_others_tars(fault_service: FaultService) -> None:
     pipe = IterableWrapper(SAMPLES).sharding_filter()
@@ -189,6 +203,10 @@ def test_workers_do_not_overwrite_each_others_tars(fault_service: FaultService) 
         ({"bin": b""}, ValueError, r"0\.tar: .*__key__"),
         ({"__key__": "a", "__url__": "x"}, ValueError, r"0\.tar: the sample 'a' has no data"),
         (b"bytes", ValueError, r"0\.tar: .*__key__"),
+        ({"__key__": "a", 0: b""}, TypeError, r"0\.tar: the sample 'a' has the extension 0"),
+        ({"__key__": "a.1", "bin": b""}, ValueError, r"0\.tar: 'a\.1\.bin' would not come back"),
+        ({"__key__": "a/", "bin": b""}, ValueError, r"0\.tar: 'a/\.bin' would not come back"),
+        ({"__key__": "a", "x/bin": b""}, ValueError, r"0\.tar: 'a\.x/bin' would not come back"),
     ],
 )
 def test_a_sample_that_cannot_be_packed_leaves_no_partial_tar(

@@ -121,6 +121,18 @@ def url_of(item: Item) -> str:
     )
 
 
+def pair_of(item: Any, wanted: str) -> tuple[Any, Any]:
+    """The two halves of *item*.
+
+    Raises:
+        TypeError: it is no pair, with words for what was *wanted*.
+    """
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    what = repr(item.partition("?")[0]) if isinstance(item, str) else type(item).__name__
+    raise TypeError(f"expected {wanted}, not {what}")
+
+
 # -- listing -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ _MAX_SIZE = 1 << 60  # bytes of one file; beyond it a header is damaged
 _REGULAR = frozenset(b"07\0")
 _WITHOUT_DATA = frozenset(b"123456")
 _ZEROS = bytes(BLOCK)
+_SAMPLE_FILE = re.compile(r"(?!__[^/]*__/)((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension
 _COMPRESSED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
     b"BZh": bz2.BZ2File,
@@ -58,6 +61,8 @@ def walk(stream: Any, where: str, open_slice: Callable[[int, int], IO[bytes]] | 
         tarfile.ReadError: the stream is no tar, is truncated or damaged.
         TypeError: the stream yields no bytes.
     """
+    if isinstance(stream, io.TextIOBase):
+        raise TypeError(f"{where}: a tar needs a binary stream, not text: open it with mode='rb'")
     unpacked = _decompressed(stream)
     source = _Source(unpacked, where)
     if unpacked is not stream:
@@ -116,6 +121,12 @@ def entry(name: str, size: int) -> bytes:
 def padding(size: int) -> bytes:
     """What follows *size* bytes of content."""
     return bytes(-size % BLOCK)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The key of the sample that the file *name* belongs to, and its extension in lower case; None if to no sample."""
+    parts = _SAMPLE_FILE.fullmatch(name)
+    return (parts[1], parts[2].lower()) if parts is not None else None
 
 
 class _Source:

@@ -12,11 +12,11 @@ from torch.utils.data.datapipes.utils.common import StreamWrapper
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.tar import walk
+from azstoragetorch._blob.sources import pair_of
+from azstoragetorch._blob.tar import split_name, walk
 from azstoragetorch.io import BlobIO
 
 _SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.gz|tar\.bz2|tar\.xz))/(.*)", re.DOTALL)
-_SAMPLE_FILE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # key and extension
 
 
 @functional_datapipe("expand_blob_tar")
@@ -41,7 +41,8 @@ class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
         self.source_datapipe = source_datapipe
 
     def __iter__(self) -> Iterator[tuple[str, StreamWrapper]]:
-        for url, content in self.source_datapipe:
+        for item in self.source_datapipe:
+            url, content = pair_of(item, "(url, stream) of a tar, as open_files_by_azure yields")
             stream = io.BytesIO(content) if isinstance(content, (bytes, bytearray, memoryview)) else content
             if not hasattr(stream, "read"):
                 raise TypeError(f"{url}: a tar is expanded from a stream or bytes, not from {type(stream).__name__}")
@@ -114,8 +115,9 @@ class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
 
     ``photos/0001.jpg`` and ``photos/0001.seg.png`` of ``.../shard.tar`` become
     ``{"__key__": "photos/0001", "__url__": ".../shard.tar", "jpg": b"...", "seg.png": b"..."}``: the key ends at
-    the first dot of the last segment, the extension is what follows, in lower case. Files without an extension, and
-    those whose name begins with a dot, belong to no sample and are left out. Files are not reordered, so do not
+    the first dot of the last segment, the extension is what follows, in lower case. Files without an extension,
+    those whose name begins with a dot, and those in a folder ``__<name>__``, which WebDataset has for what is about the
+    tar, belong to no sample and are left out. Files are not reordered, so do not
     shuffle between the tar and the grouper. Files that come from no tar are grouped by their URLs.
 
     Args:
@@ -131,12 +133,13 @@ class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         sample: dict[str, Any] = {}
-        for path, content in self.source_datapipe:
+        for item in self.source_datapipe:
+            path, content = pair_of(item, "(path, stream or bytes) of a file, as expand_blob_tar yields")
             shard, name = _place(path, content)
-            parts = _SAMPLE_FILE.fullmatch(name)
+            parts = split_name(name)
             if parts is None:
                 continue
-            key, extension = parts[1], parts[2].lower()
+            key, extension = parts
             if sample and (sample["__key__"], sample["__url__"]) != (key, shard):
                 yield sample
                 sample = {}

@@ -16,8 +16,8 @@ from azstoragetorch._blob.config import GiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.prefetch import OrderedPrefetch
-from azstoragetorch._blob.sources import Access, plain_url
-from azstoragetorch._blob.tar import END, entry, padding
+from azstoragetorch._blob.sources import Access, pair_of, plain_url
+from azstoragetorch._blob.tar import END, entry, padding, split_name
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._workers import Placement
@@ -41,7 +41,7 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 
-    Iterating raises ``TypeError`` with the URL where data is no bytes, and
+    Iterating raises ``TypeError`` where the source yields no pair or, with the URL, where data is no bytes, and
     :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` where the service refuses. The length is that of the
     source.
     """
@@ -90,7 +90,8 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
 
     def _jobs(self) -> Iterator[tuple[BlobClient, bytes | None]]:
         """What is to be put; None where a stream was copied already."""
-        for name, data in self.source_datapipe:
+        for item in self.source_datapipe:
+            name, data = pair_of(item, "(name, data) to save")
             url = parse_blob_url(name if self.filepath_fn is None else self.filepath_fn(name))
             if url.is_read_only:
                 raise ValueError(f"{plain_url(url)}: a snapshot or version cannot be written")
@@ -117,8 +118,9 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
     """Packs samples into tar blobs, as WebDataset has them, and yields the URL of each when it is written.
 
     A sample is a mapping ``{"__key__": "0001", "jpg": b"...", "json": b"..."}``, whose entries become the files
-    ``0001.jpg`` and ``0001.json``, side by side in one tar; other names with leading underscores are left out. A tar
-    is written whole or not at all, and equal samples make equal tars.
+    ``0001.jpg`` and ``0001.json``, side by side in one tar; other names with leading underscores are left out. A key
+    may have slashes, but no dot behind the last one, where readers would take the rest for an extension. A tar is
+    written whole or not at all, and equal samples make equal tars.
 
     Args:
         source_datapipe: Yields samples, whose values are bytes-like, or text for UTF-8.
@@ -241,9 +243,16 @@ def _files_of(sample: Mapping[str, Any], url: str) -> list[bytes]:
         raise ValueError(f"{url}: a sample is a mapping with a '__key__', a text that is not empty")
     parts = []
     for extension, value in sample.items():
+        if not isinstance(extension, str):
+            raise TypeError(f"{url}: the sample {key!r} has the extension {extension!r}, which is no text")
         if extension.startswith("__"):
             continue
         name = f"{key}.{extension}"
+        if split_name(name) != (key, extension.lower()):
+            raise ValueError(
+                f"{url}: {name!r} would not come back as the extension {extension!r} of the sample {key!r}: "
+                "the last segment of a key must be neither empty nor hold a dot, and an extension no slash"
+            )
         data = value.encode() if isinstance(value, str) else _as_bytes(value, f"{url}/{name}")
         parts += [entry(name, len(data)), data, padding(len(data))]
     if not parts:
