@@ -34,7 +34,7 @@ from tests.faults import (
 
 from .work import CHANGING, CONTAINER, MOVING, NAMES, content_of
 
-_STALL = 2.5  # seconds, longer than the read timeout of the soak
+_STALL = 4.0  # seconds, longer than the read timeout of the soak
 ANY: list[Fault] = [Status(503), Status(429), Status(500), Reset(), ResetInHeaders(), GarbageStatusLine()]
 ANY += [Stall(_STALL, None), StaleConnection(), StaleConnection(on_next_request=True)]
 BODY: list[Fault] = [Torn(500), TornReset(500), Stall(_STALL, 100), SlowBytes(20_000), WrongLength(10)]

@@ -50,7 +50,7 @@ TRANSFER = TransferConfig(
     memory_limit=8 * MiB,
     read_ahead=512 * KiB,
     connect_timeout=2.0,
-    read_timeout=1.0,
+    read_timeout=2.0,
     max_attempts=10,
     max_backoff=0.2,
 )
