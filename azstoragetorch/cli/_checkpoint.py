@@ -90,17 +90,25 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
     with session.output.progress("verifying", found.nbytes) as advance:
 
         def check(keys: list[str]) -> None:
+            told = 0
+
+            def report(done: int, _planned: int) -> None:
+                nonlocal told
+                advance(done - told)
+                told = done
+
             try:
-                load_keys(str(url), keys, weights_only=not trust, credential=credential)
+                load_keys(str(url), keys, weights_only=not trust, credential=credential, progress=report)
             except (CheckpointError, pickle.UnpicklingError) as error:
                 if len(keys) > 1:
+                    advance(-told)
                     for key in keys:  # one by one, to name those that are at fault
                         check([key])
                     return
                 text = str(error.__cause__ or error).split("\n", 1)[0]
                 is_refused = _needs_trust(error) and not trust
                 (unchecked if is_refused else broken)[keys[0]] = text
-            advance(sum(sizes[key] for key in keys))
+            advance(sum(sizes[key] for key in keys) - told)
 
         for keys in _batches(sizes):
             check(keys)
@@ -149,15 +157,17 @@ def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], t
                 raise
             raise CheckpointError(_untrusted(str(url), error.__cause__ or error)) from None
     session.output.note(f"writing {target if isinstance(place, Path) else place}")
-    if isinstance(place, Path):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".azstoragetorch-") as folder:
-            unfinished = Path(folder) / "state"
-            torch.save(state, unfinished)
-            unfinished.replace(place)
-    else:
-        with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
-            torch.save(state, blob)  # type: ignore[arg-type]  # a file in all but its declaration
+    with session.output.progress("writing", bar.total) as bar:
+        if isinstance(place, Path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".azstoragetorch-") as folder:
+                unfinished = Path(folder) / "state"
+                with unfinished.open("wb") as file:
+                    torch.save(state, _Watched(file, bar))
+                unfinished.replace(place)
+        else:
+            with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
+                torch.save(state, _Watched(blob, bar))
     session.output.record({"url": str(url), "target": str(place), "entries": len(state)})
 
 
@@ -183,8 +193,11 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
         if isinstance(place, Path):
             state = torch.load(place, map_location="cpu", mmap=True, weights_only=not trust)
         else:
-            with BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob:
-                state = torch.load(blob, map_location="cpu", weights_only=not trust)  # type: ignore[arg-type]
+            with (
+                BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob,
+                session.output.progress("reading", blob.size) as bar,
+            ):
+                state = torch.load(_Watched(blob, bar), map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_untrusted(str(place), error)) from None
     if not isinstance(state, dict):
@@ -235,7 +248,9 @@ def prune(
             session.output.record({"url": place, "status": "planned" if dry_run else "deleted"})
             session.output.line(f"{'would delete' if dry_run else 'deleted'} {place}")
     if incomplete:
-        for place in clean(str(url), min_age=min_age * 3600, credential=credential):
+        with session.output.progress("deleting what is incomplete", None, unit="blobs"):
+            leftovers = clean(str(url), min_age=min_age * 3600, credential=credential)
+        for place in leftovers:
             session.output.record({"url": place, "status": "deleted"})
             session.output.line(f"deleted {place}")
 
@@ -259,6 +274,32 @@ def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
         held += size
     if batch:
         yield batch
+
+
+class _Watched:
+    """A file that tells *bar* of what is read from it and written to it."""
+
+    def __init__(self, file: Any, bar: Bar) -> None:
+        self._file = file
+        self._bar = bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._file.read(size)
+        self._bar(len(data))
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self._bar(count)
+        return count
+
+    def write(self, data: Any) -> int:
+        count: int = self._file.write(data)
+        self._bar(count)
+        return count
 
 
 def _steps(bar: Bar) -> Progress:

@@ -155,8 +155,10 @@ class _Plan:
     def _listed(self, url: BlobURL) -> dict[str, int]:
         container = self._session.access.container(url, self.config)
         found: dict[str, int] = {}
-        for page in container.pages(prefix=_folder(url)):
-            found.update(zip(page.names, page.sizes, strict=True))
+        with self._session.output.progress("listing", None, unit="blobs") as advance:
+            for page in container.pages(prefix=_folder(url)):
+                found.update(zip(page.names, page.sizes, strict=True))
+                advance(len(page.names))
         return found
 
     def _size_of(self, url: BlobURL) -> int | None:

@@ -19,12 +19,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from azstoragetorch._blob.secret import redact
 
@@ -51,6 +52,8 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self.total: int | None = None
+        """What was planned last."""
 
     def __call__(self, count: int) -> None:
         """*count* more are done."""
@@ -58,6 +61,7 @@ class Bar:
 
     def plan(self, total: int) -> None:
         """There are *total* to do in all."""
+        self.total = total
         self._progress.update(self._task, total=total)
 
 
@@ -107,22 +111,27 @@ class Output:
         """A bar with rate and time left while inside; without a *total* until `Bar.plan` tells."""
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
         if unit == "bytes":
-            columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()]
+            columns.append(DownloadColumn(binary_units=True))
         else:
-            columns += [MofNCompleteColumn(), TextColumn(unit), _Rate(), TimeRemainingColumn()]
+            columns += [MofNCompleteColumn(), TextColumn(unit)]
+        columns += [_Rate(unit), TimeRemainingColumn()]
         is_off = self.is_quiet or self.is_json or not sys.stderr.isatty()
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         with Progress(*columns, console=console, disable=is_off) as bar:
             yield Bar(bar, bar.add_task(what, total=total))
 
 
-class _Rate(TextColumn):
-    """Items a second."""
+class _Rate(ProgressColumn):
+    """What is done a second; from the beginning as long as nothing newer is known."""
 
-    def __init__(self) -> None:
-        super().__init__("")
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
-    def render(self, task: Any) -> Any:
+    def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        self.text_format = f"{speed:,.1f}/s" if speed else ""
-        return super().render(task)
+        if not speed and task.elapsed:
+            speed = task.completed / task.elapsed
+        if not speed:
+            return Text("")
+        return Text(f"{human(speed)}/s" if self._unit == "bytes" else f"{speed:,.1f}/s")

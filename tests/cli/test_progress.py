@@ -1,0 +1,92 @@
+"""On a terminal every long action shows how far it is, how fast, and how long it will take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.azurite.container import Container
+from tests.support import ROOT, content
+
+pty = pytest.importorskip("pty")
+
+DRIVER = """
+import json, sys
+from azstoragetorch.cli._app import run
+for arguments in json.loads(sys.argv[1]):
+    assert run(arguments) == 0, arguments
+"""
+
+
+def on_terminal(container: Container, *commands: list[str]) -> str:
+    """Run *commands* with a terminal as their stderr; returns what it shows, less what moves the cursor."""
+    ours, theirs = pty.openpty()
+    shown: list[bytes] = []
+
+    def collect() -> None:
+        try:
+            while data := os.read(ours, 65536):
+                shown.append(data)
+        except OSError:
+            pass  # the other side is closed
+
+    reader = threading.Thread(target=collect)
+    environment = {**os.environ, "AZURE_STORAGE_KEY": container.service.account_key, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(commands)],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    reader.start()
+    process.wait(timeout=90)
+    reader.join()
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode())
+    assert process.returncode == 0, text
+    return text
+
+
+def is_shown(what: str, text: str) -> bool:
+    """Whether a bar ended with an amount, a rate and a time left."""
+    return re.search(rf"{what} .* \d[\d.,]*/\d.* \d[\d.,]* ?\w*/s +0:00:00", text) is not None
+
+
+@pytest.mark.timeout(120)
+def test_long_actions_show_amount_rate_and_time_left(container: Container, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.bin").write_bytes(content(1 << 20))
+    torch.save({"weight": torch.ones(1 << 18)}, tmp_path / "state.pt")
+    url = container.url
+    key = container.service.account_key
+    text = on_terminal(
+        container,
+        ["cp", "-r", str(source), f"{url}/copies"],
+        ["cp", "-r", f"{url}/copies", str(tmp_path / "back")],
+        ["cp", str(tmp_path / "state.pt"), f"{url}/state.pt"],
+        ["checkpoint", "import", f"{url}/state.pt", f"{url}/run/step-1"],
+        ["checkpoint", "import", str(tmp_path / "state.pt"), f"{url}/run/step-2"],
+        ["checkpoint", "verify", f"{url}/run/step-1"],
+        ["checkpoint", "export", f"{url}/run/step-1", str(tmp_path / "exported.pt")],
+        ["checkpoint", "prune", f"{url}/run", "--keep", "1", "--yes"],
+        ["doctor", f"{url}", "--size", "8", "--rounds", "1", "--seconds", "0.01"],
+        ["bench", f"{url}", "--size", "1", "--count", "5", "--rounds", "1"],
+    )
+    assert key not in text
+    for what in ("copying", "reading", "writing", "verifying", "deleting", "measuring"):
+        assert is_shown(what, text), (what, text)
+    assert re.search(r"listing .* 3/\?", text)
+    assert torch.equal(torch.load(tmp_path / "exported.pt")["weight"], torch.ones(1 << 18))
