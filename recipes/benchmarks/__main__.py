@@ -72,6 +72,8 @@ class Options:
     ca_file: str | None = None
     only: frozenset[str] = frozenset()
     server: str = ""
+    command: str = "make bench"
+    """What made it, without addresses."""
 
 
 class Worker:
@@ -171,13 +173,30 @@ def preparations(options: Options) -> Iterator[dict[str, Any]]:
         yield {"what": "samples", "name": f"samples-{count}/", "count": count, "size": 0}
 
 
-def run(options: Options, pythons: dict[str, str], results: Path, budget: float = float("inf")) -> None:
+def run(
+    options: Options,
+    pythons: dict[str, str],
+    results: Path,
+    budget: float = float("inf"),
+    *,
+    is_more: bool = False,
+) -> None:
     """Run all cases, the libraries in turns, and write a line of JSON for each run to *results*.
 
-    Cases that would begin after *budget* seconds are left out.
+    Cases that would begin after *budget* seconds are left out. *is_more* adds to *results* what it left out before.
     """
     planned = [case for case in cases(options) if not options.only or case["case"] in options.only]
-    with ExitStack() as stack, results.open("w", encoding="utf-8") as file:
+    if is_more:
+        setup, *known = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        planned = [
+            {name: value for name, value in case.items() if name != "record"}
+            for case in known
+            if case["record"] == "left out"
+        ]
+        setup["command"] += f"\n{options.command}"
+        kept = [setup, *(record for record in known if record["record"] != "left out")]
+        results.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+    with ExitStack() as stack, results.open("a" if is_more else "w", encoding="utf-8") as file:
         workers = {library: Worker(library, python, options) for library, python in pythons.items()}
         for worker in workers.values():
             stack.callback(worker.close)
@@ -186,8 +205,19 @@ def run(options: Options, pythons: dict[str, str], results: Path, budget: float 
             file.write(json.dumps(record) + "\n")
             file.flush()
 
-        versions = {library: worker.ask({"case": "version"}).get("version", "?") for library, worker in workers.items()}
-        note({"record": "setup", **describe_machine(), "server": options.server, "versions": versions})
+        if not is_more:
+            versions = {
+                library: worker.ask({"case": "version"}).get("version", "?") for library, worker in workers.items()
+            }
+            note(
+                {
+                    "record": "setup",
+                    **describe_machine(),
+                    "server": options.server,
+                    "command": options.command,
+                    "versions": versions,
+                }
+            )
         stack.enter_context(prepared(options, workers["ours"]))
         deadline = time.monotonic() + budget
         bar = stack.enter_context(tqdm(planned, desc="benchmarks", unit="case", disable=None))
@@ -225,9 +255,14 @@ def turns(case: dict[str, Any], options: Options, workers: dict[str, Worker]) ->
 @contextmanager
 def prepared(options: Options, worker: Worker) -> Iterator[None]:
     """The blobs that are read, for as long as they are."""
-    stores = {urlsplit(base).hostname: base for base in options.bases.values()}  # several ways to one store
+    stores: dict[str | None, str] = {}
+    for base in options.bases.values():
+        stores.setdefault(urlsplit(base).hostname, base)  # several ways to one store
     proof = AzureSasCredential(options.sas) if options.sas else None
-    clients = [ContainerClient(base, options.container, credential=proof) for base in stores.values()]
+    verify = options.ca_file or True
+    clients = [
+        ContainerClient(base, options.container, credential=proof, connection_verify=verify) for base in stores.values()
+    ]
     for base, client in zip(stores.values(), clients, strict=True):
         with suppress(AzureError):
             client.create_container()
@@ -304,6 +339,17 @@ def mint(account: str, key: str) -> str:
     )
 
 
+def command(options: argparse.Namespace) -> str:
+    """The command that was given, without addresses and files of this machine."""
+    words = [f"--base {item.partition('=')[0]}=<url>" for item in options.base]
+    words += ["--ca-file <pem>"] if options.ca_file else []
+    words += [f"--listing {options.listing}"] if options.listing else []
+    words += [f"--only {options.only}"] if options.only else []
+    words += ["--more"] if options.more else []
+    words += [f"--minutes {options.minutes:g}"] if options.minutes < float("inf") else []
+    return f'make bench BENCH="{" ".join(words)}"' if words else "make bench"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", action="append", default=[], metavar="NAME=URL", help="an account; may be repeated")
@@ -319,6 +365,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs/performance/results.jsonl")
     parser.add_argument("--report", type=Path, default=ROOT / "docs/performance.md")
     parser.add_argument("--report-only", action="store_true", help="from results that are there")
+    parser.add_argument("--more", action="store_true", help="run what the last run left out, and add it")
     parser.add_argument("--tiny", action="store_true", help="next to no data: whether it runs at all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so long")
     options = parser.parse_args()
@@ -352,8 +399,9 @@ def main() -> None:
                 options.ca_file,
                 frozenset(filter(None, options.only.split(","))),
                 server,
+                command(options),
             )
-            run(told, pythons, options.results, options.minutes * 60)
+            run(told, pythons, options.results, options.minutes * 60, is_more=options.more)
     write_report(options.results, options.report)
 
 

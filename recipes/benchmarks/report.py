@@ -12,6 +12,7 @@ from recipes.benchmarks.libraries import LIBRARIES
 
 MiB = 1 << 20
 COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"}
+WIDTH = 5.5  # inches of a plot: its text is legible on a phone
 TITLES = {name: library.title for name, library in LIBRARIES.items()}  # type: ignore[attr-defined]
 WHAT = {
     "read": "read {size}",
@@ -43,7 +44,7 @@ Only ratios within a row mean something: absolute figures are those of one machi
 
 MEMORY = """\
 Memory on top of what the process had before, at its peak over all runs, in MiB. Reading includes the bytes that are
-read. What an allocator kept from the cases before does not show:"""
+read. What an allocator kept from the cases before does not show, so this is of the server that came first:"""
 
 AGAIN = """\
 Every run is a line of JSON in [results.jsonl]({results}). `make bench` makes the virtual environments, runs all of it
@@ -141,7 +142,9 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     server = setup.get("server", "")
     is_azurite = server == "azurite"
     where = "Azurite, the emulator" if is_azurite else server or ", ".join(found.bases)
-    versions = ", ".join(f"{TITLES[name]} {setup['versions'][name].split(',')[0]}" for name in found.libraries)
+    versions = ", ".join(
+        f"{TITLES[name].removesuffix(' 0.2')} {setup['versions'][name].split(',')[0]}" for name in found.libraries
+    )
     python = setup["versions"]["ours"].rpartition("Python ")[2]
     parts = [
         "# Performance",
@@ -180,14 +183,15 @@ def describe(found: Results, plots: list[str], results: str) -> str:
         MEMORY,
         "",
     ]
-    parts += table(found, moved, "peak_mib", "MiB", is_more_better=False)
+    first = [case for case in moved if case["base"] == found.bases[0]]
+    parts += table(found, first, "peak_mib", "MiB", is_more_better=False)
     if len(plots) > 1:
         parts += ["", *figure(plots[1], "CPU and memory by case and library", found, "read", "save", "load")]
     parts += ["", "## Scaling", ""]
     if len(plots) > 2:
         caption = "Rate by requests at once, by size of the blob and by number of blobs"
         parts += figure(plots[2], caption, found, "concurrency", "read", "samples")
-    parts += ["", *scaling(found), "", "## Made with", "", "```sh", command(found), "```", ""]
+    parts += ["", *scaling(found), "", "## Made with", "", "```sh", setup["command"], "```", ""]
     parts += [AGAIN.format(results=results), LIMITS]
     failures = sorted(
         {
@@ -207,7 +211,7 @@ def describe(found: Results, plots: list[str], results: str) -> str:
 def figure(path: str, caption: str, found: Results, *cases: str) -> list[str]:
     if not found.cases(*cases):
         return []
-    return [f"```{{figure}} {path}", f":alt: {caption}", ":width: 100%", "", caption + ".", "```"]
+    return [f"```{{figure}} {path}", f":alt: {caption}", ":width: 36rem", "", caption + ".", "```"]
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -286,11 +290,6 @@ def scaling(found: Results) -> list[str]:
     return lines
 
 
-def command(found: Results) -> str:
-    bases = " ".join(f"--base {base}=<url>" for base in found.bases)
-    return "make bench" if found.setup.get("server") == "azurite" else f'make bench BENCH="{bases}"'
-
-
 # -- the plots --------------------------------------------------------------------------------------------------------
 
 
@@ -316,26 +315,27 @@ def draw(found: Results, folder: Path) -> list[Path]:
         made.append(path)
 
     large = [case for case in found.cases("read", "write", "save", "load") if not is_step(found, case)]
-    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.62 * len(large)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.6 * len(large)))
     bars(axes, found, large, "rate")
     axes.set_xlabel("MiB/s")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     finish(figure, "throughput.svg")
 
-    figure, pair = plt.subplots(1, 2, figsize=(9, 0.9 + 0.5 * len(large)), sharey=True, layout="constrained")
-    bars(pair[0], found, large, lambda run: run["cpu_seconds"] / run["amount"] * 1024)
-    bars(pair[1], found, large, "peak_mib")
+    first = [case for case in large if case["base"] == found.bases[0]]
+    figure, pair = plt.subplots(2, 1, figsize=(WIDTH, 2 * (0.6 + 0.6 * len(first))), layout="constrained")
+    bars(pair[0], found, first, lambda run: run["cpu_seconds"] / run["amount"] * 1024)
+    bars(pair[1], found, first, "peak_mib")
     pair[0].set_xlabel("CPU seconds a GiB")
     pair[1].set_xlabel("peak memory, MiB")
-    figure.legend(*pair[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.libraries))
+    figure.legend(*pair[1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     finish(figure, "cost.svg")
 
-    figure, three = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, three = plt.subplots(3, 1, figsize=(WIDTH, 8), layout="constrained")
     lines(three[0], found, "concurrency", "concurrency", "requests at once", "MiB/s")
     lines(three[1], found, "read", "size", "size of the blob", "MiB/s")
     lines(three[2], found, "samples", "count", "blobs", "samples/s")
     handles, labels = three[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     finish(figure, "scaling.svg")
     return made
 

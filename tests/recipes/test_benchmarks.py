@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from azstoragetorch import TransferConfig
 from recipes.benchmarks.__main__ import TINY, Options, cases, mint, run
 from recipes.benchmarks.libraries import LIBRARIES
 from recipes.benchmarks.report import Results, write_report
+from recipes.benchmarks.sweep import CONCURRENCIES, SIZES, check, compare, settings
 from tests.azurite.container import Container
 from tests.support import ROOT
 
@@ -138,6 +141,22 @@ def test_a_library_that_fails_is_reported_and_stops_no_other(tmp_path: Path, azu
     assert "Failed, and so without a figure" in (tmp_path / "page.md").read_text()
 
 
+def test_what_was_left_out_is_added_later(tmp_path: Path, azurite: Any) -> None:
+    """The page then shows both commands, and the figures of all cases."""
+    sas = mint(azurite.account_name, azurite.account_key)
+    only = frozenset({"write", "latency"})
+    options = Options({"azurite": azurite.account_url}, "benchmarks", TINY, None, sas, only=only, server="azurite")
+    results = tmp_path / "results.jsonl"
+    run(options, {"ours": sys.executable}, results, budget=0)
+    assert {case["case"] for case in Results(results.read_text().splitlines()).left_out} == only
+    again = replace(options, only=frozenset(), command="make bench BENCH=--more")
+    run(again, {"ours": sys.executable}, results, is_more=True)
+    found = Results(results.read_text().splitlines())
+    assert (found.left_out, {case["case"] for case in found.runs}) == ([], only)
+    write_report(results, tmp_path / "page.md")
+    assert "make bench\nmake bench BENCH=--more\n" in (tmp_path / "page.md").read_text()
+
+
 def test_mistakes_are_explained() -> None:
     for arguments, word in ((["--libraries", "nothing"], "unknown"), (["--libraries", "sdk"], "'ours'")):
         ended = subprocess.run(
@@ -150,3 +169,37 @@ def test_mistakes_are_explained() -> None:
         )
         assert ended.returncode == 2
         assert word in ended.stderr
+
+
+MiB = 1 << 20
+
+
+def test_a_suggestion_is_held_against_the_best_of_a_sweep() -> None:
+    """On a made-up network of 1,000 MiB/s, and 60 a connection."""
+
+    def rate(config: TransferConfig) -> float:
+        return min(1000.0, 60.0 * config.max_concurrency) * MiB
+
+    swept = settings("part_size", CONCURRENCIES, SIZES)
+    assert len(swept) == len(set(swept)) == len(CONCURRENCIES) * len(SIZES)
+    found = compare(rate, TransferConfig(max_concurrency=8), swept, rounds=1)
+    assert (found["suggested"], found["best"], found["slowest"], found["share"]) == (480, 1000, 60, 0.48)
+    assert found["best_setting"]["max_concurrency"] >= 32
+    assert compare(rate, TransferConfig(max_concurrency=32), swept, rounds=1)["share"] == 1.0
+
+
+def test_a_sweep_asks_doctor_and_leaves_nothing_behind(container: Container) -> None:
+    found = check(
+        container.url,
+        container.sas(),
+        size=1 * MiB,
+        rounds=1,
+        concurrencies=(1, 2),
+        sizes=(8 * MiB,),
+        doctor=("--size", "8", "--rounds", "1", "--seconds", "0.01"),
+    )
+    assert found["settings"] == 2
+    for direction in ("download", "upload"):
+        assert found[direction]["share"] > 0
+        assert found[direction]["best_setting"]["max_concurrency"] in (1, 2)
+    assert container.names() == []
