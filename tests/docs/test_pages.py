@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 
+from azstoragetorch.cli._app import app
 from tests.azurite.container import Container
 from tests.docs.pages import BLOCK, ROOT, program_of, run_page
 
@@ -34,6 +39,37 @@ def test_what_is_not_run_has_a_reason(page: str) -> None:
     reasons = [block["reason"] for block in BLOCK.finditer(PAGES[page]) if block["reason"] is not None]
     assert len(marks) == len(reasons)
     assert all(len(reason) > 10 for reason in reasons)
+
+
+def shell_lines(*, start: str) -> Iterator[list[str]]:
+    """The commands that begin with *start* in the pages and the README, as words."""
+    for text in [*PAGES.values(), (ROOT / "README.md").read_text(encoding="utf-8")]:
+        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            for line in re.findall(rf"(?:^|\$\(){start} ([^\n)]+)", block, re.MULTILINE):
+                yield shlex.split(line.partition(" > ")[0], comments=True)
+
+
+def test_the_commands_that_are_shown_are_understood() -> None:
+    """Each names a command and options that there are, with what they need."""
+    seen = set()
+    for words in shell_lines(start="azstoragetorch"):
+        arguments = [
+            re.sub(r"<\w+>", "name", word).replace("$run", "https://name.blob.core.windows.net/c/r") for word in words
+        ]
+        command: click.Command | None = app
+        while isinstance(command, click.Group) and not arguments[0].startswith("-"):
+            command = command.get_command(click.Context(command), arguments.pop(0))
+        assert command is not None, words
+        seen.add(command.name)
+        with suppress(click.exceptions.Exit):  # --help
+            command.make_context(command.name, arguments)
+    assert {"doctor", "ls", "cp", "verify", "prune", "bench", "completion"} <= seen
+
+
+def test_the_make_targets_that_are_shown_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {words[0] for words in shell_lines(start="make")}
+    assert {"setup", "check", "docs", "demo", "test"} <= named <= targets
 
 
 def test_the_architecture_page_shows_every_room() -> None:
