@@ -50,6 +50,7 @@ class Placement:
 
     Raises:
         ValueError: an argument is out of range, or one of *rank* and *world_size* is missing.
+        TypeError: *rank* or *world_size* is no integer.
     """
 
     def __init__(self, by: ShardBy = "worker", rank: int | None = None, world_size: int | None = None) -> None:
@@ -58,6 +59,9 @@ class Placement:
         if (rank is None) != (world_size is None):
             raise ValueError("rank= and world_size= go together: pass both, or neither to take torch.distributed's")
         if rank is not None and world_size is not None:
+            for name, value in (("rank", rank), ("world_size", world_size)):
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise TypeError(f"{name} must be an int, not {type(value).__name__}")
             if by != "rank_and_worker":
                 raise ValueError(f"rank= and world_size= need shard_by='rank_and_worker', not {by!r}")
             if not 0 <= rank < world_size:
@@ -104,15 +108,16 @@ class Placement:
 
 
 class Shared:
-    """The epoch, set in the parent and seen by workers that live on, and who has begun from a state loaded there.
+    """What the parent sets and workers that live on see: the epoch, a state loaded there, and who has begun from it.
 
     Lies in shared memory, which forked, spawned and forkserver workers see alike. A plain pickle or a copy gets
     memory of its own.
     """
 
     def __init__(self) -> None:
-        self._cells: torch.Tensor = torch.zeros(1 + _MOST_WORKERS, dtype=torch.int64)
+        self._cells: torch.Tensor = torch.zeros(2 + _MOST_WORKERS, dtype=torch.int64)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
+        self._known_load = 0
 
     @property
     def epoch(self) -> int:
@@ -123,6 +128,23 @@ class Shared:
     def epoch(self, value: int) -> None:
         self._cells[0] = value
 
+    def number_load(self) -> int:
+        """A number for the state that is loaded now, for `is_first_use`; 0 if a worker loads it for itself."""
+        if torch.utils.data.get_worker_info() is not None:
+            return 0
+        self._known_load = 1 + int.from_bytes(os.urandom(7), "big")
+        self._cells[1] = self._known_load
+        return self._known_load
+
+    def forget_load(self) -> None:
+        """Nobody is to take up the state that was loaded last."""
+        self._cells[1] = 0
+
+    @property
+    def has_missed_load(self) -> bool:
+        """Whether a state that is to be taken up was loaded after this worker had begun."""
+        return int(self._cells[1]) not in (0, self._known_load)
+
     def is_first_use(self, load: int) -> bool:
         """Whether this worker takes up the parent's *load*-th state for the first time; now it has.
 
@@ -131,15 +153,19 @@ class Shared:
         """
         info = torch.utils.data.get_worker_info()
         if info is None:
-            return load not in self._cells[1:].tolist()
+            is_first = load not in self._cells[2:].tolist()
+            self.forget_load()
+            return is_first
         if info.id >= _MOST_WORKERS:
             raise ValueError(f"a dataset supports {_MOST_WORKERS} workers; this is number {info.id}")
-        is_first = int(self._cells[1 + info.id]) != load
-        self._cells[1 + info.id] = load
+        is_first = int(self._cells[2 + info.id]) != load
+        self._cells[2 + info.id] = load
+        if is_first:
+            self.forget_load()
         return is_first
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._cells = state["_cells"]
+        self.__dict__.update(state)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
 
 

@@ -123,15 +123,18 @@ def test_a_large_blob_is_kept_when_it_was_read_whole(fault_service: FaultService
     assert fault_service.requests("get_blob") == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "longer"])
-def test_a_damaged_file_is_read_anew(fault_service: FaultService, tmp_path: Path, damage: str) -> None:
-    url = fill(fault_service, 1)
+@pytest.mark.parametrize(
+    ("size", "damage"),
+    [(size, damage) for size in (3000, LARGE) for damage in ("cut", "empty", "longer")] + [(3000, "flipped")],
+)
+def test_a_damaged_file_is_read_anew(fault_service: FaultService, tmp_path: Path, size: int, damage: str) -> None:
+    url = fill(fault_service, 1, size)
     list(make(url, tmp_path))
     (path,) = files(tmp_path)
     data = path.read_bytes()
     changed = {"cut": data[:-7], "empty": b"", "flipped": b"?" + data[1:], "longer": data + b"x"}[damage]
     path.write_bytes(changed)
-    assert [s["data"] for s in make(url, tmp_path)] == [content(3000)]
+    assert [s["data"] for s in make(url, tmp_path)] == [content(size)]
     assert path.read_bytes() == data
 
 

@@ -274,9 +274,10 @@ def test_what_a_handler_raises_is_raised(fault_service: FaultService) -> None:
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_refusal_is_never_skipped(fault_service: FaultService, status: int, workers: int) -> None:
+@pytest.mark.parametrize("on_error", ["skip", "warn", lambda url, error: None])
+def test_a_refusal_is_never_skipped(fault_service: FaultService, status: int, workers: int, on_error: Any) -> None:
     fill(fault_service, 10)
-    dataset = iterable(fault_service, on_error="skip")
+    dataset = iterable(fault_service, on_error=on_error)
     fault_service.script(Match("get_blob", path="00003"), [Status(status)] * 2)
     with pytest.raises(ClientAuthenticationError, match=f"00003: {status}.*No credential was sent"):
         list(DataLoader(dataset, batch_size=None, num_workers=workers))
@@ -351,8 +352,26 @@ def test_urls_may_come_from_a_generator_with_states_and_signatures_of_their_own(
         (lambda url: IterableBlobDataset.from_container_url(url, shard_by="gpu"), ValueError, "shard_by must be one"),
         (lambda url: IterableBlobDataset.from_container_url(url, on_error="log"), ValueError, "on_error must be"),
         (lambda url: IterableBlobDataset.from_container_url(url, seed=1.5), TypeError, "seed must be an int"),
-        (lambda url: IterableBlobDataset.from_container_url(url, prefix=b"a"), TypeError, "prefix must be a str"),
+        (lambda url: IterableBlobDataset.from_container_url(url, prefix=b""), TypeError, "prefix must be a str"),
+        (lambda url: BlobDataset.from_container_url(url, prefix=0), TypeError, "prefix must be a str"),  # type: ignore[call-overload]
+        (lambda url: IterableBlobDataset.from_container_url(url, progress="bar"), TypeError, "progress must be"),
+        (lambda url: IterableBlobDataset.from_container_url(url, cache_dir=7), TypeError, "cache_dir must be a path"),
+        (
+            lambda url: IterableBlobDataset.from_container_url(url, cache_dir=""),
+            ValueError,
+            "cache_dir must not be empty",
+        ),
         (lambda url: IterableBlobDataset.from_container_url(url, rank=0), ValueError, "go together"),
+        (
+            lambda url: IterableBlobDataset.from_container_url(url, shard_by="rank_and_worker", rank="0", world_size=2),
+            TypeError,
+            "rank must be an int, not str",
+        ),
+        (
+            lambda url: IterableBlobDataset.from_container_url(url, shard_by="rank_and_worker", rank=0, world_size=2.0),
+            TypeError,
+            "world_size must be an int, not float",
+        ),
         (lambda url: IterableBlobDataset.from_container_url(url, shufle=True), TypeError, "shufle"),
         (
             lambda url: IterableBlobDataset.from_container_url(url, shard_by="rank_and_worker", rank=2, world_size=2),

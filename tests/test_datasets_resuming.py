@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import signal
+import sys
+import threading
 from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from azstoragetorch.datasets import Blob, IterableBlobDataset, merge_states
-from tests.faults import FaultService
+from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset, merge_states
+from tests.faults import FaultService, Hold
 from tests.support import QUICK
 
 COUNT = 23
@@ -108,6 +112,40 @@ def test_a_state_from_a_later_epoch_goes_on_in_that_epoch(url: str, workers: int
     assert [read + third, fourth] == expected[2:]
 
 
+@pytest.mark.parametrize("even", ["drop", "pad"])
+def test_a_loader_whose_state_is_some_steps_old_goes_on_exactly(url: str, even: str) -> None:
+    """``snapshot_every_n_steps``: torchdata reads again what came after the snapshot."""
+
+    def loader() -> Any:
+        dataset = make(url, even=even)
+        return StatefulDataLoader(dataset, 2, num_workers=2, collate_fn=list, snapshot_every_n_steps=3)
+
+    whole = list(loader())
+    assert sum(map(len, whole)) == {"drop": COUNT - 1, "pad": COUNT + 1}[even]
+    for stop in (1, 3, 5, 8, len(whole)):
+        first, again = loader(), loader()
+        read = list(itertools.islice(iter(first), stop))
+        again.load_state_dict(through_json(first.state_dict()))
+        assert read + list(again) == whole
+        assert list(again) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_map_style_dataset_goes_on_with_the_sampler_of_a_stateful_loader(url: str, workers: int) -> None:
+    def loader() -> Any:
+        dataset = BlobDataset.from_container_url(url, credential=False, transfer=QUICK, transform=name_of)
+        return StatefulDataLoader(dataset, 3, shuffle=True, num_workers=workers, collate_fn=list)
+
+    first, again = loader(), loader()
+    iterator = iter(first)
+    read = [next(iterator) for _ in range(4)]
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    rest = list(iterator)
+    again.load_state_dict(state)
+    assert list(again) == rest
+    assert sorted(itertools.chain(*read, *rest)) == [f"{i:02d}" for i in range(COUNT)]
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
@@ -135,6 +173,70 @@ def test_by_hand_from_every_place(url: str) -> None:
         assert resumed.state_dict() == state
         assert list(resumed) == whole[stop:]
         assert list(resumed) == whole  # only the next iteration is the resumed one
+
+
+class Preempted(BaseException):
+    """What the handler of a signal may raise, wherever the program is."""
+
+
+def preempt(*_: object) -> None:
+    raise Preempted
+
+
+def check_nothing_is_lost(dataset: Any, samples: Any, url: str, rest: list[str]) -> None:
+    resumed = make(url)
+    resumed.load_state_dict(through_json(dataset.state_dict()))
+    assert list(resumed) == rest
+    assert list(samples) == rest
+
+
+def test_an_interrupt_in_a_transform_loses_no_sample(url: str) -> None:
+    """Neither for a state that is taken then, nor for the same iterator."""
+    whole = list(make(url))
+    due = {whole[0], whole[5]}
+
+    def read(blob: Blob) -> str:
+        if blob.blob_name in due:
+            due.remove(blob.blob_name)
+            preempt()
+        return name_of(blob)
+
+    dataset = make(url, transform=read)
+    samples = iter(dataset)
+    with pytest.raises(Preempted):
+        next(samples)
+    assert list(itertools.islice(samples, 5)) == whole[:5]
+    with pytest.raises(Preempted):
+        next(samples)
+    check_nothing_is_lost(dataset, samples, url, whole[5:])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_an_interrupt_while_the_service_is_waited_for_loses_no_sample(url: str, fault_service: FaultService) -> None:
+    whole = list(make(url))
+    dataset = make(url, transform=None)
+    _ = dataset.metadata
+    gate = threading.Event()
+    fault_service.reset_log()
+    fault_service.script("get_blob", [Hold(gate)], repeat=True)
+    samples = iter(dataset)
+
+    def send() -> None:
+        fault_service.wait_for_requests(1, "get_blob")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGUSR1, preempt)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(Preempted):
+            next(samples)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, previous)
+        gate.set()
+    names = (sample["url"].rpartition("/")[2] for sample in samples)
+    check_nothing_is_lost(dataset, names, url, whole)
 
 
 def test_a_state_is_small_and_fresh_and_makes_no_request(url: str, fault_service: FaultService) -> None:
@@ -193,6 +295,33 @@ def test_a_state_of_another_order_or_shard_is_refused(url: str) -> None:
         iter(alone)
     with pytest.raises(ValueError, match="not the state of a dataset"):
         alone.load_state_dict({"epoch": 1})
+
+
+def test_a_state_that_comes_too_late_for_workers_is_refused(url: str) -> None:
+    dataset = make(url)
+    whole = list(dataset)
+    list(itertools.islice(iter(dataset), 5))
+    state = dataset.state_dict()
+
+    def loader() -> Any:
+        return DataLoader(dataset, None, num_workers=1, persistent_workers=True)
+
+    begun = loader()
+    assert list(begun) == whole
+    dataset.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state: it was loaded when the workers of this loader had begun"):
+        list(begun)
+    again = loader()
+    assert list(again) == whole[5:]
+    assert list(again) == whole
+    # One that is given up, or taken up elsewhere, is no concern of theirs.
+    dataset.load_state_dict(state)
+    dataset.set_epoch(1)
+    assert sorted(again) == sorted(whole)
+    dataset.set_epoch(0)
+    dataset.load_state_dict(state)
+    assert list(dataset) == whole[5:]
+    assert list(again) == whole
 
 
 def test_another_epoch_drops_a_loaded_state(url: str) -> None:

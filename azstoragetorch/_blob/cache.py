@@ -186,22 +186,26 @@ class _Usage:
 
 
 class CachedBlobClient(BlobClient):
-    """A blob that is looked for in a cache first. *etag* is its version if a listing told it."""
+    """A blob that is looked for in a cache first, by the version that a listing told, if one did."""
 
     def __init__(
-        self, url: BlobURL, credential: CredentialHolder, config: TransferConfig, cache: BlobCache, etag: str | None
+        self,
+        url: BlobURL,
+        credential: CredentialHolder,
+        config: TransferConfig,
+        cache: BlobCache,
+        listed: BlobVersion | None,
     ) -> None:
         super().__init__(url, credential, config)
         self._cache = cache
-        self._etag = etag
+        self._listed = listed
 
     def head(self, scope: Scope | None = None) -> Head:
         """The first part, from the cache if it has the listed version; a blob that is whole in it is kept."""
-        if self._etag is None:
-            found = self.version()  # without a listing it takes a request to know which version is the present one
-            self._etag = found.etag if found is not None else None
-        if self._etag is not None:
-            cached = self._load_head(self._etag)
+        if self._listed is None:
+            self._listed = self.version()  # without a listing it takes a request to know the present version
+        if self._listed is not None:
+            cached = self._load_head(self._listed)
             if cached is not None:
                 return cached
         fetched = super().head(scope)
@@ -213,19 +217,21 @@ class CachedBlobClient(BlobClient):
         """Random access; a blob that is read whole at once is kept."""
         return _CachingReader(self.service, self.url, self._cache, version, head)
 
-    def _load_head(self, etag: str) -> Head | None:
-        descriptor = self._cache.open(self.url, etag)
+    def _load_head(self, version: BlobVersion) -> Head | None:
+        part = self.config.effective_part_size
+        if version.size <= part:
+            data = self._cache.load(self.url, version.etag)
+            return None if data is None else Head(version, data)
+        descriptor = self._cache.open(self.url, version.etag)
         if descriptor is None:
             return None
         try:
-            size = os.fstat(descriptor).st_size - _FOOTER
-            if size > self.config.effective_part_size:
-                # Its reader asks the cache for the rest.
-                return Head(BlobVersion(size, etag), os.pread(descriptor, self.config.effective_part_size, 0))
+            if os.fstat(descriptor).st_size == version.size + _FOOTER:
+                return Head(version, os.pread(descriptor, part, 0))  # its reader asks the cache for the rest
         finally:
             os.close(descriptor)
-        data = self._cache.load(self.url, etag)
-        return None if data is None else Head(BlobVersion(len(data), etag), data)
+        self._cache.drop(self.url, version.etag)
+        return None
 
 
 class _CachingReader(ReadAhead):

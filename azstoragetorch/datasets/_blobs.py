@@ -16,6 +16,7 @@ from azstoragetorch._blob.catalog import Catalog, list_catalog
 from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.once import OnceAmongForks
@@ -136,7 +137,7 @@ class Source:
         self,
         *,
         container: BlobURL | None = None,
-        prefix: str = "",
+        prefix: str | None = None,
         urls: Iterable[str] = (),
         credential: Credential,
         transfer: TransferConfig | None,
@@ -149,11 +150,17 @@ class Source:
         check_count("cache_bytes", cache_bytes, 1)
         if not isinstance(urls, Iterable):
             raise TypeError(f"blob_urls must be a URL or an iterable of URLs, not {type(urls).__name__}")
-        if not isinstance(prefix, str):
+        if prefix is not None and not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be callable, not {type(progress).__name__}")
+        if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
+            raise TypeError(f"cache_dir must be a path, not {type(cache_dir).__name__}")
+        if cache_dir is not None and not os.fspath(cache_dir):
+            raise ValueError("cache_dir must not be empty: pass None to keep nothing")
         self.config = transfer or TransferConfig()
         CredentialHolder(credential)  # refused here even if no URL needs it
-        self._prefix = prefix
+        self._prefix = prefix or ""
         self._progress = progress
         self._cache = None if cache_dir is None else BlobCache(cache_dir, cache_bytes)
         self._listed_once: OnceAmongForks | None = None
@@ -218,14 +225,16 @@ class Source:
         catalog = self.catalog
         which = catalog.container_index(index)
         container, holder = self._containers[which], self._credentials[which]
-        url, etag = replace(container.url, blob=catalog.name(index)), catalog.etag(index)
+        url = replace(container.url, blob=catalog.name(index))
+        size, etag = catalog.size(index), catalog.etag(index)
         if self._cache is None:
             client = BlobClient(url, holder, self.config)
         else:
-            client = CachedBlobClient(url, holder, self.config, self._cache, etag)
+            version = None if etag is None or size is None else BlobVersion(size, etag)
+            client = CachedBlobClient(url, holder, self.config, self._cache, version)
         _ = container.service  # made once for all blobs
         client._live = container._live  # noqa: SLF001
-        return Blob(client, catalog.size(index), etag)
+        return Blob(client, size, etag)
 
     def unhurried(self, index: int) -> Ahead[Blob, Head] | Blob:
         """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""

@@ -10,10 +10,12 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import torch.utils.data
 
+from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.prefetch import OrderedPrefetch
 from azstoragetorch._blob.resume import ResumeState, merge, positions_after
-from azstoragetorch._blob.sharding import EVEN, Even, Order, shard_range
+from azstoragetorch._blob.sharding import EVEN, Even, Order, even_length, shard_range
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._workers import Place, Placement, ShardBy, Shared
 from azstoragetorch.datasets._blobs import (
@@ -279,7 +281,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         """
         source = Source(
             container=parse_container_url(container_url),
-            prefix=prefix or "",
+            prefix=prefix,
             credential=credential,
             transfer=transfer,
             progress=progress,
@@ -318,6 +320,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         self._shared.epoch = epoch
         if self._loaded is not None and self._loaded.epoch != epoch:
             self._loaded = None
+            self._shared.forget_load()
 
     def __iter__(self) -> Iterator[T_co]:
         """The samples of this process's shard.
@@ -326,6 +329,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             ValueError: there are blobs, but none for this rank; or the loaded state does not fit.
             AzureError: the container could not be listed.
         """
+        if self._shared.has_missed_load:
+            return _refuse()
         # Not a generator: the order, and a loaded state, are settled now and not when the first sample is drawn.
         loaded = self._take_loaded()
         self._current = self._begin(self._placement.here(), loaded)
@@ -342,10 +347,11 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         catalog = self._source.catalog
         if loaded is None:
             # Ranks are the same positions modulo their number, whatever their workers.
-            if len(catalog) and not shard_range(len(catalog), place.world_size, place.rank, self._even):
+            dealt = even_length(len(catalog), place.shards, self._even)
+            if len(catalog) and not shard_range(dealt, place.world_size, place.rank):
                 raise ValueError(
                     f"rank {place.rank} of world_size {place.world_size} is left without samples: the dataset has "
-                    f"{len(catalog)} (even={self._even!r})"
+                    f"{len(catalog)} (even={self._even!r}, {place.shards} shards)"
                 )
             loaded = ResumeState(catalog.fingerprint, self._seed, self._shared.epoch, place.shards, (0,) * place.shards)
         elif loaded.fingerprint != catalog.fingerprint:
@@ -380,8 +386,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Have the next iteration go on where *state* was taken; those after it begin anew.
 
-        Load it in the main process before its loader begins: each of its workers takes up its shard. With another
-        number of workers or ranks *state* must tell of all shards, see `merge_states`.
+        Load it in the main process before its loader begins: each of its workers takes up its shard; workers that live
+        on from before refuse to go on. With another number of workers or ranks *state* must tell of all shards, see
+        `merge_states`.
 
         Raises:
             ValueError: *state* is not one, or one of another order. Whether it fits the listing and the shards is
@@ -390,7 +397,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         loaded = ResumeState.from_dict(state)
         self._check(loaded)
         self._loaded = loaded
-        self._load = 0 if torch.utils.data.get_worker_info() is not None else 1 + int.from_bytes(os.urandom(7), "big")
+        self._load = self._shared.number_load()
 
     def state_after(
         self,
@@ -474,28 +481,53 @@ class _Progress:
         return self.state.of_shard(self.shard, self.position)
 
 
+def _refuse() -> Iterator[Any]:
+    """Raise when drawn from: of what is raised earlier, workers that live on die without a word."""
+    raise ValueError(
+        "state: it was loaded when the workers of this loader had begun (persistent_workers=True) and does not reach "
+        "them: load it before the loader is used, or make a new loader"
+    )
+    yield  # type: ignore[unreachable] # makes it a generator
+
+
 class _Samples(Iterator[T_co]):
     """The samples of one iteration."""
 
     def __init__(
         self, source: Source, transform: Callable[[Blob], T_co] | None, on_error: OnError, progress: _Progress
     ) -> None:
+        self._source = source
         self._transform = transform
         self._on_error = on_error
         self._progress = progress
-        self._ahead = source.prefetch(map(source.blob, progress.indices()), is_eager=transform is None)
+        self._ahead = self._prefetch()
+
+    def _prefetch(self) -> OrderedPrefetch[Blob, Head]:
+        blobs = map(self._source.blob, self._progress.indices())
+        return self._source.prefetch(blobs, is_eager=self._transform is None)
 
     def __next__(self) -> T_co:
+        progress = self._progress
         while True:
-            ahead = next(self._ahead)
-            # An error counts as consumed: whoever goes on after it goes on with the next blob.
-            self._progress.position += 1
+            position = progress.position
             try:
-                return apply(self._transform, ahead)
-            except Exception as error:
-                if self._on_error == "raise" or is_refused(error):
-                    raise
-                self._skip(ahead.item.url, error)
+                ahead = next(self._ahead)
+                # An error counts as consumed: whoever goes on after it goes on with the next blob.
+                progress.position = position + 1
+                try:
+                    return apply(self._transform, ahead)
+                except Exception as error:
+                    if self._on_error == "raise" or is_refused(error):
+                        raise
+                    self._skip(ahead.item.url, error)
+            except Exception:
+                raise
+            except BaseException:
+                # An interrupt says nothing about the blob, which comes next wherever it is gone on.
+                progress.position = position
+                self._ahead.close()
+                self._ahead = self._prefetch()
+                raise
 
     def _skip(self, url: str, error: Exception) -> None:
         if callable(self._on_error):

@@ -173,7 +173,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         """
         source = Source(
             container=parse_container_url(container_url),
-            prefix=prefix or "",
+            prefix=prefix,
             credential=credential,
             transfer=transfer,
             progress=progress,
