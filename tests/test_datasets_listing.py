@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -276,6 +277,20 @@ class TestOnceAmongForks:
 
         assert run_children([fails, lambda: once.get(die) == b""]) == [0, signal.SIGKILL]
         assert run_children([lambda: once.get(lambda: b"x") == b"x"]) == [0]
+
+    def test_children_that_are_there_already_find_what_their_parent_made(self) -> None:
+        once, gate = OnceAmongForks(), multiprocessing.Event()
+
+        def find() -> None:
+            gate.wait(10)
+            assert once.get(lambda: b"of the child") == b"of the parent"
+
+        child = multiprocessing.get_context("fork").Process(target=find)
+        child.start()
+        assert once.get(lambda: b"of the parent") == b"of the parent"
+        gate.set()
+        child.join(20)
+        assert child.exitcode == 0
 
     def test_it_pickles_as_a_new_one_and_leaves_no_descriptor_open(self) -> None:
         def count() -> int:

@@ -6,6 +6,7 @@ for them. Instead they share a nameless file: the first to lock it does the work
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import weakref
@@ -47,7 +48,8 @@ class OnceAmongForks:
             if length:
                 return b"".join(_read(descriptor, length))
             data = make()
-            if os.getpid() != self._pid:  # the parent's own children inherit what it made
+            # Children that the parent is yet to have inherit what it made.
+            if os.getpid() != self._pid or multiprocessing.active_children():
                 with suppress(OSError):  # no room: whoever does not find it makes it again
                     _write(descriptor, data)
             return data
