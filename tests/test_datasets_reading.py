@@ -168,6 +168,15 @@ def test_batches_at_random_fetch_nothing_else(fault_service: FaultService) -> No
     assert len(fault_service.requests("get_blob")) == 64
 
 
+@pytest.mark.parametrize("batch", [[31, 5, 17], [7], list(range(32, 40))])
+def test_a_batch_after_which_none_is_foreseen_holds_no_memory(fault_service: FaultService, batch: list[int]) -> None:
+    fill(fault_service, 40)
+    transfer = replace(MANY, max_connections=11)
+    dataset = map_style(fault_service, transfer=transfer)
+    dataset.__getitems__(batch)
+    assert engine_for(transfer).budget.in_flight == 0
+
+
 def test_batches_that_jump_are_right_whatever_was_foreseen(fault_service: FaultService) -> None:
     fill(fault_service, 60)
     dataset = map_style(fault_service)

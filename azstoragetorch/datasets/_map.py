@@ -244,12 +244,15 @@ class _Batches(Generic[T_co]):
                 foreseen = _indices_from(indices, self._step, length)
                 self._stream = self._source.prefetch(map(self._source.blob, foreseen), is_eager=self._transform is None)
             self._previous, self._foreseen = indices, _shift(indices, self._step, length)
+            is_done = True
             try:
-                return [apply(self._transform, next(self._stream)) for _ in indices]
-            except BaseException:
-                stream, self._stream = self._stream, None
-                stream.close()
-                raise
+                samples = [apply(self._transform, next(self._stream)) for _ in indices]
+                is_done = not self._foreseen
+                return samples
+            finally:
+                if is_done:
+                    stream, self._stream = self._stream, None
+                    stream.close()
 
     def __del__(self) -> None:
         if self._stream is not None:
