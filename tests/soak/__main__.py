@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from azstoragetorch._blob.engine import engine_for
 
-from .work import CACHE_BYTES, HASTY, TRANSFER, Soak
+from .work import CACHE_BYTES, TRANSFER, Soak
 
 _ROOT = Path(__file__).parent.parent.parent
 _FIGURES = _ROOT / "build" / "soak.md"
@@ -47,7 +47,7 @@ class Figures:
     temporary: int
     shared: int  # segments of memory in /dev/shm
     cached: float  # MiB on disk
-    in_flight: int  # bytes of the engines' budgets
+    in_flight: int  # bytes of the budget
 
 
 class Service:
@@ -101,7 +101,7 @@ def is_flat(name: str, values: list[float]) -> bool:
 
 
 def in_flight() -> int:
-    return sum(engine_for(config).budget.in_flight for config in (TRANSFER, HASTY))
+    return engine_for(TRANSFER).budget.in_flight
 
 
 def measured(epoch: int, seconds: float, items: int, service: Service, cache: Path) -> Figures:
