@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -155,6 +156,7 @@ def main(seconds: float) -> int:
         folder = Path(name)
         temporary = folder / "tmp"
         temporary.mkdir()
+        get_temp_dir()  # multiprocessing's own is removed when all is over
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)  # of this process and its children alone
         soak = Soak(str(service.figures()["url"]), folder / "cache")
         rows = [row(field.name.replace("_", " ") for field in fields(Figures)), "|---" * len(fields(Figures)) + "|"]
