@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 _HUGE_PAGE = 2 << 20
+_LARGE_COPY = 256 << 10  # takes long enough that other threads should run meanwhile
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # linux/mman.h
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 # The C API documents that a NULL source leaves the contents uninitialised, to be filled before the object is shared.
@@ -35,7 +37,11 @@ def _advise_huge_pages(address: int, length: int) -> None:
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     stop = (address + length) // _HUGE_PAGE * _HUGE_PAGE
     if _LIBC is not None and stop > start:
-        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(14))  # MADV_HUGEPAGE
+        _advise(start, stop, _MADV_HUGEPAGE)
+
+
+def _advise(start: int, stop: int, advice: int) -> None:
+    _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(advice))
 
 
 def filled_bytes(length: int, fill: Callable[[memoryview], object]) -> bytes:
@@ -74,5 +80,15 @@ def new_buffer(length: int) -> memoryview:
 
 
 def copy(target: memoryview, source: memoryview) -> None:
-    """Copy bytes between views of equal length."""
-    target[:] = source
+    """Copy bytes between views of equal length.
+
+    A large copy lets other threads run meanwhile and takes the page faults of fresh memory all at once.
+    """
+    if target.nbytes < _LARGE_COPY or source.readonly:  # there is no public way to the address of a read-only view
+        target[:] = source
+        return
+    address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    if _LIBC is not None:
+        page = mmap.PAGESIZE
+        _advise(address // page * page, -(-(address + target.nbytes) // page) * page, _MADV_POPULATE_WRITE)
+    ctypes.memmove(address, ctypes.addressof(ctypes.c_char.from_buffer(source)), target.nbytes)
