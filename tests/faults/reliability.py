@@ -175,15 +175,23 @@ def _is_bad(outcome: str) -> bool:
 
 
 def table(found: Found, operations: list[str], is_always: bool) -> Iterator[str]:
-    yield "| fault | " + " | ".join(operations) + " |"
-    yield "|---" * (len(operations) + 1) + "|"
+    """What came of each fault in each operation; the errors that are meant are named in the last column."""
+    yield "| fault | " + " | ".join(operations) + " | error |"
+    yield "|---" * (len(operations) + 2) + "|"
     for row in ROWS:
-        texts = [
-            summary(found[key]) if (key := (row.name, operation, is_always)) in found else ""
-            for operation in operations
-        ]
+        cells = [found.get((row.name, operation, is_always), []) for operation in operations]
+        texts = [summary([(_shortened(name), seconds) for name, seconds in cell]) if cell else "" for cell in cells]
+        errors = dict.fromkeys(name.split(",")[0] for cell in cells for name, _ in cell if _is_error(name))
         if any(texts):
-            yield f"| {row.name} | " + " | ".join(texts) + " |"
+            yield f"| {row.name} | " + " | ".join([*texts, ", ".join(errors)]) + " |"
+
+
+def _is_error(outcome: str) -> bool:
+    return outcome not in (RIGHT, "-") and not _is_bad(outcome)
+
+
+def _shortened(outcome: str) -> str:
+    return outcome.replace(outcome.split(",")[0], "error") if _is_error(outcome) else outcome
 
 
 def side_by_side(ours: Found, theirs: Found) -> Iterator[str]:
@@ -230,7 +238,8 @@ old content or the new one, whole, as torch itself reads it), and for connection
 {runs} runs, all as they have to be, with torch {torch} and azure-storage-blob {sdk}.
 
 - *Now and then*: the fault befalls a few requests, about every other one. `right` means the exact bytes.
-- *Always*: it befalls every request of a kind. What cannot succeed ends with the error named, and soon.
+- *Always*: it befalls every request of a kind. What cannot succeed ends with the error that the last column names, and
+  soon.
 - A cell with several outcomes stands for several kinds of requests, such as listing and reading.
 - Behind `torch.save` the error named is the cause of a `FatalBlobIOWriteError`; behind `torch.distributed.checkpoint`
   it is in the `CheckpointException` that torch raises. `AssertionError` is torch's for metadata that cannot be read.
@@ -247,7 +256,9 @@ old content or the new one, whole, as torch itself reads it), and for connection
 
 azstoragetorch 0.2.0 against the same server, in those operations that it has. Its retries cannot be configured: it
 waits 15 s before the first, so its times are longer by nature; they are given from 5 s on. `WRONG BYTES` are bytes
-that the blob never held, returned without an error. `no end` means that it was ended after {patience:.0f} s.
+that the blob never held, or not all of them, returned without an error. `no end` means that it was ended after
+{patience:.0f} s, stuck or not. Where the published connector is `right` and this package ends with an error, it does not
+look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
 
 {counts}
 
