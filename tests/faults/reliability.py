@@ -257,8 +257,8 @@ old content or the new one, whole, as torch itself reads it), and for connection
 azstoragetorch 0.2.0 against the same server, in those operations that it has. Its retries cannot be configured: it
 waits 15 s before the first, so its times are longer by nature; they are given from 5 s on. `WRONG BYTES` are bytes
 that the blob never held, or not all of them, returned without an error. `no end` means that it was ended after
-{patience:.0f} s, stuck or not. Where the published connector is `right` and this package ends with an error, it does not
-look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
+{patience:.0f} s, stuck or not. Where the published connector is `right` and this package ends with an error, it does
+not look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
 
 {counts}
 
