@@ -21,6 +21,11 @@ _EXIT_CODES = """Exit codes: 0 done, 1 something failed, 2 wrong usage, 3 not fo
 Credentials: a SAS in the URL; --anonymous; --sas-env NAME; AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, for the
 account that AZURE_STORAGE_ACCOUNT names or, without it, any; else DefaultAzureCredential."""
 
+# What newer releases of click raise, with the help as its message, where older ones print it and are done.
+_NO_ARGUMENTS: tuple[type[click.ClickException], ...] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
+)
+
 
 class _Commands(click.Group):
     """Finds commands when they are asked for: `ls` should not wait for what `checkpoint` imports."""
@@ -77,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app.main(list(arguments), prog_name="azstoragetorch", standalone_mode=False)
     except click.ClickException as error:
+        if isinstance(error, _NO_ARGUMENTS):
+            click.echo(error.format_message(), err=True)
+            return error.exit_code
         text = printable(redact(error.format_message()))
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f"\nTry '{context.command_path} --help'." if context is not None else ""

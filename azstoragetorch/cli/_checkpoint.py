@@ -64,7 +64,8 @@ def inspect(session: Session, url: BlobURL) -> None:
             {"key": entry.key, "type": kind, "shape": shape, "shards": entry.shards, "bytes": entry.nbytes}
         )
         rows.append([entry.key, kind, "x".join(map(str, shape or [])), str(entry.shards), f"{entry.nbytes:,}"])
-    session.output.table(str(found.url), ["key", "type", "shape", "shards", "bytes"], rows)
+    session.output.line(str(found.url))
+    session.output.table("", ["key", "type", "shape", "shards", "bytes"], rows)
     summary = {"url": found.url, "entries": len(rows), "bytes": found.nbytes, "blobs": found.blobs}
     session.output.record({"summary": summary})
     session.output.note(f"{len(rows):,} entries, {human(found.nbytes)}, {found.blobs:,} data blobs")
@@ -211,6 +212,7 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
             save(state, storage_writer=writer, no_dist=True)
         except CheckpointException as error:
             raise next(iter(_causes(error)), CheckpointError(str(error))) from None
+    session.output.note(f"{len(state):,} entries are in {url} now")
     session.output.record({"source": str(place), "url": str(url), "entries": len(state)})
 
 
@@ -247,12 +249,15 @@ def prune(
             advance(1)
             session.output.record({"url": place, "status": "planned" if dry_run else "deleted"})
             session.output.line(f"{'would delete' if dry_run else 'deleted'} {place}")
+    leftovers: list[str] = []
     if incomplete:
         with session.output.progress("deleting what is incomplete", None, unit="blobs"):
             leftovers = clean(str(url), min_age=min_age * 3600, credential=credential)
         for place in leftovers:
             session.output.record({"url": place, "status": "deleted"})
             session.output.line(f"deleted {place}")
+    if not doomed and not leftovers:
+        session.output.note("there is nothing to delete")
 
 
 def _place(text: str) -> Path | BlobURL:

@@ -40,6 +40,12 @@ def test_every_command_explains_itself(command: Command, name: list[str]) -> Non
     assert "Usage: azstoragetorch" in ended.out
 
 
+@pytest.mark.parametrize("name", [[], ["checkpoint"]])
+def test_without_a_command_it_lists_them(command: Command, name: list[str]) -> None:
+    ended = command(*name)
+    assert "\nCommands:\n" in ended.out + ended.err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_for_the_shell(command: Command, shell: str) -> None:
     ended = command("completion", shell)
