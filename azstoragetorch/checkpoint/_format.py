@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import pickle
+import pickletools
 import re
 import time
 from collections import OrderedDict
@@ -335,6 +336,7 @@ def load_metadata(data: bytes) -> dcp.Metadata:
 def _load_metadata(data: bytes) -> dcp.Metadata:
     before = [(value, dict(vars(value))) for value in _mutable_globals()]
     try:
+        _check_memo(data)
         metadata: dcp.Metadata = _Unpickler(io.BytesIO(data)).load()
     except CheckpointError:
         raise
@@ -390,6 +392,50 @@ def _restore(value: Any, members: dict[str, Any]) -> bool:
         else:
             delattr(value, name)
     return bool(changed)
+
+
+# How the opcodes of pickle are told apart: by the bytes that follow, a length before them, or lines.
+_PREFIXES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_PREFIX = {op.code: _PREFIXES[op.arg.n] for op in pickletools.opcodes if op.arg and op.arg.n in _PREFIXES}
+_LINES = {
+    op.code: 2 if op.arg.name == "stringnl_noescape_pair" else 1
+    for op in pickletools.opcodes
+    if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
+}
+_FIXED = {op.code: op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.code not in {*_PREFIX, *_LINES, "r"}}
+_RUN = re.compile(  # of limited length, for the sake of the memory that matching takes
+    b"(?:%s){1,500}" % b"|".join(re.escape(code.encode("latin-1")) + b"." * n for code, n in _FIXED.items()), re.DOTALL
+)
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise if *data*, a pickle, numbers an object higher than it has bytes: memory is taken for all numbers below."""
+    at = 0
+    while at < len(data):
+        run = _RUN.match(data, at)
+        if run is not None:
+            at = run.end()
+            continue
+        code, begin, number = chr(data[at]), at + 1, 0
+        if code in _PREFIX:
+            at = begin + _PREFIX[code]
+            at += int.from_bytes(data[begin:at], "little")
+        elif code == "r":  # LONG_BINPUT
+            at = begin + 4
+            number = int.from_bytes(data[begin:at], "little")
+        elif code in _LINES:
+            for _ in range(_LINES[code]):
+                at = data.find(b"\n", at) + 1 or len(data)
+            number = int(data[begin:at]) if code == "p" else 0  # PUT
+        else:
+            return  # unpickling ends here, too
+        if number > len(data):
+            raise CheckpointError(f"the metadata numbers an object {number}, which it cannot have; it is hostile")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -227,6 +227,17 @@ def test_paths_out_of_the_checkpoint_are_refused(path: Any) -> None:
         load_metadata(pickle.dumps(make_metadata(path)))
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2147483647\n"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_no_memory_is_taken_for_objects_that_cannot_be(put: bytes, protocol: int) -> None:
+    """A number in a pickle makes the unpickler fill 16 bytes for each lower one."""
+    data = pickle.dumps(make_metadata(), protocol)
+    ops = [position for op, _, position in pickletools.genops(data) if op.name in ("EMPTY_DICT", "DICT")]
+    with pytest.raises(CheckpointError, match="which it cannot have; it is hostile"):
+        load_metadata(data[: ops[0] + 1] + put + data[ops[0] + 1 :])
+    assert isinstance(load_metadata(data), Metadata)
+
+
 @pytest.mark.parametrize("cut_at", [0, 1, 10, 100, -1])
 def test_cut_metadata_is_an_error(cut_at: int) -> None:
     with pytest.raises(CheckpointError, match="no intact pickle"):
