@@ -104,7 +104,7 @@ ROWS = [
     Row("429", Status(429), RIGHT, HTTP),
     Row("500", Status(500), RIGHT, HTTP),
     Row("408", Status(408), RIGHT, HTTP),
-    Row("connection refused", ConnectionRefused(0.01), RIGHT, RESPONSE, transfer={"max_backoff": 0.3}),
+    Row("connection refused", ConnectionRefused(0.01), RIGHT, RESPONSE, transfer={"max_backoff": 1.0}),
     Row("reset before the answer", Reset(), RIGHT, RESPONSE),
     Row("hang-up before the answer", Hangup(), RIGHT, RESPONSE),
     Row("reset in the head", ResetInHeaders(), RIGHT, RESPONSE, is_carried_out=True),

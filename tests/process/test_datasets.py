@@ -212,7 +212,8 @@ for number in range(6):
     assert sum(len(sample["data"]) for sample in dataset) == int(sys.argv[2])
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    after.append((pages * os.sysconf("SC_PAGE_SIZE"), len(list(Path("/proc/self/fd").iterdir()))))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    after.append((pages * os.sysconf("SC_PAGE_SIZE"), descriptors - idle_connections()))
 assert after[-1][0] - after[1][0] < 8 << 20, after
 assert after[-1][1] <= max(descriptors for _, descriptors in after[:2]), after
 assert idle_connections() <= QUICK.max_connections
