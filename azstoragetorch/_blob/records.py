@@ -57,5 +57,5 @@ def read_records(start: int, stop: int, size: int, delimiter: bytes, read: Calla
         # What was searched already can hold no more than the beginning of a delimiter.
         at, pieces = 0, pieces[max(at, len(pieces) - length + 1) :] + more
     last = size if found < 0 else end - len(pieces) + found + length
-    whole = data[first - begin :] + bytes(tail) if tail else data[first - begin :]
-    return whole[: last - first]
+    whole = data + tail if tail else data
+    return whole[first - begin : last - begin]
