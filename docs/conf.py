@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
 import azstoragetorch
 
 project = "azstoragetorch"
@@ -56,18 +52,3 @@ html_theme_options = {
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
-
-
-def _take_in_pages_that_are_there(_app: Any, page: str, source: list[str]) -> None:
-    """In a toctree, ``name?`` is a page that another tool writes, and that may not have been written yet."""
-    folder = (Path(__file__).parent / page).parent
-    source[0] = re.sub(
-        r"^([\w/-]+)\?\n",
-        lambda name: f"{name[1]}\n" * (folder / f"{name[1]}.md").exists(),
-        source[0],
-        flags=re.MULTILINE,
-    )
-
-
-def setup(app: Any) -> None:
-    app.connect("source-read", _take_in_pages_that_are_there)
