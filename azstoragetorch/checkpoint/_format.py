@@ -435,7 +435,7 @@ def _check_memo(data: bytes) -> None:
         else:
             return  # unpickling ends here, too
         if number > len(data):
-            raise CheckpointError(f"the metadata numbers an object {number}, which it cannot have; it is hostile")
+            raise pickle.UnpicklingError(f"it numbers an object {number}, which so few bytes cannot have")
 
 
 class _Unpickler(pickle.Unpickler):
