@@ -233,7 +233,7 @@ def test_no_memory_is_taken_for_objects_that_cannot_be(put: bytes, protocol: int
     """A number in a pickle makes the unpickler fill 16 bytes for each lower one."""
     data = pickle.dumps(make_metadata(), protocol)
     ops = [position for op, _, position in pickletools.genops(data) if op.name in ("EMPTY_DICT", "DICT")]
-    with pytest.raises(CheckpointError, match="no intact pickle.*numbers an object"):
+    with pytest.raises(CheckpointError, match=r"no intact pickle.*numbers an object"):
         load_metadata(data[: ops[0] + 1] + put + data[ops[0] + 1 :])
     assert isinstance(load_metadata(data), Metadata)
 
