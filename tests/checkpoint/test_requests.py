@@ -218,7 +218,10 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["in place", "converted", "transposed", "decoded", "shared"])
+@pytest.mark.parametrize(
+    "kind",
+    ["in place", *(pytest.param(k, marks=pytest.mark.slow) for k in ("converted", "transposed", "decoded", "shared"))],
+)
 def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
     fault_service: FaultService, url: str, kind: str, tmp_path: Path
 ) -> None:

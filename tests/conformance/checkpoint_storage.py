@@ -282,6 +282,7 @@ class CheckpointStorageSuite:
 
     # -- several ranks
 
+    @pytest.mark.slow
     def test_ranks_reshard(self, place: Place, door: Door) -> None:
         for step, layout in enumerate(("rows", "columns", "replicated")):
             run_ranks(2, save_on_ranks, place, layout, step)

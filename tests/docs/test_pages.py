@@ -22,6 +22,7 @@ PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path 
 WITH_PYTHON = [name for name, text in PAGES.items() if program_of(text)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_its_python_runs(page: str, https_container: Container, tmp_path: Path) -> None:

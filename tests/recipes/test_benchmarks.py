@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, azurite: Any) -> Path:
     return folder / "results.jsonl"
 
 
+@pytest.mark.slow
 def test_every_case_has_its_figures(results: Path) -> None:
     setup, *runs = [json.loads(line) for line in results.read_text().splitlines()]
     assert setup["record"] == "setup"
@@ -141,6 +142,7 @@ def test_a_library_that_fails_is_reported_and_stops_no_other(tmp_path: Path, azu
     assert "Failed, and so without a figure" in (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_added_later(tmp_path: Path, azurite: Any) -> None:
     """The page then shows both commands, and the figures of all cases."""
     sas = mint(azurite.account_name, azurite.account_key)

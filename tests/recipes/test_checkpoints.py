@@ -35,6 +35,7 @@ def run_and_be_killed(rank: int, url: str, credential: Any) -> None:
     train(url, steps=STEPS, every=EVERY, credential=credential, report=report)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: Container) -> None:
     undisturbed = run_ranks(2, run_to_the_end, container.blob_url("undisturbed"), container.key, timeout=100)

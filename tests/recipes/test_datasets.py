@@ -87,7 +87,8 @@ def finish(job: subprocess.Popen[str], kill_after: tuple[int, int] | None = None
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 1])
 def test_two_ranks_are_killed_and_any_number_goes_on_in_mid_epoch(container: Container, ranks: int) -> None:
     """What the model had seen when it was saved, and what was read after, is each blob once."""
     count = 96  # divides by all shards in question, and takes longer than it may take to kill a job
