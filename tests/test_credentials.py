@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-from azure.core.credentials import AccessToken, AccessTokenInfo, AzureNamedKeyCredential, AzureSasCredential
+from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential
 from azure.core.exceptions import (
     ClientAuthenticationError,
     HttpResponseError,
@@ -320,9 +320,9 @@ class TestTokens:
 
     def test_a_credential_of_the_newer_protocol(self, service: FaultService) -> None:
         class Newer:
-            def get_token_info(self, *scopes: str, options: Any = None) -> AccessTokenInfo:
+            def get_token_info(self, *scopes: str, options: Any = None) -> AccessToken:
                 assert scopes == (SCOPE,)
-                return AccessTokenInfo("token-1", int(time.time() + 3600))
+                return AccessToken("token-1", int(time.time() + 3600))
 
         service.require_token("token-1")
         assert self.read(service, Newer()) == DATA

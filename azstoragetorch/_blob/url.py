@@ -141,7 +141,7 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
         scheme = "https"
     # The hierarchical endpoint of an account serves the same blobs under another name.
     # In DNS zones and behind private links one more label comes before "dfs".
-    host = re.sub(r"^([\w-]+(?:\.[\w-]+)?)\.dfs\.", r"\1.blob.", host)
+    host = re.sub(r"^([\w-]+(?:\.(?!dfs\.|blob\.)[\w-]+)?)\.dfs\.", r"\1.blob.", host)
     account_path = ""
     if _names_account_in_path(hostname, path):
         account, _, path = path.partition("/")
