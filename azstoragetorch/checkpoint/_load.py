@@ -167,13 +167,13 @@ class Load:
             None if place is not None else self._lane(read) for (_, read), place in zip(pieces, places, strict=True)
         ]
         lengths = [-(-(piece.stop - piece.start) // _ALIGNMENT) * _ALIGNMENT for piece, _ in pieces]
-        plain = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and not lane.is_pinned)
+        pageable = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and not lane.is_pinned)
         pinned = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and lane.is_pinned)
         # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
-        plain = 1 << (plain - 1).bit_length() if 0 < plain <= _REUSED else plain
+        pageable = 1 << (pageable - 1).bit_length() if 0 < pageable <= _REUSED else pageable
         decoded = sum(piece.stop - piece.start for piece, read in pieces if read.payload is None)
-        self._budget.acquire(plain + pinned + decoded)
-        area = self._buffers.take(plain) if plain else memoryview(b"")
+        self._budget.acquire(pageable + pinned + decoded)
+        area = self._buffers.take(pageable) if pageable else memoryview(b"")
         try:
             buffers: list[torch.Tensor] = []
             at = 0
@@ -188,10 +188,10 @@ class Load:
                     at += length
             yield buffers
             buffers.clear()
-            if 0 < plain <= _REUSED:
+            if 0 < pageable <= _REUSED:
                 self._buffers.give_back(area)
         finally:
-            self._budget.release(plain + pinned + decoded)
+            self._budget.release(pageable + pinned + decoded)
 
     def _place(self, piece: Piece, read: Read) -> torch.Tensor | None:
         """The tensor whose memory takes the bytes of *piece* as they are, or None if they are to be staged."""

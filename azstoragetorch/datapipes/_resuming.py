@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, IterDataPipe, get_worker_info
+from torch.utils.data import IterableDataset, IterDataPipe
 from torch.utils.data.datapipes.iter import Batcher, Collator, Mapper
 from torch.utils.data.graph import DataPipeGraph, traverse_dps
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding, get_all_graph_pipes
@@ -100,7 +99,7 @@ class ResumableDataPipe(IterableDataset[Any]):
                 f"{place.shards}: resume with the same number of workers and ranks"
             )
         self._pending = dict(state)
-        self._load = 0 if get_worker_info() is not None else 1 + int.from_bytes(os.urandom(7), "big")
+        self._load = self._shared.number_load()
 
     def __iter__(self) -> Iterator[Any]:
         # No generator: the state is used up now, and the next iteration begins at the beginning.
