@@ -146,6 +146,63 @@ def test_a_damaged_header_is_an_error() -> None:
         members(bytes(packed))
 
 
+def header(kind: bytes = tarfile.REGTYPE, size: int = 0, pax: dict[str, str] | None = None) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size, info.pax_headers = kind, size, pax or {}
+    return info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (header(tarfile.GNUTYPE_SPARSE), "the file at byte 0 is sparse"),
+        (header(pax={"GNU.sparse.major": "1"}), "is sparse"),
+        (header(tarfile.XHDTYPE, 1 << 30), "the extended header at byte 0 claims 1073741824 bytes"),
+        (header(size=1 << 62), "url is no tar"),
+        (header(pax={"size": "-1"}), "claims a size of '-1' bytes"),
+        (header(pax={"size": "9" * 19}), "claims a size of '9999999999999999999' bytes"),
+        (header(size=20 * MiB) + bytes(18 * MiB), "18874368 of 20971520 bytes into 'x'"),
+    ],
+    ids=["sparse", "sparse in PAX", "header", "size", "negative", "huge", "large and cut"],
+)
+def test_what_a_header_claims_is_checked(packed: bytes, words: str) -> None:
+    with pytest.raises(tarfile.ReadError, match=words):
+        members(packed)
+
+
+def test_sizes_in_extended_headers_count() -> None:
+    assert members(header(pax={"size": "5"}) + b"12345".ljust(512, b"\0") + bytes(1024)) == {"x": b"12345"}
+
+
+def test_long_targets_of_links_are_passed_over() -> None:
+    long_link = header(tarfile.GNUTYPE_LONGLINK, 200) + b"y" * 200 + bytes(312) + header(tarfile.SYMTYPE)
+    assert members(long_link + make_tar({"0": b"data"})) == {"0": b"data"}
+
+
+class Plain:
+    """A stream that can read and nothing else, and fails in the end."""
+
+    def __init__(self, data: bytes, error: OSError | None = None) -> None:
+        self._data = io.BytesIO(data)
+        self._error = error
+
+    def read(self, size: int) -> bytes:
+        data = self._data.read(size)
+        if not data and self._error is not None:
+            raise self._error
+        return data
+
+
+def test_a_stream_that_can_only_read_will_do() -> None:
+    packed = make_tar({"0": b"data", "1": bytes(3 * MiB)})
+    assert {member.name: member.data for member in walk(Plain(packed), "url")} == {"0": b"data", "1": bytes(3 * MiB)}
+
+
+def test_an_error_of_the_stream_is_not_taken_for_one_of_the_tar() -> None:
+    with pytest.raises(ConnectionResetError):
+        list(walk(Plain(make_tar({"0": b"data"})[:512], ConnectionResetError(104, "reset")), "url"))
+
+
 def test_an_error_in_a_worker_keeps_its_type_and_url(fault_service: FaultService) -> None:
     with pytest.raises(tarfile.ReadError, match=r"data/shard\.tar is no tar"):
         list(DataLoader(expand(fault_service, b"no tar" * 1000).map(str), num_workers=1))
@@ -182,6 +239,8 @@ def test_streams_stay_readable_and_large_members_are_read_on_demand(fault_servic
     large.seek(0)
     assert large.read() == big
     assert large.read() == b""
+    with pytest.raises(ValueError, match="negative position -1"):
+        large.seek(-1)
     assert streams["0.txt"].read() == b"first"
 
 

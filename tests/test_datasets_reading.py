@@ -99,6 +99,14 @@ def test_what_a_transform_does_not_read_is_not_fetched(fault_service: FaultServi
     assert fault_service.requests("get_blob") == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_shards_every_worker_reads_everything(fault_service: FaultService, workers: int) -> None:
+    fill(fault_service, 5)
+    dataset = iterable(fault_service, transform=read, shard_by="none")
+    samples = list(DataLoader(dataset, None, num_workers=workers))
+    assert sorted(samples) == sorted([content(1000, i) for i in range(5)] * max(workers, 1))
+
+
 def test_a_transform_that_reads_few_blobs_fetches_few(fault_service: FaultService) -> None:
     fill(fault_service, 200)
     dataset = iterable(fault_service, transform=lambda blob: read(blob) if blob.blob_name.endswith("00") else None)

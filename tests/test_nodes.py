@@ -162,7 +162,7 @@ def test_an_error_comes_in_its_turn_and_the_state_is_before_it(fault_service: Fa
     assert [url for url, _ in resumed] == urls[2:]
 
 
-@pytest.mark.parametrize("change", ["added", "removed"])
+@pytest.mark.parametrize("change", ["added", "removed", "emptied"])
 def test_a_changed_listing_raises_instead_of_resuming_wrongly(fault_service: FaultService, change: str) -> None:
     fill(fault_service)
     loader = Loader(lister(fault_service))
@@ -172,8 +172,8 @@ def test_a_changed_listing_raises_instead_of_resuming_wrongly(fault_service: Fau
     state = loader.state_dict()
     if change == "added":
         fault_service.put("data", "0000", b"")
-    else:
-        fault_service.delete("data", "003")
+    for number in {"removed": [3], "emptied": range(COUNT)}.get(change, []):
+        fault_service.delete("data", f"{number:03d}")
     resumed = Loader(lister(fault_service))
     resumed.load_state_dict(state)
     with pytest.raises(ValueError, match="added or removed"):

@@ -43,6 +43,18 @@ def test_a_shard_that_is_not_there_is_refused() -> None:
         shard_range(10, 3, 3)
 
 
+@pytest.mark.parametrize("consumed", [[], [3, -1]])
+def test_what_are_no_positions_of_shards_is_refused(consumed: list[int]) -> None:
+    with pytest.raises(ValueError, match="not a list of positions of shards"):
+        Remaining(10, consumed)
+
+
+@given(LENGTHS, st.integers(-400, 400), st.integers(-400, 400), st.sampled_from([-3, -1, 1, 2]))
+def test_a_slice_of_an_order_is_that_of_its_list(length: int, start: int, stop: int, step: int) -> None:
+    for whole in (Order(length, seed=1), Remaining(length, [length // 5, 0])):
+        assert list(whole[start:stop:step]) == [whole[index] for index in range(len(whole))][start:stop:step]
+
+
 @given(st.integers(0, 3000), st.integers(0, 2**70), st.integers(0, 1000))
 def test_a_permutation_has_every_element_once(length: int, seed: int, epoch: int) -> None:
     assert sorted(Permutation(length, seed, epoch)) == list(range(length))

@@ -124,7 +124,7 @@ class _Plan:
         if isinstance(source, Path):
             assert isinstance(target, BlobURL)
             if not source.is_dir():
-                raise NotADirectoryError(f"{source} is no folder: leave out --recursive")
+                raise click.UsageError(f"{source} is no folder: leave out --recursive")
             known = self._listed(target)
             prefix = _folder(target)
             jobs = []

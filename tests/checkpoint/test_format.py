@@ -227,6 +227,26 @@ def test_paths_out_of_the_checkpoint_are_refused(path: Any) -> None:
         load_metadata(pickle.dumps(make_metadata(path)))
 
 
+def test_what_makes_no_sense_is_refused() -> None:
+    tensor = make_metadata().state_dict_metadata["a"]
+    assert isinstance(tensor, TensorStorageMetadata)
+    properties, size = tensor.properties, torch.Size([4])
+    forged: list[tuple[dict[str, Any], str]] = [
+        ({"state_dict_metadata": {"a": TensorStorageMetadata(properties, torch.Size([-4]), [])}}, "'a' in a way"),
+        ({"state_dict_metadata": {"a": TensorStorageMetadata(properties, size, [BytesStorageMetadata()])}}, "'a' in a"),  # type: ignore[list-item]
+        ({"state_dict_metadata": {1: tensor}}, "named 1"),
+        ({"storage_data": {MetadataIndex("a"): size}}, "not in torch's file format: it has a Size"),
+        ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", -1, 10)}}, "places 'a' at -1, length 10"),
+        ({"storage_data": {"a": _StorageInfo("x", 0, 10)}}, "has a str where an index is due"),
+    ]
+    for changes, words in forged:
+        with pytest.raises(CheckpointError, match=words):
+            load_metadata(pickle.dumps(make_metadata(**changes)))
+    for info, words in ((7, "it has a int"), (_StorageInfo("x", 0, -1), "at 0, length -1, of 'x'")):
+        with pytest.raises(CheckpointError, match=words):
+            read_item(info)
+
+
 @pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2147483647\n"])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_no_memory_is_taken_for_objects_that_cannot_be(put: bytes, protocol: int) -> None:

@@ -134,6 +134,19 @@ def test_prune(container: Container, command: Command) -> None:
     assert not any(name.startswith("run/step-1/") for name in container.names())
 
 
+def test_mistakes_are_explained(container: Container, command: Command, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    ended = command("checkpoint", "import", tmp_path / "list.pt", f"{container.url}/new")
+    assert (ended.code, "list.pt holds a list" in ended.err) == (1, True)
+    ended = command("checkpoint", "prune", container.url, "--incomplete", "--dry-run")
+    assert (ended.code, "--dry-run is for --keep" in ended.err) == (2, True)
+    ended = command("checkpoint", "prune", container.url)
+    assert (ended.code, "--keep N, --incomplete" in ended.err) == (2, True)
+    ended = command("checkpoint", "ls", f"{container.url}/nothing")
+    assert (ended.code, ended.out, "no complete checkpoint" in ended.err) == (0, "", True)
+    assert container.names() == []
+
+
 def test_prune_of_leftovers(container: Container, command: Command) -> None:
     url = save(container, "run/step-1")
     left = f"run/step-2/{data_blob(container, 'run').rpartition('/')[2]}"

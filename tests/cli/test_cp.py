@@ -115,6 +115,13 @@ def test_one_that_fails_does_not_stop_the_others(container: Container, command: 
     assert (tmp_path / "x" / "b").read_bytes() == b"2"
 
 
+def test_a_file_goes_into_a_folder_by_its_name(container: Container, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    assert statuses(command, tmp_path / "file", f"{container.url}/folder/") == {"copied": 1}
+    assert statuses(command, tmp_path / "file", container.url) == {"copied": 1}
+    assert container.names() == ["file", "folder/file"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -123,6 +130,8 @@ def test_one_that_fails_does_not_stop_the_others(container: Container, command: 
         (["{url}", "{here}/x"], "--recursive"),
         (["{url}/folder", "{here}/x"], "--recursive"),
         (["{here}/file", "{url}/x?versionid=2024"], "versionid"),
+        (["-r", "{here}/file", "{url}/x"], "leave out --recursive"),
+        (["-r", "{url}/nothing", "{here}/x"], "nothing there"),
     ],
 )
 def test_mistakes_are_explained(
