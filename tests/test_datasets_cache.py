@@ -219,6 +219,7 @@ def test_a_disk_that_cannot_be_written_is_read_through_with_one_warning(
     assert "cannot be written" in told[0]
 
 
+@pytest.mark.untraced
 def test_a_full_disk_is_read_through_and_leaves_nothing_behind(fault_service: FaultService, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; it takes a process of its own."""
     url = fill(fault_service, 5)

@@ -504,6 +504,7 @@ print(interrupted)
 """
 
 
+@pytest.mark.untraced
 def test_interrupts_at_any_moment_leave_no_task_running_and_no_thread_stuck() -> None:
     """Signals rain on the calling thread; each `run_all` returns or raises, and then none of its tasks runs."""
     assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "2", timeout=60)) > 20

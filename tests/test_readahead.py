@@ -298,6 +298,29 @@ class TestCounts:
 
 
 class TestWindow:
+    def test_who_opens_an_archive_has_all_of_it_on_its_way(self, service: FaultService) -> None:
+        """The first bytes, then the directory at the end: what lies between comes while the directory does."""
+        data = content(50 * MiB)
+        service.put("c", "b", data)
+        with open_blob(service, TestCounts.DEFAULT) as blob:
+            blob.read(4)
+            blob.seek(-22, io.SEEK_END)
+            assert blob.read() == data[-22:]
+            service.wait_until_idle()
+            assert sum(entry.sent for entry in service.log) == len(data)
+            assert len(service.log) <= 16
+
+    def test_who_looks_at_the_end_alone_has_not(self, service: FaultService) -> None:
+        data = content(50 * MiB)
+        service.put("c", "b", data)
+        with open_blob(service, TestCounts.DEFAULT) as blob:
+            blob.seek(-22, io.SEEK_END)
+            assert blob.read() == data[-22:]
+            blob.seek(30 * MiB)
+            assert blob.read(10) == data[30 * MiB :][:10]
+            service.wait_until_idle()
+        assert sum(entry.sent for entry in service.log) <= 9 * MiB
+
     def test_sequential_reading_has_more_and_more_on_its_way(self, service: FaultService) -> None:
         transfer = replace(QUICK, read_ahead=8 * MiB, memory_limit=16 * MiB, max_connections=10)
         service.put("c", "b", content(8 * MiB))

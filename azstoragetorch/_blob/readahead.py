@@ -29,6 +29,7 @@ _RANDOM = 128 * KiB  # fetched around a small read at an unforeseen place: the c
 _WINDOW_REQUESTS = 16  # a window is cut into about this many requests, so that a small blob also comes in parallel
 _MIN_SEGMENT = 4 * MiB
 _LARGE_READ_WINDOW = 4  # parts; large reads bring their own parallelism and need to hide only one round trip
+_ARCHIVE_STREAK = 4  # reads in sequence that opening an archive counts for
 
 
 class _Segment:
@@ -195,7 +196,11 @@ class ReadAhead:
             for gap in gaps(ByteRange(received.stop, span.stop), [s.span for s in self._segments])
             if len(gap) >= _DIRECT or not self._start(engine, self._around(gap, tail if is_tail else None), is_tail)
         ]
-        if self._streak and opened is None:
+        if is_tail and self._previous.start == 0 < self._previous.stop:
+            # The first bytes, then the directory at the end: who opens an archive like that is about to read it.
+            self._streak = max(self._streak, _ARCHIVE_STREAK)
+            self._advance(engine, self._previous)
+        elif self._streak and opened is None:
             self._advance(engine, span)
         if direct or opened is not None:
             first = (opened, target[: len(received)]) if opened is not None else None

@@ -470,12 +470,14 @@ def rain(service: FaultService, seconds: float) -> None:
     assert interrupted > 10 * seconds, (whole, interrupted, seed)
 
 
+@pytest.mark.untraced
 def test_interrupts_at_any_moment(service: FaultService) -> None:
     """Ctrl-C, again and again: bytes are right or not returned, no buffer changes after, nothing is half committed."""
     rain(service, 3)
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_interrupts_at_any_moment_for_long(service: FaultService) -> None:
     rain(service, 90)
 
