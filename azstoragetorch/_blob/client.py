@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from azure.core import MatchConditions
-from azure.core.exceptions import ResourceNotFoundError
+from azure.core.exceptions import ResourceNotFoundError, ServiceResponseError
 
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.engine import Engine, Scope, engine_for
+from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
-from azstoragetorch._blob.sdk import SdkBlob
+from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL
@@ -115,11 +115,19 @@ class BlobClient(_Client):
 
     def version(self) -> BlobVersion | None:
         """The blob's present version, or None if there is no blob."""
+
+        def look() -> BlobVersion:
+            with self.service.send("HEAD", self.url, accept=frozenset({200})) as response:
+                length, etag = response.headers.get("Content-Length", ""), response.headers.get("ETag", "")
+            if not (length.isascii() and length.isdigit() and etag):
+                what = f"HEAD {self.url}: the service told no length and ETag: {length!r}, {etag!r}"
+                raise Transient(portable(ServiceResponseError(what)))
+            return BlobVersion(int(length), etag)
+
         try:
-            found = SdkBlob(self.service, self.url).call("HEAD", lambda client: client.get_blob_properties())
+            return retrying(self.config, look)
         except ResourceNotFoundError:
             return None
-        return BlobVersion(found.size, found.etag)
 
     def put(self, data: bytes, *, create_only: bool = False) -> None:
         """Make *data* the content of the blob; one request if it fits into a block."""
@@ -136,11 +144,12 @@ class BlobClient(_Client):
 
     def delete(self, *, etag: str | None = None) -> bool:
         """Delete the blob, if it is *etag*; False if there was none."""
-        condition: dict[str, Any] = (
-            {} if etag is None else {"etag": etag, "match_condition": MatchConditions.IfNotModified}
-        )
+        headers = {} if etag is None else {"If-Match": etag}
         try:
-            SdkBlob(self.service, self.url).call("DELETE", lambda client: client.delete_blob(**condition))
+            retrying(
+                self.config,
+                lambda: self.service.send("DELETE", self.url, headers=headers, accept=frozenset({202})).close(),
+            )
         except ResourceNotFoundError:
             return False
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import threading
 from collections import OrderedDict
@@ -13,14 +14,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from azstoragetorch._blob.client import BlobClient, ContainerClient
 from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
-from azstoragetorch.checkpoint._format import load_metadata, metadata_name
+from azstoragetorch.checkpoint._format import load_metadata, metadata_name, read_item
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 _CACHED = 2  # checkpoints whose metadata is kept; that of a large job takes tens of megabytes
+_REMEMBERED = 16  # saves of this process whose data blobs are known without reading their metadata
 
 _cache: OrderedDict[tuple[str, str], Metadata] = OrderedDict()
+_written: OrderedDict[bytes, frozenset[str]] = OrderedDict()  # by the SHA-256 of the metadata
 _cache_lock = threading.Lock()
 
 
@@ -78,10 +82,8 @@ class Folder:
         """What is in the folder; names begin with `prefix`."""
         return list(self._container.pages(prefix=self.prefix, delimiter=delimiter, uncommitted=uncommitted))
 
-    def metadata(self, rank: int | None = None, *, is_known: bool = True) -> Metadata:
+    def metadata(self, rank: int | None = None) -> Metadata:
         """The metadata of the checkpoint here, or that of *rank* alone; fetched again only if it has changed.
-
-        With *is_known* False it is not expected to be what was seen before, which saves asking.
 
         Raises:
             CheckpointNotFoundError: there is no checkpoint.
@@ -90,26 +92,50 @@ class Folder:
         """
         client = self.blob(metadata_name(rank))
         with _cache_lock:
-            known = [etag for url, etag in _cache if is_known and url == str(client.url)]
+            known = [etag for url, etag in _cache if url == str(client.url)]
         version = client.version() if known else None
         if version is not None and version.etag in known:
             with _cache_lock:
                 cached = _cache.get((str(client.url), version.etag))
             if cached is not None:
                 return _copy(cached)
-        try:
-            data, version = client.read()
-        except ResourceNotFoundError as error:
-            raise self._not_found(metadata_name(rank), rank) from error
-        try:
-            metadata = load_metadata(data)
-        except CheckpointError as error:
-            raise CheckpointError(f"{client.url}: {error}", checkpoint=self.url, key=error.key, rank=rank) from None
+        data, version = self._read_metadata(rank)
+        metadata = self._parsed(data, rank)
         with _cache_lock:
             _cache[str(client.url), version.etag] = metadata
             while len(_cache) > _CACHED:
                 _cache.popitem(last=False)
         return _copy(metadata)
+
+    def data_paths(self, rank: int | None = None) -> frozenset[str]:
+        """The data blobs that the checkpoint here, or that of *rank* alone, refers to; raises as `metadata` does."""
+        data, _ = self._read_metadata(rank)
+        with _cache_lock:
+            known = _written.get(hashlib.sha256(data).digest())
+        if known is not None:
+            return known
+        return frozenset(read_item(info).path for info in self._parsed(data, rank).storage_data.values())
+
+    def put_metadata(self, content: bytes, paths: frozenset[str], rank: int | None, *, create_only: bool) -> None:
+        """Make *content*, which refers to the data blobs *paths*, the metadata of the checkpoint here."""
+        self.blob(metadata_name(rank)).put(content, create_only=create_only)
+        with _cache_lock:
+            _written[hashlib.sha256(content).digest()] = paths
+            while len(_written) > _REMEMBERED:
+                _written.popitem(last=False)
+
+    def _read_metadata(self, rank: int | None) -> tuple[bytes, BlobVersion]:
+        try:
+            return self.blob(metadata_name(rank)).read()
+        except ResourceNotFoundError as error:
+            raise self._not_found(metadata_name(rank), rank) from error
+
+    def _parsed(self, data: bytes, rank: int | None) -> Metadata:
+        try:
+            return load_metadata(data)
+        except CheckpointError as error:
+            where = self.blob(metadata_name(rank)).url
+            raise CheckpointError(f"{where}: {error}", checkpoint=self.url, key=error.key, rank=rank) from None
 
     def _not_found(self, name: str, rank: int | None) -> CheckpointNotFoundError:
         """Say why there is no checkpoint here, as far as a look at the folder tells."""

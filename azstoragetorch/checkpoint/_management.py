@@ -114,14 +114,13 @@ def _delete(folder: Folder) -> int:
     return len(doomed | set(metadata))
 
 
-def _referenced(folder: Folder, metadata: str) -> set[str]:
+def _referenced(folder: Folder, metadata: str) -> frozenset[str]:
     """The data blobs that *metadata* refers to; none if it cannot be read."""
     rank = None if metadata == METADATA else int(metadata.removeprefix("__").removesuffix(METADATA))
     try:
-        storage = folder.metadata(rank).storage_data
-        return {read_item(info).path for info in storage.values()}
+        return folder.data_paths(rank)
     except CheckpointError:
-        return set()
+        return frozenset()
 
 
 def keep_last(
@@ -171,11 +170,11 @@ def clean(
         if not ours:
             continue
         if METADATA in names:
-            ours -= {read_item(info).path for info in folder.metadata().storage_data.values()}
+            ours -= folder.data_paths()
         else:
             for name in filter(is_rank_metadata, names):
                 rank = int(name.removeprefix("__").removesuffix(METADATA))
-                ours -= {read_item(info).path for info in folder.metadata(rank).storage_data.values()}
+                ours -= folder.data_paths(rank)
         doomed += [(folder, name) for name in sorted(ours)]
 
     def remove(target: tuple[Folder, str]) -> None:

@@ -40,7 +40,6 @@ from azstoragetorch.checkpoint._format import (
     has_payload,
     metadata_name,
     new_save_id,
-    read_item,
     storage_info,
 )
 from azstoragetorch.checkpoint._host import Lanes, host_bytes
@@ -216,10 +215,11 @@ class BlobStorageWriter(StorageWriter):
         self._check_complete(metadata, written)
         replaced = self._check_present(written)
         metadata = replace(metadata, storage_data=written, storage_meta=self.storage_meta(), version=VERSION)
-        content = dump_metadata(metadata)
-        blob = self._folder.blob(metadata_name(self._metadata_rank))
+        paths = frozenset(info.relative_path for info in written.values())
         try:
-            blob.put(content, create_only=not self._overwrite)
+            self._folder.put_metadata(
+                dump_metadata(metadata), paths, self._metadata_rank, create_only=not self._overwrite
+            )
         except ResourceExistsError as error:
             raise self._exists() from error
         except FatalBlobIOWriteError as error:
@@ -312,19 +312,18 @@ class BlobStorageWriter(StorageWriter):
             info.etag = versions[info.relative_path].etag  # type: ignore[union-attr]  # checked above
         return replaced
 
-    def _paths_of_present(self) -> set[str]:
+    def _paths_of_present(self) -> frozenset[str]:
         if not self._overwrite:
-            return set()
+            return frozenset()
         try:
-            present = self._folder.metadata(self._metadata_rank, is_known=False)
-            return {read_item(info).path for info in present.storage_data.values()}
+            return self._folder.data_paths(self._metadata_rank)
         except CheckpointNotFoundError:
-            return set()
+            return frozenset()
         except CheckpointError as error:
             log.warning(
                 "%s: the checkpoint to replace cannot be read, so its data stays: %s", self.checkpoint_id, error
             )
-            return set()
+            return frozenset()
 
     def _exists(self) -> CheckpointExistsError:
         return CheckpointExistsError(
