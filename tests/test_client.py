@@ -7,12 +7,18 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
-from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
+from azure.core.exceptions import (
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceModifiedError,
+    ResourceNotFoundError,
+    ServiceResponseError,
+)
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults import FaultService, LostAnswer, Match, Status
+from tests.faults import FaultService, LostAnswer, Match, MissingHeader, Status
 from tests.support import QUICK, blob_client, container_client, content
 
 NAME = "a b%2F?#ü//x/"
@@ -109,6 +115,18 @@ class TestFaults:
         assert blob.delete()
         assert service.names("c") == []
         assert service.unused_faults() == []
+
+    @pytest.mark.parametrize("header", ["ETag", "Content-Length"])
+    def test_properties_that_are_not_all_there_are_asked_for_again(self, service: FaultService, header: str) -> None:
+        blob = blob_client(service.blob_url("c", "b"))
+        service.script("head", [MissingHeader(header)])
+        version = blob.version()
+        assert version is not None
+        assert version.size == 4
+        assert len(service.log) == 2
+        service.script("head", [MissingHeader(header)], repeat=True)
+        with pytest.raises(ServiceResponseError, match=r"HEAD .*/c/b: the service told no length and ETag"):
+            blob.version()
 
     def test_a_deletion_whose_answer_is_lost_has_happened(self, service: FaultService) -> None:
         service.script("delete", [LostAnswer()])
