@@ -134,7 +134,7 @@ class BlobClient(_Client):
         writer = self.writer(create_only=create_only)
         try:
             if len(data) <= self.config.block_size:
-                writer.put(data)
+                writer.put([memoryview(data)])
             else:
                 writer.write(memoryview(data))
                 writer.commit()

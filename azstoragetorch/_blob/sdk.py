@@ -17,7 +17,6 @@ from azure.storage.blob import BlobClient as SdkBlobClient
 from azure.storage.blob import ExponentialRetry
 
 from azstoragetorch._blob import transport
-from azstoragetorch._blob.config import MAX_BLOCK_SIZE
 from azstoragetorch._blob.engine import Cancelled, Scope
 from azstoragetorch._blob.errors import service_error
 from azstoragetorch._blob.retry import Transient, refusal, retrying
@@ -44,7 +43,6 @@ class SdkBlob:
             transport=_Transport(service, scope),
             retry_policy=ExponentialRetry(retry_total=0),
             permit_redirects=False,
-            max_single_put_size=MAX_BLOCK_SIZE,  # whether a blob is put whole is decided above
             user_agent=transport.USER_AGENT,
         )
 
@@ -55,6 +53,10 @@ class SdkBlob:
             AzureError: the service refused, or could not be reached.
             Cancelled: the scope was cancelled.
         """
+        return retrying(self._service.config, self.attempt(verb, operation), self._scope)
+
+    def attempt(self, verb: str, operation: Callable[[SdkBlobClient], T]) -> Callable[[], T]:
+        """What runs *operation* once, and raises what `retrying` understands."""
 
         def attempt() -> T:
             try:
@@ -64,7 +66,7 @@ class SdkBlob:
                 # Not from the SDK's error: it holds the request, and with it the memory that was to be sent.
                 raise meaning from meaning.__cause__
 
-        return retrying(self._service.config, attempt, self._scope)
+        return attempt
 
     def _meaning(self, verb: str, error: Exception) -> BaseException:
         if isinstance(error, (Transient, Cancelled)):

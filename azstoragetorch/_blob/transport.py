@@ -110,12 +110,14 @@ class Connection:
             raise ConnectionAbortedError("interrupted")
         head = self._head(method, self._prefix + target, headers)
         try:
-            if body is None or (isinstance(body, bytes) and len(body) <= _SEND_SLICE):
-                connection.sock.sendall(head + body if body else head)
+            pieces = [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body or ()
+            if _length(pieces) <= _SEND_SLICE:
+                connection.sock.sendall(b"".join([head, *pieces]))
             else:
                 connection.sock.sendall(head)
-                for piece in _slices(body):
-                    connection.sock.sendall(piece)
+                for piece in pieces:
+                    for start in range(0, piece.nbytes, _SEND_SLICE):
+                        connection.sock.sendall(piece[start : start + _SEND_SLICE])
         except (BrokenPipeError, ConnectionResetError):
             if body is None:
                 raise
@@ -479,12 +481,6 @@ def idle_connections() -> int:
 def close_idle_connections() -> None:
     """Close the connections that wait in the pool; the next request opens a new one."""
     _pool.close()
-
-
-def _slices(body: bytes | memoryview | Sequence[memoryview]) -> Iterator[memoryview]:
-    for piece in [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body:
-        for start in range(0, piece.nbytes, _SEND_SLICE):
-            yield piece[start : start + _SEND_SLICE]
 
 
 def _proxy_for(origin: Origin) -> str | None:

@@ -13,7 +13,7 @@ import hashlib
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from azure.core import MatchConditions
@@ -26,7 +26,6 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
 )
 from azure.storage.blob import BlobBlock, ContentSettings
-from azure.storage.blob import BlobClient as SdkBlobClient
 
 from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
 from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for
@@ -34,7 +33,7 @@ from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.memory import copy
 from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
-from azstoragetorch._blob.retry import RETRYABLE_STATUS
+from azstoragetorch._blob.retry import RETRYABLE_STATUS, retrying
 from azstoragetorch._blob.sdk import Pieces, SdkBlob
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
@@ -90,7 +89,6 @@ class BlockWriter:
         self._config = service.config
         self._create_only = create_only
         self._scope = Scope()
-        self._sdk = SdkBlob(service, url, self._scope)
         self._pid = os.getpid()
         # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
         self._nonce = os.urandom(9).hex()
@@ -103,6 +101,10 @@ class BlockWriter:
         self._ended: list[None] = []  # background blocks that have ended
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes who waits for one
         self._failure: BaseException | None = None
+
+    @cached_property
+    def _sdk(self) -> SdkBlob:
+        return SdkBlob(self._service, self._url, self._scope)
 
     @property
     def written(self) -> int:
@@ -164,14 +166,16 @@ class BlockWriter:
         self._check()
 
     @_all_or_nothing
-    def put(self, data: bytes) -> None:
-        """Make *data*, and nothing else, the content of the blob, by one request whatever its length.
+    def put(self, pieces: Sequence[memoryview]) -> None:
+        """Make *pieces*, bytes, and nothing else, the content of the blob, by one request whatever their length.
+
+        Nothing is copied: they are sent from their own memory, which stays as it is until the return.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
             ResourceExistsError: the blob exists and was to be created only.
         """
-        self._finish(lambda: self._put_blob(data))
+        self._finish(lambda: self._put_blob(pieces))
 
     @_all_or_nothing
     def commit(self, *, md5: bytes | None = None) -> None:
@@ -182,8 +186,8 @@ class BlockWriter:
             ResourceExistsError: the blob exists and was to be created only.
         """
         if not self._block_ids:
-            data = bytes(self._collected[: self._filled]) if self._collected is not None else b""
-            self._finish(lambda: self._put_blob(data))
+            pieces = [self._collected[: self._filled]] if self._collected is not None else []
+            self._finish(lambda: self._put_blob(pieces))
         else:
             if self._filled:
                 self._stage_collected()
@@ -374,13 +378,22 @@ class BlockWriter:
                 f"the blob before writing it again: {cause}"
             ) from cause
 
-    def _put_blob(self, data: bytes) -> None:
-        headers = {"Content-MD5": _md5([memoryview(data)])} if self._config.validate_content else {}
-        self._commit_once(
-            "PUT",
-            lambda client: client.upload_blob(data, overwrite=not self._create_only, headers=headers),
-            lambda: self._has_content(data),
-        )
+    def _put_blob(self, pieces: Sequence[memoryview]) -> None:
+        length = sum(piece.nbytes for piece in pieces)
+        headers = {
+            "x-ms-blob-type": "BlockBlob",
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(length),
+            **({"Content-MD5": _md5(pieces)} if self._config.validate_content else {}),
+            **({"If-None-Match": "*"} if self._create_only else {}),
+        }
+
+        def put() -> None:
+            self._service.send(
+                "PUT", self._url, headers=headers, body=pieces, accept=frozenset({201}), scope=self._scope
+            ).close()
+
+        self._commit_once(put, lambda: self._has_content(length, _md5(pieces)))
 
     def _put_block_list(self, md5: bytes | None) -> None:
         blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
@@ -390,20 +403,21 @@ class BlockWriter:
         if md5 is not None:  # of a blob that is put whole the service computes it
             options["content_settings"] = ContentSettings(content_md5=bytearray(md5))
         self._commit_once(
-            "PUT (block list)", lambda client: client.commit_block_list(blocks, **options), self._is_committed
+            self._sdk.attempt("PUT (block list)", lambda client: client.commit_block_list(blocks, **options)),
+            self._is_committed,
         )
 
-    def _commit_once(self, verb: str, commit: Callable[[SdkBlobClient], object], look: Callable[[], bool]) -> None:
+    def _commit_once(self, commit: Callable[[], object], look: Callable[[], bool]) -> None:
         """Run *commit*; *look* tells whether one that ended otherwise was carried out."""
         tries = 0
 
-        def attempt(client: SdkBlobClient) -> None:
+        def attempt() -> None:
             nonlocal tries
             tries += 1
-            commit(client)
+            commit()
 
         try:
-            self._sdk.call(verb, attempt)
+            retrying(self._config, attempt, self._scope)
         except (ResourceExistsError, ResourceModifiedError) as error:
             if not self._create_only:
                 raise
@@ -424,11 +438,9 @@ class BlockWriter:
         except (AzureError, ClientRequestIdMismatchError):
             raise _UnknownOutcome from error
 
-    def _has_content(self, data: bytes) -> bool:
+    def _has_content(self, length: int, md5: str) -> bool:
         found = self._sdk.call("HEAD", lambda client: client.get_blob_properties())
-        return found.size == len(data) and found.content_settings.content_md5 == bytearray(
-            hashlib.md5(data, usedforsecurity=False).digest()
-        )
+        return found.size == length and bytes(found.content_settings.content_md5 or b"") == base64.b64decode(md5)
 
     def _is_committed(self) -> bool:
         committed, _ = self._sdk.call("GET (block list)", lambda client: client.get_block_list("committed"))

@@ -257,7 +257,7 @@ class BlobStorageWriter(StorageWriter):
                 if encoder.size_hint <= single:
                     first = list(_until(single, pieces))
                 if encoder.is_done:
-                    writer.put(b"".join(first))
+                    writer.put(first)
                 else:
                     rest = itertools.chain(first, pieces)
                     writer.write_pieces(rest, block_size=block_size, concurrency=concurrency)
