@@ -39,7 +39,8 @@ class Multiplexer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
-        self._reads: dict[int, _Read] = {}
+        self._reads: dict[int, _Read] = {}  # by descriptor
+        self._watched: dict[int, Connection] = {}  # whose descriptor is registered, also while others use them
         self._epoll = select.epoll()
         self._is_running = False
         self._last_active = self._last_sweep = 0.0
@@ -74,10 +75,13 @@ class Multiplexer:
             connection.close()
             raise
         read = _Read(connection, cleanup, length, headers["x-ms-client-request-id"], done, failed)
+        descriptor = sock.fileno()
         with self._lock:
-            self._reads[sock.fileno()] = read
+            self._reads[descriptor] = read
+            if self._watched.get(descriptor) is not connection:
+                self._watched[descriptor] = connection
+                self._epoll.register(descriptor, select.EPOLLIN)
             must_start, self._is_running = not self._is_running, True
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
         if must_start:
             self._engine.submit(self._run)
         return True
@@ -103,7 +107,11 @@ class Multiplexer:
             return self._is_running
 
     def _advance(self, descriptor: int, scratch: memoryview) -> None:
-        read = self._reads[descriptor]
+        with self._lock:
+            read = self._reads.get(descriptor)
+            if read is None:  # somebody else is using the connection, or it was closed
+                self._unwatch(descriptor)
+                return
         self._last_active = read.last_active = time.monotonic()
         try:
             if read.advance(scratch):
@@ -121,11 +129,16 @@ class Multiplexer:
                 self._end(descriptor, is_good=False)
 
     def _end(self, descriptor: int, *, is_good: bool) -> None:
-        with suppress(OSError):  # an interrupt has come before it was registered
-            self._epoll.unregister(descriptor)
         with self._lock:
             read = self._reads.pop(descriptor)
+            if not is_good:
+                self._unwatch(descriptor)
         read.end(is_good)
+
+    def _unwatch(self, descriptor: int) -> None:
+        self._watched.pop(descriptor, None)
+        with suppress(OSError):  # an interrupt has come before it was registered
+            self._epoll.unregister(descriptor)
 
 
 class _UnusualError(Exception):
@@ -213,11 +226,10 @@ class _Read:
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
             raise _UnusualError
         stop, size = int(found.group(1)) + 1, int(found.group(2))
-        echoed = fields.get("x-ms-client-request-id", self._request_id)
         if stop != min(self._length, size) or fields.get("content-length") != str(stop):
             raise _UnusualError
-        if echoed != self._request_id or not fields.get("etag"):
-            raise _UnusualError
+        if fields.get("x-ms-client-request-id") != self._request_id or not fields.get("etag"):
+            raise _UnusualError  # it may be the answer to another request
         return BlobVersion(size, fields["etag"])
 
 

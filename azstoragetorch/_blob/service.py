@@ -6,6 +6,7 @@ stands for. Retrying is the caller's, who knows how far it got.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -156,10 +157,22 @@ def _state(url: BlobURL) -> str:
 def _own_headers() -> dict[str, str]:
     return {
         "x-ms-version": API_VERSION,
-        "x-ms-client-request-id": os.urandom(16).hex(),
+        "x-ms-client-request-id": f"{_process}{next(_numbers):016x}",
         "User-Agent": transport.USER_AGENT,
     }
 
+
+_process = os.urandom(8).hex()  # and a number name a request: that costs no system call each time
+_numbers = itertools.count()
+
+
+def _forget_parent() -> None:
+    global _process
+    _process = os.urandom(8).hex()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
 
 _tracing = (0.0, False)  # when it was looked up last, and what was found: it costs as much as the rest of a request
 

@@ -43,6 +43,7 @@ _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
+_MOMENT = 1.0  # seconds
 _MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
 
 Body = bytes | memoryview | Sequence[memoryview] | None
@@ -69,6 +70,7 @@ class Connection:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.was_used = False
+        self._blocks = True
         self._is_interrupted = False
         self.idle_since = 0.0
         self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
@@ -106,6 +108,9 @@ class Connection:
             connection.connect()
             sock: Any = connection.sock
             sock.settimeout(self.origin.read_timeout)
+        elif not self._blocks:
+            connection.sock.settimeout(self.origin.read_timeout)
+        self._blocks = True
         if self._is_interrupted:  # while there was no socket to shut down
             raise ConnectionAbortedError("interrupted")
         head = self._head(method, self._prefix + target, headers)
@@ -141,21 +146,22 @@ class Connection:
         return text.replace("\0", "\r\n").encode("latin-1") + b"\r\n\r\n"
 
     def begin(self, target: str, headers: Mapping[str, str]) -> socket.socket:
-        """Send a GET on an open connection without waiting for anything; its socket does not block until `settle`.
+        """Send a GET on an open connection without waiting for anything; its socket does not block until `send`.
 
         Raises:
             OSError: it could not be sent at once.
         """
         sock = self.socket
         head = self._head("GET", self._prefix + target, headers)
-        sock.setblocking(False)
+        if self._blocks:
+            sock.setblocking(False)
+            self._blocks = False
         if sock.send(head) != len(head):
             raise BlockingIOError("the request could not be sent at once")
         return sock
 
     def settle(self) -> None:
         """Return to the pool after a GET that was begun and whose answer was taken whole."""
-        self.socket.settimeout(self.origin.read_timeout)
         _pool.give_back(self)
 
     @property
@@ -164,11 +170,17 @@ class Connection:
         sock: socket.socket = self._http.sock
         return sock
 
-    def is_stale(self) -> bool:
-        """Whether the other side has closed this idle connection, or sent what nobody asked for."""
+    def is_stale(self, unchecked: float) -> bool:
+        """Whether the other side has closed this idle connection, or sent what nobody asked for.
+
+        It is not asked if the connection was used less than *unchecked* seconds ago.
+        """
         sock = self._http.sock
-        if sock is None or self._is_interrupted or time.monotonic() - self.idle_since > _MAX_IDLE_SECONDS:
+        idle = time.monotonic() - self.idle_since
+        if sock is None or self._is_interrupted or idle > _MAX_IDLE_SECONDS:
             return True
+        if idle < unchecked:
+            return False
         poll = select.poll() if hasattr(select, "poll") else None
         if poll is None:
             return bool(select.select([sock], [], [], 0)[0])
@@ -359,13 +371,13 @@ class Pool:
             self._made.add(connection)
         return connection
 
-    def take_idle(self, origin: Origin) -> Connection | None:
-        """An idle connection that is still open, or None."""
+    def take_idle(self, origin: Origin, unchecked: float = 0.0) -> Connection | None:
+        """An idle connection that is still open, as far as is known of those used *unchecked* seconds ago; or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(origin)
                 connection = idle.pop() if idle else None
-            if connection is None or not connection.is_stale():
+            if connection is None or not connection.is_stale(unchecked):
                 return connection
             connection.close()
 
@@ -469,8 +481,12 @@ def _creates_only(headers: Mapping[str, str]) -> bool:
 
 
 def take_idle(origin: Origin) -> Connection | None:
-    """A connection of the pool that is still open, for the caller to give back or close; None if there is none."""
-    return _pool.take_idle(origin)
+    """A connection of the pool, for the caller to give back or close; None if there is none.
+
+    It was open a moment ago: whether it still is would be one system call more to know, and the caller has to cope
+    anyway.
+    """
+    return _pool.take_idle(origin, _MOMENT)
 
 
 def idle_connections() -> int:
