@@ -121,6 +121,7 @@ def test_order_bytes_and_one_request_each(fault_service: FaultService, blobs: di
         [GarbageStatusLine()],
         [MissingHeader("ETag")],
         [MissingHeader("Content-Range")],
+        [MissingHeader("x-ms-client-request-id")],
         [WrongHeader("x-ms-client-request-id", "another's")],
         [Chunked()],
         [StaleConnection()],
@@ -138,6 +139,22 @@ def test_exact_bytes_under_faults(fault_service: FaultService, blobs: dict[str, 
     assert [head.data for head in heads] == [blobs[name] for name in names]
     assert not fault_service.unused_faults()
     assert client.engine.budget.in_flight == 0
+
+
+def test_connections_change_hands(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """A connection that served many reads on one thread serves an ordinary one, with its timeout, and goes back."""
+    client = container(fault_service)
+    warm(client, blobs)
+    before = metrics()
+    for nth in range(5):
+        started = list[bool]()
+        read_all(client, list(blobs)[:4], started)
+        assert all(started)
+        for name in ("010", "020"):
+            fault_service.script(Match("get_blob", path=f"{name}$"), [Stall(after=10, seconds=1.0)] if nth == 2 else [])
+            assert client.blob(name).head().data == blobs[name]
+    seen = metrics() - before
+    assert (seen.requests, seen.retries, seen.connections) == (5 * 6 + 2, 2, 0)
 
 
 def test_corrupt_bytes_are_noticed_where_asked_for(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
