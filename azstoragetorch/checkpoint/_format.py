@@ -408,8 +408,18 @@ _LINES = {
     if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
 }
 _FIXED = {op.code: op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.code not in {*_PREFIX, *_LINES, "r"}}
+_SHORT_TEXT = b"\x8c"  # by far the most frequent of those in _PREFIX, so that all its lengths are worth a pattern
 _RUN = re.compile(  # of limited length, for the sake of the memory that matching takes
-    b"(?:%s){1,500}" % b"|".join(re.escape(code.encode("latin-1")) + b"." * n for code, n in _FIXED.items()), re.DOTALL
+    b"(?:%s|%s(?:%s)){1,500}"
+    % (
+        b"|".join(
+            b"[%s].{%d}" % (re.escape("".join(code for code in _FIXED if _FIXED[code] == n).encode("latin-1")), n)
+            for n in sorted(set(_FIXED.values()))
+        ),
+        _SHORT_TEXT,
+        b"|".join(re.escape(bytes([n])) + b".{%d}" % n for n in range(256)),
+    ),
+    re.DOTALL,
 )
 
 
