@@ -43,7 +43,7 @@ _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
-_MOMENT = 1.0  # seconds
+_MOMENT = 1.0  # seconds for which `take_idle` believes that a connection is open
 _MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
 
 Body = bytes | memoryview | Sequence[memoryview] | None
