@@ -137,7 +137,7 @@ class Multiplexer:
 
     def _unwatch(self, descriptor: int) -> None:
         self._watched.pop(descriptor, None)
-        with suppress(OSError):  # an interrupt has come before it was registered
+        with suppress(OSError):  # it is closed, or an interrupt has come before it was registered
             self._epoll.unregister(descriptor)
 
 

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from azstoragetorch import __version__
@@ -70,7 +69,7 @@ class Connection:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.was_used = False
-        self._blocks = True
+        self._has_timeout = False  # of answers; else that of connecting, or none because it does not block
         self._is_interrupted = False
         self.idle_since = 0.0
         self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
@@ -106,11 +105,9 @@ class Connection:
         connection = self._http
         if connection.sock is None:
             connection.connect()
-            sock: Any = connection.sock
-            sock.settimeout(self.origin.read_timeout)
-        elif not self._blocks:
-            connection.sock.settimeout(self.origin.read_timeout)
-        self._blocks = True
+        if not self._has_timeout:
+            self.socket.settimeout(self.origin.read_timeout)
+            self._has_timeout = True
         if self._is_interrupted:  # while there was no socket to shut down
             raise ConnectionAbortedError("interrupted")
         head = self._head(method, self._prefix + target, headers)
@@ -153,9 +150,9 @@ class Connection:
         """
         sock = self.socket
         head = self._head("GET", self._prefix + target, headers)
-        if self._blocks:
+        if self._has_timeout:
             sock.setblocking(False)
-            self._blocks = False
+            self._has_timeout = False
         if sock.send(head) != len(head):
             raise BlockingIOError("the request could not be sent at once")
         return sock
