@@ -17,7 +17,7 @@ _SAS_FIELDS = {"sig", "sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "
     "sks", "skv", "skdutid", "sdd", "sduoid", "srh", "srq", "saoid",
     "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
 }  # fmt: skip
-_UNRESERVED = re.compile(r"[\w./-]*", re.ASCII)
+_PLAIN = re.compile(r"[\w./-]*", re.ASCII)
 _HOST = re.compile(r"[\w.:-]*")
 _FORMS = (
     "https://<account>.blob.core.windows.net/<container>/<blob>, http(s)://<host>[:port]/<account>/<container>/<blob>, "
@@ -49,8 +49,8 @@ class BlobURL:
     @property
     def path(self) -> str:
         """The percent-encoded path, as it goes on the wire."""
-        container = f"{self.account_path}/{_encode(self.container, '$')}"
-        return f"{container}/{_encode(self.blob, '~/')}" if self.blob else container
+        container = f"{self.account_path}/{quote(self.container, safe='$')}"
+        return f"{container}/{_encode_name(self.blob)}" if self.blob else container
 
     @property
     def account_name(self) -> str:
@@ -182,7 +182,7 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
 
 def join_url(container_url: str, name: str) -> str:
     """The URL of the blob *name* in the container at *container_url* (without a query)."""
-    return f"{container_url}/{_encode(name, '~/')}"
+    return f"{container_url}/{_encode_name(name)}"
 
 
 def _names_account_in_path(hostname: str, path: str) -> bool:
@@ -206,8 +206,8 @@ def _check_name(name: str, argument: str) -> None:
         raise ValueError(f"{argument}: the blob name has {len(name)} characters; the service allows 1,024")
 
 
-def _encode(name: str, safe: str) -> str:
-    return name if _UNRESERVED.fullmatch(name) else quote(name, safe=safe)  # most names: a tenth of quote's cost
+def _encode_name(name: str) -> str:
+    return name if _PLAIN.fullmatch(name) else quote(name, safe="~/")  # most names: less than half of quote's cost
 
 
 def _decode(text: str, argument: str) -> str:
