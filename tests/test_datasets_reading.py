@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
+from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
 from torch.utils.data import DataLoader
 
 from azstoragetorch._blob.config import KiB
 from azstoragetorch._blob.engine import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
-from tests.faults import FaultService, Hold, Match, Status, Torn
+from tests.faults import FaultService, Hold, Match, Redirect, Status, Torn
 from tests.support import QUICK, content, wait_until
 
 MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
@@ -418,3 +418,34 @@ def test_leaving_early_gives_everything_back(fault_service: FaultService, make: 
     del samples
     gc.collect()
     wait_until(lambda: budget.in_flight == 0)
+
+
+@pytest.mark.parametrize("fault", [Status(404), Status(500), Torn(100), Redirect("http://127.0.0.1:9")], ids=repr)
+def test_an_epoch_that_fails_gives_everything_back_without_a_garbage_collection(
+    fault_service: FaultService, fault: Any
+) -> None:
+    fill(fault_service, 60, 10_000)
+    fault_service.script(Match("get_blob", path="/00003$"), [fault], repeat=True)
+    transfer = replace(MANY, max_connections=29)  # an engine of its own
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(AzureError):
+            list(iterable(fault_service, transfer=transfer))
+        fault_service.wait_until_idle()
+        wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
+    finally:
+        gc.enable()
+
+
+def test_a_read_that_failed_is_tried_again_when_it_is_asked_for_again(fault_service: FaultService) -> None:
+    def read_twice(blob: Blob) -> bytes:
+        try:
+            return read(blob)
+        except ResourceNotFoundError:
+            return b"second: " + read(blob)
+
+    fill(fault_service, 3)
+    fault_service.script(Match("get_blob", path="/00001$"), [Status(404), Status(404)])  # ahead, and by a thread
+    samples = list(iterable(fault_service, transform=read_twice))
+    assert samples == [content(1000, 0), b"second: " + content(1000, 1), content(1000, 2)]

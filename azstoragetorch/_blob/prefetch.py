@@ -10,8 +10,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 from azstoragetorch._blob.engine import Budget, Engine, Scope
@@ -22,15 +20,24 @@ R = TypeVar("R")
 
 
 class Ahead(Generic[T, R]):
-    """One item and the work on it, which may be to come, under way, or done."""
+    """One item and the work on it, which may be to come, under way, or done.
+
+    There are many and they are short-lived, so it is locks that say how far it is: a Future costs more than its read.
+    """
 
     def __init__(self, item: T, work: Callable[[T], R], on_use: Callable[[], None]) -> None:
         self.item = item
+        self.loan: Loan[R] | None = None
         self._work = work
         self._on_use = on_use
         self._pid = os.getpid()
         self._claim = threading.Lock()  # held for good by whoever does the work
-        self._future: Future[R] = Future()
+        self._end = threading.Lock()  # held for good by whoever says how it ended
+        self._under_way = threading.Lock()
+        self._under_way.acquire()
+        self._is_given_up = False
+        self._result: R | None = None
+        self._error: BaseException | None = None
 
     def run(self) -> None:
         """Do the work, unless somebody else does."""
@@ -45,7 +52,7 @@ class Ahead(Generic[T, R]):
         except Exception:  # noqa: BLE001 - the thread meets it again, and `result` raises it
             is_begun = False
         except BaseException:
-            self._future.cancel()
+            self._give_up()
             raise
         if not is_begun:
             self._claim.release()
@@ -58,32 +65,51 @@ class Ahead(Generic[T, R]):
             BaseException: whatever the work raised.
         """
         self._on_use()
-        with timed("blocked_seconds"):
-            # After fork the thread that was at it is the parent's.
-            if self._pid != os.getpid() or self._claim.acquire(blocking=False) or self._future.cancelled():
-                self._future.cancel()
+        # After fork the thread that was at it is the parent's.
+        if self._pid != os.getpid() or self._claim.acquire(blocking=False) or self._is_given_up:
+            self._give_up()
+            with timed("blocked_seconds"):
                 return self._work(self.item)
-            return self._future.result()
-
-    def when_settled(self, action: Callable[[Future[R]], None]) -> None:
-        """Call *action* when the work is done, or when it is sure that it will not be done ahead."""
-        self._future.add_done_callback(action)
+        if self._under_way.locked():
+            with timed("blocked_seconds"), self._under_way:
+                pass
+        if self._error is not None:
+            self._is_given_up = True  # whoever asks again has it tried again
+            try:
+                raise self._error
+            finally:
+                self._error = None  # its traceback may refer to this, and a circle would keep the bytes of all items
+        return self._result  # type: ignore[return-value]  # there is one
 
     def give_up(self) -> None:
         """Do not begin the work ahead, if it has not begun."""
         if self._claim.acquire(blocking=False):
-            self._future.cancel()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._is_given_up = True
+        if self._end.acquire(blocking=False) and self.loan is not None:
+            self.loan.settle(None)
 
     def _run(self) -> None:
         try:
-            self._done(self._work(self.item))
+            result = self._work(self.item)
         except BaseException as error:  # noqa: BLE001 - raised by `result`
-            with suppress(InvalidStateError):
-                self._future.set_exception(error)
+            if self._end.acquire(blocking=False):
+                self._error = error
+                self._settle()
+        else:
+            self._done(result)
 
     def _done(self, result: R) -> None:
-        with suppress(InvalidStateError):  # of no use any more: an interrupt has cancelled it
-            self._future.set_result(result)
+        if self._end.acquire(blocking=False):  # else of no use any more
+            self._result = result
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.loan is not None:
+            self.loan.settle(self._result)
+        self._under_way.release()
 
 
 class OrderedPrefetch(Generic[T, R]):
@@ -128,9 +154,9 @@ class OrderedPrefetch(Generic[T, R]):
         self._is_eager = is_eager
         self._window = depth if is_eager else 0
         self._scope = Scope()
-        self._queue: deque[tuple[Ahead[T, R], _Loan | None]] = deque()
+        self._queue: deque[Ahead[T, R]] = deque()
         self._pulled: deque[T] = deque()  # at most one: pulled, but there was no room for it
-        self._handed_out: _Loan | None = None
+        self._handed_out: Ahead[T, R] | None = None
         self._is_unused = False  # what was handed out last
         self._source_error: BaseException | None = None
         self._is_exhausted = False
@@ -146,7 +172,7 @@ class OrderedPrefetch(Generic[T, R]):
             if error is not None:
                 raise error
             raise StopIteration
-        ahead, self._handed_out = self._queue.popleft()
+        ahead = self._handed_out = self._queue.popleft()
         self._is_unused = True
         return ahead
 
@@ -161,7 +187,7 @@ class OrderedPrefetch(Generic[T, R]):
         self._scope.cancel()
         self._settle()
         while self._queue:
-            ahead, self._handed_out = self._queue.popleft()
+            ahead = self._handed_out = self._queue.popleft()
             ahead.give_up()
             self._settle()
 
@@ -172,9 +198,9 @@ class OrderedPrefetch(Generic[T, R]):
 
     def _settle(self) -> None:
         """The consumer is through with what it was handed last."""
-        loan, self._handed_out = self._handed_out, None
-        if loan is not None:
-            loan.end()
+        ahead, self._handed_out = self._handed_out, None
+        if ahead is not None and ahead.loan is not None:
+            ahead.loan.end()
         if self._is_unused and not self._is_eager:
             self._window //= 4
         self._is_unused = False
@@ -193,14 +219,14 @@ class OrderedPrefetch(Generic[T, R]):
             if self._window:
                 cost = self._cost(item)
                 if self._engine.budget.try_acquire(cost):
-                    loan = _Loan(self._engine.budget, cost)
+                    loan = Loan(self._engine.budget, cost, self._size)
                 elif self._queue:
                     return  # room comes when the items before are through
             self._pulled.popleft()
             ahead = Ahead(item, self._do, self._on_use)
-            self._queue.append((ahead, loan))
+            ahead.loan = loan
+            self._queue.append(ahead)
             if loan is not None:
-                ahead.when_settled(loan.shrink(self._size))
                 if self._start is None:
                     self._engine.submit(ahead.run)
                 else:
@@ -226,29 +252,26 @@ class OrderedPrefetch(Generic[T, R]):
         return bool(self._pulled)
 
 
-class _Loan:
+class Loan(Generic[R]):
     """Bytes of the budget, held from the beginning of the work until the consumer is through with the result."""
 
-    def __init__(self, budget: Budget, amount: int) -> None:
+    def __init__(self, budget: Budget, amount: int, size: Callable[[R], int]) -> None:
         self._budget = budget
         self._lock = threading.Lock()
         self._amount = amount
+        self._size = size
         self._is_settled = False
         self._is_ended = False
 
-    def shrink(self, size: Callable[[R], int]) -> Callable[[Future[R]], None]:
-        """What to call when the work is settled: keeps no more than the result holds."""
-
-        def settle(future: Future[R]) -> None:
-            has_result = not future.cancelled() and future.exception() is None
-            keep = min(self._amount, size(future.result())) if has_result else 0
-            with self._lock:
-                self._is_settled = True
-                surplus = self._amount - (0 if self._is_ended else keep)
-                self._amount -= surplus
+    def settle(self, result: R | None) -> None:
+        """The work has ended: keep no more than *result* holds, nothing without one."""
+        keep = 0 if result is None else self._size(result)
+        with self._lock:
+            self._is_settled = True
+            surplus = self._amount if self._is_ended else max(0, self._amount - keep)
+            self._amount -= surplus
+        if surplus:
             self._budget.release(surplus)
-
-        return settle
 
     def end(self) -> None:
         """The consumer is through: give back what is held, as soon as the work is settled."""
@@ -256,4 +279,5 @@ class _Loan:
             self._is_ended = True
             amount = self._amount if self._is_settled else 0
             self._amount -= amount
-        self._budget.release(amount)
+        if amount:
+            self._budget.release(amount)

@@ -54,7 +54,13 @@ class Retry:
         """
         self._failures += 1
         if self._failures >= self._config.max_attempts:
-            raise failure.error from failure.__cause__
+            try:
+                raise failure.error from failure.__cause__
+            finally:
+                # A circle would keep all that waits for the answer: the error's traceback refers to this frame, and
+                # its context, the failure, to the error.
+                failure.error.__context__ = None
+                del failure
         pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
         if failure.retry_after is not None:
             pause += min(failure.retry_after, _LONGEST_REQUESTED_PAUSE)

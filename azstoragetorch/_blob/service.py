@@ -85,7 +85,7 @@ class Service:
         try:
             response = self.exchange(method, url.path, query, {**_own_headers(), **(headers or {})}, body, scope)
         except ClientRequestIdMismatchError as error:
-            raise Transient(error) from error
+            raise Transient(error) from None
         except BaseException as error:  # noqa: BLE001 - sorted by fail
             fail(method, url, error, scope)
         if response.status not in accept:
@@ -135,7 +135,9 @@ class Service:
                 body = response.read()
             except Exception as error:  # noqa: BLE001 - the status alone has to do
                 body = repr(error).encode()
-            refused = service_error(
+        # In no variable: its traceback refers to this frame, and a circle would keep what waits for the answer.
+        raise refusal(
+            service_error(
                 verb=method,
                 url=str(url),
                 status=response.status,
@@ -143,8 +145,9 @@ class Service:
                 headers=response.headers,
                 body=body,
                 anonymous=self.authorizer.is_anonymous,
-            )
-        raise refusal(refused, response.headers)
+            ),
+            response.headers,
+        )
 
 
 def _state(url: BlobURL) -> str:
