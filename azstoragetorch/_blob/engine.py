@@ -212,6 +212,16 @@ class BufferPool:
                 self._idle.setdefault(size, []).append(buffer)
 
 
+def start_thread(work: Callable[[], None]) -> bool:
+    """Run *work* on a thread of its own; False where none can be made, at interpreter exit for example."""
+    try:
+        # Daemon: at interpreter exit nothing here is worth waiting for, since only close() commits.
+        threading.Thread(target=work, name="azstoragetorch", daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Engine:
     """Threads, budget and buffers for transfers with one set of limits."""
 
@@ -227,18 +237,16 @@ class Engine:
     def submit(self, task: Callable[[], None]) -> None:
         """Run *task*, which handles its own errors, on a thread of the engine.
 
-        Where no thread can be made, at interpreter exit for example, it runs here.
+        Where no thread can be made it runs here.
         """
         is_alone = False
         with self._lock:
             self._unfinished += 1
             self._tasks.put(lambda: self._run(task))
             if self._unfinished > self._threads and self._threads < self._limit:
-                try:
-                    # Daemon: at interpreter exit nothing here is worth waiting for, since only close() commits.
-                    threading.Thread(target=self._work, name="azstoragetorch", daemon=True).start()
+                if start_thread(self._work):
                     self._threads += 1
-                except RuntimeError:
+                else:
                     is_alone = self._threads == 0
         with suppress(queue.Empty):
             while is_alone:

@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from torch.futures import Future
 from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._blob.engine import Cancelled, Scope, engine_for
 from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch.checkpoint._alarm import Alarm
 from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
 from azstoragetorch.checkpoint._format import (
     METADATA,
@@ -59,6 +61,7 @@ _SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once,
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 _ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
+_known_alarms: set[str] = set()  # of the saves of this process
 
 
 class BlobStorageWriter(StorageWriter):
@@ -171,8 +174,11 @@ class BlobStorageWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Nothing to agree on: names are unique without it."""
-        return plans
+        """Agree on the name of the alarm; those of data are unique without it. Called by torch on the coordinator."""
+        if len(plans) == 1:
+            return plans
+        name = data_name(self._rank, 0, new_save_id())
+        return [replace(plan, storage_data=name) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload the items of *plan*; called by torch on every rank.
@@ -199,7 +205,16 @@ class BlobStorageWriter(StorageWriter):
 
             return run
 
-        engine_for(config).run_all([task(number) for number in range(len(runs))], blobs_at_once)
+        scope, alarm = Scope(), self._alarm(plan)
+        try:
+            with alarm.cancelling(scope) if alarm is not None else nullcontext():
+                engine_for(config).run_all([task(number) for number in range(len(runs))], blobs_at_once, scope)
+        except Cancelled:
+            raise self._error("gave up, since another rank has failed; the save has no effect") from None
+        except Exception:
+            if alarm is not None:
+                engine_for(config).submit(alarm.ring)  # torch waits for the other ranks meanwhile
+            raise
         future: Future[list[WriteResult]] = Future()
         future.set_result([result for written in results for result in written])
         return future
@@ -227,6 +242,14 @@ class BlobStorageWriter(StorageWriter):
         tasks = [lambda _scope, path=path: self._discard(path) for path in replaced]
         engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
 
+    def _alarm(self, plan: SavePlan) -> Alarm | None:
+        name = plan.storage_data
+        # A plan that torch has cached names the alarm of an earlier save, which may have been rung.
+        if not isinstance(name, str) or name in _known_alarms:
+            return None
+        _known_alarms.add(name)
+        return Alarm(self._folder.blob(name))
+
     def _discard(self, path: str) -> None:
         try:
             self._folder.blob(path).delete()
@@ -252,7 +275,7 @@ class BlobStorageWriter(StorageWriter):
         writer = self._folder.blob(name).writer()
         try:
             with scope.holding(_Interrupt(writer)):
-                pieces = encoder.pieces()
+                pieces = encoder.pieces(scope)
                 first: list[memoryview] = []
                 if encoder.size_hint <= single:
                     first = list(_until(single, pieces))
@@ -381,11 +404,15 @@ class _Encoder:
         self.error: Exception | None = None
         self.is_done = False
 
-    def pieces(self) -> Iterator[memoryview]:
-        """The bytes of all items. Small pieces come together in a copy, large ones are the items' own memory."""
+    def pieces(self, scope: Scope) -> Iterator[memoryview]:
+        """The bytes of all items, until *scope* is cancelled.
+
+        Small pieces come together in a copy, large ones are the items' own memory.
+        """
         small = bytearray()
         try:
             for item in self._items:
+                scope.check()
                 self.key = item.index.fqn
                 begin = self._at
                 for piece in self._encode(item):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import torch
@@ -141,6 +142,32 @@ def fail_in_the_middle(rank: int, url: str, credential: Any) -> str:
     except dcp.CheckpointException as error:
         return str(error)
     return "no error"
+
+
+class UnevenPlanner(dcp.DefaultSavePlanner):
+    """On rank 0 all items take long, on rank 1 the first one fails."""
+
+    resolved = 0
+
+    def resolve_data(self, write_item: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise RuntimeError("the disk of the mind is full")
+        self.resolved += 1
+        time.sleep(0.2)
+        return super().resolve_data(write_item)
+
+
+def fail_while_others_are_slow(rank: int, url: str, credential: Any, repeats: int = 1) -> tuple[str, int]:
+    """What the last of *repeats* saves by plans that torch caches raised, and how many items it resolved."""
+    state = {f"rank{rank}.item{n}": torch.ones(3) for n in range(100)}
+    told, planner = "", UnevenPlanner(enable_plan_caching=True)
+    for _ in range(repeats):
+        planner = UnevenPlanner(enable_plan_caching=True)
+        try:
+            dcp.save(dict(state), storage_writer=BlobStorageWriter(url, credential=credential), planner=planner)
+        except dcp.CheckpointException as error:
+            told = str(error)
+    return told, planner.resolved
 
 
 def fail_to_load(rank: int, url: str, credential: Any, **options: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from azure.core.credentials import AzureSasCredential
 
-from azstoragetorch.checkpoint import BlobStorageReader, load_keys
+from azstoragetorch.checkpoint import BlobStorageReader, clean, load_keys
 from tests.azurite.container import Container
 from tests.checkpoint import jobs
 from tests.checkpoint.ranks import Ranks, context, run_ranks
@@ -70,6 +70,26 @@ def test_an_error_on_one_rank_is_everybodys_and_changes_nothing(container: Conta
         assert base in told
     assert before <= set(container.names())
     run_ranks(2, jobs.load, base, container.key, ["columns"])
+
+
+def test_a_rank_that_fails_does_not_let_the_others_finish_in_vain(container: Container, base: str) -> None:
+    run_ranks(2, jobs.save, base, container.key, "rows")
+    before = set(container.names())
+    for told, resolved in run_ranks(2, jobs.fail_while_others_are_slow, base, container.key):
+        assert "the disk of the mind is full" in told
+        assert "gave up, since another rank has failed" in told
+        assert resolved < 50
+    assert len(set(container.names()) - before) == 1
+    clean(base, credential=container.key)
+    assert set(container.names()) == before
+    run_ranks(2, jobs.load, base, container.key, ["columns"])
+
+
+def test_a_cached_plan_does_not_carry_an_old_alarm(container: Container, base: str) -> None:
+    for rank, (told, resolved) in enumerate(run_ranks(2, jobs.fail_while_others_are_slow, base, container.key, 2)):
+        assert "the disk of the mind is full" in told
+        assert "gave up" not in told
+        assert resolved == (100 if rank == 0 else 0)
 
 
 def test_a_missing_data_blob_is_everybodys_error_and_named(container: Container, base: str) -> None:
