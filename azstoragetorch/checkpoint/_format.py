@@ -245,10 +245,16 @@ def storage_info(item: Item) -> Any:
     if item.transforms:
         info.transform_descriptors = list(item.transforms)
     if item.payload is not None:
-        info.payload = (item.payload.offset, item.payload.dtype, item.payload.shape, item.payload.stride)
+        info.payload = _facts(item.payload)
     if item.etag is not None:
         info.etag = item.etag
     return info
+
+
+@functools.lru_cache(maxsize=16384)
+def _facts(payload: Payload) -> tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]:
+    """*payload* as stock types; the same tuple for all that are equal, which a pickle then holds only once."""
+    return (payload.offset, payload.dtype, payload.shape, payload.stride)
 
 
 def read_item(info: Any) -> Item:
