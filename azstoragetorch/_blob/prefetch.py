@@ -107,9 +107,11 @@ class Ahead(Generic[T, R]):
             self._settle()
 
     def _settle(self) -> None:
-        if self.loan is not None:
-            self.loan.settle(self._result)
-        self._under_way.release()
+        try:
+            if self.loan is not None:
+                self.loan.settle(self._result)
+        finally:
+            self._under_way.release()
 
 
 class OrderedPrefetch(Generic[T, R]):

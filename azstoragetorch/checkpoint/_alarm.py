@@ -12,11 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from azure.core.exceptions import AzureError
-
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.engine import Scope, start_thread
-from azstoragetorch.exceptions import FatalBlobIOWriteError
 
 log = logging.getLogger("azstoragetorch")
 
@@ -33,7 +30,7 @@ class Alarm:
         """Tell the other ranks. Where that cannot be done, they learn it from torch."""
         try:
             self._blob.put(b"")
-        except (AzureError, FatalBlobIOWriteError) as error:
+        except Exception as error:  # noqa: BLE001 - torch tells them later
             log.debug("other ranks are not told early: %s", error)
 
     @contextmanager
@@ -45,7 +42,7 @@ class Alarm:
             while not is_over.wait(_PAUSE):
                 try:
                     has_rung = self._blob.version() is not None
-                except AzureError as error:
+                except Exception as error:  # noqa: BLE001 - torch tells this one later
                     log.debug("other ranks are not listened to: %s", error)
                     return
                 if has_rung:
