@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -61,7 +62,7 @@ _SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once,
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 _ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
-_known_alarms: set[str] = set()  # of the saves of this process
+_uses: Counter[str] = Counter()  # in this process, of the plans of one planning; torch caches them
 
 
 class BlobStorageWriter(StorageWriter):
@@ -177,8 +178,8 @@ class BlobStorageWriter(StorageWriter):
         """Agree on the name of the alarm; those of data are unique without it. Called by torch on the coordinator."""
         if len(plans) == 1:
             return plans
-        name = data_name(self._rank, 0, new_save_id())
-        return [replace(plan, storage_data=name) for plan in plans]
+        planning = new_save_id()
+        return [replace(plan, storage_data=planning) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload the items of *plan*; called by torch on every rank.
@@ -243,12 +244,11 @@ class BlobStorageWriter(StorageWriter):
         engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
 
     def _alarm(self, plan: SavePlan) -> Alarm | None:
-        name = plan.storage_data
-        # A plan that torch has cached names the alarm of an earlier save, which may have been rung.
-        if not isinstance(name, str) or name in _known_alarms:
-            return None
-        _known_alarms.add(name)
-        return Alarm(self._folder.blob(name))
+        planning = plan.storage_data
+        if not isinstance(planning, str):
+            return None  # there are no other ranks
+        number, _uses[planning] = _uses[planning], _uses[planning] + 1  # ranks with cached plans count alike
+        return Alarm(self._folder.blob(data_name(0, number, planning)))
 
     def _discard(self, path: str) -> None:
         try:
