@@ -25,9 +25,11 @@ class Ahead(Generic[T, R]):
     There are many and they are short-lived, so it is locks that say how far it is: a Future costs more than its read.
     """
 
-    def __init__(self, item: T, work: Callable[[T], R], on_use: Callable[[], None]) -> None:
+    def __init__(
+        self, item: T, work: Callable[[T], R], on_use: Callable[[], None], loan: Loan[R] | None = None
+    ) -> None:
         self.item = item
-        self.loan: Loan[R] | None = None
+        self.loan = loan
         self._work = work
         self._on_use = on_use
         self._pid = os.getpid()
@@ -225,8 +227,7 @@ class OrderedPrefetch(Generic[T, R]):
                 elif self._queue:
                     return  # room comes when the items before are through
             self._pulled.popleft()
-            ahead = Ahead(item, self._do, self._on_use)
-            ahead.loan = loan
+            ahead = Ahead(item, self._do, self._on_use, loan)
             self._queue.append(ahead)
             if loan is not None:
                 if self._start is None:

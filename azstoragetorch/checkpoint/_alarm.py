@@ -9,48 +9,58 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.engine import Scope, start_thread
+from azstoragetorch._blob.engine import Cancelled, Scope, start_thread
+from azstoragetorch.checkpoint._folder import Folder
+from azstoragetorch.checkpoint._format import data_name
 
 log = logging.getLogger("azstoragetorch")
 
 _PAUSE = 2.0  # seconds between two looks: a save that is over before costs no request
+_uses: Counter[str] = Counter()  # in this process, of the plans of one planning; torch caches them
 
 
-class Alarm:
-    """Rung by the rank that fails, heard by the others."""
+@contextmanager
+def alarmed(folder: Folder, planning: object, scope: Scope) -> Iterator[None]:
+    """While inside, cancel *scope* soon after another rank has failed, and tell the others if this one does.
 
-    def __init__(self, blob: BlobClient) -> None:
-        self._blob = blob
+    *planning* is the text that sets the plans of all ranks apart from others; anything else means that there is one
+    rank. What cannot be told so, or heard, torch tells later.
+    """
+    if not isinstance(planning, str):
+        yield
+        return
+    number, _uses[planning] = _uses[planning], _uses[planning] + 1  # ranks with cached plans count alike
+    blob = folder.blob(data_name(0, number, planning))
+    is_over = threading.Event()
 
-    def ring(self) -> None:
-        """Tell the other ranks. Where that cannot be done, they learn it from torch."""
+    def ring() -> None:
         try:
-            self._blob.put(b"")
-        except Exception as error:  # noqa: BLE001 - torch tells them later
+            blob.put(b"")
+        except Exception as error:  # noqa: BLE001 - torch tells the others later
             log.debug("other ranks are not told early: %s", error)
 
-    @contextmanager
-    def cancelling(self, scope: Scope) -> Iterator[None]:
-        """While inside, cancel *scope* soon after another rank has rung."""
-        is_over = threading.Event()
+    def listen() -> None:
+        while not is_over.wait(_PAUSE):
+            try:
+                has_rung = blob.version() is not None
+            except Exception as error:  # noqa: BLE001 - torch tells this rank later
+                log.debug("other ranks are not listened to: %s", error)
+                return
+            if has_rung:
+                scope.cancel()
+                return
 
-        def listen() -> None:
-            while not is_over.wait(_PAUSE):
-                try:
-                    has_rung = self._blob.version() is not None
-                except Exception as error:  # noqa: BLE001 - torch tells this one later
-                    log.debug("other ranks are not listened to: %s", error)
-                    return
-                if has_rung:
-                    scope.cancel()
-                    return
-
-        start_thread(listen)
-        try:
-            yield
-        finally:
-            is_over.set()
+    start_thread(listen)
+    try:
+        yield
+    except Cancelled:
+        raise
+    except Exception:
+        start_thread(ring)  # torch waits for the other ranks meanwhile
+        raise
+    finally:
+        is_over.set()

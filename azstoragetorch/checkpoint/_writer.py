@@ -11,9 +11,7 @@ import itertools
 import logging
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +28,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.engine import Cancelled, Scope, engine_for
 from azstoragetorch._blob.upload import BlockWriter
-from azstoragetorch.checkpoint._alarm import Alarm
+from azstoragetorch.checkpoint._alarm import alarmed
 from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
 from azstoragetorch.checkpoint._format import (
     METADATA,
@@ -62,7 +60,6 @@ _SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once,
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 _ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
-_uses: Counter[str] = Counter()  # in this process, of the plans of one planning; torch caches them
 
 
 class BlobStorageWriter(StorageWriter):
@@ -206,16 +203,12 @@ class BlobStorageWriter(StorageWriter):
 
             return run
 
-        scope, alarm = Scope(), self._alarm(plan)
+        scope = Scope()
         try:
-            with alarm.cancelling(scope) if alarm is not None else nullcontext():
+            with alarmed(self._folder, plan.storage_data, scope):
                 engine_for(config).run_all([task(number) for number in range(len(runs))], blobs_at_once, scope)
         except Cancelled:
             raise self._error("gave up, since another rank has failed; the save has no effect") from None
-        except Exception:
-            if alarm is not None:
-                engine_for(config).submit(alarm.ring)  # torch waits for the other ranks meanwhile
-            raise
         future: Future[list[WriteResult]] = Future()
         future.set_result([result for written in results for result in written])
         return future
@@ -242,13 +235,6 @@ class BlobStorageWriter(StorageWriter):
             raise self._error(f"the metadata could not be written: {error}") from error
         tasks = [lambda _scope, path=path: self._discard(path) for path in replaced]
         engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
-
-    def _alarm(self, plan: SavePlan) -> Alarm | None:
-        planning = plan.storage_data
-        if not isinstance(planning, str):
-            return None  # there are no other ranks
-        number, _uses[planning] = _uses[planning], _uses[planning] + 1  # ranks with cached plans count alike
-        return Alarm(self._folder.blob(data_name(0, number, planning)))
 
     def _discard(self, path: str) -> None:
         try:
