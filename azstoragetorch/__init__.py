@@ -22,7 +22,7 @@ from __future__ import annotations
 
 __version__ = "0.3.0.dev0"
 
-from azstoragetorch._blob.config import TransferConfig
-from azstoragetorch._blob.metrics import Metrics, metrics
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.metrics import Metrics, metrics
 
 __all__ = ["Metrics", "TransferConfig", "__version__", "metrics"]

@@ -27,13 +27,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.engine import Cancelled
-from azstoragetorch._blob.prefetch import OrderedPrefetch
-from azstoragetorch._blob.sources import Access, BlobInfo, BlobRange, Fetched, Item, Listing, fetch_ahead, plain_url
 from azstoragetorch._blob.url import BlobURL, parse_url
-from azstoragetorch._workers import Placement
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Cancelled
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.sources import Access, BlobInfo, BlobRange, Fetched, Item, Listing, fetch_ahead, plain_url
+from azstoragetorch._samples.workers import Placement
 
 _NEEDED = "0.11"
 

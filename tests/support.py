@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import pytest
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
-from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
+from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent

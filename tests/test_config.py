@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.config import KiB, MiB
+from azstoragetorch._engine.config import KiB, MiB
 from tests.support import run_python
 
 COUNTS = ["part_size", "block_size", "max_concurrency", "max_connections", "memory_limit", "read_ahead", "max_attempts"]

@@ -18,7 +18,7 @@ from torchdata import nodes
 from torchdata.nodes import Loader
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.records import read_records
+from azstoragetorch._samples.records import read_records
 from azstoragetorch.datapipes import AzureBlobInfoLister, BlobInfo, BlobRange
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobReader

@@ -25,7 +25,7 @@ from torch.utils.data.graph import traverse_dps
 
 import azstoragetorch.datapipes as pipes
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.engine import engine_for
+from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Torn

@@ -19,7 +19,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 
 import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.tar import walk
+from azstoragetorch._samples.tar import walk
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from azstoragetorch._blob.cache import BlobCache
-from azstoragetorch._blob.config import KiB
 from azstoragetorch._blob.url import parse_blob_url
+from azstoragetorch._engine.config import KiB
+from azstoragetorch._samples.cache import BlobCache
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService
 from tests.support import QUICK, content

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from azstoragetorch._blob import catalog as catalog_module
-from azstoragetorch._blob.catalog import Catalog, list_catalog
-from azstoragetorch._blob.once import OnceAmongForks
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
+from azstoragetorch._samples.catalog import Catalog, list_catalog
+from azstoragetorch._samples.once import OnceAmongForks
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import EmptyPageWithMarker, FaultService, Hold, Match
 from tests.support import QUICK, container_client

@@ -13,8 +13,8 @@ import pytest
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
 from torch.utils.data import DataLoader
 
-from azstoragetorch._blob.config import KiB
-from azstoragetorch._blob.engine import engine_for
+from azstoragetorch._engine.config import KiB
+from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService, Hold, Match, Redirect, Status, Torn
 from tests.support import QUICK, content, wait_until

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from azstoragetorch._blob.config import MiB, TransferConfig
-from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Engine, Reservation, Scope, engine_for
+from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.engine import Budget, BufferPool, Cancelled, Engine, Reservation, Scope, engine_for
 from tests.support import in_time, run_python, run_threads, taking, wait_until
 
 
@@ -64,7 +64,7 @@ class TestThreads:
             assert done.acquire(timeout=10)
 
     def test_idle_threads_end_and_come_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("azstoragetorch._blob.engine._IDLE_THREAD_SECONDS", 0.02)
+        monkeypatch.setattr("azstoragetorch._engine.engine._IDLE_THREAD_SECONDS", 0.02)
         engine = Engine(4, MiB)
         before = threading.active_count()
         for _ in range(5):
@@ -459,7 +459,7 @@ class TestBuffers:
 
 PROGRAM = """
 import random, signal, sys, threading, time
-from azstoragetorch._blob.engine import Engine, Scope
+from azstoragetorch._engine.engine import Engine, Scope
 
 engine = Engine(4, 1 << 20)
 running = set()

@@ -24,7 +24,7 @@ from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.config import KiB, MiB
+from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch.exceptions import BlobChangedError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container

@@ -19,9 +19,9 @@ from azure.core.exceptions import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.engine import engine_for
 from azstoragetorch._blob.listing import Page, _match_page, _parse_page, list_pages, parse_page
 from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._engine.engine import engine_for
 from tests.azurite.container import Container
 from tests.faults import (
     Chunked,

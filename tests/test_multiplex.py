@@ -11,10 +11,10 @@ from azure.core.exceptions import AzureError, ResourceNotFoundError
 from azstoragetorch import TransferConfig, metrics
 from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
-from azstoragetorch._blob.engine import Scope
-from azstoragetorch._blob.prefetch import OrderedPrefetch
 from azstoragetorch._blob.transport import close_idle_connections, idle_connections
 from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._engine.engine import Scope
+from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults.faults import (
     Chunked,
     CorruptByte,

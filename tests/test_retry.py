@@ -22,10 +22,10 @@ from azure.core.exceptions import (
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from azstoragetorch._blob.config import TransferConfig
-from azstoragetorch._blob.engine import Cancelled, Scope
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Retry, Transient, is_connection_failure, refusal, retry_after, retrying
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Cancelled, Scope
 from tests.support import taking
 
 BROKEN = ServiceResponseError("broken")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.resume import ResumeState, merge, positions_after
-from azstoragetorch._blob.sharding import Even, Order, Permutation, Remaining, even_length, shard_range
+from azstoragetorch._samples.resume import ResumeState, merge, positions_after
+from azstoragetorch._samples.sharding import Even, Order, Permutation, Remaining, even_length, shard_range
 
 LENGTHS = st.integers(0, 300)
 SHARDS = st.integers(1, 13)

@@ -13,13 +13,10 @@ from typing import Any
 
 from azure.core.exceptions import ResourceNotFoundError, ServiceResponseError
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
-from azstoragetorch._blob.engine import Engine, Scope, engine_for
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.listing import Page, list_pages
-from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
@@ -27,6 +24,9 @@ from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Engine, Scope, engine_for
+from azstoragetorch._engine.memory import filled_bytes
 
 
 @dataclass(frozen=True, slots=True)

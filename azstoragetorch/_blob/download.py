@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from azure.core.exceptions import ServiceResponseError
 
-from azstoragetorch._blob.config import KiB
-from azstoragetorch._blob.engine import Cancelled, Scope, engine_for
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.retry import Retry, Transient
 from azstoragetorch._blob.service import Service, fail
 from azstoragetorch._blob.transport import Response
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import KiB
+from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")

@@ -15,11 +15,11 @@ from urllib.parse import quote, unquote
 
 from azure.core.exceptions import ServiceResponseError
 
-from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Service, fail
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.engine import Scope, engine_for
 
 _NAME = re.compile(rb"<Blob><Name>([^<]+)</Name>")
 _SIZE = re.compile(rb"<Content-Length>(\d+)</Content-Length>")

@@ -19,13 +19,13 @@ from http.client import HTTPException
 from ssl import SSLWantReadError
 
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Cancelled, Engine, Scope
-from azstoragetorch._blob.memory import bytes_to_fill
-from azstoragetorch._blob.metrics import count, count_answer
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.transport import Connection, parse_head, take_idle
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.engine import Cancelled, Engine, Scope
+from azstoragetorch._engine.memory import bytes_to_fill
+from azstoragetorch._engine.metrics import count, count_answer
 
 _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 _MOST_OF_A_HEAD = 16 << 10

@@ -13,12 +13,12 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from azstoragetorch._blob.config import KiB, MiB
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
-from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for, running_engine
-from azstoragetorch._blob.memory import copy, expect_filling, filled_bytes
-from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, gaps, split
+from azstoragetorch._engine.config import KiB, MiB
+from azstoragetorch._engine.engine import Engine, Reservation, Scope, engine_for, running_engine
+from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
+from azstoragetorch._engine.metrics import timed
 
 if TYPE_CHECKING:
     from azstoragetorch._blob.service import Service

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from azure.core.exceptions import AzureError, HttpResponseError
 
-from azstoragetorch._blob.config import TransferConfig
-from azstoragetorch._blob.engine import Scope
-from azstoragetorch._blob.metrics import count
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.metrics import count
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")

@@ -17,11 +17,11 @@ from azure.storage.blob import BlobClient as SdkBlobClient
 from azure.storage.blob import ExponentialRetry
 
 from azstoragetorch._blob import transport
-from azstoragetorch._blob.engine import Cancelled, Scope
 from azstoragetorch._blob.errors import service_error
 from azstoragetorch._blob.retry import Transient, refusal, retrying
 from azstoragetorch._blob.service import Service, fail
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")

@@ -18,13 +18,13 @@ from azure.core.tracing import SpanKind
 from azure.core.tracing.decorator import distributed_trace
 
 from azstoragetorch._blob import transport
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Authorizer, CredentialHolder
-from azstoragetorch._blob.engine import Cancelled, Scope
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Transient, is_connection_failure, refusal
 from azstoragetorch._blob.transport import Body, Origin, Response
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 API_VERSION = "2023-11-03"  # the oldest with all that is used: versions, large blocks, encoded names in listings

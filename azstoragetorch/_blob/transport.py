@@ -27,11 +27,11 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 from azstoragetorch import __version__
-from azstoragetorch._blob.config import KiB, MiB, TransferConfig
-from azstoragetorch._blob.engine import Cancelled, Scope
-from azstoragetorch._blob.metrics import count, count_answer
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
+from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import Cancelled, Scope
+from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 log = logging.getLogger("azstoragetorch")

@@ -27,16 +27,16 @@ from azure.core.exceptions import (
 )
 from azure.storage.blob import BlobBlock, ContentSettings
 
-from azstoragetorch._blob.config import MAX_BLOCK_SIZE, MiB
-from azstoragetorch._blob.engine import Engine, Reservation, Scope, engine_for
 from azstoragetorch._blob.errors import portable
-from azstoragetorch._blob.memory import copy
-from azstoragetorch._blob.metrics import timed
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.retry import RETRYABLE_STATUS, retrying
 from azstoragetorch._blob.sdk import Pieces, SdkBlob
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import MAX_BLOCK_SIZE, MiB
+from azstoragetorch._engine.engine import Engine, Reservation, Scope, engine_for
+from azstoragetorch._engine.memory import copy
+from azstoragetorch._engine.metrics import timed
 from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
 
 P = ParamSpec("P")

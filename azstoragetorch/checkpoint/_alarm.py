@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from azstoragetorch._blob.engine import Cancelled, Scope, start_thread
+from azstoragetorch._engine.engine import Cancelled, Scope, start_thread
 from azstoragetorch.checkpoint._folder import Folder
 from azstoragetorch.checkpoint._format import data_name
 

@@ -12,11 +12,11 @@ from azure.core.exceptions import AzureError, ResourceNotFoundError
 from torch.distributed.checkpoint.metadata import Metadata
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._format import load_metadata, metadata_name, read_item
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 

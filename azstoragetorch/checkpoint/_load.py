@@ -17,9 +17,9 @@ import torch
 from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from azstoragetorch._blob.config import MiB
-from azstoragetorch._blob.engine import Budget, BufferPool, Cancelled, Scope, engine_for
-from azstoragetorch._blob.memory import expect_filling
+from azstoragetorch._engine.config import MiB
+from azstoragetorch._engine.engine import Budget, BufferPool, Cancelled, Scope, engine_for
+from azstoragetorch._engine.memory import expect_filling
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
 from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of

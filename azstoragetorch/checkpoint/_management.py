@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.engine import Scope, engine_for
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch.checkpoint._folder import Folder
 from azstoragetorch.checkpoint._format import METADATA, is_rank_metadata, read_item, saved_at
 from azstoragetorch.checkpoint._progress import Progress

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from azstoragetorch._blob.config import KiB
+from azstoragetorch._engine.config import KiB
 
 NEAR = 16 * KiB  # a gap this small is always fetched along: it holds what stands between two tensors
 FAR = 512 * KiB  # a gap this large costs more than a request of its own: some 10 ms at 60 MB/s

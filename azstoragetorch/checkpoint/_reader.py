@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
 from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from azstoragetorch._blob.config import KiB
+from azstoragetorch._engine.config import KiB
 from azstoragetorch.checkpoint._format import Item, Payload
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, Source, contiguous_strides, cut, join
 from azstoragetorch.exceptions import CheckpointError

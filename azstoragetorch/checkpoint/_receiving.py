@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 
 from azstoragetorch._blob.download import open_range
-from azstoragetorch._blob.engine import Scope
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.engine import Scope
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._planning import Request
 from azstoragetorch.checkpoint._reads import named

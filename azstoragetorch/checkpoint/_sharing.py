@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from azstoragetorch._blob.config import MiB
+from azstoragetorch._engine.config import MiB
 from azstoragetorch.checkpoint._host import select
 from azstoragetorch.checkpoint._planning import boxes
 from azstoragetorch.exceptions import CheckpointError

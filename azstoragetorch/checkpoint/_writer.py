@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Cancelled, Scope, engine_for
 from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
 from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
 from azstoragetorch.checkpoint._format import (

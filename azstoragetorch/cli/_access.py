@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
 
 ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
-from azstoragetorch._blob.config import GiB, MiB, TransferConfig
-from azstoragetorch._blob.engine import engine_for
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import GiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.cli._session import Session, Url, common
 from azstoragetorch.io import BlobIO
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from azstoragetorch._blob.config import GiB
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
+from azstoragetorch._engine.config import GiB
 from azstoragetorch.cli._output import Bar, human, printable
 from azstoragetorch.cli._session import FAILED, Session, Url, common
 from azstoragetorch.exceptions import CheckpointError

@@ -14,9 +14,9 @@ import click
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceNotFoundError
 
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.config import TransferConfig
-from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.url import BlobURL, parse_url
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch.cli._output import human
 from azstoragetorch.cli._session import FAILED, Session, common, exit_code
 from azstoragetorch.cli._transfer import PARTIAL, Advance, copy, download, look, upload

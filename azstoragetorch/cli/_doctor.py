@@ -17,13 +17,13 @@ from azure.core.exceptions import AzureError, ClientAuthenticationError
 
 from azstoragetorch import __version__
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.config import KiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Scope, engine_for
-from azstoragetorch._blob.memory import new_buffer
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._engine.memory import new_buffer
 from azstoragetorch.cli import _sweep as sweep
 from azstoragetorch.cli._access import TokenSource
 from azstoragetorch.cli._output import Output, human

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.url import BlobURL, join_url
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.cli._output import human, printable
 from azstoragetorch.cli._session import NOT_FOUND, Session, Url, common
 

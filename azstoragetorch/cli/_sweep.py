@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from azstoragetorch._blob.config import MiB, TransferConfig
+from azstoragetorch._engine.config import MiB, TransferConfig
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 PART_SIZES = (4 * MiB, 8 * MiB, 16 * MiB, 32 * MiB)

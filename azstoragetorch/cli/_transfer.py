@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.config import MiB, TransferConfig
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Scope
 from azstoragetorch._blob.ranges import ByteRange, coalesce, gaps, split
 from azstoragetorch._blob.sdk import SdkBlob
+from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.engine import Scope
 from azstoragetorch.exceptions import AZStorageTorchError
 
 PARTIAL = ".azstoragetorch-"  # what names of unfinished downloads begin with

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.utils.data import IterDataPipe, functional_datapipe
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.sources import Access, BlobInfo, Listing
 from azstoragetorch._blob.url import BlobURL, parse_url
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.sources import Access, BlobInfo, Listing
 
 
 class _Roots:

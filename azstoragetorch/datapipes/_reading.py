@@ -11,11 +11,11 @@ from typing import Any
 from torch.utils.data import IterDataPipe, functional_datapipe
 from torch.utils.data.datapipes.utils.common import StreamWrapper
 
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.engine import engine_for
-from azstoragetorch._blob.prefetch import OrderedPrefetch
-from azstoragetorch._blob.sources import (
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.sources import (
     Access,
     BlobRange,
     Fetched,

@@ -14,7 +14,7 @@ from torch.utils.data.datapipes.iter import Batcher, Collator, Mapper
 from torch.utils.data.graph import DataPipeGraph, traverse_dps
 from torch.utils.data.graph_settings import apply_random_seed, apply_sharding, get_all_graph_pipes
 
-from azstoragetorch._workers import Placement, ShardBy, Shared
+from azstoragetorch._samples.workers import Placement, ShardBy, Shared
 from azstoragetorch.datapipes._reading import BlobRangeSplitterIterDataPipe, Reading
 from azstoragetorch.datapipes._writing import AzureBlobSaverIterDataPipe
 

@@ -12,8 +12,8 @@ from torch.utils.data.datapipes.utils.common import StreamWrapper
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.sources import pair_of
-from azstoragetorch._blob.tar import split_name, walk
+from azstoragetorch._samples.sources import pair_of
+from azstoragetorch._samples.tar import split_name, walk
 from azstoragetorch.io import BlobIO
 
 _SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.gz|tar\.bz2|tar\.xz))/(.*)", re.DOTALL)

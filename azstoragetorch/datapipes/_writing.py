@@ -12,15 +12,15 @@ from torch.utils.data.datapipes.utils.common import (
 )
 
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.config import GiB, MiB, TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.engine import Scope, engine_for
-from azstoragetorch._blob.prefetch import OrderedPrefetch
-from azstoragetorch._blob.sources import Access, pair_of, plain_url
-from azstoragetorch._blob.tar import END, entry, padding, split_name
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import parse_blob_url
-from azstoragetorch._workers import Placement
+from azstoragetorch._engine.config import GiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.sources import Access, pair_of, plain_url
+from azstoragetorch._samples.tar import END, entry, padding, split_name
+from azstoragetorch._samples.workers import Placement
 
 _COPY = 8 * MiB  # taken from a stream at once
 

@@ -11,17 +11,17 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, cast
 
 from azure.core.exceptions import ClientAuthenticationError
 
-from azstoragetorch._blob.cache import BlobCache, CachedBlobClient
-from azstoragetorch._blob.catalog import Catalog, list_catalog
 from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Scope, engine_for
-from azstoragetorch._blob.metrics import timed
-from azstoragetorch._blob.once import OnceAmongForks
-from azstoragetorch._blob.prefetch import Ahead, OrderedPrefetch
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._engine.metrics import timed
+from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
+from azstoragetorch._samples.catalog import Catalog, list_catalog
+from azstoragetorch._samples.once import OnceAmongForks
+from azstoragetorch._samples.prefetch import Ahead, OrderedPrefetch
 from azstoragetorch.io import BlobIO
 
 T = TypeVar("T")

@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 import torch.utils.data
 
 from azstoragetorch._blob.client import Head
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.prefetch import OrderedPrefetch
-from azstoragetorch._blob.resume import ResumeState, merge, positions_after
-from azstoragetorch._blob.sharding import EVEN, Even, Order, even_length, shard_range
 from azstoragetorch._blob.url import parse_container_url
-from azstoragetorch._workers import Place, Placement, ShardBy, Shared
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.resume import ResumeState, merge, positions_after
+from azstoragetorch._samples.sharding import EVEN, Even, Order, even_length, shard_range
+from azstoragetorch._samples.workers import Place, Placement, ShardBy, Shared
 from azstoragetorch.datasets._blobs import (
     CACHE_BYTES,
     Blob,

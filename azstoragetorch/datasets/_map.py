@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar, overload
 import torch.utils.data
 
 from azstoragetorch._blob.client import Head
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.prefetch import OrderedPrefetch
 from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch.datasets._blobs import (
     CACHE_BYTES,
     Blob,

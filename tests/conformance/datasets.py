@@ -13,7 +13,7 @@ from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import ClientAuthenticationError, ResourceNotFoundError
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.config import KiB
+from azstoragetorch._engine.config import KiB
 from azstoragetorch.datasets import Blob
 from tests.azurite.container import Container
 from tests.support import content

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from azstoragetorch._blob import transport
-from azstoragetorch._blob.config import KiB, MiB, TransferConfig
-from azstoragetorch._blob.engine import engine_for
+from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.engine import engine_for
 from tests.support import wait_until
 
 from .fixtures import LoopbackTls

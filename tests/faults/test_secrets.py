@@ -17,7 +17,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
-from azstoragetorch._blob.config import TransferConfig
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
 from azstoragetorch.datapipes import AzureBlobFileLister, AzureBlobFileReader, AzureBlobSaver
 from azstoragetorch.datasets import BlobDataset, IterableBlobDataset

@@ -26,13 +26,13 @@ import azstoragetorch.exceptions
 from azstoragetorch import TransferConfig
 from azstoragetorch._blob import transport
 from azstoragetorch._blob.client import Head
-from azstoragetorch._blob.config import MiB
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import engine_for
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import parse_url
+from azstoragetorch._engine.config import MiB
+from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.exceptions import AZStorageTorchError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
@@ -372,7 +372,7 @@ class TestPickles:
 RAIN = """
 import random, signal, sys, threading, time
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.engine import engine_for
+from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.exceptions import BlobChangedError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 

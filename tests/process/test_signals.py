@@ -16,7 +16,7 @@ import pytest
 import torch
 from azure.core.credentials import AccessToken
 
-from azstoragetorch._blob.config import MiB
+from azstoragetorch._engine.config import MiB
 from azstoragetorch.datasets import BlobDataset
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService, Match, SlowBytes, Stall

@@ -20,7 +20,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from torchdata.nodes import Loader
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._blob.config import KiB, MiB
+from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, clean, keep_last, list_checkpoints
 from azstoragetorch.datapipes import (
     AzureBlobFileLister,

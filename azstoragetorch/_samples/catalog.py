@@ -16,10 +16,10 @@ from itertools import accumulate
 from typing import Any
 
 from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.config import MiB
-from azstoragetorch._blob.engine import Scope
-from azstoragetorch._blob.prefetch import OrderedPrefetch
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
+from azstoragetorch._engine.config import MiB
+from azstoragetorch._engine.engine import Scope
+from azstoragetorch._samples.prefetch import OrderedPrefetch
 
 _FAN_OUT_AFTER = 20_000  # names; listing so many takes a second, and shows how they are spread
 _FAN_OUT = 8  # listings at once

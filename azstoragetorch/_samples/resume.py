@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from azstoragetorch._blob.sharding import Order
+from azstoragetorch._samples.sharding import Order
 
 _VERSION = 1
 _MARKS = {"version", "fingerprint", "shards"}  # by these a state is known among what a loader wraps around it

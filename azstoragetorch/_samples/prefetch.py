@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from azstoragetorch._blob.engine import Budget, Engine, Scope
-from azstoragetorch._blob.metrics import timed
+from azstoragetorch._engine.engine import Budget, Engine, Scope
+from azstoragetorch._engine.metrics import timed
 
 T = TypeVar("T")
 R = TypeVar("R")

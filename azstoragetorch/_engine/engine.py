@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from azstoragetorch._blob.config import TransferConfig
-from azstoragetorch._blob.memory import new_buffer
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.memory import new_buffer
 
 _IDLE_BUFFER_BYTES = 256 << 20  # kept for reuse over all sizes; the rest goes back to the system
 _IDLE_THREAD_SECONDS = 30.0

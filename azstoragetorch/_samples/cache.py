@@ -19,14 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from azstoragetorch._blob.client import BlobClient, Head
-from azstoragetorch._blob.config import MiB, TransferConfig
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.engine import Scope
-from azstoragetorch._blob.memory import filled_bytes
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.memory import filled_bytes
 
 try:
     import fcntl

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple, TypeAlias
 from azure.core.exceptions import ResourceNotFoundError
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
-from azstoragetorch._blob.config import TransferConfig
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch_parallel
-from azstoragetorch._blob.engine import Scope, engine_for
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.listing import Page
-from azstoragetorch._blob.memory import copy, filled_bytes
-from azstoragetorch._blob.prefetch import OrderedPrefetch
 from azstoragetorch._blob.ranges import ByteRange
-from azstoragetorch._blob.records import check_delimiter, lookahead, read_records
 from azstoragetorch._blob.url import BlobURL, join_url, parse_blob_url, parse_url
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._engine.memory import copy, filled_bytes
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.records import check_delimiter, lookahead, read_records
 
 
 class BlobInfo(NamedTuple):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tarfile import ReadError, TarInfo
 from typing import IO, Any
 
-from azstoragetorch._blob.config import MiB
+from azstoragetorch._engine.config import MiB
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
