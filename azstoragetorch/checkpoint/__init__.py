@@ -1,26 +1,24 @@
 """Distributed checkpoints (`torch.distributed.checkpoint`) on Azure Blob Storage, and their management.
 
-``writer`` and ``reader`` are what torch calls. A ``load`` carries out what torch's planner asks for: ``reads`` says
-what that is of which blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
-``format`` knows what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device
-meet host memory, and ``folder`` where it all is. Nothing here keeps a connection or thread: those are the core's.
+``writer`` and ``reader`` are what torch calls; what they have in common is in ``storage``. ``encoding`` turns items
+into the bytes of data blobs. A ``load`` carries out what torch's planner asks for: ``reads`` says what that is of which
+blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them ``names``,
+``envelope`` and ``metadata`` know what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how
+tensors of any device meet host memory, and ``folder`` where it all is. ``catalog`` finds and removes checkpoints,
+``inspect`` looks into them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
 """
 
 from __future__ import annotations
 
-from azstoragetorch.checkpoint._management import (
-    CheckpointSummary,
-    Entry,
-    checkpoint_to_torch_save,
+from azstoragetorch.checkpoint._catalog import (
     clean,
     delete_checkpoint,
-    inspect_checkpoint,
     keep_last,
     latest_checkpoint,
     list_checkpoints,
-    load_keys,
-    torch_save_to_checkpoint,
 )
+from azstoragetorch.checkpoint._convert import checkpoint_to_torch_save, load_keys, torch_save_to_checkpoint
+from azstoragetorch.checkpoint._inspect import CheckpointSummary, Entry, inspect_checkpoint
 from azstoragetorch.checkpoint._progress import Progress, TqdmProgress
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter

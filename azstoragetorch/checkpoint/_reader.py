@@ -16,17 +16,19 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
-from azstoragetorch.checkpoint._format import Item, many_objects, read_item
+from azstoragetorch.checkpoint._envelope import Item
+from azstoragetorch.checkpoint._folder import describe, plain
 from azstoragetorch.checkpoint._load import Load
+from azstoragetorch.checkpoint._metadata import many_objects, read_item
 from azstoragetorch.checkpoint._progress import Progress
 from azstoragetorch.checkpoint._sharing import SHARING, Sharing, plan_sharing, this_node
+from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 log = logging.getLogger("azstoragetorch")
 
 
-class BlobStorageReader(StorageReader):
+class BlobStorageReader(FolderStorage, StorageReader):
     """Loads distributed checkpoints from folders of blobs, for `torch.distributed.checkpoint.load`.
 
     Reads what :class:`BlobStorageWriter` wrote, on any number of ranks, and what torch's ``FileSystemWriter`` and
@@ -71,10 +73,9 @@ class BlobStorageReader(StorageReader):
         extension_registry: Any = None,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__()
         if load_once_per not in SHARING:
             raise ValueError(f"load_once_per must be one of {', '.join(map(repr, SHARING))}, not {load_once_per!r}")
-        self._folder = Folder(url, credential, transfer)
+        super().__init__(url, credential, transfer)
         self._load_once_per = load_once_per
         self._group = process_group
         self._check_etags = check_etags
@@ -86,28 +87,14 @@ class BlobStorageReader(StorageReader):
         self._storage: dict[MetadataIndex, Any] = {}
         self._is_original = False
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The URL of the folder, without a SAS."""
-        return self._folder.url
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.checkpoint_id!r})"
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """Whether *checkpoint_id* is a URL that this reader understands."""
-        return is_url(checkpoint_id)
-
     def reset(self, checkpoint_id: Any = None) -> None:
         """Begin a new load, of the folder *checkpoint_id* if that is not None.
 
         Raises:
-            TypeError: *checkpoint_id* is no str; a path object loses one of the slashes after the scheme.
-            ValueError: it is no URL, or one in another account.
+            TypeError: *checkpoint_id* is not a str; a path object loses one of the slashes after the scheme.
+            ValueError: it is not a URL, or it is one in another account.
         """
-        if checkpoint_id is not None:
-            self._folder = self._folder.at(checkpoint_id)
+        super().reset(checkpoint_id)
         self._load_id = uuid.uuid4().hex
         self._failure, self._storage = None, {}
 

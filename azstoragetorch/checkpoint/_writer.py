@@ -6,46 +6,33 @@ error of every block reaches the caller, and so, through torch, every rank.
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from azure.core.exceptions import AzureError, ResourceExistsError
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.upload import BlockWriter
-from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
-from azstoragetorch.checkpoint._folder import Folder, describe, is_url, plain
-from azstoragetorch.checkpoint._format import (
-    METADATA,
-    VERSION,
-    Item,
-    Payload,
-    data_name,
-    dump_metadata,
-    envelope,
-    has_payload,
-    metadata_name,
-    new_save_id,
-    storage_info,
-)
-from azstoragetorch.checkpoint._host import Lanes, host_bytes
-from azstoragetorch.checkpoint._planning import contiguous_strides, partition
+from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
+from azstoragetorch.checkpoint._folder import describe, plain
+from azstoragetorch.checkpoint._metadata import VERSION, dump_metadata, storage_info
+from azstoragetorch.checkpoint._names import METADATA, data_name, metadata_name, new_save_id
+from azstoragetorch.checkpoint._planning import partition
 from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import (
     CheckpointError,
     CheckpointExistsError,
@@ -58,11 +45,9 @@ log = logging.getLogger("azstoragetorch")
 _AUTO_BLOBS = 256  # of a checkpoint: a large job has one for each rank, a small one is spread
 _SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once, which saves a round trip
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
-_ENVELOPE = 4 * KiB  # at most, around the payload of an item
-_SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
 
 
-class BlobStorageWriter(StorageWriter):
+class BlobStorageWriter(FolderStorage, StorageWriter):
     """Saves distributed checkpoints as folders of blobs, for `torch.distributed.checkpoint.save` and ``async_save``.
 
     A save is all or nothing: it takes effect by the one request that puts ``.metadata``, after the data of all ranks.
@@ -102,12 +87,11 @@ class BlobStorageWriter(StorageWriter):
         extensions: Sequence[Any] = (),
         progress: Progress | None = None,
     ) -> None:
-        super().__init__()
         if blobs_per_rank is not None and (isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int)):
             raise TypeError(f"blobs_per_rank must be an integer or None, not {type(blobs_per_rank).__name__}")
         if blobs_per_rank is not None and blobs_per_rank < 1:
             raise ValueError(f"blobs_per_rank must be at least 1, not {blobs_per_rank}")
-        self._folder = Folder(url, credential, transfer)
+        super().__init__(url, credential, transfer)
         self._overwrite = overwrite
         self._blobs_per_rank = blobs_per_rank
         self._extensions = tuple(extensions)
@@ -116,28 +100,14 @@ class BlobStorageWriter(StorageWriter):
         self._rank = 0
         self._metadata_rank: int | None = None  # of the metadata that is ours to write; None is the one of all ranks
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The URL of the folder, without a SAS."""
-        return self._folder.url
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.checkpoint_id!r})"
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """Whether *checkpoint_id* is a URL that this writer understands."""
-        return is_url(checkpoint_id)
-
     def reset(self, checkpoint_id: Any = None) -> None:
         """Begin a new save, into the folder *checkpoint_id* if that is not None.
 
         Raises:
-            TypeError: *checkpoint_id* is no str; a path object loses one of the slashes after the scheme.
-            ValueError: it is no URL, or one in another account.
+            TypeError: *checkpoint_id* is not a str; a path object loses one of the slashes after the scheme.
+            ValueError: it is not a URL, or it is one in another account.
         """
-        if checkpoint_id is not None:
-            self._folder = self._folder.at(checkpoint_id)
+        super().reset(checkpoint_id)
         self._save_id = new_save_id()
 
     def storage_meta(self) -> StorageMeta:
@@ -184,11 +154,11 @@ class BlobStorageWriter(StorageWriter):
         Raises:
             CheckpointError: an item could not be saved; the message names it, the rank and the reason.
         """
-        sizes = [_size_hint(item) for item in plan.items]
+        sizes = [size_hint(item) for item in plan.items]
         meter = Meter(self._progress, sum(sizes))
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
         config = self._folder.transfer
-        largest = max((self._block_size(sum(sizes[at] + _ENVELOPE for at in run)) for run in runs), default=1)
+        largest = max((self._block_size(sum(sizes[at] + ENVELOPE for at in run)) for run in runs), default=1)
         at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         results: list[list[WriteResult]] = [[] for _ in runs]
@@ -198,7 +168,7 @@ class BlobStorageWriter(StorageWriter):
             def run(scope: Scope) -> None:
                 name = data_name(self._rank, number, self._save_id)
                 items = [plan.items[at] for at in runs[number]]
-                encoder = _Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
+                encoder = Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
                 results[number] = self._write_blob(encoder, at_once // blobs_at_once, scope)
 
             return run
@@ -254,7 +224,7 @@ class BlobStorageWriter(StorageWriter):
         """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
         return max(self._folder.transfer.block_size, size if size <= _WHOLE else 0)
 
-    def _write_blob(self, encoder: _Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
+    def _write_blob(self, encoder: Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
         name = encoder.name
         block_size = self._block_size(encoder.size_hint)
         single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
@@ -358,116 +328,6 @@ class _Interrupt:
         self._writer.cancel()
 
 
-class _Encoder:
-    """Turns items into the bytes of one blob, and notes where each of them went.
-
-    `pieces` is drawn by several threads in turn; ``key`` is the item that it is at, ``error`` what it raised, and
-    ``is_done`` says that there are no more.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        items: Sequence[WriteItem],
-        planner: SavePlanner,
-        planner_lock: threading.Lock,
-        extensions: tuple[Any, ...],
-        chunk: int,
-        meter: Meter,
-    ) -> None:
-        self.name = name
-        self.size_hint = sum(_size_hint(item) + _ENVELOPE for item in items)
-        self._items = items
-        self._planner = planner
-        self._planner_lock = planner_lock
-        self._extensions = extensions
-        self._chunk = chunk
-        self._meter = meter
-        self._lanes = Lanes()
-        self._at = 0
-        self.written: list[tuple[MetadataIndex, Item]] = []
-        self.key: str | None = None
-        self.error: Exception | None = None
-        self.is_done = False
-
-    def pieces(self, scope: Scope) -> Iterator[memoryview]:
-        """The bytes of all items, until *scope* is cancelled.
-
-        Small pieces come together in a copy, large ones are the items' own memory.
-        """
-        small = bytearray()
-        try:
-            for item in self._items:
-                scope.check()
-                self.key = item.index.fqn
-                begin = self._at
-                for piece in self._encode(item):
-                    self._at += piece.nbytes
-                    if piece.nbytes < _SMALL:
-                        small += piece
-                        if len(small) < _SMALL:
-                            continue
-                    if small and piece.nbytes >= _SMALL:
-                        yield memoryview(small)
-                        small = bytearray()
-                        yield piece
-                    elif small:
-                        yield memoryview(small)
-                        small = bytearray()
-                    else:
-                        yield piece
-                self._meter.add(min(_size_hint(item), self._at - begin))
-        except Exception as error:
-            self.error = error
-            raise
-        if small:
-            yield memoryview(small)
-        self.is_done = True
-
-    def _encode(self, item: WriteItem) -> Iterator[memoryview]:
-        with self._planner_lock:
-            value = self._planner.resolve_data(item)
-        if isinstance(value, torch.Tensor):
-            value = value.detach()
-        if self._extensions:
-            data, transforms = self._transform(value)
-            self._note(item, data.nbytes, transforms=transforms)
-            yield data
-        elif not isinstance(value, torch.Tensor):
-            data = value.getbuffer()
-            self._note(item, data.nbytes)
-            yield data
-        elif not has_payload(value):
-            data = _saved(value)
-            self._note(item, data.nbytes)
-            yield data
-        else:
-            shape = value.shape
-            around = envelope(value.dtype, shape)
-            payload = Payload(len(around.head), value.dtype, tuple(shape), contiguous_strides(shape))
-            self._note(item, len(around.head) + payload.nbytes + len(around.tail), payload=payload)
-            yield memoryview(around.head)
-            yield from host_bytes(value, self._lanes.of(value.device), self._chunk)
-            yield memoryview(around.tail)
-
-    def _transform(self, value: Any) -> tuple[memoryview, tuple[str, ...]]:
-        sink = _Unclosed()
-        stream: Any = sink
-        for extension in self._extensions:
-            stream = extension.transform_to(stream)
-        if isinstance(value, torch.Tensor):
-            torch.save(_compact(value), stream)
-        else:
-            stream.write(value.getbuffer())
-        stream.close()
-        return sink.getbuffer(), tuple(extension.get_descriptor() for extension in reversed(self._extensions))
-
-    def _note(
-        self, item: WriteItem, length: int, *, transforms: tuple[str, ...] = (), payload: Payload | None = None
-    ) -> None:
-        self.written.append((item.index, Item(self.name, self._at, length, transforms, payload)))
-
-
 def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
     """The first of *pieces*, until they are longer than *size* together: what is no tensor tells its size late."""
     taken = 0
@@ -476,31 +336,3 @@ def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         taken += piece.nbytes
         if taken > size:
             return
-
-
-class _Unclosed(io.BytesIO):
-    """Extensions close the stream below their own; what it holds is wanted after that."""
-
-    def close(self) -> None:
-        """Keep the content."""
-
-
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """*tensor* on the CPU, with no more memory than its own."""
-    tensor = tensor.cpu()
-    is_view = has_payload(tensor) and tensor.untyped_storage().nbytes() != tensor.nbytes
-    return tensor.clone() if is_view else tensor
-
-
-def _saved(tensor: torch.Tensor) -> memoryview:
-    sink = io.BytesIO()
-    torch.save(_compact(tensor), sink)
-    return sink.getbuffer()
-
-
-def _size_hint(item: WriteItem) -> int:
-    """About the bytes of *item* on this rank: of its shard, not of the whole tensor; bytes items count as one."""
-    data = item.tensor_data
-    if item.type == WriteItemType.BYTE_IO or data is None:
-        return 1
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize

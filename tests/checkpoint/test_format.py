@@ -25,20 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azstoragetorch.checkpoint import _format
-from azstoragetorch.checkpoint._format import (
-    Item,
-    Payload,
-    data_name,
-    dump_metadata,
-    envelope,
-    load_metadata,
-    new_save_id,
-    probe,
-    read_item,
-    saved_at,
-    storage_info,
-)
+from azstoragetorch.checkpoint import _metadata
+from azstoragetorch.checkpoint._envelope import Item, Payload, envelope, probe
+from azstoragetorch.checkpoint._metadata import dump_metadata, load_metadata, read_item, storage_info
+from azstoragetorch.checkpoint._names import data_name, new_save_id, saved_at
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 DTYPES = [
@@ -267,7 +257,7 @@ def test_cut_metadata_is_an_error(cut_at: int) -> None:
 def test_flipped_bits_are_an_error_or_harmless() -> None:
     """Never anything but metadata or a CheckpointError, and nothing changes in this process."""
     data = dump_metadata(make_metadata())
-    classes = copy.copy(vars(_format)["_CLASSES"])
+    classes = copy.copy(vars(_metadata)["_CLASSES"])
     for at in range(0, len(data), 3):
         damaged = bytearray(data)
         damaged[at] ^= 1 << (at % 8)
@@ -276,7 +266,7 @@ def test_flipped_bits_are_an_error_or_harmless() -> None:
         except CheckpointError:
             continue
         assert isinstance(found, Metadata)
-    assert vars(_format)["_CLASSES"] == classes
+    assert vars(_metadata)["_CLASSES"] == classes
 
 
 @pytest.mark.parametrize(

@@ -380,13 +380,13 @@ def test_tensors_beyond_4_gib_are_planned_in_the_metadata_without_their_bytes() 
     from torch.distributed.checkpoint.metadata import TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-    from azstoragetorch.checkpoint._writer import _size_hint
+    from azstoragetorch.checkpoint._encoding import size_hint
 
     shape = torch.Size([50_000, 60_000])
     chunk = ChunkStorageMetadata(torch.Size([0, 0]), shape)
     data = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size([100_000, 60_000]))
     item = WriteItem(MetadataIndex("x"), WriteItemType.SHARD, tensor_data=data)
-    assert _size_hint(item) == 12_000_000_000
+    assert size_hint(item) == 12_000_000_000
 
 
 def test_a_load_leaves_no_thread_waiting_after_an_error(fault_service: FaultService, url: str) -> None:

@@ -1,0 +1,46 @@
+"""The names of a checkpoint's blobs: the metadata, and data blobs that no two saves share."""
+
+from __future__ import annotations
+
+import calendar
+import os
+import re
+import time
+
+METADATA = ".metadata"
+
+_DATA_NAME = re.compile(r"__(\d+)_(\d+)\.(\d{14})-[0-9a-f]{16}\.distcp")
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+
+
+def metadata_name(rank: int | None = None) -> str:
+    """The blob with the metadata: of the whole checkpoint, or of *rank* where ranks do not coordinate."""
+    return METADATA if rank is None else f"__{rank}{METADATA}"
+
+
+def is_rank_metadata(name: str) -> bool:
+    """Whether *name* is that of metadata of a single rank."""
+    return _RANK_METADATA.fullmatch(name) is not None
+
+
+def new_save_id() -> str:
+    """What sets the data blobs of one save apart from those of all others: the time in UTC and 64 random bits."""
+    return f"{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{os.urandom(8).hex()}"
+
+
+def data_name(rank: int, number: int, save_id: str) -> str:
+    """The name of a data blob of *rank*, which no other save uses."""
+    return f"__{rank}_{number}.{save_id}.distcp"
+
+
+def saved_at(name: str) -> float | None:
+    """When the save began that wrote the data blob *name* (seconds since 1970); None for names that are not ours."""
+    found = _DATA_NAME.fullmatch(name)
+    if found is None:
+        return None
+    stamp = found.group(3)
+    fields = (int(stamp[:4]), *(int(stamp[at : at + 2]) for at in range(4, 14, 2)))
+    try:
+        return float(calendar.timegm((*fields, 0, 0, 0)))
+    except ValueError:
+        return None
