@@ -6,6 +6,7 @@ import pickle
 import threading
 import urllib.request
 from dataclasses import replace
+from email.utils import format_datetime
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
@@ -74,6 +75,17 @@ class TestPages:
         (page,) = pages(service, 100)
         assert page.sizes == [8] * 25
         assert page.etags == [service.store.find("c", name).etag for name in NAMES]  # type: ignore[union-attr]
+
+    def test_the_date_of_the_last_change_comes_where_it_is_asked_for(self, container: Container) -> None:
+        """As the service wrote it, by both ways to read a page."""
+        container.put("b", b"x")
+        client = container_client(container.sas_url)
+        modified = container.client.get_blob_client("b").get_blob_properties().last_modified
+        expected = [format_datetime(modified, usegmt=True)]
+        assert [page.modified for page in client.pages()] == [[]]
+        assert [page.modified for page in client.pages(with_modified=True)] == [expected]
+        container.client.upload_blob("d", b"", metadata={"hdi_isfolder": "true"})
+        assert [page.modified for page in client.pages(with_modified=True)] == [expected]
 
     def test_the_next_page_is_fetched_while_one_is_read(self, service: FaultService) -> None:
         client = container_client(service.container_url("c"))

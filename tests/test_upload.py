@@ -753,6 +753,28 @@ class TestScattered:
         writer.abort()
         assert service.get("c", "b") == OLD
 
+    @pytest.mark.parametrize("size", [1, 200 * KiB])
+    def test_properties_go_with_the_commit(self, container: Container, size: int) -> None:
+        """Content headers and metadata are there as soon as the bytes are, by one request or by a block list."""
+        writer = blob_client(container.blob_sas_url("b")).writer()
+        writer.write(memoryview(content(size)))
+        writer.commit(
+            properties={
+                "x-ms-blob-content-type": "image/png",
+                "x-ms-blob-content-encoding": "gzip",
+                "x-ms-blob-cache-control": "no-store",
+                "x-ms-meta-Source": "here",
+            }
+        )
+        found = container.client.get_blob_client("b").get_blob_properties()
+        settings = found.content_settings
+        assert (settings.content_type, settings.content_encoding, settings.cache_control) == (
+            "image/png",
+            "gzip",
+            "no-store",
+        )
+        assert {key.lower(): value for key, value in found.metadata.items()} == {"source": "here"}
+
     def test_the_md5_of_the_whole_goes_with_the_commit(self, service: FaultService) -> None:
         writer = blob_client(service.blob_url("c", "b")).writer()
         writer.write(memoryview(content(200_000)))

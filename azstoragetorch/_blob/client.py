@@ -164,6 +164,15 @@ class ContainerClient(_Client):
         client._live = self._live  # noqa: SLF001 - the same account and credential
         return client
 
-    def pages(self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False) -> Iterator[Page]:
+    def pages(
+        self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
+    ) -> Iterator[Page]:
         """The listing, page by page, in the service's order."""
-        return list_pages(self.service, self.url, prefix=prefix, delimiter=delimiter, uncommitted=uncommitted)
+        return list_pages(
+            self.service,
+            self.url,
+            prefix=prefix,
+            delimiter=delimiter,
+            uncommitted=uncommitted,
+            with_modified=with_modified,
+        )

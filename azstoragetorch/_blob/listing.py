@@ -10,7 +10,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import quote, unquote
 
 from azure.core.exceptions import ServiceResponseError
@@ -24,6 +24,7 @@ from azstoragetorch._engine.engine import Scope, engine_for
 _NAME = re.compile(rb"<Blob><Name>([^<]+)</Name>")
 _SIZE = re.compile(rb"<Content-Length>(\d+)</Content-Length>")
 _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
+_MODIFIED = re.compile(rb"<Last-Modified>([^<]*)</Last-Modified>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
 _MARKER = re.compile(rb"<NextMarker>([^<]*)</NextMarker>")
 # What only the parser understands: directory markers, markup that hides text from the expressions above.
@@ -38,7 +39,7 @@ class Page:
     """One answer of List Blobs as columns: the same index is the same blob.
 
     A page may hold few or no blobs and still have a marker. ETags are quoted, as headers have them. Markers of
-    directories are left out.
+    directories are left out. ``modified`` is filled where it was asked for: Last-Modified as the service wrote it.
     """
 
     names: list[str]
@@ -46,6 +47,7 @@ class Page:
     etags: list[str]
     prefixes: list[str]
     marker: str
+    modified: list[str] = field(default_factory=list)
 
 
 def list_pages(
@@ -56,11 +58,12 @@ def list_pages(
     delimiter: str = "",
     page_size: int = 5000,
     uncommitted: bool = False,
+    with_modified: bool = False,
 ) -> Iterator[Page]:
     """The pages of a listing in the service's order; the next one is fetched while one is read.
 
     With a *delimiter*, names that have it after *prefix* are rolled up into ``prefixes``. *uncommitted* lists blobs
-    too of which there are staged blocks only.
+    too of which there are staged blocks only. *with_modified* fills the column ``modified``.
 
     Raises:
         AzureError: the service refused, could not be reached, or sent what is no listing.
@@ -88,7 +91,7 @@ def list_pages(
     firsts: set[tuple[str, ...]] = set()
 
     def parse(raw: bytes) -> Page:
-        page = parse_page(raw, container)
+        page = parse_page(raw, container, with_modified=with_modified)
         first = (*page.names[:1], *page.prefixes[:1])
         if first in firsts:
             raise _repeated(container)  # under another marker
@@ -117,13 +120,14 @@ def list_pages(
         scope.cancel()
 
 
-def parse_page(raw: bytes, container: BlobURL) -> Page:
+def parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
     """The page in the XML document *raw*.
 
     Raises:
         AzureError: *raw* is no listing.
     """
-    return _match_page(raw) or _parse_page(raw, container)
+    page = _match_page(raw) if not with_modified else _match_dates(raw)
+    return page or _parse_page(raw, container, with_modified=with_modified)
 
 
 def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
@@ -160,6 +164,15 @@ def _match_page(raw: bytes) -> Page | None:
         return None
 
 
+def _match_dates(raw: bytes) -> Page | None:
+    """Do as `_match_page`, with the dates, if there is one for each blob."""
+    page = _match_page(raw)
+    if page is None:
+        return None
+    page.modified.extend(_texts(_MODIFIED.findall(raw)))
+    return page if len(page.modified) == len(page.names) else None
+
+
 def _texts(values: list[bytes]) -> list[str]:
     if not values:
         return []
@@ -188,7 +201,7 @@ def _next_marker(raw: bytes) -> str:
     return _unescape(found.group(1).decode("utf-8", "replace")) if found else ""
 
 
-def _parse_page(raw: bytes, container: BlobURL) -> Page:
+def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
     try:
         root = ET.fromstring(raw.removeprefix(b"\xef\xbb\xbf"))  # noqa: S314 - entities are off in expat's defaults here
     except (ET.ParseError, LookupError, ValueError) as error:  # the latter two for an encoding that is none
@@ -214,7 +227,9 @@ def _parse_page(raw: bytes, container: BlobURL) -> Page:
         page.names.append(name)
         page.sizes.append(int(size))
         page.etags.append(item.findtext("Properties/Etag") or "")
-    return Page(page.names, page.sizes, _quoted(page.etags), page.prefixes, page.marker)
+        if with_modified:
+            page.modified.append(item.findtext("Properties/Last-Modified") or "")
+    return Page(page.names, page.sizes, _quoted(page.etags), page.prefixes, page.marker, page.modified)
 
 
 def _is_directory(item: ET.Element) -> bool:

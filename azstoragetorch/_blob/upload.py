@@ -12,7 +12,7 @@ import base64
 import hashlib
 import os
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -178,8 +178,10 @@ class BlockWriter:
         self._finish(lambda: self._put_blob(pieces))
 
     @_all_or_nothing
-    def commit(self, *, md5: bytes | None = None) -> None:
+    def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> None:
         """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
+
+        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
@@ -187,12 +189,12 @@ class BlockWriter:
         """
         if not self._block_ids:
             pieces = [self._collected[: self._filled]] if self._collected is not None else []
-            self._finish(lambda: self._put_blob(pieces))
+            self._finish(lambda: self._put_blob(pieces, properties))
         else:
             if self._filled:
                 self._stage_collected()
             self.flush()
-            self._finish(lambda: self._put_block_list(md5))
+            self._finish(lambda: self._put_block_list(md5, properties))
         self._free()
 
     def cancel(self) -> None:
@@ -378,7 +380,7 @@ class BlockWriter:
                 f"the blob before writing it again: {cause}"
             ) from cause
 
-    def _put_blob(self, pieces: Sequence[memoryview]) -> None:
+    def _put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str] | None = None) -> None:
         length = sum(piece.nbytes for piece in pieces)
         headers = {
             "x-ms-blob-type": "BlockBlob",
@@ -386,6 +388,7 @@ class BlockWriter:
             "Content-Length": str(length),
             **({"Content-MD5": _md5(pieces)} if self._config.validate_content else {}),
             **({"If-None-Match": "*"} if self._create_only else {}),
+            **(properties or {}),
         }
 
         def put() -> None:
@@ -395,13 +398,15 @@ class BlockWriter:
 
         self._commit_once(put, lambda: self._has_content(length, _md5(pieces)))
 
-    def _put_block_list(self, md5: bytes | None) -> None:
+    def _put_block_list(self, md5: bytes | None, properties: Mapping[str, str] | None) -> None:
         blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
         options: dict[str, Any] = (
             {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
         )
         if md5 is not None:  # of a blob that is put whole the service computes it
             options["content_settings"] = ContentSettings(content_md5=bytearray(md5))
+        if properties:
+            options["headers"] = dict(properties)
         self._commit_once(
             self._sdk.attempt("PUT (block list)", lambda client: client.commit_block_list(blocks, **options)),
             self._is_committed,
