@@ -2,10 +2,10 @@
 
 ``writer`` and ``reader`` are what torch calls; what they have in common is in ``storage``. ``encoding`` turns items
 into the bytes of data blobs. A ``load`` carries out what torch's planner asks for: ``reads`` says what that is of which
-blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them ``names``,
-``envelope`` and ``metadata`` know what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how
-tensors of any device meet host memory, and ``folder`` where it all is. ``catalog`` finds and removes checkpoints,
-``inspect`` looks into them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
+blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
+``format`` knows what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device
+meet host memory, and ``folder`` where it all is. ``catalog`` finds and removes checkpoints, ``inspect`` looks into
+them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
 """
 
 from __future__ import annotations

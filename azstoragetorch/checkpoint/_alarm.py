@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from azstoragetorch._engine.engine import Cancelled, Scope, start_thread
 from azstoragetorch.checkpoint._folder import Folder
-from azstoragetorch.checkpoint._names import data_name
+from azstoragetorch.checkpoint._format import data_name
 
 log = logging.getLogger("azstoragetorch")
 

@@ -11,7 +11,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch.checkpoint._folder import Folder
-from azstoragetorch.checkpoint._names import METADATA, is_rank_metadata, saved_at
+from azstoragetorch.checkpoint._format import METADATA, is_rank_metadata, saved_at
 from azstoragetorch.exceptions import CheckpointError
 
 _NUMBER = re.compile(r"(\d+)")

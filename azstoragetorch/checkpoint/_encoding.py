@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.engine import Scope
-from azstoragetorch.checkpoint._envelope import Item, Payload, envelope, has_payload
+from azstoragetorch.checkpoint._format import Item, Payload, envelope, has_payload
 from azstoragetorch.checkpoint._host import Lanes, host_bytes
 from azstoragetorch.checkpoint._planning import contiguous_strides
 from azstoragetorch.checkpoint._progress import Meter

@@ -17,8 +17,7 @@ from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._metadata import load_metadata, read_item
-from azstoragetorch.checkpoint._names import metadata_name
+from azstoragetorch.checkpoint._format import load_metadata, metadata_name, read_item
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 _CACHED = 2  # checkpoints whose metadata is kept; that of a large job takes tens of megabytes

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._folder import Folder
-from azstoragetorch.checkpoint._metadata import read_item
+from azstoragetorch.checkpoint._format import read_item
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.engine import Budget, BufferPool, Cancelled, Scope, engine_for
 from azstoragetorch._engine.memory import expect_filling
-from azstoragetorch.checkpoint._envelope import PROBE, Item, ItemFile, Payload, probe
 from azstoragetorch.checkpoint._folder import Folder, plain
+from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
 from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
-from azstoragetorch.checkpoint._metadata import many_objects
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, contiguous_strides, join
 from azstoragetorch.checkpoint._progress import Meter, Progress
 from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of

@@ -16,10 +16,9 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._envelope import Item
 from azstoragetorch.checkpoint._folder import describe, plain
+from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
-from azstoragetorch.checkpoint._metadata import many_objects, read_item
 from azstoragetorch.checkpoint._progress import Progress
 from azstoragetorch.checkpoint._sharing import SHARING, Sharing, plan_sharing, this_node
 from azstoragetorch.checkpoint._storage import FolderStorage

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from azstoragetorch._engine.config import KiB
-from azstoragetorch.checkpoint._envelope import Item, Payload
+from azstoragetorch.checkpoint._format import Item, Payload
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, Source, contiguous_strides, cut, join
 from azstoragetorch.exceptions import CheckpointError
 

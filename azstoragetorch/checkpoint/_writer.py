@@ -28,8 +28,15 @@ from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
 from azstoragetorch.checkpoint._folder import describe, plain
-from azstoragetorch.checkpoint._metadata import VERSION, dump_metadata, storage_info
-from azstoragetorch.checkpoint._names import METADATA, data_name, metadata_name, new_save_id
+from azstoragetorch.checkpoint._format import (
+    METADATA,
+    VERSION,
+    data_name,
+    dump_metadata,
+    metadata_name,
+    new_save_id,
+    storage_info,
+)
 from azstoragetorch.checkpoint._planning import partition
 from azstoragetorch.checkpoint._progress import Meter, Progress
 from azstoragetorch.checkpoint._storage import FolderStorage

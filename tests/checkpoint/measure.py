@@ -22,8 +22,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from azstoragetorch.checkpoint import BlobStorageReader
-from azstoragetorch.checkpoint._envelope import Item, Payload, envelope
-from azstoragetorch.checkpoint._metadata import dump_metadata, many_objects, read_item, storage_info
+from azstoragetorch.checkpoint._format import (
+    Item,
+    Payload,
+    dump_metadata,
+    envelope,
+    many_objects,
+    read_item,
+    storage_info,
+)
 from azstoragetorch.checkpoint._reads import plan, reads_of
 from tests.faults import FaultService
 

@@ -25,10 +25,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from azstoragetorch.checkpoint import _metadata
-from azstoragetorch.checkpoint._envelope import Item, Payload, envelope, probe
-from azstoragetorch.checkpoint._metadata import dump_metadata, load_metadata, read_item, storage_info
-from azstoragetorch.checkpoint._names import data_name, new_save_id, saved_at
+from azstoragetorch.checkpoint._format import (
+    Item,
+    Payload,
+    data_name,
+    dump_metadata,
+    envelope,
+    load_metadata,
+    new_save_id,
+    probe,
+    read_item,
+    saved_at,
+    storage_info,
+)
+from azstoragetorch.checkpoint._format import metadata as _metadata
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 DTYPES = [

@@ -204,7 +204,7 @@ def test_a_save_needs_no_permission_to_list(container: Container, base: str) -> 
 
 @pytest.mark.parametrize("size", [1 << 55, 1 << 62])
 def test_absurd_sizes_are_an_error(container: Container, base: str, size: int) -> None:
-    from azstoragetorch.checkpoint._metadata import dump_metadata, load_metadata
+    from azstoragetorch.checkpoint._format import dump_metadata, load_metadata
 
     put(container, base)
     metadata = load_metadata(container.get("runs/a b/.metadata"))
@@ -216,7 +216,7 @@ def test_absurd_sizes_are_an_error(container: Container, base: str, size: int) -
 
 
 def test_forged_paths_in_the_nested_state_dict_are_refused(container: Container, base: str) -> None:
-    from azstoragetorch.checkpoint._metadata import dump_metadata, load_metadata
+    from azstoragetorch.checkpoint._format import dump_metadata, load_metadata
 
     put(container, base)
     metadata = load_metadata(container.get("runs/a b/.metadata"))

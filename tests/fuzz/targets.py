@@ -19,7 +19,7 @@ from azure.core.exceptions import AzureError
 from azstoragetorch._blob.listing import _match_page, _parse_page, parse_page
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url, parse_url
 from azstoragetorch._samples.tar import walk
-from azstoragetorch.checkpoint._metadata import load_metadata, read_item
+from azstoragetorch.checkpoint._format import load_metadata, read_item
 from azstoragetorch.exceptions import CheckpointError
 from tests.faults.store import BlobStore, Request
 

@@ -1,7 +1,6 @@
 """The metadata: what torch's own FileSystemReader reads after a plain download, and FileSystemWriter writes.
 
-A checkpoint is a folder: data blobs, in which items lie one after the other, each as `torch.save` writes it, and the
-blob ``.metadata``, a pickle that says where each item is. Ours adds facts to the stock entries, as attributes that
+It is a pickle that says where each item is. Ours adds facts to the stock entries, as attributes that
 other readers ignore: where in an item the bare bytes of its tensor begin, of which type and shape they are, and the
 ETag of the blob. The pickle comes from the network, so it is read by an unpickler that knows the names that metadata
 consists of and no others.
@@ -26,7 +25,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from azstoragetorch.checkpoint._envelope import Item, Payload
+from azstoragetorch.checkpoint._format.envelope import Item, Payload
 from azstoragetorch.exceptions import CheckpointError
 
 VERSION = "1.0.0"  # what FileSystemWriter writes into Metadata.version

@@ -1,0 +1,47 @@
+"""What a checkpoint consists of: the names of its blobs, the items in data blobs, and the metadata.
+
+A checkpoint is a folder: data blobs, in which items lie one after the other, each as `torch.save` writes it, and the
+blob ``.metadata`` that says where each item is. After a plain download, torch's own ``FileSystemReader`` reads it.
+"""
+
+from __future__ import annotations
+
+from azstoragetorch.checkpoint._format.envelope import PROBE, Item, ItemFile, Payload, envelope, has_payload, probe
+from azstoragetorch.checkpoint._format.metadata import (
+    VERSION,
+    dump_metadata,
+    load_metadata,
+    many_objects,
+    read_item,
+    storage_info,
+)
+from azstoragetorch.checkpoint._format.names import (
+    METADATA,
+    data_name,
+    is_rank_metadata,
+    metadata_name,
+    new_save_id,
+    saved_at,
+)
+
+__all__ = [
+    "METADATA",
+    "PROBE",
+    "VERSION",
+    "Item",
+    "ItemFile",
+    "Payload",
+    "data_name",
+    "dump_metadata",
+    "envelope",
+    "has_payload",
+    "is_rank_metadata",
+    "load_metadata",
+    "many_objects",
+    "metadata_name",
+    "new_save_id",
+    "probe",
+    "read_item",
+    "saved_at",
+    "storage_info",
+]
