@@ -25,4 +25,24 @@ __version__ = "0.3.0.dev0"
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.metrics import Metrics, metrics
 
-__all__ = ["Metrics", "TransferConfig", "__version__", "metrics"]
+__all__ = ["Metrics", "TransferConfig", "__version__", "join_url", "metrics"]
+
+
+def join_url(url: str, *names: str) -> str:
+    """The URL of something in the container or folder at *url*: ``join_url(url, "runs", "step-1", "model.pt")``.
+
+    Names are percent-encoded and put into the path; the query of *url*, with the SAS in it, stays at the end.
+    ``f"{url}/step-1"`` would put them behind the SAS.
+
+    Args:
+        url: The URL of a container or folder, with or without a SAS, with or without a trailing slash.
+        names: Folders, and the blob or folder in the last one, as plain strings. Each may have slashes inside, and a
+            trailing one.
+
+    Raises:
+        ValueError: a name is empty, begins with a slash, or is refused as the name of a blob (``..``).
+        TypeError: an argument is not a str.
+    """
+    from azstoragetorch._blob.url import join_url
+
+    return join_url(url, *names)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.url import BlobURL, join_url, parse_blob_url, parse_container_url, parse_url
+from azstoragetorch import join_url
+from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_container_url, parse_url, url_of_name, why_refused
 
 ACCOUNT = "https://account.blob.core.windows.net"
 AZURITE = "http://127.0.0.1:10000/devstoreaccount1"
@@ -52,6 +53,8 @@ class TestForms:
             ("az://account.blob.core.windows.net/c/d/b", ACCOUNT, "c", "d/b"),
             ("az://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
             (f"{ACCOUNT}/$root/b", ACCOUNT, "$root", "b"),
+            ("wasbs://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
+            ("wasb://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
         ],
     )
     def test_every_form_names_account_container_and_blob(
@@ -68,6 +71,31 @@ class TestForms:
         parsed = parse_container_url(url)
         assert (parsed.container, parsed.blob) == ("c", "")
         assert str(parsed).endswith("/c")
+
+    @pytest.mark.parametrize("scheme", ["az", "abfs", "abfss"])
+    def test_an_account_from_the_environment(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As fsspec's adlfs has it; a URL that names its account is not touched by it."""
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "fromenv")
+        parsed = parse_blob_url(f"{scheme}://c/d/b?{SAS}")
+        assert str(parsed) == "https://fromenv.blob.core.windows.net/c/d/b"
+        assert parsed.sas is not None
+        assert str(parse_blob_url(f"{scheme}://c@account.blob.core.windows.net/d/b")) == f"{ACCOUNT}/c/d/b"
+        assert str(parse_container_url(f"{scheme}://c")) == "https://fromenv.blob.core.windows.net/c"
+
+    @pytest.mark.parametrize("value", ["evil.example/", "account.blob", "UPPER", "a", "a@b"])
+    def test_the_account_of_the_environment_is_the_name_of_one(
+        self, value: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", value)
+        with pytest.raises(ValueError, match="AZURE_STORAGE_ACCOUNT_NAME"):
+            parse_blob_url("az://c/b")
+
+    @pytest.mark.parametrize("slash", ["", "/"])
+    def test_a_container_as_the_portal_and_other_tools_give_it(self, slash: str) -> None:
+        for query in (f"sp=rl&st=2024-01-01T00:00:00Z&spr=https&sv=2022-11-02&sr=c&sig={SECRET}", SAS):
+            for other in ("", "&restype=container&comp=list"):
+                parsed = parse_container_url(f"{ACCOUNT}/c{slash}?{query}{other}")
+                assert (str(parsed), parsed.sas and parsed.sas.reveal()) == (f"{ACCOUNT}/c", query)
 
     def test_snapshot_and_version_are_read_and_cannot_be_written(self) -> None:
         stamp = "2024-01-01T00:00:00.1234567Z"
@@ -97,7 +125,7 @@ class TestNames:
 
     @given(names)
     def test_any_name_round_trips(self, name: str) -> None:
-        parsed = parse_blob_url(join_url(f"{AZURITE}/c", name))
+        parsed = parse_blob_url(url_of_name(f"{AZURITE}/c", name))
         assert parsed.blob == name
         assert parse_blob_url(str(parsed)) == parsed
         assert parse_container_url(f"{AZURITE}/c").with_blob(name) == parsed
@@ -119,6 +147,141 @@ class TestNames:
         """A listing may hold what a URL may not: reading it must not read another blob."""
         with pytest.raises(ValueError, match="blob name"):
             parse_container_url(f"{ACCOUNT}/c").with_blob(name)
+
+    @pytest.mark.parametrize("name", ["d/../c1", "..", "./a", "a/.", "x" * 1025, "\ud800"])
+    def test_a_face_can_ask_which_listed_names_are_refused(self, name: str) -> None:
+        """The same names that a URL may not have, decided in one place."""
+        reason = why_refused(name)
+        assert reason
+        with pytest.raises(ValueError, match="blob name"):
+            parse_container_url(f"{ACCOUNT}/c").with_blob(name)
+
+    @pytest.mark.parametrize("name", ["a", "/a", "a//b", "a/...", ".a", "a\x1b[31m", "ü", "x" * 1024])
+    def test_and_which_are_not(self, name: str) -> None:
+        assert why_refused(name) is None
+        assert parse_container_url(f"{ACCOUNT}/c").with_blob(name).blob == name
+
+
+class TestHosts:
+    """Which hosts are Azure's is decided by whole labels, and only those name an account by a label."""
+
+    @pytest.mark.parametrize(
+        ("host", "account"),
+        [
+            ("account.blob.core.windows.net", "account"),
+            ("account.blob.core.windows.net:443", "account"),
+            ("account.blob.core.windows.net.", "account"),
+            ("account-secondary.blob.core.windows.net", "account"),
+            ("account.privatelink.blob.core.windows.net", "account"),
+            ("account.z12.blob.storage.azure.net", "account"),
+            ("account.dfs.core.windows.net", "account"),
+            ("account.z12.dfs.storage.azure.net", "account"),
+            ("account.blob.core.chinacloudapi.cn", "account"),
+            ("account.blob.core.usgovcloudapi.net", "account"),
+        ],
+    )
+    def test_those_of_azure(self, host: str, account: str) -> None:
+        parsed = parse_url(f"https://{host}/c/b")
+        assert parsed.is_azure
+        assert parsed.account_name == account
+        assert parse_url(f"https://{host.upper()}/c/b").is_azure
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "account.evil.example",
+            "account.blob.core.windows.net.evil.example",
+            "evilblob.core.windows.net",
+            "blob.core.windows.net",
+            "account.blob.core.windows.net-evil.example",
+            "account.xblob.core.windows.net",
+            "account.web.core.windows.net",
+            "account.blob.core.windows.netx",
+            "account.\uff42lob.core.windows.net",
+            "data.example.com",
+        ],
+    )
+    def test_those_of_others(self, host: str) -> None:
+        parsed = parse_url(f"https://{host}/c/b")
+        assert not parsed.is_azure
+        assert parsed.account_name == ""
+
+    def test_a_path_names_its_account(self) -> None:
+        assert parse_url(f"{AZURITE}/c").account_name == "devstoreaccount1"
+
+    @pytest.mark.parametrize("host", ["127.0.0.1:1", "127.1.2.3", "localhost", "[::1]:10000"])
+    def test_this_machine(self, host: str) -> None:
+        assert parse_url(f"http://{host}/account/c").is_loopback
+
+    @pytest.mark.parametrize("host", ["10.0.0.1", "localhost.example.com", "azurite", "[fe80::1]"])
+    def test_other_machines(self, host: str) -> None:
+        assert not parse_url(f"http://{host}/account/c").is_loopback
+
+    @pytest.mark.parametrize(
+        ("host", "audience"),
+        [
+            ("account.blob.core.windows.net", "https://storage.azure.com"),
+            ("account.z1.blob.storage.azure.net", "https://storage.azure.com"),
+            ("data.example.com", "https://storage.azure.com"),
+            ("account.blob.core.usgovcloudapi.net", "https://account.blob.core.usgovcloudapi.net"),
+            ("account.privatelink.blob.core.chinacloudapi.cn", "https://account.blob.core.chinacloudapi.cn"),
+            ("account-secondary.dfs.core.chinacloudapi.cn", "https://account.blob.core.chinacloudapi.cn"),
+        ],
+    )
+    def test_a_token_is_for_the_cloud_that_it_is_sent_to(self, host: str, audience: str) -> None:
+        assert parse_url(f"https://{host}/c").audience == audience
+
+
+class TestJoining:
+    @pytest.mark.parametrize("url", [f"{ACCOUNT}/c", f"{ACCOUNT}/c/", f"{ACCOUNT}/c?{SAS}", f"{ACCOUNT}/c/?{SAS}"])
+    def test_names_go_before_the_query(self, url: str) -> None:
+        joined = join_url(url, "runs/50% off?", "ü #1.txt")
+        parsed = parse_blob_url(joined)
+        assert parsed.blob == "runs/50% off?/ü #1.txt"
+        assert parsed.sas == parse_url(url).sas
+        assert str(parsed).startswith(f"{ACCOUNT}/c/runs/")
+
+    @given(names)
+    def test_any_name(self, name: str) -> None:
+        if name.startswith("/") or not name.strip("/"):
+            with pytest.raises(ValueError, match="begin with"):
+                join_url(f"{ACCOUNT}/c", name)
+        else:
+            assert parse_blob_url(join_url(f"{ACCOUNT}/c?{SAS}", "a/", name)).blob == f"a/{name}"
+
+    @pytest.mark.parametrize("name", ["", "/", "/a", "..", "a/../b"])
+    def test_what_does_not_name_something_inside_is_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="name"):
+            join_url(f"{ACCOUNT}/c", name)
+
+    def test_types(self) -> None:
+        with pytest.raises(TypeError, match="url must be a str"):
+            join_url(None, "a")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="name must be a str"):
+            join_url(f"{ACCOUNT}/c", 1)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "sas",
+        [
+            SAS,
+            "sv=1&sig=x",
+            "sig=x&se=2034-01-01",
+            "sv=2023-11-03&sig=ab/cd%2Bef%3D",
+            "sv=1&sig=" + "a/" * 21 + "b%3D",
+            "sr=c&sig=x&sp=rl",
+            "sig=x&snapshot=2024",
+        ],
+    )
+    def test_a_path_behind_the_sas_is_refused_with_the_right_spelling(self, sas: str) -> None:
+        """``f"{url}/step-1"`` would be a SAS that opens nothing."""
+        with pytest.raises(ValueError, match=rf"{ACCOUNT}/c/<name>\?<SAS>.*azstoragetorch\.join_url") as caught:
+            parse_url(f"{ACCOUNT}/c?{sas}/step-1")
+        assert "step-1" not in str(caught.value)
+        assert "sig=" not in str(caught.value)
+
+    def test_a_slash_in_a_signature_is_not_a_path(self) -> None:
+        parsed = parse_url(f"{ACCOUNT}/c?sv=1&sig={'a/' * 21}b=&rsct=text/plain")
+        assert parsed.sas is not None
 
 
 class TestSecrets:
@@ -157,6 +320,12 @@ class TestSecrets:
             f"{ACCOUNT}/c/%ff?{SAS}",
             f"https://[::1/c/b?{SAS}",
             f"{ACCOUNT}:port/c/b?{SAS}",
+            f"{ACCOUNT}/c?{SAS}/step-1",
+            f"{ACCOUNT}/c?{SAS} ",
+            f"account.blob.core.windows.net/c?{SAS}",
+            SAS,
+            f"/home/me?{SAS}",
+            f"<account>?{SAS}",
         ],
     )
     def test_no_complaint_repeats_a_signature(self, url: str) -> None:
@@ -200,6 +369,25 @@ class TestRefusals:
             (f"{ACCOUNT}/c/b\r\n", "control"),
             ("https://acc ount.blob.core.windows.net/c/b", "characters that no host has"),
             ("https://account:99999/c/b", "not a valid URL"),
+            (f"{ACCOUNT}/c/a\0b", "control"),
+            (f"{ACCOUNT}/c/b?{SAS} ", "SAS with a space"),
+            (f"{ACCOUNT}/c/b?sig=ü", "SAS with a space or another character"),
+            ("http://127.0.0.1:10000/acc%0d%0aount/c/b", "no account"),
+            ("account.blob.core.windows.net/c/b", "write https://account.blob.core.windows.net/"),
+            ("acc.privatelink.blob.core.windows.net/c/b", "lacks its scheme"),
+            ("/home/me/model.pt", "/home/me/model.pt is a local path"),
+            ("C:\\models\\a.pt", "local path"),
+            ("file:///models/a.pt", "local path"),
+            ("data/a.pt", "'data/a.pt' has no https://"),
+            ("s3://bucket/a.pt", "s3:// is the scheme of something else"),
+            ("https://<account>.blob.core.windows.net/c/b", "'<account>' is a placeholder"),
+            ("https://%3Caccount%3E.blob.core.windows.net/c/b", "is a placeholder"),
+            (f"{ACCOUNT}/<container>/b", "'<container>' is a placeholder"),
+            ("https://{account}.blob.core.windows.net/c/b", "is a placeholder"),
+            ("azureml://subscriptions/1/resourcegroups/r/workspaces/w/datastores/d/paths/p", "az ml datastore show"),
+            ("azureml:cats:1", "pass https://<account>.blob.core.windows.net/<container>"),
+            ("az://c/b", "AZURE_STORAGE_ACCOUNT_NAME"),
+            (f"{ACCOUNT}/c?comp=metadata&sig=x", "comp="),
         ],
     )
     def test_what_is_no_blob_is_refused_with_the_argument_and_the_reason(self, url: str, reason: str) -> None:

@@ -1,27 +1,62 @@
 """Addresses of blobs and containers: every form that users write, parsed into one value.
 
 Names are kept decoded and encoded again for the wire, so that any name round-trips. The SAS is kept apart from
-the address and is in none of its texts.
+the address and is in none of its strings. This is also the one place that decides which names are refused
+(`check_name`) and which hosts belong to Azure (`BlobURL.is_azure`).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 from azstoragetorch._blob.secret import Secret
+
+ACCOUNT_VARIABLE = "AZURE_STORAGE_ACCOUNT_NAME"  # as fsspec's adlfs has it: the account of az://container/path
 
 _SAS_FIELDS = {"sig", "sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "si", "skoid", "sktid", "skt", "ske"} | {
     "sks", "skv", "skdutid", "sdd", "sduoid", "srh", "srq", "saoid",
     "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
 }  # fmt: skip
+_MAY_HOLD_SLASH = {"rscc", "rscd", "rsce", "rscl", "rsct", "srh", "srq"}  # of these, in a query that is not encoded
+
+# Domains of Azure itself: the public cloud and its DNS zones, OneLake, and the sovereign clouds. Nobody else can have a
+# host below one of them, so a host is compared with whole labels and no pattern is needed for the rest.
+_PUBLIC_CLOUD = (".blob.core.windows.net", ".blob.storage.azure.net", ".blob.fabric.microsoft.com")
+_SOVEREIGN_CLOUDS = (
+    ".blob.core.usgovcloudapi.net",
+    ".blob.core.chinacloudapi.cn",
+    ".blob.core.microsoft.scloud",
+    ".blob.core.eaglex.ic.gov",
+    ".blob.core.sovcloud-api.fr",
+    ".blob.core.sovcloud-api.de",
+    ".blob.core.sovcloud-api.sg",
+)
+
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HOST = re.compile(r"[\w.:-]*")
+_ACCOUNT = re.compile(r"[\w.~-]+", re.ASCII)
+_SAS = re.compile(r"[!-~]*")
+_SIGNATURE = re.compile(r"[A-Za-z0-9+/]{43}=")  # the base64 of 32 bytes
+_PLACEHOLDER = re.compile(r"<[\w .-]+>|%3[Cc][\w .-]+%3[Ee]|\{[\w .-]*\}|\$\{?[A-Z_]{2,}\}?")
+_SCHEMES = {
+    "http": "http",
+    "https": "https",
+    "wasb": "https",
+    "wasbs": "https",
+    "abfs": "https",
+    "abfss": "https",
+    "az": "https",
+}
 _FORMS = (
     "https://<account>.blob.core.windows.net/<container>/<blob>, http(s)://<host>[:port]/<account>/<container>/<blob>, "
-    "abfss://<container>@<account>.dfs.core.windows.net/<blob> or az://<account host>/<container>/<blob>"
+    "abfss://<container>@<account>.dfs.core.windows.net/<blob>, "
+    "wasbs://<container>@<account>.blob.core.windows.net/<blob>, az://<account host>/<container>/<blob> or, with "
+    f"{ACCOUNT_VARIABLE} set, az://<container>/<blob>"
 )
 
 
@@ -48,14 +83,47 @@ class BlobURL:
 
     @property
     def path(self) -> str:
-        """The percent-encoded path, as it goes on the wire."""
+        """The percent-encoded path, as it is sent."""
         container = f"{self.account_path}/{quote(self.container, safe='$')}"
         return f"{container}/{_encode_name(self.blob)}" if self.blob else container
 
     @property
+    def hostname(self) -> str:
+        """The host without its port, an IPv6 address without its brackets."""
+        return (urlsplit(f"//{self.host}").hostname or "").removesuffix(".")
+
+    @property
     def account_name(self) -> str:
-        """The account as the address names it."""
-        return self.account_path[1:] or self.host.split(".", 1)[0]
+        """The account, if the address names it: in its path, or as the first label of a host of Azure; else ''.
+
+        The first label of another host is only a label: ``account.example.com`` is not the account's.
+        """
+        if self.account_path:
+            return self.account_path[1:]
+        # Endpoints of one account differ by a suffix: -secondary, -ipv6, -internetrouting. No account has a hyphen.
+        return self.hostname.partition(".")[0].partition("-")[0] if self.is_azure else ""
+
+    @property
+    def is_azure(self) -> bool:
+        """Whether the host is one of Azure Storage, in any cloud, also by a private link or in a DNS zone."""
+        return self.hostname.endswith(_PUBLIC_CLOUD + _SOVEREIGN_CLOUDS)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine, where emulators are."""
+        hostname = self.hostname
+        return hostname == "localhost" or ((address := _ip_address(hostname)) is not None and address.is_loopback)
+
+    @property
+    def audience(self) -> str:
+        """The resource that a token has to be for.
+
+        One resource stands for all accounts of the public cloud. In a sovereign cloud it is the account, named by that
+        cloud's domain, so that a token is of no use in another cloud.
+        """
+        hostname = self.hostname
+        domain = next((domain for domain in _SOVEREIGN_CLOUDS if hostname.endswith(domain)), None)
+        return "https://storage.azure.com" if domain is None else f"https://{self.account_name}{domain}"
 
     @property
     def is_read_only(self) -> bool:
@@ -69,9 +137,9 @@ class BlobURL:
         """The blob *name* in the same container, with the same SAS.
 
         Raises:
-            ValueError: *name* is none that the service can be asked for.
+            ValueError: *name* is refused, see `check_name`.
         """
-        _check_name(name, "name")
+        check_name(name, "name")
         return BlobURL(self.scheme, self.host, self.account_path, self.container, name, sas=self.sas)
 
 
@@ -79,8 +147,8 @@ def parse_blob_url(url: str) -> BlobURL:
     """Parse the URL of a blob.
 
     Raises:
-        ValueError: *url* is no URL of a blob; the message says what is missing.
-        TypeError: *url* is no text.
+        ValueError: *url* is not the URL of a blob; the message says what is missing.
+        TypeError: *url* is not a str.
     """
     parsed = parse_url(url, argument="blob_url")
     if not parsed.blob:
@@ -92,8 +160,8 @@ def parse_container_url(url: str) -> BlobURL:
     """Parse the URL of a container, with or without a trailing slash.
 
     Raises:
-        ValueError: *url* is no URL of a container; the message says what is wrong.
-        TypeError: *url* is no text.
+        ValueError: *url* is not the URL of a container; the message says what is wrong.
+        TypeError: *url* is not a str.
     """
     parsed = parse_url(url, argument="container_url")
     if parsed.blob:
@@ -107,103 +175,225 @@ def parse_container_url(url: str) -> BlobURL:
 
 
 def parse_url(url: str, *, argument: str = "url") -> BlobURL:
-    """Parse the URL of a container, a folder or a blob. *argument* is the name that errors give it."""
+    """Parse the URL of a container, a folder or a blob. *argument* is the name that errors give it.
+
+    Raises:
+        ValueError: *url* is not such a URL; the message says what to write instead.
+        TypeError: *url* is not a str.
+    """
     if not isinstance(url, str):
         raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
-    scheme, separator, rest = url.partition("://")
-    scheme = scheme.lower()
-    if any(character in url for character in "\t\r\n"):  # urlsplit drops them, which would make it another name
-        raise ValueError(f"{argument} has a control character (tab or line break): remove it, or percent-encode it")
-    try:
-        # Fragments do not exist here: an unencoded "#" in a name is part of the name.
-        parts = urlsplit("//" + rest.replace("#", "%23"))
-        port = parts.port
-    except ValueError:
-        raise ValueError(f"{argument} is not a valid URL: expected {_FORMS}") from None
-    hostname, user = parts.hostname or "", parts.username
-    if not _HOST.fullmatch(hostname):
-        raise ValueError(f"{argument} has a host with characters that no host has: expected {_FORMS}")
+    scheme, parts = _split(url, argument)
+    hostname, port = parts.hostname or "", parts.port
     # Only the shape is quoted here: what is malformed may hold a secret anywhere.
-    shape = f"{scheme}://{hostname}" if separator and hostname else "the given text"
-    if not separator or scheme not in ("http", "https", "abfs", "abfss", "az") or not hostname:
-        raise ValueError(f"{argument} is not a URL of Azure Blob Storage ({shape}): expected {_FORMS}")
-    if parts.password is not None or (user is not None and scheme in ("http", "https")):
-        raise ValueError(f"{argument} has a user name or password before its host ({hostname}): remove it")
-    host = f"[{hostname}]" if ":" in hostname else hostname
+    what = f"{argument} {f'{scheme}://{hostname}'!r}"
+    host, path = f"[{hostname}]" if ":" in hostname else hostname, parts.path.removeprefix("/")
+    if scheme not in ("http", "https"):
+        host, path = _of_other_scheme(scheme, host, parts.username, path, what)
+    account_path = ""
+    if _names_account_in_path(host, path):
+        account, _, path = path.partition("/")
+        if not _ACCOUNT.fullmatch(account):
+            raise ValueError(f"{what} names no account in its path: {_advice(account)}")
+        account_path = f"/{account}"
     host = f"{host}:{port}" if port is not None else host
-    path = parts.path.removeprefix("/")
-    if scheme in ("abfs", "abfss", "az"):
-        if "." not in hostname:
-            raise ValueError(f"{argument} {shape!r} does not name the account's host: expected {_FORMS}")
-        if user is not None:
-            path = f"{user}/{path}"
-        elif scheme != "az":
-            raise ValueError(f"{argument} {shape!r} names no container before the '@': expected {_FORMS}")
-        scheme = "https"
     # The hierarchical endpoint of an account serves the same blobs under another name.
     # In DNS zones and behind private links one more label comes before "dfs".
     host = re.sub(r"^([\w-]+(?:\.(?!dfs\.|blob\.)[\w-]+)?)\.dfs\.", r"\1.blob.", host)
-    account_path = ""
-    if _names_account_in_path(hostname, path):
-        account, _, path = path.partition("/")
-        if not account:
-            raise ValueError(f"{argument} {shape!r} names no account in its path: expected {_FORMS}")
-        account_path = f"/{account}"
     container, _, blob = path.partition("/")
-    if not container:
-        raise ValueError(f"{argument} {shape!r} names no container: expected {_FORMS}")
+    if not container or _PLACEHOLDER.search(container):
+        raise ValueError(f"{what} names no container: {_advice(container)}")
     if "&sig=" in parts.path:
-        raise ValueError(
-            f"{argument} {shape!r} has a SAS in its path: put a '?' before the SAS; a '&' in a blob name is written %26"
-        )
+        raise ValueError(f"{what} has a SAS in its path: put a '?' before the SAS; a '&' in a blob name is written %26")
     name = _decode(blob, argument)
-    _check_name(name, argument)
-    query = parse_qsl(parts.query, keep_blank_values=True, separator="&")
-    options = {key.lower(): value for key, value in query}
-    known = _SAS_FIELDS | {"snapshot", "versionid"}
-    if unknown := sorted(key for key, _ in query if key.lower() not in known):
+    check_name(name, argument)
+    place = BlobURL(_SCHEMES[scheme], host, account_path, _decode(container, argument), name)
+    return _with_query(place, parts.query, what) if parts.query else place
+
+
+def _split(url: str, argument: str) -> tuple[str, SplitResult]:
+    """The scheme, and what follows it with a valid host."""
+    if _CONTROL.search(url):  # urlsplit drops some, which would make it another name
         raise ValueError(
-            f"{argument} {shape!r} has the unknown query parameter {unknown[0]!r}; a '?' in a blob name is written %3F"
+            f"{argument} has a control character (a tab or line break, for example): remove it, or percent-encode it"
         )
-    sas = "&".join(item for item in parts.query.split("&") if item.partition("=")[0].lower() in _SAS_FIELDS)
+    scheme, separator, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in _SCHEMES:
+        raise ValueError(f"{argument} is not a URL of Azure Blob Storage: {_what_it_is(url)}")
+    try:
+        # Fragments do not exist here: an unencoded "#" in a name is part of the name.
+        parts = urlsplit("//" + rest.replace("#", "%23"))
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"{argument} is not a valid URL: {_advice(url)}") from None
+    hostname = parts.hostname or ""
+    if not _HOST.fullmatch(hostname):
+        raise ValueError(f"{argument} has a host with characters that no host has: {_advice(parts.netloc)}")
+    if not hostname:
+        raise ValueError(f"{argument} is not a URL of Azure Blob Storage: {scheme}:// has no host. {_advice(url)}")
+    if parts.password is not None or (parts.username is not None and scheme in ("http", "https")):
+        raise ValueError(f"{argument} has a user name or password before its host ({hostname}): remove it")
+    return scheme, parts
+
+
+def _of_other_scheme(scheme: str, host: str, user: str | None, path: str, what: str) -> tuple[str, str]:
+    """Host and path of a URL that may name the container before an '@'."""
+    if user is not None and "." in host:
+        return host, f"{user}/{path}"
+    if "." not in host:
+        account = os.environ.get(ACCOUNT_VARIABLE, "")
+        if user is not None:
+            raise ValueError(f"{what} does not name the account's host: expected {_FORMS}")
+        if not account:
+            raise ValueError(
+                f"{what} does not name the account's host: set the environment variable {ACCOUNT_VARIABLE}, or write "
+                f"az://<account>.blob.core.windows.net/{host}/... Expected {_FORMS}"
+            )
+        if not re.fullmatch(r"[a-z0-9]{3,24}", account):
+            raise ValueError(f"environment variable {ACCOUNT_VARIABLE}={account!r} is not the name of an account")
+        return f"{account}.blob.core.windows.net", f"{host}/{path}"
+    if scheme != "az":
+        raise ValueError(f"{what} names no container before the '@': expected {_FORMS}")
+    return host, path
+
+
+def _with_query(place: BlobURL, text: str, what: str) -> BlobURL:
+    """*place* with what its query says: a SAS, a snapshot, a version."""
+    items = text.split("&")
+    for item in items:
+        _check_parameter(item, place, what)
+    options = {key.lower(): value for key, value in parse_qsl(text, keep_blank_values=True, separator="&")}
+    known = _SAS_FIELDS | {"snapshot", "versionid"}
+    if not place.blob:
+        known |= {"restype", "comp"}  # what tools that list a container leave in its URL
+    if unknown := sorted(key for key in options if key not in known):
+        raise ValueError(f"{what} has the unknown query parameter {unknown[0]!r}; a '?' in a blob name is written %3F")
+    if (options.get("restype", "container"), options.get("comp", "list")) != ("container", "list"):
+        raise ValueError(f"{what} asks for something else than a container: remove restype= and comp= from its query")
+    sas = "&".join(item for item in items if item.partition("=")[0].lower() in _SAS_FIELDS)
     if sas and "sig" not in options:
-        raise ValueError(f"{argument} {shape!r} has a SAS without its signature ('sig'): copy the whole token")
+        raise ValueError(f"{what} has a SAS without its signature ('sig'): copy the whole token")
+    if not _SAS.fullmatch(sas):
+        raise ValueError(f"{what} has a SAS with a space or another character that no SAS has: copy it again")
     return BlobURL(
-        scheme=scheme,
-        host=host,
-        account_path=account_path,
-        container=_decode(container, argument),
-        blob=name,
+        place.scheme,
+        place.host,
+        place.account_path,
+        place.container,
+        place.blob,
         snapshot=options.get("snapshot") or None,
         versionid=options.get("versionid") or None,
         sas=Secret(sas) if sas else None,
     )
 
 
-def join_url(container_url: str, name: str) -> str:
+def _check_parameter(item: str, place: BlobURL, what: str) -> None:
+    """Refuse a path that was appended to the query: ``url?sas/step-1``."""
+    key, _, value = item.partition("=")
+    may_hold_it = key.lower() in _MAY_HOLD_SLASH or key.lower() not in _SAS_FIELDS | {"snapshot", "versionid"}
+    if "/" not in value or may_hold_it or (key.lower() == "sig" and _SIGNATURE.fullmatch(unquote(value))):
+        return
+    # What follows is not quoted: it may be a part of the signature.
+    raise ValueError(
+        f"{what} has a path behind its query: write {place}/<name>?<SAS>, which azstoragetorch.join_url(url, name) does"
+    )
+
+
+def join_url(url: str, *names: str) -> str:
+    """*url* with *names* appended to its path, before its query; see `azstoragetorch.join_url`."""
+    if not isinstance(url, str):
+        raise TypeError(f"url must be a str, not {type(url).__name__}")
+    base, mark, query = url.partition("?")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {type(name).__name__}")
+        if not name.strip("/") or name.startswith("/"):
+            raise ValueError(f"a name must not be empty or begin with '/', as {name!r} does")
+        check_name(name, "names")
+        base = f"{base.removesuffix('/')}/{_encode_name(name)}"
+    return f"{base}{mark}{query}"
+
+
+def url_of_name(container_url: str, name: str) -> str:
     """The URL of the blob *name* in the container at *container_url* (without a query)."""
     return f"{container_url}/{_encode_name(name)}"
 
 
-def _names_account_in_path(hostname: str, path: str) -> bool:
-    if "." not in hostname or hostname.startswith("[") or ":" in hostname:
-        return True
+def why_refused(name: str) -> str | None:
+    """Why no request is made for a blob called *name*, in words that follow "the blob name ..."; None if it may be.
+
+    Listings can hold such names. A face that meets one skips it and says so, or raises; it never sends it.
+    """
+    if (name[:1] == "." or "/." in name) and not {".", ".."}.isdisjoint(name.split("/")):
+        return "has a '.' or '..' segment, which servers and proxies resolve to another blob: rename the blob"
+    if len(name) > 1024:
+        return f"has {len(name)} characters; the service allows 1,024"
+    if not name.isascii() and not _is_encodable(name):
+        return "cannot be written in UTF-8: it has a lone surrogate"
+    return None
+
+
+def check_name(name: str, argument: str) -> None:
+    """Raise `ValueError` if no request may be made for a blob called *name*."""
+    if (reason := why_refused(name)) is not None:
+        shown = repr(name if len(name) < 200 else f"{name[:200]}...")
+        raise ValueError(f"{argument}: the blob name {shown} {reason}")
+
+
+def _is_encodable(name: str) -> bool:
     try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        # An emulator behind a DNS name of its own still puts its one account into the path.
-        return path.partition("/")[0] == "devstoreaccount1"
+        name.encode()
+    except UnicodeEncodeError:
+        return False
     return True
 
 
-def _check_name(name: str, argument: str) -> None:
-    if (name[:1] == "." or "/." in name) and not {".", ".."}.isdisjoint(name.split("/")):
-        raise ValueError(
-            f"{argument}: the blob name {name!r} has a '.' or '..' segment, which servers and proxies resolve to "
-            "another blob: rename the blob"
+def _names_account_in_path(host: str, path: str) -> bool:
+    if "." not in host or ":" in host or _ip_address(host) is not None:
+        return True
+    # An emulator behind a separate DNS name still puts its one account into the path.
+    return path.partition("/")[0] == "devstoreaccount1"
+
+
+def _ip_address(hostname: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(hostname)
+    except ValueError:
+        return None
+
+
+def _what_it_is(url: str) -> str:
+    """What *url*, whose scheme is not known, may be, and what to write instead. Quotes nothing of its query."""
+    scheme, separator, _ = url.partition(":")
+    shown = url.partition("?")[0]
+    first = shown.partition("/")[0]
+    if not re.fullmatch(r"[\w./ ~-]{1,80}", shown, re.ASCII):
+        shown = ""  # it may be a secret
+    if scheme.lower() == "azureml" and separator:
+        return (
+            "azureml:// names a datastore or asset of Azure ML: look up its account and container (`az ml datastore "
+            "show --name <datastore>`) and pass https://<account>.blob.core.windows.net/<container>/<path>, where "
+            "<path> is what follows paths/"
         )
-    if len(name) > 1024:
-        raise ValueError(f"{argument}: the blob name has {len(name)} characters; the service allows 1,024")
+    if re.fullmatch(r"[\w.-]+\.[\w-]+(?::\d+)?", first) and "/" in url and ".blob." in f".{first}":
+        return f"it lacks its scheme: write https://{first}/..."
+    if scheme.lower() == "file" or url[:1] in ("/", ".", "~", "\\") or re.match(r"[A-Za-z]:[\\/]", url):
+        return f"{shown or 'it'} is a local path; files are opened with open(). Expected {_FORMS}"
+    if re.fullmatch(r"[A-Za-z][\w+.-]*", scheme) and url.startswith("//", len(scheme) + 1):
+        return f"{scheme}:// is the scheme of something else. Expected {_FORMS}"
+    return (
+        f"{shown!r} has no https:// in front. {_advice(url)}"
+        if shown
+        else f"it has no https:// in front. {_advice(url)}"
+    )
+
+
+def _advice(text: str) -> str:
+    """What was expected, after a word about a placeholder that was left in *text*."""
+    found = _PLACEHOLDER.search(text)
+    left = f"{found.group()!r} is a placeholder: put the real name in its place. " if found is not None else ""
+    return f"{left}Expected {_FORMS}"
 
 
 def _encode_name(name: str) -> str:

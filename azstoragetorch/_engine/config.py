@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 KiB = 1 << 10
@@ -14,9 +17,14 @@ MAX_BLOCK_SIZE = 4000 * MiB  # the service's limit for one block
 MAX_VALIDATED_RANGE = 4 * MiB  # the service returns an MD5 only for ranges up to this size
 
 
+_PREFIX = "AZSTORAGETORCH_"
+TRUSTED_HOSTS = f"{_PREFIX}TRUSTED_HOSTS"
+_HOST = re.compile(r"\.?(?:[\w-]+(?:\.[\w-]+)*\.?|\[[0-9a-f:.]+\])(?::\d+)?", re.ASCII | re.IGNORECASE)
+
+
 def _setting(name: str, default: Any) -> Any:
     """A field whose default an operator can override with ``AZSTORAGETORCH_<NAME>``."""
-    variable = f"AZSTORAGETORCH_{name.upper()}"
+    variable = f"{_PREFIX}{name.upper()}"
 
     def resolve() -> Any:
         text = os.environ.get(variable)
@@ -32,6 +40,34 @@ def _setting(name: str, default: Any) -> Any:
             ) from None
 
     return field(default_factory=resolve)
+
+
+def trusted_hosts() -> tuple[str, ...]:
+    """The hosts in ``AZSTORAGETORCH_TRUSTED_HOSTS``: ``data.example.com``, with a port, or ``.example.com``.
+
+    Raises:
+        ValueError: one of them is not a host.
+    """
+    names = re.split(r"[\s,]+", os.environ.get(TRUSTED_HOSTS, "").lower())
+    hosts = tuple(name.removeprefix("*") for name in names if name)
+    if wrong := [host for host in hosts if not _HOST.fullmatch(host)]:
+        raise ValueError(
+            f"environment variable {TRUSTED_HOSTS}: {wrong[0]!r} is not a host: write data.example.com, "
+            "data.example.com:8443 or, for all hosts of a domain, .example.com; commas go between them"
+        )
+    return hosts
+
+
+@lru_cache(maxsize=1)
+def _warn_about_misspelt_variables() -> None:
+    """Warn about each ``AZSTORAGETORCH_*`` variable that nothing reads, once for each process."""
+    known = {TRUSTED_HOSTS} | {f"{_PREFIX}{setting.name.upper()}" for setting in fields(TransferConfig)}
+    for name in sorted({name for name in os.environ if name.startswith(_PREFIX)} - known):
+        from difflib import get_close_matches
+
+        (nearest,) = get_close_matches(name, sorted(known), 1, cutoff=0.0)
+        what = f"environment variable {name} is not a setting and is ignored; did you mean {nearest}?"
+        warnings.warn(what, UserWarning, stacklevel=4)
 
 
 @dataclass(frozen=True)
@@ -58,7 +94,7 @@ class TransferConfig:
         max_attempts: Tries of a request that makes no progress, the first one included.
         max_backoff: Longest pause between two tries in seconds; a longer ``Retry-After`` is honoured.
         validate_content: Check an MD5 of every part read and have the service check one of every block written.
-            Parts are then at most 4 MiB. TLS already protects bytes on the way.
+            Parts are then at most 4 MiB. TLS already protects bytes in flight.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -78,6 +114,7 @@ class TransferConfig:
     validate_content: bool = _setting("validate_content", False)
 
     def __post_init__(self) -> None:
+        _warn_about_misspelt_variables()
         limits: dict[str, tuple[float, float]] = {
             "part_size": (64 * KiB, 4 * GiB),
             "block_size": (64 * KiB, MAX_BLOCK_SIZE),

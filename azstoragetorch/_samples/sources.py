@@ -19,7 +19,7 @@ from azstoragetorch._blob.download import BlobVersion, fetch_parallel
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.ranges import ByteRange
-from azstoragetorch._blob.url import BlobURL, join_url, parse_blob_url, parse_url
+from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_url, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch._engine.memory import copy, filled_bytes
@@ -184,7 +184,7 @@ class Listing:
             for name, size, etag in zip(page.names, page.sizes, page.etags, strict=True):
                 if accepts(name):
                     has_any = True
-                    yield BlobInfo(join_url(base, name), size, etag)
+                    yield BlobInfo(url_of_name(base, name), size, etag)
             if is_one:
                 break
         if not has_any and (url.blob or self.masks):

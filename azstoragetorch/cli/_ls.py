@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.url import BlobURL, join_url
+from azstoragetorch._blob.url import BlobURL, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.cli._output import human, printable
 from azstoragetorch.cli._session import NOT_FOUND, Session, Url, common
@@ -68,4 +68,4 @@ def _entries(container: ContainerClient, path: str, prefix: str, delimiter: str)
 
 
 def _blob(container: ContainerClient, name: str, size: int, etag: str) -> dict[str, Any]:
-    return {"name": name, "size": size, "etag": etag, "url": join_url(str(container.url), name)}
+    return {"name": name, "size": size, "etag": etag, "url": url_of_name(str(container.url), name)}
