@@ -21,7 +21,8 @@ from azstoragetorch._blob.service import Service, fail
 from azstoragetorch._blob.transport import Response
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
@@ -223,20 +224,21 @@ def fetch_parallel(
 
     *opened* is a read that has begun already, under the same *scope*; it is received first.
     """
-    config = service.config
-
-    def task(span: ByteRange, target: memoryview) -> Callable[[Scope], None]:
-        return lambda scope: fetch(service, url, span, [target], etag=etag, scope=scope)
-
-    tasks: list[Callable[[Scope], None]] = []
-    if opened is not None:
-        read, into = opened
-        tasks.append(lambda _scope: read.receive([into]))
+    part_size = service.config.effective_part_size
+    reads: list[tuple[ByteRange | RangeRead, memoryview]] = [] if opened is None else [opened]
     for span, target in jobs:
-        for part in split(span, config.effective_part_size):
+        for part in split(span, part_size):
             at = part.start - span.start
-            tasks.append(task(part, target[at : at + len(part)]))
-    engine_for(config).run_all(tasks, config.max_concurrency, scope)
+            reads.append((part, target[at : at + len(part)]))
+
+    def receive(read: tuple[ByteRange | RangeRead, memoryview], scope: Scope) -> None:
+        source, target = read
+        if isinstance(source, ByteRange):
+            fetch(service, url, source, [target], etag=etag, scope=scope)
+        else:
+            source.receive([target])
+
+    engine_for(service.config).map(receive, reads, service.config.max_concurrency, scope)
 
 
 def _unfilled(targets: Sequence[memoryview], done: int) -> list[memoryview]:

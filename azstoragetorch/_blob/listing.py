@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import quote, unquote
 
 from azure.core.exceptions import ServiceResponseError
@@ -19,7 +19,9 @@ from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Service, fail
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._engine.job import Job
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import engine_for
 
 _NAME = re.compile(rb"<Blob><Name>([^<]+)</Name>")
 _SIZE = re.compile(rb"<Content-Length>(\d+)</Content-Length>")
@@ -68,56 +70,38 @@ def list_pages(
     Raises:
         AzureError: the service refused, could not be reached, or sent what is no listing.
     """
-    scope = Scope()
-    engine = engine_for(service.config)
-
     query = f"restype=container&comp=list&include=metadata{',uncommittedblobs' if uncommitted else ''}"
     for key, value in (("prefix", prefix), ("delimiter", delimiter)):
         if value:
             query += f"&{key}={quote(value, safe='')}"
     if page_size != 5000:
         query += f"&maxresults={page_size}"
-
-    def fetch(marker: str) -> bytes:
-        return retrying(service.config, lambda: _fetch(service, container, query, marker, scope), scope)
-
-    def run(future: Future[bytes], marker: str) -> None:
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(fetch(marker))
-            except BaseException as error:  # noqa: BLE001 - raised by whoever asks for the result
-                future.set_exception(error)
-
-    firsts: set[tuple[str, ...]] = set()
-
-    def parse(raw: bytes) -> Page:
-        page = parse_page(raw, container, with_modified=with_modified)
-        first = (*page.names[:1], *page.prefixes[:1])
-        if first in firsts:
-            raise _repeated(container)  # under another marker
-        if first:
-            firsts.add(first)
-        return page
-
-    marker, seen = "", {""}
-    raw = fetch(marker)
+    scope = Scope()
+    markers, firsts = {""}, set[tuple[str, ...]]()
+    fetching: Job[bytes] | None = Job(partial(_fetch, service, container, query, "", scope))
     try:
-        while True:
+        while fetching is not None:
+            raw = fetching.result()
+            fetching = None
             following = _next_marker(raw)
-            if following and following in seen:
-                raise _repeated(container)
-            seen.add(following)
-            if not following:
-                yield parse(raw)
-                return
-            marker = following
-            future: Future[bytes] = Future()
-            engine.submit(lambda future=future, marker=marker: run(future, marker))  # type: ignore[misc]
-            yield parse(raw)
-            # Not begun for want of a thread: do it here, so that a listing never waits for other transfers.
-            raw = fetch(marker) if future.cancel() else future.result()
+            if following:
+                if following in markers:
+                    raise _repeated(container)
+                markers.add(following)
+                # Without a free thread it is fetched above: a listing never waits for other transfers.
+                fetching = Job(partial(_fetch, service, container, query, following, scope))
+                engine_for(service.config).submit(fetching.run)
+            page = parse_page(raw, container, with_modified=with_modified)
+            first = (*page.names[:1], *page.prefixes[:1])
+            if first in firsts:
+                raise _repeated(container)  # under another marker
+            if first:
+                firsts.add(first)
+            yield page
     finally:
         scope.cancel()
+        if fetching is not None:
+            fetching.give_up()
 
 
 def parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
@@ -131,6 +115,10 @@ def parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -
 
 
 def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
+    return retrying(service.config, lambda: _fetch_once(service, container, query, marker, scope), scope)
+
+
+def _fetch_once(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
     if marker:
         query += f"&marker={quote(marker, safe='')}"
     response = service.send("GET", container, query=query, scope=scope)

@@ -2,7 +2,7 @@
 
 Sixty-four threads that each wait for one answer spend more time handing the interpreter lock around than on their
 answers. Here a request is sent at once on an idle connection, and one thread takes whichever answers arrive. Only a
-plain, complete answer is taken: whatever else happens, the read is handed back, to be made anew by a thread that can
+plain, complete answer is taken. Whatever else happens, the read is handed back, to be made again by a thread that can
 retry, renew a token, and say what is wrong.
 """
 
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import re
 import select
-import threading
 import time
-import weakref
+from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from http.client import HTTPException
 from ssl import SSLWantReadError
 
@@ -23,9 +22,11 @@ from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.transport import Connection, parse_head, take_idle
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Cancelled, Engine, Scope
 from azstoragetorch._engine.memory import bytes_to_fill
 from azstoragetorch._engine.metrics import count, count_answer
+from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.scope import Cancelled, Hold, Scope
+from azstoragetorch._engine.threads import Engine, start_thread
 
 _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
 _MOST_OF_A_HEAD = 16 << 10
@@ -34,15 +35,26 @@ _PATIENCE = 0.5  # seconds for which the thread waits for another read before it
 
 
 class Multiplexer:
-    """The reads of one engine that are under way on one thread. Made on first use; a forked child makes its own."""
+    """The reads of one engine that are in flight on one thread, which is not one of the engine's.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._lock = threading.Lock()
+    Reads begin on any thread and take no lock, since a signal handler may begin one inside another. So both sides keep
+    to an order of single steps:
+
+    * `begin` first enters the read under its descriptor, then looks whether the poller watches that connection, and
+      registers it if not. The thread, when something arrives on a descriptor without a read (another request of the
+      same connection, or its end), first stops watching and then looks once more for a read. So a read that is entered
+      meanwhile is seen by one of the two.
+    * `begin` takes the one token of ``_turn`` after that, and whoever has it starts the thread. The thread gives the
+      token back when there was nothing to do for a while, and then looks once more for reads.
+
+    A connection belongs to one request at a time, and so does its descriptor: nothing else writes these entries.
+    """
+
+    def __init__(self) -> None:
         self._reads: dict[int, _Read] = {}  # by descriptor
         self._watched: dict[int, Connection] = {}  # whose descriptor is registered, also while others use them
         self._epoll = select.epoll()
-        self._is_running = False
+        self._turn: deque[None] = deque([None])
         self._last_active = self._last_sweep = 0.0
 
     def begin(
@@ -61,57 +73,78 @@ class Multiplexer:
         connection = take_idle(service.origin)
         if connection is None:
             return False
-        cleanup = ExitStack()
+        hold = scope.holding(connection.interrupt)
         try:
-            cleanup.enter_context(scope.holding(connection))
+            hold.__enter__()
             target, headers = service.signed(url, {"x-ms-range": ByteRange(0, length).header})
-            sock = connection.begin(target, headers)
-        except (Cancelled, OSError):
-            cleanup.close()
+            descriptor = connection.begin(target, headers).fileno()
+        except BaseException as error:
+            hold.leave()
             connection.close()
-            return False
-        except BaseException:
-            cleanup.close()
-            connection.close()
+            if isinstance(error, (Cancelled, OSError)):
+                return False
             raise
-        read = _Read(connection, cleanup, length, headers["x-ms-client-request-id"], done, failed)
-        descriptor = sock.fileno()
-        with self._lock:
+        read = _Read(connection, hold, length, headers["x-ms-client-request-id"], done, failed)
+        try:
             self._reads[descriptor] = read
-            if self._watched.get(descriptor) is not connection:
-                self._watched[descriptor] = connection
-                self._epoll.register(descriptor, select.EPOLLIN)
-            must_start, self._is_running = not self._is_running, True
-        if must_start:
-            self._engine.submit(self._run)
+            self._watch(descriptor, connection)
+            self._start()
+        except BaseException:
+            connection.interrupt()  # so that the thread, whose read it is now, ends it
+            raise
         return True
+
+    def _watch(self, descriptor: int, connection: Connection) -> None:
+        if self._watched.get(descriptor) is not connection:
+            self._watched[descriptor] = connection
+            with suppress(FileExistsError):  # the thread was faster
+                self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _start(self) -> None:
+        """Start the thread unless it runs."""
+        if self._turn:
+            with suppress(IndexError):  # another thread was faster
+                self._turn.pop()
+                if not start_thread(self._run):
+                    self._give_back()
+
+    def _give_back(self) -> None:
+        for descriptor in list(self._reads):  # to be made again elsewhere
+            self._end(descriptor, is_good=False)
+        self._turn.append(None)
 
     def _run(self) -> None:
         scratch = memoryview(bytearray(_MOST_OF_A_HEAD))
+        self._last_active = time.monotonic()
         try:
             while self._is_wanted():
                 for descriptor, _ in self._epoll.poll(_TICK):
                     self._advance(descriptor, scratch)
                 self._drop_stalled()
-        finally:
-            with self._lock:
-                self._is_running = False  # after an error, too: what is left is made anew
-                left = list(self._reads)
-            for descriptor in left:
-                self._end(descriptor, is_good=False)
+        except BaseException:
+            self._give_back()
+            raise
 
     def _is_wanted(self) -> bool:
-        with self._lock:
-            if not self._reads and time.monotonic() - self._last_active > _PATIENCE:
-                self._is_running = False
-            return self._is_running
+        if self._reads or time.monotonic() - self._last_active < _PATIENCE:
+            return True
+        self._turn.append(None)
+        if not self._reads:
+            return False
+        try:
+            self._turn.pop()
+        except IndexError:  # for that read another thread was started
+            return False
+        return True
 
     def _advance(self, descriptor: int, scratch: memoryview) -> None:
-        with self._lock:
+        read = self._reads.get(descriptor)
+        if read is None:  # others are using the connection, or it was closed
+            self._unwatch(descriptor)
             read = self._reads.get(descriptor)
-            if read is None:  # somebody else is using the connection, or it was closed
-                self._unwatch(descriptor)
-                return
+            if read is not None:
+                self._watch(descriptor, read.connection)
+            return
         self._last_active = read.last_active = time.monotonic()
         try:
             if read.advance(scratch):
@@ -129,11 +162,11 @@ class Multiplexer:
                 self._end(descriptor, is_good=False)
 
     def _end(self, descriptor: int, *, is_good: bool) -> None:
-        with self._lock:
-            read = self._reads.pop(descriptor)
-            if not is_good:
-                self._unwatch(descriptor)
-        read.end(is_good)
+        read = self._reads.pop(descriptor, None)
+        if not is_good:
+            self._unwatch(descriptor)
+        if read is not None:
+            read.end(is_good)
 
     def _unwatch(self, descriptor: int) -> None:
         self._watched.pop(descriptor, None)
@@ -142,16 +175,16 @@ class Multiplexer:
 
 
 class _UnusualError(Exception):
-    """The answer is not the plain one; a thread that knows more is to ask again."""
+    """The answer is not the plain one; a thread that knows more asks again."""
 
 
 class _Read:
-    """One answer on its way."""
+    """One answer in flight."""
 
     def __init__(
         self,
         connection: Connection,
-        cleanup: ExitStack,
+        hold: Hold,
         length: int,
         request_id: str,
         done: Callable[[BlobVersion, bytes], None],
@@ -159,7 +192,7 @@ class _Read:
     ) -> None:
         self.connection = connection
         self.last_active = time.monotonic()
-        self._cleanup = cleanup
+        self._hold = hold
         self._length = length
         self._request_id = request_id
         self._done = done
@@ -184,8 +217,8 @@ class _Read:
 
     def end(self, is_good: bool) -> None:
         """Hand over the result, or the wish to try again; the connection is kept only after a complete answer."""
-        self._cleanup.close()
-        if is_good and self._version is not None:
+        self._hold.leave()
+        if is_good and self._version is not None and not self._hold.was_woken:
             count("bytes_received", len(self._data))
             self.connection.settle()
             self._done(self._version, self._data)
@@ -233,14 +266,12 @@ class _Read:
         return BlobVersion(size, fields["etag"])
 
 
-_multiplexers: weakref.WeakKeyDictionary[Engine, Multiplexer] = weakref.WeakKeyDictionary()
+_multiplexers: PerProcess[dict[Engine, Multiplexer]] = PerProcess(dict)
 
 
 def multiplexer_for(engine: Engine) -> Multiplexer | None:
     """The multiplexer of *engine*; None on systems without epoll."""
     if not hasattr(select, "epoll"):
         return None
-    multiplexer = _multiplexers.get(engine)
-    if multiplexer is None:
-        multiplexer = _multiplexers.setdefault(engine, Multiplexer(engine))
-    return multiplexer
+    multiplexers = _multiplexers.get()
+    return multiplexers.get(engine) or multiplexers.setdefault(engine, Multiplexer())

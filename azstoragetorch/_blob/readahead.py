@@ -1,69 +1,107 @@
-"""Serve reads at any position of one blob from a window that adapts to how it is read.
+"""Serve reads at any position of one blob: `window` decides what is fetched and kept, this carries it out.
 
-Sequential reading grows the window until many parts are in flight; jumping about shrinks it to what is asked for;
-the end of a blob, where archives keep their directory, is kept once read. Large reads go straight into the
-caller's memory. All reads see the version of the blob that the first one saw.
+Large reads go straight into the caller's memory. All reads see the version of the blob that the first one saw.
 """
 
 from __future__ import annotations
 
 import bisect
-import os
-import queue
-import threading
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from azstoragetorch._blob import window
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
-from azstoragetorch._blob.ranges import ByteRange, gaps, split
-from azstoragetorch._engine.config import KiB, MiB
-from azstoragetorch._engine.engine import Engine, Reservation, Scope, engine_for, running_engine
+from azstoragetorch._blob.ranges import ByteRange, gaps
+from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._engine.metrics import timed
+from azstoragetorch._engine.process import here
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import Engine, engine_for
 
 if TYPE_CHECKING:
     from azstoragetorch._blob.service import Service
     from azstoragetorch._blob.url import BlobURL
+    from azstoragetorch._engine.budget import BufferPool, Loan
 
-_DIRECT = 1 * MiB  # a gap this large is fetched into the caller's memory; a smaller one joins the window
-_RANDOM = 128 * KiB  # fetched around a small read at an unforeseen place: the cost of one round trip at 6 MB/s
-_WINDOW_REQUESTS = 16  # a window is cut into about this many requests, so that a small blob also comes in parallel
-_MIN_SEGMENT = 4 * MiB
-_LARGE_READ_WINDOW = 4  # parts; large reads bring their own parallelism and need to hide only one round trip
-_ARCHIVE_STREAK = 4  # reads in sequence that opening an archive counts for
+
+class _Content:
+    """The bytes of a segment as they arrive: ``filled`` of them are in ``buffer``.
+
+    Its loan ends, and its buffer returns to the pool, when nothing refers to it any more: neither the reader's list of
+    segments, nor a thread that still receives into it, nor a read that copies from it.
+    """
+
+    def __init__(self, span: ByteRange, loan: Loan | None, pool: BufferPool | None) -> None:
+        self.span = span
+        self.loan = loan
+        self._pool = pool
+        self.scope = Scope()
+        self.buffer: memoryview | None = None
+        self.filled = 0
+        self.opened: RangeRead | None = None  # its request, where that was sent already
+
+    def receive(self, open_it: Callable[[Scope], RangeRead], bell: Bell) -> None:
+        """Receive all of it; *bell* rings whenever some bytes have arrived."""
+        self.scope.check()
+        opened, self.opened = self.opened or open_it(self.scope), None
+        try:
+            assert self._pool is not None
+            assert self.loan is not None
+            self.buffer = self._pool.take(self.loan.amount)
+            opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
+        finally:
+            opened.close()
+
+    def _arrived(self, bell: Bell, count: int) -> None:
+        self.filled = count
+        bell.ring()
+
+    def __del__(self) -> None:
+        if self._pool is not None and self.buffer is not None and self.buffer.nbytes >= window.MIN_SEGMENT:
+            self._pool.give_back(self.buffer)
 
 
 class _Segment:
-    """A piece of the blob that is here or on its way. ``filled`` bytes have arrived."""
+    """A piece of the blob that is here or in flight."""
 
-    def __init__(self, span: ByteRange, reservation: Reservation | None, *, keep: bool = False) -> None:
-        self.span = span
-        self.keep = keep
-        self.reservation = reservation
-        self.buffer: memoryview | None = None
-        self.filled = 0
-        self.is_claimed = False
-        self.is_done = False
-        self.is_dropped = False
-        self.error: BaseException | None = None
-        self.scope = Scope()
+    def __init__(self, content: _Content, job: Job[None] | None, *, is_kept: bool) -> None:
+        self.content = content
+        self.job = job
+        self.is_kept = is_kept
+
+    @property
+    def span(self) -> ByteRange:
+        """Where it lies."""
+        return self.content.span
 
     @property
     def reserved(self) -> int:
         """Bytes of the budget that it holds."""
-        return self.reservation.amount if self.reservation is not None else 0
+        return self.content.loan.amount if self.content.loan is not None else 0
 
     @classmethod
     def of(cls, data: bytes) -> _Segment:
         """The beginning of the blob, which is here already and costs no budget."""
-        segment = cls(ByteRange(0, len(data)), None, keep=True)
-        segment.buffer = memoryview(data)
-        segment.filled = len(data)
-        segment.is_claimed = segment.is_done = True
-        return segment
+        content = _Content(ByteRange(0, len(data)), None, None)
+        content.buffer = memoryview(data)
+        content.filled = len(data)
+        return cls(content, None, is_kept=True)
+
+    def drop(self) -> None:
+        """Give up what is in flight. Never waits."""
+        content = self.content
+        if self.job is None:
+            return
+        if not self.job.give_up():
+            content.scope.cancel()
+        elif content.opened is not None:
+            content.opened.close()
 
 
 class ReadAhead:
-    """Random access to one blob, made fast for those who read on.
+    """Random access to one blob, made fast for sequential readers.
 
     One reader at a time: the caller serialises. Closing, or fork, drops what is in flight.
     """
@@ -73,17 +111,14 @@ class ReadAhead:
         self._url = url
         self._config = service.config
         self.version = version
-        self._pid = os.getpid()
-        self._reset()
         self._head = head  # given by the caller: bytes of the beginning that need not be fetched
-        self._segments: list[_Segment] = []  # sorted and disjoint
-        if head:
-            self._segments.append(_Segment.of(head))
-        self._previous = ByteRange(0, 0)
-        self._streak = 0
+        self._process = here()
+        self._bell = Bell()  # something has arrived, or will not
+        self._segments: list[_Segment] = [_Segment.of(head)] if head else []  # sorted and disjoint
+        self._pattern = window.Pattern()
 
     def size(self) -> int:
-        """The length of the blob in bytes; the first bytes are on their way after."""
+        """The length of the blob in bytes; the first bytes are in flight after."""
         self._check_process()
         if self.version is None:
             self._open_first()
@@ -96,10 +131,10 @@ class ReadAhead:
         self._check_process()
         opened: RangeRead | None = None
         scope = Scope()
-        if self.version is None and (start or size is None):
-            part = self._config.effective_part_size
-            opened = self._open(start, part if size is None else min(size, part), scope)
         try:
+            if self.version is None and (start or size is None):
+                part = self._config.effective_part_size
+                opened = self._open(start, part if size is None else min(size, part), scope)
             length = max(0, self.size() - start)
             length = length if size is None else min(size, length)
             if start == 0 and length == len(self._head):
@@ -117,12 +152,12 @@ class ReadAhead:
             return 0
         opened: RangeRead | None = None
         scope = Scope()
-        if self.version is None:
-            if start == 0 and target.nbytes < _DIRECT:
-                self._open_first()
-            else:
-                opened = self._open(start, min(target.nbytes, self._config.effective_part_size), scope)
         try:
+            if self.version is None:
+                if start == 0 and target.nbytes < window.DIRECT:
+                    self._open_first()
+                else:
+                    opened = self._open(start, min(target.nbytes, self._config.effective_part_size), scope)
             length = min(target.nbytes, max(0, self.size() - start))
             expect_filling(target[:length])
             self._read(start, target[:length], opened, scope)
@@ -132,24 +167,23 @@ class ReadAhead:
                 opened.close()
 
     def close(self) -> None:
-        """Give up what is in flight and free the memory."""
+        """Give up what is in flight and free the memory. Never waits; a read in progress fails."""
         self._check_process()
-        for segment in self._segments:
-            self._drop(segment)
-        self._segments = []
+        segments, self._segments = self._segments, []
         self._head = b""
+        for segment in segments:
+            segment.drop()
 
     def abandon(self) -> None:
-        """`close` on a thread of the engine: for finalizers, which may run where this thread holds any lock."""
-        engine = running_engine(self._config)
-        if engine is not None and self._segments and self._pid == os.getpid():
-            engine.retire(self.close)
+        """`close` on a thread of the engine: for finalizers."""
+        if self._segments and self._process is here():
+            engine_for(self._config).retire(self.close)
 
     def _open(self, start: int, length: int, scope: Scope) -> RangeRead | None:
         span = ByteRange(start, start + length)
         opened = open_range(self._service, self._url, span, scope=scope)
         if opened.version.size and not opened.version.etag:
-            # Beyond the end: the refusal tells the size, but no version to which later reads could be pinned.
+            # Beyond the end: the refusal has the size, but no version to which later reads could be pinned.
             opened.close()
             self._open_first()
             return None
@@ -157,26 +191,35 @@ class ReadAhead:
         return opened
 
     def _open_first(self) -> None:
-        """Learn the version from a request for the first part, whose body goes on arriving behind our back."""
+        """Learn the version from a request for the first part, whose body keeps arriving meanwhile."""
         engine = engine_for(self._config)
         span = ByteRange(0, self._config.effective_part_size)
-        segment = _Segment(span, Reservation(engine.budget))
-        opened = self._open(0, len(span), segment.scope)
+        content = _Content(span, engine.budget.take(len(span)), engine.buffers)
+        opened = self._open(0, len(span), content.scope)
         assert opened is not None
-        segment.span = opened.span
-        segment.is_claimed = True
-        if not len(opened.span):
-            opened.close()
+        content.span = opened.span
+        if not len(opened.span) or content.loan is None:
+            opened.close()  # without memory to read ahead into, what is asked for comes directly
             return
-        try:
-            if not self._reserve(segment):
-                opened.close()  # no memory to read ahead into: what is asked for comes directly
-                return
-            self._segments.append(segment)
-            engine.submit(lambda: self._fill(engine, segment, opened))
-        except BaseException:
-            self._forget(segment)  # interrupted: perhaps nobody fills it
-            raise
+        content.loan.shrink(window.reserve_for(opened.span, self._config.effective_part_size))
+        content.opened = opened
+        self._add(engine, content, is_kept=False)
+
+    def _start(self, engine: Engine, span: ByteRange, *, is_kept: bool) -> bool:
+        """Have *span* fetched; False if there is no memory for it now."""
+        loan = engine.budget.take(window.reserve_for(span, self._config.effective_part_size))
+        if loan is None:
+            return False
+        self._add(engine, _Content(span, loan, engine.buffers), is_kept=is_kept)
+        return True
+
+    def _add(self, engine: Engine, content: _Content, *, is_kept: bool) -> None:
+        assert self.version is not None
+        # The job refers to the content and not to the segment: nothing here refers back to the job.
+        open_it = partial(_open_pinned, self._service, self._url, content.span, self.version.etag)
+        job = Job(partial(content.receive, open_it, self._bell), self._bell)
+        bisect.insort(self._segments, _Segment(content, job, is_kept=is_kept), key=lambda s: s.span.start)
+        engine.submit(job.run)
 
     def _read(self, start: int, target: memoryview, opened: RangeRead | None, scope: Scope) -> None:
         """Fill *target*, all of which lies within the blob."""
@@ -184,181 +227,86 @@ class ReadAhead:
         if not target.nbytes:
             return
         span = ByteRange(start, start + target.nbytes)
-        size = self.version.size
-        engine = engine_for(self._config)
-        tail = ByteRange(max(0, size - min(max(size >> 9, 256 * KiB), 4 * MiB)), size)
-        is_tail = start >= tail.start and start > 0
-        if not is_tail:
-            self._note_access(span)
+        part = self._config.effective_part_size
+        end = window.tail(self.version.size)
+        is_tail = start >= end.start and start > 0
+        self._pattern = self._pattern.after_tail() if is_tail else self._pattern.after(span, part)
         received = opened.span if opened is not None else ByteRange(start, start)
-        direct = [
-            (gap, target[gap.start - start : gap.stop - start])
-            for gap in gaps(ByteRange(received.stop, span.stop), [s.span for s in self._segments])
-            if len(gap) >= _DIRECT or not self._start(engine, self._around(gap, tail if is_tail else None), is_tail)
-        ]
-        if is_tail and self._previous.start == 0 < self._previous.stop:
-            # The first bytes, then the directory at the end: who opens an archive like that is about to read it.
-            self._streak = max(self._streak, _ARCHIVE_STREAK)
-            self._advance(engine, self._previous)
-        elif self._streak and opened is None:
-            self._advance(engine, span)
+        direct = self._fetch_missing(ByteRange(received.stop, span.stop), end if is_tail else None)
+        if not is_tail and self._pattern.streak and opened is None:
+            self._fetch_ahead(span)
+        elif is_tail and self._pattern.previous.start == 0 < self._pattern.previous.stop:
+            self._fetch_ahead(self._pattern.previous)
         if direct or opened is not None:
+            jobs = [(gap, target[gap.start - start : gap.stop - start]) for gap in direct]
             first = (opened, target[: len(received)]) if opened is not None else None
-            fetch_parallel(self._service, self._url, direct, etag=self.version.etag, scope=scope, opened=first)
+            fetch_parallel(self._service, self._url, jobs, etag=self.version.etag, scope=scope, opened=first)
         for segment in self._overlapping(span):
             low, high = max(span.start, segment.span.start), min(span.stop, segment.span.stop)
-            buffer = self._wait(engine, segment, high - segment.span.start)
+            buffer = self._wait(segment, high - segment.span.start)
             copy(target[low - start : high - start], buffer[low - segment.span.start : high - segment.span.start])
         if not is_tail:
-            self._evict(span)
+            limit = max(self._config.read_ahead, part)
+            for segment in window.to_evict(self._segments, span, self._pattern.streak, limit):
+                self._forget(segment)
 
-    def _note_access(self, span: ByteRange) -> None:
-        previous, self._previous = self._previous, span
-        is_next = previous.start <= span.start <= previous.stop + self._config.effective_part_size
-        self._streak = min(self._streak + 1, 8) if is_next and previous.stop else 0
-
-    def _around(self, gap: ByteRange, tail: ByteRange | None) -> ByteRange:
-        """What to fetch for a small *gap*: the whole tail, or some bytes more up to the next segment."""
+    def _fetch_missing(self, span: ByteRange, end: ByteRange | None) -> list[ByteRange]:
+        """Have fetched what of *span* is neither here nor in flight, but for what is returned: that comes directly."""
         assert self.version is not None
-        wanted = tail or ByteRange(gap.start, min(max(gap.stop, gap.start + _RANDOM), self.version.size))
-        for piece in gaps(wanted, [s.span for s in self._segments]):
-            if piece.start <= gap.start and gap.stop <= piece.stop:
-                return piece
-        return gap
+        engine = engine_for(self._config)
+        direct = []
+        for gap in gaps(span, self._spans()):
+            if len(gap) < window.DIRECT:
+                wanted = window.around(gap, self.version.size, self._spans(), end)
+                if self._start(engine, wanted, is_kept=end is not None):
+                    continue
+            direct.append(gap)
+        return direct
 
-    def _advance(self, engine: Engine, span: ByteRange) -> None:
-        """Have the window behind *span* on its way."""
+    def _fetch_ahead(self, span: ByteRange) -> None:
+        """Have fetched what comes behind *span*, as far as there is memory for it."""
         assert self.version is not None
-        part = self._config.effective_part_size
-        window = min(self._config.read_ahead, part << self._streak)
-        if len(span) >= part:
-            window = min(window, part * _LARGE_READ_WINDOW)
-        size = self.version.size
-        limit = min(part, max(_MIN_SEGMENT, -(-size // _WINDOW_REQUESTS // MiB) * MiB))
-        ahead = ByteRange(min(span.stop, size), min(span.stop + window, size))
-        for gap in gaps(ahead, [s.span for s in self._segments]):
-            for piece in split(gap, limit):
-                if len(piece) < limit and piece.stop == ahead.stop < size:
-                    return  # too little to be worth a request; the next read will see more
-                if not self._start(engine, piece, keep=False):
-                    return
-
-    def _start(self, engine: Engine, span: ByteRange, keep: bool) -> bool:
-        """Put *span* on its way; False if there is no memory for it now."""
-        segment = _Segment(span, Reservation(engine.budget), keep=keep)
-        try:
-            if not self._reserve(segment):
-                return False
-            bisect.insort(self._segments, segment, key=lambda s: s.span.start)
-            engine.submit(lambda: self._fetch(engine, segment))
-        except BaseException:
-            self._forget(segment)
-            raise
-        return True
-
-    def _reserve(self, segment: _Segment) -> bool:
-        part = self._config.effective_part_size
-        length = len(segment.span)
-        amount = part if _MIN_SEGMENT <= length <= part else length  # buffers of one size can be reused
-        return segment.reservation is not None and segment.reservation.take(amount)
-
-    def _fetch(self, engine: Engine, segment: _Segment) -> None:
-        with self._lock:
-            if segment.is_claimed:
+        engine = engine_for(self._config)
+        streak, part = self._pattern.streak, self._config.effective_part_size
+        for piece in window.ahead(span, streak, self.version.size, self._spans(), part, self._config.read_ahead):
+            if not self._start(engine, piece, is_kept=False):
                 return
-            segment.is_claimed = True
-        self._fill(engine, segment, None)
 
-    def _fill(self, engine: Engine, segment: _Segment, opened: RangeRead | None) -> None:
-        def arrived(count: int) -> None:
-            segment.filled = count
-            self._news.put(None)
+    def _spans(self) -> list[ByteRange]:
+        return [segment.span for segment in self._segments]
 
-        try:
-            segment.scope.check()
-            assert self.version is not None
-            if opened is None:
-                opened = open_range(self._service, self._url, segment.span, etag=self.version.etag, scope=segment.scope)
-            segment.buffer = engine.buffers.take(segment.reserved)
-            opened.receive([segment.buffer[: len(segment.span)]], arrived)
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
-            segment.error = error
-            if opened is not None:
-                opened.close()
-        finally:
-            with self._lock:
-                segment.is_done = True
-                is_dropped = segment.is_dropped
-            self._news.put(None)
-            if is_dropped:
-                _free(engine, segment)
-
-    def _wait(self, engine: Engine, segment: _Segment, count: int) -> memoryview:
+    def _wait(self, segment: _Segment, count: int) -> memoryview:
         """The segment's memory when its first *count* bytes are there."""
-        try:
-            with self._lock:
-                must_fetch, segment.is_claimed = not segment.is_claimed, True
-            if must_fetch:
-                self._fill(engine, segment, None)  # its turn has not come; ours has
-            while segment.filled < count and not segment.is_done:
-                self._news.get()
-        except BaseException:
+        content, job = segment.content, segment.job
+        if job is not None and content.filled < count:
+            job.run()  # if its turn has not come, ours has
+            self._bell.wait_until(lambda: content.filled >= count or job.is_over)
+            if content.filled < count:
+                raise self._failure(job)
+        assert content.buffer is not None
+        return content.buffer
+
+    def _failure(self, job: Job[None]) -> BaseException:
+        """What to raise for *job*. Segments that have failed are forgotten, so that another try begins without them."""
+        error = job.error
+        for segment in [s for s in self._segments if s.job is not None and s.job.error is not None]:
             self._forget(segment)
-            raise
-        if segment.filled < count:
-            for failed in [s for s in self._segments if s.error is not None]:
-                self._forget(failed)  # another try begins anew, not with what failed before it
-            assert segment.error is not None
-            raise segment.error
-        assert segment.buffer is not None
-        return segment.buffer
+        return error or ValueError(f"{self._url} was closed while it was being read")
 
     def _overlapping(self, span: ByteRange) -> list[_Segment]:
         return [s for s in self._segments if s.span.start < span.stop and span.start < s.span.stop]
 
-    def _evict(self, span: ByteRange) -> None:
-        """Free what a sequential reader has passed, and the oldest of what a random one collected."""
-        passed = [s for s in self._segments if s.span.stop <= span.start and not s.keep]
-        others = [s for s in self._segments if s.span.start >= span.stop and not s.keep]
-        held = sum(s.reserved for s in self._segments)
-        limit = max(self._config.read_ahead, self._config.effective_part_size)
-        if self._streak:
-            others = []
-        while passed[:-1] if self._streak else held > limit and (passed or others):
-            victim = passed.pop(0) if passed else others.pop()
-            held -= victim.reserved
-            self._forget(victim)
-
     def _forget(self, segment: _Segment) -> None:
         if segment in self._segments:
             self._segments.remove(segment)
-        self._drop(segment)
-
-    def _drop(self, segment: _Segment) -> None:
-        engine = engine_for(self._config)
-        with self._lock:
-            is_idle = segment.is_done or not segment.is_claimed
-            segment.is_claimed = segment.is_dropped = True
-        if is_idle:
-            _free(engine, segment)
-        else:
-            segment.scope.cancel()
-
-    def _reset(self) -> None:
-        # Not a Condition: an interrupt in its wait can come out as a RuntimeError.
-        self._lock = threading.Lock()
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # something has arrived, or will not
+        segment.drop()
 
     def _check_process(self) -> None:
-        if self._pid != os.getpid():  # forked: the threads that filled our segments are the parent's
-            self._pid = os.getpid()
-            self._reset()
+        if self._process is not here():  # forked: the threads that filled our segments are the parent's
+            self._process = here()
+            self._bell = Bell()
             self._segments = [_Segment.of(self._head)] if self._head else []
 
 
-def _free(engine: Engine, segment: _Segment) -> None:
-    buffer, segment.buffer = segment.buffer, None
-    if buffer is not None and segment.reserved >= _MIN_SEGMENT:
-        engine.buffers.give_back(buffer)
-    if segment.reservation is not None:
-        segment.reservation.release()
+def _open_pinned(service: Service, url: BlobURL, span: ByteRange, etag: str, scope: Scope) -> RangeRead:
+    return open_range(service, url, span, etag=etag, scope=scope)

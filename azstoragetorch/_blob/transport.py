@@ -435,7 +435,7 @@ def send(
         cleanup = ExitStack()
         try:
             if scope is not None:
-                cleanup.enter_context(scope.holding(connection))
+                cleanup.enter_context(scope.holding(connection.interrupt))
             started = time.perf_counter()
             raw = connection.send(method, target, headers, body)
         except BaseException as error:

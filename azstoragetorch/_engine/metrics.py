@@ -1,17 +1,22 @@
 """What this process has transferred so far, counted where it happens.
 
-Counting costs one lock per request. A forked child starts at zero, and so does every DataLoader worker: ask there.
+A forked child starts at zero, and so does every DataLoader worker: ask there.
+
+Counting must not wait, since signal handlers transfer, too. So what is counted is put into a queue, one step, and added
+up when somebody asks or the queue gets long. Sums are never changed: a thread that adds up makes new ones and links
+them behind those that it began with. Only the first link stays; a thread that comes second begins again from there.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+
+from azstoragetorch._engine.process import PerProcess
 
 _SHORTEST = 50e-6  # seconds; the upper end of the first bucket
 _STEPS = 8  # buckets for each doubling: a percentile is right to 9 %
@@ -72,40 +77,87 @@ class Metrics:
         return Metrics(**differences, latencies=buckets)
 
 
+_SUMS = tuple(item.name for item in fields(Metrics) if item.name != "latencies")
+_LONG = 512  # entries of the queue: a few dozen KiB
+_Entry = tuple[str, float] | tuple[None, tuple[float, int, int]]
+
+
+class _Sums:
+    """What was counted up to some moment, and a link to the sums that came after, if there are any."""
+
+    __slots__ = ("next", "values")
+
+    def __init__(self, values: Metrics) -> None:
+        self.values = values
+        self.next: dict[None, _Sums] = {}
+
+
 class _Counters:
+    """What one process has counted: the latest sums, or older ones that lead to them, and what came since."""
+
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.values: dict[str, float] = {item.name: 0 for item in fields(Metrics) if item.name != "latencies"}
-        self.values |= {"blocked_seconds": 0.0, "transform_seconds": 0.0}
-        self.latencies = [0] * _BUCKETS
+        self._queue: deque[_Entry] = deque()
+        self._sums = _Sums(Metrics())
+
+    def add(self, entry: _Entry) -> None:
+        self._queue.append(entry)
+        if len(self._queue) > _LONG:
+            self.total()
+
+    def total(self) -> Metrics:
+        """The sums of everything that was counted before the call."""
+        entries: list[_Entry] = []
+        with suppress(IndexError):  # another thread takes from the queue, too
+            while self._queue:
+                entries.append(self._queue.popleft())
+        sums = self._sums
+        while True:
+            while sums.next:
+                sums = sums.next[None]
+            if not entries:
+                break
+            added = _Sums(_added(sums.values, entries))
+            if sums.next.setdefault(None, added) is added:
+                sums = added
+                break
+        self._sums = sums
+        return sums.values
 
 
-_counters = _Counters()
+def _added(before: Metrics, entries: list[_Entry]) -> Metrics:
+    sums: dict[str, float] = {name: getattr(before, name) for name in _SUMS}
+    latencies = list(before.latencies)
+    for name, value in entries:
+        if name is not None:
+            sums[name] += value  # type: ignore[operator]
+            continue
+        seconds, status, sent = value  # type: ignore[misc]
+        sums["requests"] += 1
+        sums["bytes_sent"] += sent
+        if status >= 400:
+            sums["refusals"] += 1
+            sums["throttles"] += status in THROTTLED
+        short = seconds <= _SHORTEST
+        latencies[0 if short else min(math.ceil(math.log2(seconds / _SHORTEST) * _STEPS), _BUCKETS - 1)] += 1
+    return Metrics(**sums, latencies=tuple(latencies))  # type: ignore[arg-type]
+
+
+_counters: PerProcess[_Counters] = PerProcess(_Counters)
 
 
 def metrics() -> Metrics:
     """A snapshot of what this process has transferred so far."""
-    with _counters.lock:
-        return Metrics(**_counters.values, latencies=tuple(_counters.latencies))  # type: ignore[arg-type]
+    return _counters.get().total()
 
 
 def count(name: str, amount: float = 1) -> None:
     """Add *amount* to the field *name*."""
-    with _counters.lock:
-        _counters.values[name] += amount
+    _counters.get().add((name, amount))
 
 
 def count_answer(seconds: float, status: int, sent: int) -> None:
     """Count an answer that began after *seconds* to a request with *sent* bytes."""
-    bucket = 0 if seconds <= _SHORTEST else min(math.ceil(math.log2(seconds / _SHORTEST) * _STEPS), _BUCKETS - 1)
-    with _counters.lock:
-        values = _counters.values
-        values["requests"] += 1
-        values["bytes_sent"] += sent
-        if status >= 400:
-            values["refusals"] += 1
-            values["throttles"] += status in THROTTLED
-        _counters.latencies[bucket] += 1
+    _counters.get().add((None, (seconds, status, sent)))
 
 
 @contextmanager
@@ -116,12 +168,3 @@ def timed(name: str) -> Iterator[None]:
         yield
     finally:
         count(name, time.perf_counter() - started)
-
-
-def _start_anew() -> None:
-    global _counters
-    _counters = _Counters()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)

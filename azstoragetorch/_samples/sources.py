@@ -21,8 +21,9 @@ from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_url, url_of_name
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch._engine.memory import copy, filled_bytes
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.records import check_delimiter, lookahead, read_records
 
@@ -310,16 +311,8 @@ def _of_head(client: BlobClient, head: Head) -> Fetched:
     return Fetched(client, head.version, head.data, is_whole=len(head.data) == head.version.size)
 
 
-class _ItemScope(Scope):
-    """The transfers of one item: they end with those of all, but their failure is theirs alone."""
-
-    def interrupt(self) -> None:
-        self.cancel()
-
-
 def _fetch_part(client: BlobClient, span: ByteRange, view: memoryview, etag: str, scope: Scope) -> None:
-    own = _ItemScope()
-    with scope.holding(own):
+    with scope.child() as own:  # it ends with those of all, but its failure is its own
         fetch_parallel(client.service, client.url, [(span, view)], etag=etag, scope=own)
 
 

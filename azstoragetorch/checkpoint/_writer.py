@@ -237,7 +237,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
         writer = self._folder.blob(name).writer()
         try:
-            with scope.holding(_Interrupt(writer)):
+            with scope.holding(writer.cancel):
                 pieces = encoder.pieces(scope)
                 first: list[memoryview] = []
                 if encoder.size_hint <= single:
@@ -322,17 +322,6 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         return CheckpointError(
             f"{self.checkpoint_id}: rank {self._rank}: {what}", checkpoint=self.checkpoint_id, key=key, rank=self._rank
         )
-
-
-class _Interrupt:
-    """Lets a scope give up a writer."""
-
-    def __init__(self, writer: BlockWriter) -> None:
-        self._writer = writer
-
-    def interrupt(self) -> None:
-        """Fail what is on its way."""
-        self._writer.cancel()
 
 
 def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:

@@ -181,7 +181,7 @@ def _send(
 
     writer = blob.writer()
     try:
-        with scope.holding(_Wake(writer.cancel)):
+        with scope.holding(writer.cancel):
             if size < config.block_size:
                 # One request, and none to commit.
                 blob.engine.budget.acquire(size)
@@ -218,18 +218,11 @@ def _has_size(path: Path, size: int) -> bool:
         return False
 
 
-class _Wake:
-    """Something to call when a scope is cancelled."""
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self.interrupt = wake
-
-
 @contextmanager
 def _child(scope: Scope) -> Iterator[Scope]:
     """A scope that ends with *scope*, but whose own failures leave *scope* alone."""
     inner = Scope()
-    with scope.holding(_Wake(inner.cancel)):
+    with scope.holding(inner.cancel):
         yield inner
 
 

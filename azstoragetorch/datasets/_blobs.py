@@ -21,7 +21,7 @@ from azstoragetorch._engine.metrics import timed
 from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
 from azstoragetorch._samples.catalog import Catalog, list_catalog
 from azstoragetorch._samples.once import OnceAmongForks
-from azstoragetorch._samples.prefetch import Ahead, OrderedPrefetch
+from azstoragetorch._samples.prefetch import Prefetched, OrderedPrefetch
 from azstoragetorch.io import BlobIO
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Blob:
         self._client = client
         self._size = size
         self._etag = etag
-        self._ahead: Ahead[Blob, Head] | None = None
+        self._ahead: Prefetched[Blob, Head] | None = None
 
     @property
     def url(self) -> str:
@@ -236,10 +236,10 @@ class Source:
         client._live = container._live  # noqa: SLF001
         return Blob(client, size, etag)
 
-    def unhurried(self, index: int) -> Ahead[Blob, Head] | Blob:
+    def unhurried(self, index: int) -> Prefetched[Blob, Head] | Blob:
         """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
         blob = self.blob(index)
-        return blob if self._cache is None else Ahead(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None)
+        return blob if self._cache is None else Prefetched(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None, None, None)
 
     def prefetch(self, blobs: Iterator[Blob], *, is_eager: bool) -> OrderedPrefetch[Blob, Head]:
         """Fetch the first parts of *blobs* ahead, in order."""
@@ -296,7 +296,7 @@ def check_transform(transform: Any) -> None:
         raise TypeError(f"transform must be callable, not {type(transform).__name__}")
 
 
-def apply(transform: Callable[[Blob], T] | None, ahead: Ahead[Blob, Head] | Blob) -> T:
+def apply(transform: Callable[[Blob], T] | None, ahead: Prefetched[Blob, Head] | Blob) -> T:
     """Make a sample of a blob, or of what was fetched ahead of it."""
     blob = ahead if isinstance(ahead, Blob) else ahead.item
     blob._ahead = None if isinstance(ahead, Blob) else ahead  # noqa: SLF001

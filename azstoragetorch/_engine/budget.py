@@ -1,0 +1,138 @@
+"""Bytes in flight: what may be held in memory at once, and buffers that are reused.
+
+A `Loan` counts from the moment it is in the budget's table until it is released or nobody refers to it any more: its
+finalizer gives it back, so an interrupt between any two lines of a borrower cannot lose bytes. Neither borrowing nor
+giving back takes a lock. Each is one step on a dict, and whether a loan fits is decided after it was entered: of two
+borrowers at the same time at least one sees the other, so the limit holds. Both may be refused, which is harmless.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from types import TracebackType
+
+from azstoragetorch._engine.job import Bell
+from azstoragetorch._engine.memory import new_buffer
+
+_amount_of = operator.itemgetter(0)
+
+
+class Loan:
+    """Bytes borrowed from a budget. Dropping it gives them back; so does leaving its ``with`` block."""
+
+    __slots__ = ("_budget", "_cell")
+
+    def __init__(self, budget: Budget, amount: int) -> None:
+        self._budget, self._cell = budget, [amount]  # the cell is shared with the budget's table
+
+    @property
+    def amount(self) -> int:
+        """Bytes on loan."""
+        return self._cell[0]
+
+    def shrink(self, to: int) -> None:
+        """Give back what exceeds *to* bytes."""
+        self._cell[0] = min(self._cell[0], to)
+        self._budget._given_back()  # noqa: SLF001 - two parts of one protocol
+
+    def release(self) -> None:
+        """Give everything back; once is enough."""
+        self._cell[0] = 0
+        if self._budget._loans.pop(id(self._cell), None) is not None:  # noqa: SLF001
+            self._budget._given_back()  # noqa: SLF001
+
+    def __enter__(self) -> Loan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if self._budget._loans.pop(id(self._cell), None) is not None:  # noqa: SLF001
+            self._budget._given_back()  # noqa: SLF001
+
+
+class Budget:
+    """Bytes that may be in flight. One oversized piece is always admitted alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.peak = 0
+        self._loans: dict[int, list[int]] = {}  # a cell for each loan, by its id: no reference to the loan itself
+        self._queue: deque[object] = deque()  # those who wait, in the order of their coming
+        self._freed = Bell()
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes on loan now."""
+        return sum(map(_amount_of, list(self._loans.values())))
+
+    def take(self, amount: int) -> Loan | None:
+        """Borrow *amount* bytes if that needs no waiting."""
+        loan = None if self._queue else self._lend(amount)
+        if loan is None:
+            self._given_back()  # it was in the table for a moment, and may have kept another one out
+        return loan
+
+    def wait_for(self, amount: int) -> Loan:
+        """Borrow *amount* bytes, waiting for others to give theirs back; first come, first served.
+
+        Only for borrowers that hold nothing meanwhile which those others need.
+        """
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            return self._freed.wait_until(lambda: self._lend(amount) if self._queue[0] is ticket else None)  # type: ignore[return-value]
+        finally:
+            self._queue.remove(ticket)
+            self._freed.ring()
+
+    def acquire(self, amount: int) -> None:
+        """As `wait_for`; gone when nothing uses it any more."""
+        self._old = [*getattr(self, "_old", []), self.wait_for(amount)]
+
+    def release(self, amount: int) -> None:
+        """Give back what `acquire` got; gone when nothing uses it any more."""
+        for loan in list(self._old):
+            if loan.amount == amount:
+                self._old.remove(loan)
+                loan.release()
+                return
+
+    def _lend(self, amount: int) -> Loan | None:
+        loan = Loan(self, amount)  # its finalizer takes out what the next line enters, whatever comes between
+        self._loans[id(loan._cell)] = loan._cell  # noqa: SLF001 - two parts of one protocol
+        total = self.in_flight
+        if total > amount and total > self.limit:
+            self._loans.pop(id(loan._cell), None)  # noqa: SLF001
+            return None
+        self.peak = max(self.peak, total)
+        return loan
+
+    def _given_back(self) -> None:
+        if self._queue:
+            self._freed.ring()
+
+
+class BufferPool:
+    """Buffers that are reused, which saves their page faults. Idle ones hold about *limit* bytes at most."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._idle: dict[int, deque[memoryview]] = {}  # by size
+
+    def take(self, size: int) -> memoryview:
+        """A buffer of *size* bytes with arbitrary contents."""
+        try:
+            return self._idle[size].pop()
+        except (KeyError, IndexError):
+            return new_buffer(size)
+
+    def give_back(self, buffer: memoryview) -> None:
+        """Hand a buffer back; the caller keeps no view of it. Never waits."""
+        size = buffer.nbytes
+        if size + sum(each * len(buffers) for each, buffers in list(self._idle.items())) <= self._limit:
+            self._idle.setdefault(size, deque()).append(buffer)

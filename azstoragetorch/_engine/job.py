@@ -1,0 +1,220 @@
+"""Work that is done once, by the thread that comes first, and waited for by every thread that needs it.
+
+The one protocol of the package for "this is being fetched". A `Job` is in one of three states:
+
+    open      nothing has begun
+    claimed   a thread does the work, or it was handed to something that reports back, such as the multiplexer
+    over      there is an outcome: a result, an error, or that it was given up
+
+* open -> claimed: the first to put its token under the key of ``_claim`` (``dict.setdefault``, one step). A thread of
+  an engine does it when its turn comes; a thread that needs the result does it at once. So a job needs no free thread,
+  and work that waits for work cannot starve.
+* claimed -> open: only by the claimant, when what it had handed the work to did not do it.
+* claimed -> over: the first to put an outcome under the key of ``_outcome``. A claimant that is interrupted at any line
+  leaves through the ``except`` of `run`, which knows by its token whether the work was its own.
+* open -> over: by `give_up`.
+
+No thread holds a lock while it waits, and there is none that a signal handler or a finalizer, which run inside this
+code, could meet: states change by single steps on dicts and lists, which the interpreter does not divide. A thread that
+waits sleeps on a lock that only a `Bell` knows. It enters the lock there, then looks at the state, then sleeps; the
+thread that changes the state does so first and rings after. So either the sleeper sees the change or the bell finds the
+sleeper.
+
+Two claimants never finish, and the token has what it takes to notice: a handler that needs a job which the interrupted
+code below it has claimed would wait for itself, and a forked child for a thread of its parent. Such a caller does the
+work once more instead.
+
+An error's traceback refers to the frames that it passed through, those to the owner of the job, and the owner to the
+job. So the owner of a job that failed calls `give_up` when it has dealt with the error: a reference cycle would keep the
+memory of everything around it until a garbage collection.
+"""
+
+from __future__ import annotations
+
+from _thread import LockType, allocate_lock, get_ident
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from azstoragetorch._engine.process import Process, here
+from azstoragetorch._engine.scope import Cancelled
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_LOOK_AGAIN = 1.0  # seconds until a sleeper looks again: the thread that was to ring may have been interrupted before
+
+
+class Bell:
+    """Wakes threads that wait for something to become true. Ringing never waits."""
+
+    __slots__ = ("_sleepers",)
+
+    def __init__(self) -> None:
+        self._sleepers: list[LockType] = []
+
+    def ring(self) -> None:
+        """Make every thread that waits look again. Call it after the change, from anywhere."""
+        while self._sleepers:
+            with suppress(IndexError, RuntimeError):  # another thread has rung for it
+                self._sleepers.pop().release()
+
+    def wait_until(self, condition: Callable[[], T]) -> T:
+        """Return what *condition*, which is cheap and does not wait, returns once that is true."""
+        while not (found := condition()):
+            sleeper = allocate_lock()
+            sleeper.acquire()
+            self._sleepers.append(sleeper)
+            try:
+                if found := condition():
+                    return found
+                sleeper.acquire(timeout=_LOOK_AGAIN)
+            finally:
+                with suppress(ValueError):  # the bell has rung for it
+                    self._sleepers.remove(sleeper)
+        return found
+
+
+class _Token:
+    """A claim: of which thread (0 if the work was handed to something else) in which process."""
+
+    __slots__ = ("process", "thread")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.process: Process = here()
+
+
+class _Outcome(Generic[R]):
+    """How a job ended; neither a result nor an error if it was given up."""
+
+    __slots__ = ("error", "result")
+
+    def __init__(self, result: R | None = None, error: BaseException | None = None) -> None:
+        self.result = result
+        self.error = error
+
+
+class Job(Generic[R]):
+    """Work that is done at most once.
+
+    Args:
+        work: Does it. The job forgets it, and with it what it refers to, when it is over.
+        bell: Rung when the job is over, or open again; several jobs may share one.
+    """
+
+    __slots__ = ("__weakref__", "_bell", "_claim", "_outcome", "_work")
+
+    def __init__(self, work: Callable[[], R], bell: Bell | None = None) -> None:
+        self._work: Callable[[], R] | None = work
+        self._bell = Bell() if bell is None else bell
+        self._claim: dict[None, _Token] = {}
+        self._outcome: dict[None, _Outcome[R]] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is an outcome."""
+        return bool(self._outcome)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing has begun."""
+        return not self._claim and not self._outcome
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the work raised, if it did."""
+        outcome = self._outcome.get(None)
+        return outcome.error if outcome is not None else None
+
+    def run(self) -> bool:
+        """Do the work here if nothing has begun; whether that was so.
+
+        What the work raises is kept for `result`. Only an interrupt of this thread is raised here as well.
+        """
+        token = _Token(get_ident())
+        try:
+            if self._claim.setdefault(None, token) is not token:
+                return False
+            work = self._work
+            if work is not None:
+                self._end(_Outcome(work()))
+        except BaseException as error:
+            if self._claim.get(None) is token:
+                self._end(_Outcome(error=error))
+                if isinstance(error, (Exception, Cancelled)):
+                    return True
+            raise
+        return True
+
+    def hand_over(self, start: Callable[[Callable[[R], None], Callable[[], None]], bool]) -> bool:
+        """Have *start* begin the work without a thread that waits for it; False if it cannot, and the job stays open.
+
+        *start* gets two functions, of which one is to be called later, from any thread: the first with the result, the
+        second to open the job again. It returns False if neither will be.
+        """
+        token = _Token(0)
+        try:
+            if self._claim.setdefault(None, token) is not token:
+                return True
+            is_begun = start(self._succeed, partial(self._reopen, token))
+        except BaseException:
+            self._reopen(token)
+            raise
+        if not is_begun:
+            self._reopen(token)
+        return is_begun
+
+    def result(self) -> R:
+        """The result. The work is done here if nothing has begun, else waited for.
+
+        Raises:
+            BaseException: what the work raised.
+            RuntimeError: the job was given up.
+        """
+        while not self._outcome:
+            work, claim = self._work, self._claim.get(None)
+            if claim is None:
+                self.run()
+            elif work is not None and (claim.thread == get_ident() or claim.process is not here()):
+                return work()  # that claimant cannot finish before this
+            else:
+                self._bell.wait_until(self._has_changed)
+        outcome = self._outcome[None]
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome is _GIVEN_UP:
+            raise RuntimeError("the work was given up")
+        return outcome.result  # type: ignore[return-value]  # there is one
+
+    def give_up(self) -> bool:
+        """Never begin if nothing has; forget the outcome if there is one. Work in progress is not stopped.
+
+        Whether nothing had begun, so that what the work would have used is the caller's to clean up.
+        """
+        token = _Token(0)
+        is_unused = self._claim.setdefault(None, token) is token
+        self._outcome[None] = _GIVEN_UP
+        self._work = None
+        self._bell.ring()
+        return is_unused
+
+    def _succeed(self, result: R) -> None:
+        self._end(_Outcome(result))
+
+    def _reopen(self, token: _Token) -> None:
+        if self._claim.get(None) is token:
+            self._claim.pop(None, None)
+        self._bell.ring()
+
+    def _has_changed(self) -> bool:
+        return bool(self._outcome) or not self._claim
+
+    def _end(self, outcome: _Outcome[R]) -> None:
+        self._outcome.setdefault(None, outcome)
+        self._work = None
+        self._bell.ring()
+
+
+_GIVEN_UP: _Outcome[Any] = _Outcome()

@@ -1,0 +1,291 @@
+"""The one place that makes threads: an engine has a few, started when there is work, and runs work on them.
+
+Submitting takes no lock, so that a signal handler can do it inside any other code, also inside of `submit`. Tasks are
+in a queue that is safe for that. Two heaps of tokens say whether a thread has to be started: ``_spare`` holds one for
+each thread that may still be made, ``_resting`` one for each thread that waits for a task, less one for each task in
+the queue that counts on such a thread. The tokens only decide when to start a thread. That every task is run needs no
+more than this: a thread goes away by first giving its spare token back and then looking once more whether a task has
+come, and a task is put into the queue before its submitter looks for a spare token. So one of the two sees the other.
+
+Threads are made by ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module and waits for the
+new thread, and a handler that came in between would wait forever. They are like daemon threads: at interpreter exit
+nothing here is worth waiting for, since only closing a writer commits.
+"""
+
+from __future__ import annotations
+
+import _thread
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from azstoragetorch._engine.budget import Budget, BufferPool
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.job import Bell
+from azstoragetorch._engine.process import PerProcess, here
+from azstoragetorch._engine.scope import Cancelled, Scope
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_IDLE_BUFFER_BYTES = 256 << 20  # kept for reuse over all sizes; the rest goes back to the system
+_IDLE_THREAD_SECONDS = 30.0
+
+
+def start_thread(work: Callable[[], None]) -> bool:
+    """Run *work* on a new thread; False where none can be made, at interpreter exit for example. Never waits."""
+    try:
+        _thread.start_new_thread(_run_traced, (work,))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run_traced(work: Callable[[], None]) -> None:
+    # Coverage and debuggers install these through `threading`, which knows only the threads that it makes.
+    if (trace := threading.gettrace()) is not None:
+        sys.settrace(trace)
+    if (profile := threading.getprofile()) is not None:
+        sys.setprofile(profile)
+    work()
+
+
+class Engine:
+    """Threads, budget and buffers for transfers with one set of limits."""
+
+    def __init__(self, threads: int, memory_limit: int) -> None:
+        self._process = here()
+        self._memory_limit = memory_limit
+        self.budget = Budget(memory_limit)
+        self.buffers = BufferPool(min(memory_limit, _IDLE_BUFFER_BYTES))
+        self._limit = threads
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], object], bool]] = queue.SimpleQueue()
+        self._retired: deque[Callable[[], object]] = deque()
+        self._spare: deque[None] = deque([None] * threads)
+        self._resting: deque[None] = deque()
+
+    def current(self) -> Engine:
+        """This engine, or in a forked child the one of that process with the same limits."""
+        return self if self._process is here() else _engine_with(self._limit, self._memory_limit)
+
+    def submit(self, task: Callable[[], object]) -> None:
+        """Run *task*, which handles its own errors, on a thread of the engine.
+
+        Where no thread can be made it runs here.
+        """
+        self._put(task)
+        if len(self._spare) == self._limit:
+            self._run_here()
+
+    def retire(self, cleanup: Callable[[], object]) -> None:
+        """Run *cleanup* soon on a thread of the engine. For finalizers: it never waits and runs nothing here."""
+        self._retired.append(cleanup)
+        self._put(self._clean_up)
+
+    def map(
+        self, function: Callable[[T, Scope], R], items: Iterable[T], at_most: int, scope: Scope | None = None
+    ) -> list[R]:
+        """Call *function* with each of *items* and a scope, at most *at_most* at once; the results, in order.
+
+        A lazy iterable is drawn from as threads become free, by one thread at a time. The calling thread takes part.
+        The first error, or an interrupt of the caller, cancels *scope*, which the calls get, and is raised when no call
+        runs any more: the memory that they use is free then.
+
+        Raises:
+            Cancelled: *scope* was cancelled.
+            BaseException: what a call, or *items*, raised first.
+        """
+        self._clean_up()
+        helpers = (min(at_most, len(items)) if isinstance(items, Sized) else at_most) - 1
+        return _Map(function, items, scope or Scope()).run(self, helpers)
+
+    def run_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int, scope: Scope | None = None) -> None:
+        """As `map`; gone when nothing uses it any more."""
+        self.map(lambda task, inner: task(inner), tasks, concurrency, scope)
+
+    def _put(self, task: Callable[[], object]) -> None:
+        is_counted_on = _took_one(self._resting)
+        self._tasks.put((task, is_counted_on))
+        if not is_counted_on:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        has_token = False
+        try:
+            has_token = _took_one(self._spare)
+            if has_token and start_thread(self._work):
+                has_token = False  # it is the thread's now
+        finally:
+            if has_token:
+                self._spare.append(None)
+
+    def _run_here(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._next(is_resting=False)()
+
+    def _clean_up(self) -> None:
+        with suppress(IndexError):
+            while self._retired:
+                self._retired.popleft()()
+
+    def _next(self, *, is_resting: bool) -> Callable[[], object]:
+        """The next task, waited for if this thread is resting."""
+        if is_resting:
+            task, is_counted_on = self._tasks.get(timeout=_IDLE_THREAD_SECONDS)
+        else:
+            task, is_counted_on = self._tasks.get_nowait()
+        if is_counted_on and not is_resting:
+            self._resting.append(None)  # the thread that it counted on goes on resting
+        elif is_resting and not is_counted_on:
+            _took_one(self._resting)  # this thread rests no more
+        return task
+
+    def _work(self) -> None:
+        """What a thread of the engine does: tasks, until none has come for a while."""
+        try:
+            is_resting = False
+            while True:
+                try:
+                    task = self._next(is_resting=is_resting)
+                except queue.Empty:
+                    if is_resting and self._is_dismissed():
+                        return
+                    if not is_resting:
+                        self._resting.append(None)
+                    is_resting = True
+                    continue
+                is_resting = False
+                task()
+                del task  # it refers to memory that must not stay until the next one
+        except BaseException:
+            self._spare.append(None)
+            raise
+
+    def _is_dismissed(self) -> bool:
+        """Whether a thread that has rested for long goes away."""
+        if not _took_one(self._resting):
+            return False  # a task that counts on it is about to be there
+        self._spare.append(None)
+        if self._tasks.empty() or not _took_one(self._spare):
+            return True
+        self._resting.append(None)
+        return False
+
+
+def _took_one(heap: deque[None]) -> bool:
+    try:
+        heap.pop()
+    except IndexError:
+        return False
+    return True
+
+
+class _Map(Generic[T, R]):
+    """One `Engine.map`: calls that several threads take from one list.
+
+    Every thread that takes part enters itself in ``_helpers`` before it looks whether the list is closed, and the
+    caller closes the list before it looks whether somebody is left in there. So no call runs when the caller goes on,
+    and a helper whose turn comes too late takes nothing.
+
+    Drawing from the list needs a lock, since a generator cannot be entered twice. Only helpers of this very call wait
+    for it, and nothing else waits for them: a thread that waits for work does it itself if nobody has begun.
+    """
+
+    def __init__(self, function: Callable[[T, Scope], R], items: Iterable[T], scope: Scope) -> None:
+        self._function: Callable[[T, Scope], R] | None = function
+        self._items: Iterator[tuple[int, T]] = enumerate(items)
+        self._scope = scope
+        self._drawing = _thread.allocate_lock()
+        self._is_closed = False
+        self._helpers: set[object] = set()
+        self._bell = Bell()
+        self._results: dict[int, R] = {}
+        self._errors: list[BaseException] = []
+
+    def run(self, engine: Engine, helpers: int) -> list[R]:
+        """The caller's share, and the wait for the rest."""
+        me = object()
+        try:
+            try:
+                self._take_part(engine, helpers, me)
+                self._wait(me)
+            except BaseException as error:  # an interrupt between two lines of these
+                self._fail(error)
+                self._wait(me)
+            if self._errors:
+                raise self._first_error()  # in no variable: its traceback refers to this frame
+            self._scope.check()  # cancelled from outside: what is left was not done
+            return [self._results[number] for number in range(len(self._results))]
+        finally:
+            self._errors.clear()
+            self._results = {}
+            self._function = None
+
+    def _take_part(self, engine: Engine, helpers: int, me: object) -> None:
+        try:
+            for _ in range(helpers):
+                engine.submit(self._help)
+            self._help(me)
+        except BaseException as error:  # an interrupt; raised when no call runs any more
+            self._fail(error)
+
+    def _wait(self, me: object) -> None:
+        """Return when no call runs, whatever interrupts the wait."""
+        while True:
+            try:
+                self._is_closed = True
+                self._helpers.discard(me)
+                self._bell.wait_until(lambda: not self._helpers)
+                return
+            except BaseException as error:  # raised when no call runs any more
+                self._fail(error)
+
+    def _first_error(self) -> BaseException:
+        return next((error for error in self._errors if not isinstance(error, Cancelled)), self._errors[0])
+
+    def _help(self, me: object = None) -> None:
+        """Make calls until none is left."""
+        me = me or object()
+        self._helpers.add(me)
+        try:
+            while (drawn := self._draw()) is not None:
+                number, item = drawn
+                function = self._function
+                assert function is not None
+                self._results[number] = function(item, self._scope)
+                del drawn, item
+        except BaseException as error:  # raised by the caller's thread
+            self._fail(error)
+        finally:
+            self._helpers.discard(me)
+            self._bell.ring()
+
+    def _draw(self) -> tuple[int, T] | None:
+        with self._drawing:
+            if self._is_closed or self._scope.is_cancelled:
+                return None
+            return next(self._items, None)
+
+    def _fail(self, error: BaseException) -> None:
+        self._errors.append(error)
+        self._is_closed = True
+        self._scope.cancel()
+
+
+_engines: PerProcess[dict[tuple[int, int], Engine]] = PerProcess(dict)
+
+
+def engine_for(config: TransferConfig) -> Engine:
+    """The engine of this process for the limits of *config*."""
+    return _engine_with(config.max_connections, config.memory_limit)
+
+
+def _engine_with(threads: int, memory_limit: int) -> Engine:
+    engines = _engines.get()
+    key = (threads, memory_limit)
+    return engines.get(key) or engines.setdefault(key, Engine(threads, memory_limit))
