@@ -81,6 +81,7 @@ def test_what_is_ahead_is_bounded_by_bytes_and_a_larger_blob_goes_alone(fault_se
     transfer = replace(QUICK, max_connections=60, memory_limit=1 << 20)
     samples = iter(iterable(fault_service, transfer=transfer))
     next(samples)
+    fault_service.wait_for_requests(2, "get_blob")
     fault_service.wait_until_idle()
     ahead = len(fault_service.requests("get_blob"))
     assert 2 <= ahead <= (1 << 20) // size + 1

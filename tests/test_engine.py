@@ -12,15 +12,23 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from azstoragetorch._engine.budget import Budget, BufferPool, Loan
 from azstoragetorch._engine.config import MiB, TransferConfig
-from azstoragetorch._engine.engine import Budget, BufferPool, Cancelled, Engine, Reservation, Scope, engine_for
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import Engine, engine_for
 from tests.support import in_time, run_python, run_threads, taking, wait_until
+
+
+def thread_count() -> int:
+    """Threads of this process, also those that the module `threading` does not know."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 class TestThreads:
@@ -52,9 +60,9 @@ class TestThreads:
         assert len(names) <= 3
 
     def test_none_before_the_first_task(self) -> None:
-        before = threading.active_count()
+        before = thread_count()
         Engine(8, MiB)
-        assert threading.active_count() == before
+        assert thread_count() == before
 
     def test_submitting_from_many_threads_loses_nothing(self) -> None:
         engine = Engine(4, MiB)
@@ -64,26 +72,26 @@ class TestThreads:
             assert done.acquire(timeout=10)
 
     def test_idle_threads_end_and_come_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("azstoragetorch._engine.engine._IDLE_THREAD_SECONDS", 0.02)
+        monkeypatch.setattr("azstoragetorch._engine.threads._IDLE_THREAD_SECONDS", 0.02)
         engine = Engine(4, MiB)
-        before = threading.active_count()
+        before = thread_count()
         for _ in range(5):
             together = threading.Barrier(5)
             for _ in range(4):
                 engine.submit(lambda together=together: together.wait(10))  # type: ignore[misc]
             together.wait(10)
-            wait_until(lambda: threading.active_count() <= before)
+            wait_until(lambda: thread_count() <= before)
 
     def test_work_goes_on_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As at interpreter exit, or at the system's limit: the caller does the work."""
 
-        def refuse(_thread: threading.Thread) -> None:
+        def refuse(*_arguments: object) -> None:
             raise RuntimeError("can't start new thread")
 
         engine = Engine(4, MiB)
         done: list[int] = []
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr("azstoragetorch._engine.threads._thread.start_new_thread", refuse)
             engine.submit(lambda: done.append(0))
             engine.run_all([lambda _: done.append(1), lambda _: done.append(2)], 4)
             assert done == [0, 1, 2]
@@ -209,21 +217,18 @@ class TestScope:
     def test_cancelling_interrupts_what_is_held_and_nothing_else(self) -> None:
         interrupted = []
 
-        class Resource:
-            def interrupt(self) -> None:
-                interrupted.append(self)
-
-        scope, held, released = Scope(), Resource(), Resource()
-        with scope.holding(released):
+        scope = Scope()
+        with scope.holding(lambda: interrupted.append("left")) as left:
             pass
-        with scope.holding(held):
+        with scope.holding(lambda: interrupted.append("held")) as held:
             scope.cancel()
-        assert interrupted == [held]
+        assert interrupted == ["held"]
+        assert (left.was_woken, held.was_woken) == (False, True)
 
     def test_nothing_begins_after(self) -> None:
         scope = Scope()
         scope.cancel()
-        with pytest.raises(Cancelled), scope.holding(threading.Event()):  # type: ignore[arg-type]
+        with pytest.raises(Cancelled), scope.holding(lambda: None):
             pytest.fail("began")
         with pytest.raises(Cancelled):
             scope.check()
@@ -252,23 +257,23 @@ class TestScope:
 class TestBudget:
     def test_an_oversized_piece_goes_alone(self) -> None:
         budget = Budget(10)
-        assert budget.try_acquire(25)
-        assert not budget.try_acquire(1)
-        budget.release(25)
-        assert budget.try_acquire(1)
-        assert not budget.try_acquire(25)
+        large = loan_of(budget, 25)
+        assert budget.take(1) is None
+        large.release()
+        small = loan_of(budget, 1)
+        assert budget.take(25) is None
         assert budget.peak == 25
+        small.release()
 
     def test_first_come_first_served(self) -> None:
         """A large piece waits for those before it, not for those after it."""
         budget = Budget(10)
-        budget.acquire(6)
+        first = budget.wait_for(6)
         order: list[int] = []
 
         def take(amount: int) -> None:
-            budget.acquire(amount)
-            order.append(amount)
-            budget.release(amount)
+            with budget.wait_for(amount):
+                order.append(amount)
 
         threads = []
         for amount in (10, 1, 2):
@@ -276,8 +281,8 @@ class TestBudget:
             threads[-1].start()
             time.sleep(0.05)
         assert order == []
-        assert not budget.try_acquire(1)
-        budget.release(6)
+        assert budget.take(1) is None
+        first.release()
         for thread in threads:
             thread.join(10)
         assert order[0] == 10
@@ -293,8 +298,8 @@ class TestBudget:
         def worker(number: int) -> None:
             nonlocal worst
             for amount in amounts[number]:
-                if amount % 3 or not budget.try_acquire(amount):
-                    budget.acquire(amount)
+                loan = None if amount % 3 else budget.take(amount)
+                loan = loan or budget.wait_for(amount)
                 with lock:
                     held.append(amount)
                     if len(held) > 1:
@@ -302,27 +307,52 @@ class TestBudget:
                 time.sleep(0)
                 with lock:
                     held.remove(amount)
-                budget.release(amount)
+                loan.release()
 
         run_threads(len(amounts), worker)
         assert worst <= limit
         assert budget.in_flight == 0
         assert budget.peak <= max([limit, *[amount for row in amounts for amount in row]])
 
-    def test_a_reservation_gives_back_what_it_took_and_no_more(self) -> None:
+    def test_a_loan_gives_back_what_it_took_and_no_more(self) -> None:
         budget = Budget(10)
-        first, second = Reservation(budget), Reservation(budget)
-        assert first.take(8)
-        assert not second.take(8)
-        assert (first.amount, second.amount, budget.in_flight) == (8, 0, 8)
-        second.release()
+        first = loan_of(budget, 8)
+        assert budget.take(8) is None
+        assert (first.amount, budget.in_flight) == (8, 8)
         first.release()
         first.release()
         assert (first.amount, budget.in_flight, budget.peak) == (0, 0, 8)
 
+    def test_a_loan_that_shrinks_gives_back_the_rest(self) -> None:
+        budget = Budget(10)
+        loan = loan_of(budget, 8)
+        loan.shrink(3)
+        loan.shrink(5)
+        assert (loan.amount, budget.in_flight) == (3, 3)
+        other = loan_of(budget, 7)
+        loan.release()
+        loan.shrink(1)
+        other.release()
+        assert budget.in_flight == 0
+
+    def test_a_loan_that_nothing_refers_to_is_given_back(self) -> None:
+        """So that an interrupt between borrowing and noting it loses nothing; also where somebody waits for it."""
+        budget = Budget(10)
+        loan = loan_of(budget, 8)
+        assert budget.in_flight == 8
+        del loan
+        assert budget.in_flight == 0
+        loan = loan_of(budget, 10)
+        served = threading.Event()
+        threading.Thread(target=lambda: [budget.wait_for(10), served.set()], daemon=True).start()
+        wait_until(lambda: len(budget._queue) == 1)
+        with taking(at_most=0.5):
+            del loan
+            assert served.wait(10)
+
     def test_an_interrupted_wait_leaves_no_trace(self) -> None:
         budget = Budget(1)
-        budget.acquire(1)
+        loan = budget.wait_for(1)
 
         def interrupt(*_args: object) -> None:
             raise KeyboardInterrupt
@@ -331,21 +361,28 @@ class TestBudget:
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(KeyboardInterrupt):
-                budget.acquire(1)
+                budget.wait_for(1)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-        budget.release(1)
+        loan.release()
         assert budget.in_flight == 0
-        assert budget.try_acquire(1)
+        assert budget.take(1) is not None
+
+
+def loan_of(budget: Budget, amount: int) -> Loan:
+    loan = budget.take(amount)
+    assert loan is not None
+    return loan
 
 
 @dataclass(eq=False)
 class Turn:
-    """Somebody who waits for *amount* bytes in a thread of its own."""
+    """A thread that waits for *amount* bytes, and what it got."""
 
     amount: int
     thread: threading.Thread
+    loans: list[Loan]
 
 
 class BudgetMachine(RuleBasedStateMachine):
@@ -358,53 +395,59 @@ class BudgetMachine(RuleBasedStateMachine):
         self.budget = Budget(limit)
         self.taken: list[int] = []  # what is in flight, by the rules
         self.waiting: deque[Turn] = deque()
+        self.loans: list[Loan] = []
         self.served: list[Turn] = []  # in the order in which the rules admit them
 
     def fits(self, amount: int) -> bool:
         return not self.taken or sum(self.taken) + amount <= self.budget.limit
 
     @rule(target=held, amount=st.integers(1, 30))
-    def try_to_take(self, amount: int) -> int:
+    def try_to_take(self, amount: int) -> Loan | None:
         may = not self.waiting and self.fits(amount)
-        assert self.budget.try_acquire(amount) is may
-        if may:
+        loan = self.budget.take(amount)
+        assert (loan is not None) is may
+        if loan is not None:
             self.taken.append(amount)
-        return amount if may else 0
+            self.loans.append(loan)
+        return loan
 
     @rule(amount=st.integers(1, 30))
     def borrow_and_give_back(self, amount: int) -> None:
-        reservation = Reservation(self.budget)
-        assert reservation.take(amount) is (not self.waiting and self.fits(amount))
-        reservation.release()
+        loan = self.budget.take(amount)
+        assert (loan is not None) is (not self.waiting and self.fits(amount))
+        if loan is not None:
+            loan.release()
 
     @rule(amount=st.integers(1, 30))
     def wait_for(self, amount: int) -> None:
-        thread = threading.Thread(target=self.budget.acquire, args=(amount,), daemon=True)
-        turn = Turn(amount, thread)
-        queued = len(self.budget._waiting)
+        loans: list[Loan] = []
+        thread = threading.Thread(target=lambda: loans.append(self.budget.wait_for(amount)), daemon=True)
+        turn = Turn(amount, thread, loans)
+        queued = len(self.budget._queue)
         thread.start()
         if not self.waiting and self.fits(amount):
             self.taken.append(amount)
             self.served.append(turn)
+            thread.join(10)
         else:
             self.waiting.append(turn)
-            wait_until(lambda: len(self.budget._waiting) == queued + 1)
+            wait_until(lambda: len(self.budget._queue) == queued + 1)
 
-    @rule(amount=consumes(held))
-    def give_back(self, amount: int) -> None:
-        if amount:
-            self.release(amount)
+    @rule(loan=consumes(held))
+    def give_back(self, loan: Loan | None) -> None:
+        if loan is not None:
+            self.release(loan)
 
     @rule()
     def the_first_that_waited_gives_back(self) -> None:
         if self.served:
             turn = self.served.pop(0)
             turn.thread.join(10)
-            self.release(turn.amount)
+            self.release(turn.loans.pop())
 
-    def release(self, amount: int) -> None:
-        self.budget.release(amount)
-        self.taken.remove(amount)
+    def release(self, loan: Loan) -> None:
+        self.taken.remove(loan.amount)
+        loan.release()
         while self.waiting and self.fits(self.waiting[0].amount):
             self.taken.append(self.waiting[0].amount)
             self.served.append(self.waiting.popleft())
@@ -421,10 +464,13 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "budget"):
-            while self.taken:
-                self.release(self.taken[0])
+            for loan in self.loans:
+                if loan.amount:
+                    self.release(loan)
+            while self.served:
+                self.the_first_that_waited_gives_back()
             assert not self.waiting
-            self.those_whose_turn_it_is_have_theirs()
+            assert self.budget.in_flight == 0
 
 
 TestBudgetMachine = BudgetMachine.TestCase
@@ -459,7 +505,8 @@ class TestBuffers:
 
 PROGRAM = """
 import random, signal, sys, threading, time
-from azstoragetorch._engine.engine import Engine, Scope
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import Engine
 
 engine = Engine(4, 1 << 20)
 running = set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,26 +34,29 @@ class _Content:
     segments, nor a thread that still receives into it, nor a read that copies from it.
     """
 
+    _pool: BufferPool | None = None
+    buffer: memoryview | None = None
+
     def __init__(self, span: ByteRange, loan: Loan | None, pool: BufferPool | None) -> None:
         self.span = span
         self.loan = loan
         self._pool = pool
         self.scope = Scope()
-        self.buffer: memoryview | None = None
         self.filled = 0
         self.opened: RangeRead | None = None  # its request, where that was sent already
 
     def receive(self, open_it: Callable[[Scope], RangeRead], bell: Bell) -> None:
         """Receive all of it; *bell* rings whenever some bytes have arrived."""
-        self.scope.check()
-        opened, self.opened = self.opened or open_it(self.scope), None
-        try:
-            assert self._pool is not None
-            assert self.loan is not None
-            self.buffer = self._pool.take(self.loan.amount)
-            opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
-        finally:
-            opened.close()
+        assert self._pool is not None
+        assert self.loan is not None
+        with ExitStack() as on_error:
+            on_error.callback(self.loan.release)  # now, even if an error's traceback still refers to this
+            self.scope.check()
+            opened, self.opened = self.opened or open_it(self.scope), None
+            with closing(opened):
+                self.buffer = self._pool.take(self.loan.amount)
+                opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
+            on_error.pop_all()
 
     def _arrived(self, bell: Bell, count: int) -> None:
         self.filled = count

@@ -203,4 +203,7 @@ def fail(method: str, url: BlobURL, error: BaseException, scope: Scope | None = 
         raise Transient(connection_error(method, str(url), error, was_sent=True)) from error
     if isinstance(error, OSError):
         raise connection_error(method, str(url), error, was_sent=False) from error
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # its traceback refers to this frame: a reference cycle would keep what waits for the answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from azstoragetorch._engine.budget import Budget, BufferPool, Loan
-from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import Engine, engine_for, start_thread
 
@@ -12,7 +11,6 @@ __all__ = [
     "BufferPool",
     "Cancelled",
     "Engine",
-    "PerProcess",
     "Reservation",
     "Scope",
     "engine_for",

@@ -25,13 +25,13 @@ code below it has claimed would wait for itself, and a forked child for a thread
 work once more instead.
 
 An error's traceback refers to the frames that it passed through, those to the owner of the job, and the owner to the
-job. So the owner of a job that failed calls `give_up` when it has dealt with the error: a reference cycle would keep the
-memory of everything around it until a garbage collection.
+job. So the owner of a job that failed calls `give_up` when it has dealt with the error: a reference cycle would keep
+the memory of everything around it until a garbage collection.
 """
 
 from __future__ import annotations
 
-from _thread import LockType, allocate_lock, get_ident
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -52,7 +52,7 @@ class Bell:
     __slots__ = ("_sleepers",)
 
     def __init__(self) -> None:
-        self._sleepers: list[LockType] = []
+        self._sleepers: list[threading.Lock] = []
 
     def ring(self) -> None:
         """Make every thread that waits look again. Call it after the change, from anywhere."""
@@ -63,7 +63,7 @@ class Bell:
     def wait_until(self, condition: Callable[[], T]) -> T:
         """Return what *condition*, which is cheap and does not wait, returns once that is true."""
         while not (found := condition()):
-            sleeper = allocate_lock()
+            sleeper = threading.Lock()
             sleeper.acquire()
             self._sleepers.append(sleeper)
             try:
@@ -133,7 +133,7 @@ class Job(Generic[R]):
 
         What the work raises is kept for `result`. Only an interrupt of this thread is raised here as well.
         """
-        token = _Token(get_ident())
+        token = _Token(threading.get_ident())
         try:
             if self._claim.setdefault(None, token) is not token:
                 return False
@@ -177,16 +177,15 @@ class Job(Generic[R]):
             work, claim = self._work, self._claim.get(None)
             if claim is None:
                 self.run()
-            elif work is not None and (claim.thread == get_ident() or claim.process is not here()):
+            elif work is not None and (claim.thread == threading.get_ident() or claim.process is not here()):
                 return work()  # that claimant cannot finish before this
             else:
                 self._bell.wait_until(self._has_changed)
-        outcome = self._outcome[None]
-        if outcome.error is not None:
-            raise outcome.error
-        if outcome is _GIVEN_UP:
+        if self._outcome[None] is _GIVEN_UP:
             raise RuntimeError("the work was given up")
-        return outcome.result  # type: ignore[return-value]  # there is one
+        if self.error is not None:
+            raise self.error  # in no variable: its traceback refers to this frame
+        return self._outcome[None].result  # type: ignore[return-value]  # there is one
 
     def give_up(self) -> bool:
         """Never begin if nothing has; forget the outcome if there is one. Work in progress is not stopped.

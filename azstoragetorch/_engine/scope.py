@@ -12,7 +12,7 @@ thread was doing. What decides instead is the order of single steps, each of whi
 
 from __future__ import annotations
 
-from _thread import LockType, allocate_lock
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -90,7 +90,7 @@ class Scope:
         Raises:
             Cancelled: it was.
         """
-        nap = allocate_lock()
+        nap = threading.Lock()
         nap.acquire()
         with self.holding(partial(_open, nap)):
             nap.acquire(timeout=max(0.0, seconds))
@@ -110,6 +110,6 @@ class Scope:
             hold.cancel()
 
 
-def _open(lock: LockType) -> None:
+def _open(lock: threading.Lock) -> None:
     with suppress(RuntimeError):  # it is open
         lock.release()

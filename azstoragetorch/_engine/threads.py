@@ -200,7 +200,7 @@ class _Map(Generic[T, R]):
         self._function: Callable[[T, Scope], R] | None = function
         self._items: Iterator[tuple[int, T]] = enumerate(items)
         self._scope = scope
-        self._drawing = _thread.allocate_lock()
+        self._drawing = threading.Lock()
         self._is_closed = False
         self._helpers: set[object] = set()
         self._bell = Bell()
@@ -214,7 +214,7 @@ class _Map(Generic[T, R]):
             try:
                 self._take_part(engine, helpers, me)
                 self._wait(me)
-            except BaseException as error:  # an interrupt between two lines of these
+            except BaseException as error:  # noqa: BLE001 - an interrupt between two lines of these
                 self._fail(error)
                 self._wait(me)
             if self._errors:
@@ -231,7 +231,7 @@ class _Map(Generic[T, R]):
             for _ in range(helpers):
                 engine.submit(self._help)
             self._help(me)
-        except BaseException as error:  # an interrupt; raised when no call runs any more
+        except BaseException as error:  # noqa: BLE001 - an interrupt; raised when no call runs any more
             self._fail(error)
 
     def _wait(self, me: object) -> None:
@@ -242,7 +242,7 @@ class _Map(Generic[T, R]):
                 self._helpers.discard(me)
                 self._bell.wait_until(lambda: not self._helpers)
                 return
-            except BaseException as error:  # raised when no call runs any more
+            except BaseException as error:  # noqa: BLE001, PERF203 - raised when no call runs any more
                 self._fail(error)
 
     def _first_error(self) -> BaseException:
@@ -259,7 +259,7 @@ class _Map(Generic[T, R]):
                 assert function is not None
                 self._results[number] = function(item, self._scope)
                 del drawn, item
-        except BaseException as error:  # raised by the caller's thread
+        except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
             self._fail(error)
         finally:
             self._helpers.discard(me)

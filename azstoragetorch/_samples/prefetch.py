@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -194,18 +195,20 @@ class OrderedPrefetch(Generic[T, R]):
 
                 return start(item, self._scope, fetched, missed)
 
-            try:
+            with suppress(Exception):  # the thread meets it again, and `result` raises it
                 if job.hand_over(hand_over):
                     return
-            except Exception:  # noqa: BLE001 - the thread meets it again, and `result` raises it
-                pass
         engine.submit(job.run)
 
     def _do(self, item: T) -> R:
         return self._work(item, self._scope)
 
     def _do_on_loan(self, item: T, loan: Loan) -> R:
-        result = self._work(item, self._scope)
+        try:
+            result = self._work(item, self._scope)
+        except BaseException:
+            loan.release()  # now, even if the error's traceback still refers to it
+            raise
         loan.shrink(self._size(result))
         return result
 
@@ -216,7 +219,7 @@ class OrderedPrefetch(Generic[T, R]):
             self._pulled.append(next(self._items))
         except StopIteration:
             self._is_exhausted = True
-        except BaseException as error:  # raised in its turn
+        except BaseException as error:  # noqa: BLE001 - raised in its turn
             self._is_exhausted = True
             self._source_error = error
         return bool(self._pulled)

@@ -22,7 +22,6 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
 from azstoragetorch.checkpoint._alarm import alarmed

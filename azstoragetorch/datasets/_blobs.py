@@ -21,7 +21,7 @@ from azstoragetorch._engine.metrics import timed
 from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
 from azstoragetorch._samples.catalog import Catalog, list_catalog
 from azstoragetorch._samples.once import OnceAmongForks
-from azstoragetorch._samples.prefetch import Prefetched, OrderedPrefetch
+from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
 from azstoragetorch.io import BlobIO
 
 T = TypeVar("T")
@@ -239,7 +239,11 @@ class Source:
     def unhurried(self, index: int) -> Prefetched[Blob, Head] | Blob:
         """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
         blob = self.blob(index)
-        return blob if self._cache is None else Prefetched(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None, None, None)
+        return (
+            blob
+            if self._cache is None
+            else Prefetched(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None, None, None)
+        )
 
     def prefetch(self, blobs: Iterator[Blob], *, is_eager: bool) -> OrderedPrefetch[Blob, Head]:
         """Fetch the first parts of *blobs* ahead, in order."""
