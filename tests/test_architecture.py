@@ -41,7 +41,9 @@ ROWS = [
     {"_blob.download", "_blob.listing", "_blob.window"},
     {"_blob.multiplex", "_blob.readahead", "_blob.upload"},
     {"_blob.client"},
-    {"_samples.once", "_samples.prefetch", "_samples.records", "_samples.sharding", "_samples.tar"},
+    {"_samples.once", "_samples.prefetch", "_samples.records", "_samples.sharding"},
+    {"_samples.tar_header", "_samples.unpack"},
+    {"_samples.tar"},
     {"_samples.cache", "_samples.catalog", "_samples.resume", "_samples.sources", "_samples.workers"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},

@@ -41,7 +41,11 @@ def make_tar(files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mode: str 
 def members(packed: bytes) -> dict[str, bytes]:
     found = {}
     for member in walk(io.BytesIO(packed), "url"):
-        found[member.name] = member.data if isinstance(member.data, bytes) else member.data.read()
+        if isinstance(member.data, bytes):
+            found[member.name] = member.data
+        else:
+            with member.data as stream:
+                found[member.name] = stream.read()
     return found
 
 
@@ -126,7 +130,7 @@ def test_a_tar_that_was_cut_anywhere_is_an_error(fault_service: FaultService) ->
     packed = make_tar({"0.txt": b"x" * 700, "1.txt": b"y" * 10})
     end = 512 + 1024 + 512 + 512
     for cut in [1, 511, 512, 600, 1536, 1537, 2047, 2048, 2050, 2559, end]:
-        with pytest.raises(tarfile.ReadError, match=r"url is (a truncated|no) tar"):
+        with pytest.raises(tarfile.ReadError, match=r"url is (a truncated|not a) tar"):
             members(packed[:cut])
     assert len(members(packed[: end + 512])) == 2
     with pytest.raises(tarfile.ReadError, match=r"data/shard\.tar is a truncated tar"):
@@ -142,7 +146,7 @@ def test_a_cut_gzip_is_an_error() -> None:
 def test_a_damaged_header_is_an_error() -> None:
     packed = bytearray(make_tar({"0.txt": b"x", "1.txt": b"y"}))
     packed[1024 + 20] ^= 1
-    with pytest.raises(tarfile.ReadError, match="url is a damaged tar: there is no header at byte 1024"):
+    with pytest.raises(tarfile.ReadError, match="url is a damaged tar: the header at byte 1024 is wrong"):
         members(bytes(packed))
 
 
@@ -155,15 +159,17 @@ def header(kind: bytes = tarfile.REGTYPE, size: int = 0, pax: dict[str, str] | N
 @pytest.mark.parametrize(
     ("packed", "words"),
     [
-        (header(tarfile.GNUTYPE_SPARSE), "the file at byte 0 is sparse"),
-        (header(pax={"GNU.sparse.major": "1"}), "is sparse"),
-        (header(tarfile.XHDTYPE, 1 << 30), "the extended header at byte 0 claims 1073741824 bytes"),
-        (header(size=1 << 62), "url is no tar"),
-        (header(pax={"size": "-1"}), "claims a size of '-1' bytes"),
-        (header(pax={"size": "9" * 19}), "claims a size of '9999999999999999999' bytes"),
+        (
+            header(tarfile.XHDTYPE, 1 << 30),
+            "the header at byte 0 is wrong: this extended header claims 1073741824 bytes",
+        ),
+        (header(size=1 << 62), "url is not a tar"),
+        (header(pax={"size": "-1"}), "its size is '-1'"),
+        (header(pax={"size": "9" * 19}), "its size is '9999999999999999999'"),
+        (header(pax={"size": "9" * 5000}), "its size is '999999999999999999999999999999'"),
         (header(size=20 * MiB) + bytes(18 * MiB), "18874368 of 20971520 bytes into 'x'"),
     ],
-    ids=["sparse", "sparse in PAX", "header", "size", "negative", "huge", "large and cut"],
+    ids=["header", "size", "negative", "huge", "5,000 digits", "large and cut"],
 )
 def test_what_a_header_claims_is_checked(packed: bytes, words: str) -> None:
     with pytest.raises(tarfile.ReadError, match=words):
@@ -204,7 +210,7 @@ def test_an_error_of_the_stream_is_not_taken_for_one_of_the_tar() -> None:
 
 
 def test_an_error_in_a_worker_keeps_its_type_and_url(fault_service: FaultService) -> None:
-    with pytest.raises(tarfile.ReadError, match=r"data/shard\.tar is no tar"):
+    with pytest.raises(tarfile.ReadError, match=r"data/shard\.tar is not a tar"):
         list(DataLoader(expand(fault_service, b"no tar" * 1000).map(str), num_workers=1))
 
 

@@ -16,7 +16,22 @@ from azstoragetorch._samples.sources import pair_of
 from azstoragetorch._samples.tar import split_name, walk
 from azstoragetorch.io import BlobIO
 
-_SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.gz|tar\.bz2|tar\.xz))/(.*)", re.DOTALL)
+_SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.(?:gz|bz2|xz|lzma|zst)))/(.*)", re.DOTALL)
+
+
+class _PathInTar(str):
+    """The path of a member that knows which opening of its tar it came from. Pickles as a plain string."""
+
+    opening: object
+
+    @classmethod
+    def of(cls, path: str, opening: object) -> _PathInTar:
+        made = cls(path)
+        made.opening = opening
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
 
 
 @functional_datapipe("expand_blob_tar")
@@ -24,16 +39,20 @@ class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
     """Yields ``(url/member, stream)`` for each regular file of each tar, in order, while the tar streams in.
 
     Streams are `StreamWrapper` objects whose ``name`` is the member's. Up to 16 MiB a member is in memory; a larger one
-    is read from its blob when its stream is (from a temporary file if the tar is compressed or no blob), so members
-    may have any size and streams stay readable. Directories, links and devices are passed over. Tars may be plain or
-    compressed by gzip, bzip2 or xz, with ustar, PAX or GNU names.
+    is read from its blob when its stream is (from a temporary file if the tar is compressed or not a blob), so
+    members may have any size and streams stay readable. Directories, links and devices are passed over. Names come as
+    they are stored: check them before you use them as local paths.
+
+    Tars may have ustar, PAX or GNU headers; holes of sparse files are filled with zeros. They may be compressed by
+    gzip, bzip2, xz, lzma or zstd (before Python 3.14, zstd needs ``pip install 'azstoragetorch[zstd]'``).
 
     Args:
         source_datapipe: Yields ``(url, stream)`` as `open_files_by_azure` does, or ``(url, bytes)``. A stream is closed
             when its tar has been passed.
 
-    Iterating raises ``tarfile.ReadError`` with the URL where a stream is no tar, is damaged, or is truncated, which
-    includes the loss of its end marker. The number of members is not known in advance: ``len()`` raises TypeError.
+    Iterating raises ``tarfile.ReadError`` with the URL where a stream is not a tar, is damaged, or is truncated, which
+    includes the loss of its end marker, and ``tarfile.CompressionError`` where the module that decompresses it is
+    missing. The number of members is not known in advance: ``len()`` raises TypeError.
     """
 
     def __init__(self, source_datapipe: Iterable[tuple[str, Any]]) -> None:
@@ -46,19 +65,23 @@ class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
             stream = io.BytesIO(content) if isinstance(content, (bytes, bytearray, memoryview)) else content
             if not hasattr(stream, "read"):
                 raise TypeError(f"{url}: a tar is expanded from a stream or bytes, not from {type(stream).__name__}")
+            opening = object()
             try:
                 blob = stream.file_obj if isinstance(stream, StreamWrapper) else stream
                 open_slice = _opener_of_slices(blob) if isinstance(blob, BlobIO) else None
                 for member in walk(blob, url, open_slice):
                     file = io.BytesIO(member.data) if isinstance(member.data, bytes) else member.data
-                    yield f"{url}/{member.name}", StreamWrapper(file, name=member.name)
+                    yield _PathInTar.of(f"{url}/{member.name}", opening), StreamWrapper(file, name=member.name)
             finally:
                 stream.close()
 
 
 def _opener_of_slices(blob: BlobIO) -> Callable[[int, int], IO[bytes]]:
+    begin = blob.tell()  # of the tar
+
     def open_slice(start: int, length: int) -> IO[bytes]:
         assert blob.etag is not None
+        start += begin
         # To its reader the blob ends where the member does, so nothing is read ahead past it.
         version = BlobVersion(start + length, blob.etag)
         return cast("IO[bytes]", _Slice(blob._client, version, start))  # noqa: SLF001
@@ -67,7 +90,7 @@ def _opener_of_slices(blob: BlobIO) -> Callable[[int, int], IO[bytes]]:
 
 
 class _Slice(io.BufferedIOBase):
-    """Bytes of a blob from *start* on, as a file of its own."""
+    """Bytes of a blob from *start* on, as a separate file."""
 
     def __init__(self, client: BlobClient, version: BlobVersion, start: int) -> None:
         self._made_of = client, version, start
@@ -118,7 +141,9 @@ class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
     the first dot of the last segment, the extension is what follows, in lower case. Files without an extension,
     those whose name begins with a dot, and those in a folder ``__<name>__``, which WebDataset has for what is about the
     tar, belong to no sample and are left out. Files are not reordered, so do not
-    shuffle between the tar and the grouper. Files that come from no tar are grouped by their URLs.
+    shuffle between the tar and the grouper. A tar that is opened again begins a new sample: the paths that
+    `expand_blob_tar` yields carry this, so pass them through `map` unchanged. Files that are not in a tar are grouped
+    by their URLs.
 
     Args:
         source_datapipe: Yields ``(path, stream)`` as `expand_blob_tar` does, or ``(path, bytes)``.
@@ -133,6 +158,7 @@ class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         sample: dict[str, Any] = {}
+        begun: tuple[Any, ...] = ()
         for item in self.source_datapipe:
             path, content = pair_of(item, "(path, stream or bytes) of a file, as expand_blob_tar yields")
             shard, name = _place(path, content)
@@ -140,11 +166,12 @@ class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
             if parts is None:
                 continue
             key, extension = parts
-            if sample and (sample["__key__"], sample["__url__"]) != (key, shard):
+            place = key, shard, getattr(path, "opening", None)
+            if sample and place != begun:
                 yield sample
                 sample = {}
             if not sample:
-                sample = {"__key__": key, "__url__": shard}
+                sample, begun = {"__key__": key, "__url__": shard}, place
             if extension in sample:
                 raise ValueError(f"{path}: the sample {key!r} has the extension {extension!r} twice")
             if hasattr(content, "read"):
