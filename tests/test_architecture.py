@@ -28,7 +28,7 @@ HOUSES = FACES | {"cli"}  # packages or modules whose rooms are their own affair
 # The picture in the package's docstring, from the ground up. A module imports from rows below its own;
 # in a row of one package also from its neighbours, as long as no circle forms.
 ROWS = [
-    {"exceptions", "_engine", "_blob", "_samples"},
+    {"exceptions", "_engine", "_blob", "_files", "_samples"},
     {"_engine.process", "_engine.config", "_engine.memory"},
     {"_engine.metrics", "_engine.scope"},
     {"_engine.job"},
@@ -41,6 +41,8 @@ ROWS = [
     {"_blob.download", "_blob.listing", "_blob.window"},
     {"_blob.multiplex", "_blob.readahead", "_blob.upload"},
     {"_blob.client"},
+    {"_files.places", "_files.description", "_files.walk"},
+    {"_files.record", "_files.partial", "_files.transfer"},
     {"_samples.once", "_samples.prefetch", "_samples.records", "_samples.sharding"},
     {"_samples.tar_header", "_samples.unpack"},
     {"_samples.tar"},
@@ -48,14 +50,14 @@ ROWS = [
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},
     {"cli"},
-    {""},
+    {"", "__main__"},
 ]
 
 # Where each dependency may be imported. The longest prefix that matches decides.
 MAY_IMPORT = {
     "torch": (FACES - {"io"}) | {"_samples.workers", "cli"},
     "torchdata": {"nodes"},
-    "azure.core": {"_blob", "_samples", "exceptions", *HOUSES},
+    "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.credentials"},
     "azure.storage.blob": {"_blob.sdk", "_blob.credentials", "_blob.upload"},
     "certifi": {"_blob.transport"},

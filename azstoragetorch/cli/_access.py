@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
@@ -20,6 +21,7 @@ ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE
 class Access:
     """What the options say about credentials."""
 
+    warn: Callable[[str], None]
     is_anonymous: bool = False
     sas_variable: str | None = None
 
@@ -41,11 +43,17 @@ class Access:
             if not token:
                 raise ValueError(f"--sas-env: the environment variable {self.sas_variable} is not set")
             return AzureSasCredential(token), f"SAS in {self.sas_variable}"
-        if os.environ.get(ACCOUNT, url.account_name) == url.account_name:
+        named = os.environ.get(ACCOUNT) or url.account_name
+        if named == url.account_name:
             if key := os.environ.get(KEY):
                 return AzureNamedKeyCredential(url.account_name, key), f"account key in {KEY}"
             if token := os.environ.get(SAS):
                 return AzureSasCredential(token), f"SAS in {SAS}"
+        elif unused := [name for name in (KEY, SAS) if os.environ.get(name)]:
+            self.warn(
+                f"{' and '.join(unused)} not used: {ACCOUNT} is {named}, and {url.account_url} is the account "
+                f"{url.account_name}. Set {ACCOUNT}={url.account_name} if the key is for it, or unset {ACCOUNT}"
+            )
         return None, "DefaultAzureCredential"
 
     def credential(self, url: BlobURL) -> Credential:

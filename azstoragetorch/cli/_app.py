@@ -12,7 +12,8 @@ from click.shell_completion import get_completion_class
 
 from azstoragetorch import __version__
 from azstoragetorch._blob.secret import redact
-from azstoragetorch.cli._output import printable
+from azstoragetorch._files.places import printable
+from azstoragetorch.cli._output import in_a_shell, one_line
 from azstoragetorch.cli._session import FAILED, INTERRUPTED
 
 _EXIT_CODES = """Exit codes: 0 done, 1 something failed, 2 wrong usage, 3 not found, 4 no credential or not permitted,
@@ -31,7 +32,7 @@ class _Commands(click.Group):
     """Finds commands when they are asked for: `ls` should not wait for what `checkpoint` imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return ["doctor", "ls", "cp", "checkpoint", "bench", "completion"]
+        return ["doctor", "ls", "cp", "rm", "checkpoint", "bench", "completion"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name == "doctor":
@@ -46,6 +47,10 @@ class _Commands(click.Group):
             from azstoragetorch.cli._cp import cp
 
             return cp
+        if cmd_name == "rm":
+            from azstoragetorch.cli._rm import rm
+
+            return rm
         if cmd_name == "checkpoint":
             from azstoragetorch.cli._checkpoint import checkpoint
 
@@ -85,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, _NO_ARGUMENTS):
             click.echo(error.format_message(), err=True)
             return error.exit_code
-        text = printable(redact(error.format_message()))
+        text = printable(redact(in_a_shell(one_line(error.format_message()))))
         context = error.ctx if isinstance(error, click.UsageError) else None
         hint = f"\nTry '{context.command_path} --help'." if context is not None else ""
         click.echo(f"azstoragetorch: {text}{hint}", err=True)
@@ -94,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
         click.echo("azstoragetorch: interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stdout = None  # whoever read it is gone; so is the flush at exit
+        sys.stdout = None  # its reader is gone, and the flush at exit would fail
         return FAILED
     return code if isinstance(code, int) else 0
 

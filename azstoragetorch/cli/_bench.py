@@ -78,7 +78,7 @@ def bench(session: Session, url: BlobURL, size: int, count: int, rounds: int) ->
 
 
 def _peak() -> int:
-    """Bytes that this process has taken at most; 0 where the system does not tell."""
+    """Bytes that this process has taken at most; 0 where the system does not report it."""
     if sys.platform == "win32":
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

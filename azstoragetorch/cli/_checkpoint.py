@@ -14,7 +14,8 @@ import click
 
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
 from azstoragetorch._engine.config import GiB
-from azstoragetorch.cli._output import Bar, human, printable
+from azstoragetorch._files.places import printable
+from azstoragetorch.cli._output import Bar, human
 from azstoragetorch.cli._session import FAILED, Session, Url, common
 from azstoragetorch.exceptions import CheckpointError
 from azstoragetorch.io import BlobIO
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 * GiB  # bytes of entries that are held while a checkpoint is verified
 
-trust = click.option("--trust", is_flag=True, help="Unpickle entries that are no tensors: may run what they say.")
+trust = click.option("--trust", is_flag=True, help="Unpickle entries that are not tensors, which may run any code.")
 
 
 @click.group()
@@ -45,7 +46,7 @@ def ls(session: Session, url: BlobURL, latest: bool) -> None:
         session.output.record({"url": place})
         session.output.line(place)
     if not found:
-        session.output.note("there is no complete checkpoint here")
+        session.output.note("no complete checkpoint is here")
 
 
 @checkpoint.command()
@@ -220,7 +221,9 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
 @click.argument("url", type=Url())
 @click.option("--keep", type=click.IntRange(1), help="Delete all complete checkpoints but the last so many.")
 @click.option("--incomplete", is_flag=True, help="Delete what interrupted saves left.")
-@click.option("--min-age", default=24.0, show_default=True, help="Hours; younger leftovers may be a save under way.")
+@click.option(
+    "--min-age", default=24.0, show_default=True, help="Hours; younger leftovers may belong to a save in progress."
+)
 @click.option("--dry-run", is_flag=True, help="Say what --keep would delete.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common
@@ -282,7 +285,7 @@ def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 
 class _Watched:
-    """A file that tells *bar* of what is read from it and written to it."""
+    """A file that reports to *bar* what is read from it and written to it."""
 
     def __init__(self, file: Any, bar: Bar) -> None:
         self._file = file
@@ -308,7 +311,7 @@ class _Watched:
 
 
 def _steps(bar: Bar) -> Progress:
-    """What tells *bar* of a save or load."""
+    """Reports to *bar* how far a save or load is."""
     before = 0
 
     def report(done: int, planned: int) -> None:

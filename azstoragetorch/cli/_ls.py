@@ -10,7 +10,8 @@ import click
 from azstoragetorch._blob.client import ContainerClient
 from azstoragetorch._blob.url import BlobURL, url_of_name
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.cli._output import human, printable
+from azstoragetorch._files.places import printable
+from azstoragetorch.cli._output import human
 from azstoragetorch.cli._session import NOT_FOUND, Session, Url, common
 
 

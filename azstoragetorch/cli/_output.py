@@ -6,6 +6,7 @@ Everything passes through here, so that no signature or key gets out and no name
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,13 +29,31 @@ from rich.table import Table
 from rich.text import Text
 
 from azstoragetorch._blob.secret import redact
+from azstoragetorch._files.places import printable
+
+SIGN_IN = (
+    "Sign in with `az login`, or name the environment variable that has a SAS with --sas-env NAME, or set "
+    "AZURE_STORAGE_KEY, or add --anonymous if the container is public."
+)
+# What the library advises is for programs; this is how the same is said in a shell.
+_IN_A_SHELL = (
+    (re.compile(r"\b[Pp]ass credential=, or a URL with a SAS\.?"), SIGN_IN),
+    (re.compile(r"\bcredential=False( for a public container)?"), "--anonymous if the container is public"),
+    (re.compile(r"\bcredential=(?!\w)"), "a credential"),
+)
+_BREAK = re.compile(r"\s*[\r\n\t]+\s*")
 
 
-def printable(text: str) -> str:
-    """*text* with control characters escaped, so that it is one line and moves no cursor."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def in_a_shell(message: str) -> str:
+    """The advice in *message* in terms of the command line."""
+    for programs, shell in _IN_A_SHELL:
+        message = programs.sub(shell, message)
+    return message
+
+
+def one_line(message: str) -> str:
+    """*message* with its line breaks and tabs as spaces; names in it are escaped where it was made."""
+    return _BREAK.sub(" ", message)
 
 
 def human(count: float) -> str:
@@ -71,11 +90,12 @@ class Output:
     def __init__(self, *, is_json: bool = False, is_quiet: bool = False) -> None:
         self.is_json = is_json
         self.is_quiet = is_quiet
+        self._warned: set[str] = set()
 
     def line(self, text: str) -> None:
-        """A line of the result, for people; not with ``--json``."""
+        """One line of the result, for people; not with ``--json``."""
         if not self.is_json:
-            click.echo(redact(text))
+            click.echo(printable(redact(text)))
 
     def record(self, record: Mapping[str, Any]) -> None:
         """A piece of the result as a line of JSON; only with ``--json``."""
@@ -94,21 +114,32 @@ class Output:
         Console(markup=False, highlight=False, emoji=False).print(table)
 
     def note(self, text: str) -> None:
-        """A remark on stderr, unless ``--quiet`` or ``--json``."""
+        """One line of remark on stderr, unless ``--quiet`` or ``--json``."""
         if not self.is_quiet and not self.is_json:
-            click.echo(redact(text), err=True)
+            click.echo(printable(redact(text)), err=True)
 
     def error(self, message: str, code: int) -> None:
         """What went wrong, on stderr, always."""
-        message = redact(message)
+        message = redact(in_a_shell(one_line(message)))
         if self.is_json:
             click.echo(json.dumps({"error": message, "exit_code": code}), err=True)
         else:
             click.echo(f"azstoragetorch: {printable(message)}", err=True)
 
+    def warn(self, message: str) -> None:
+        """Something that was ignored or may be a mistake, on stderr, always, and once."""
+        message = redact(one_line(message))
+        if message in self._warned:
+            return
+        self._warned.add(message)
+        if self.is_json:
+            click.echo(json.dumps({"warning": message}), err=True)
+        else:
+            click.echo(f"azstoragetorch: warning: {printable(message)}", err=True)
+
     @contextmanager
     def progress(self, what: str, total: int | None, *, unit: str = "bytes") -> Iterator[Bar]:
-        """A bar with rate and time left while inside; without a *total* until `Bar.plan` tells."""
+        """A bar with rate and time left while inside; without a *total* until `Bar.plan` sets it."""
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
         if unit == "bytes":
             columns.append(DownloadColumn(binary_units=True))

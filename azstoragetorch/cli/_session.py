@@ -19,7 +19,7 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch.cli._access import Access
-from azstoragetorch.cli._output import Output
+from azstoragetorch.cli._output import SIGN_IN, Output
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointNotFoundError
 
 FAILED, USAGE, NOT_FOUND, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
@@ -59,15 +59,33 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(anonymous: bool, sas_env: str | None, is_json: bool, is_quiet: bool, **arguments: Any) -> Any:
         output = Output(is_json=is_json, is_quiet=is_quiet)
         try:
-            return function(Session(Access(anonymous, sas_env), output), **arguments)
+            return function(Session(Access(output.warn, anonymous, sas_env), output), **arguments)
         except (AzureError, AZStorageTorchError, OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
             code = exit_code(error)
-            output.error(str(error), code)
+            output.error(advice(error), code)
             raise click.exceptions.Exit(code) from error
 
     return wrapped
+
+
+def examples(lines: str) -> str:
+    """The examples of a command for the end of its help: one a line, and each can be pasted."""
+    shown = (
+        line if line.startswith(("tar ", "for ")) else f"azstoragetorch {line}" for line in lines.strip().split("\n")
+    )
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in shown)
+
+
+def advice(error: BaseException) -> str:
+    """What *error* says; without a login, first how to get one."""
+    text = str(error)
+    cause = error if isinstance(error, ClientAuthenticationError) else error.__cause__
+    if isinstance(cause, ClientAuthenticationError) and cause.status_code is None:
+        first = text.strip().split("\n", 1)[0].strip()
+        return f"not signed in. {SIGN_IN} The reason: {first}"
+    return text
 
 
 def exit_code(error: BaseException) -> int:

@@ -1,7 +1,7 @@
 """Find the `TransferConfig` that serves a place best: measure a few, look what came out, measure the best again.
 
-A single measurement is worth little where others use the network too, so all that is compared is measured in turns,
-and medians are compared. What choosing needs is kept apart from measuring: those are pure functions.
+A single measurement is worth little where others use the network too, so everything that is compared is measured in
+turns, and medians are compared. What choosing needs is kept apart from measuring: those are pure functions.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def smallest_good(rates: Mapping[int, float], *, enough: float = ENOUGH) -> int:
 
 
 def shared(*directions: Mapping[int, float]) -> dict[int, float]:
-    """By setting, the share of its own best that the worst off of the *directions* reaches.
+    """By setting, the share of its best that the worst off of the *directions* reaches.
 
     A direction whose sweep ended early has at larger settings what it had at its last one.
     """

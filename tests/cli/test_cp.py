@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from azstoragetorch._files.record import Record
 from tests.azurite.container import Container
 from tests.cli.conftest import Command
 from tests.faults.faults import Hold, Match
@@ -169,7 +170,7 @@ def test_an_interrupted_download_goes_on(
     wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - 2 * part, timeout=60)
     wait_until(lambda: bool(leftovers(tmp_path)), timeout=20)
     if number == signal.SIGKILL:
-        wait_until(lambda: len(leftovers(tmp_path)) == 2, timeout=30)
+        wait_until(lambda: Record.kept_bytes(target) >= 64 * MiB, timeout=30)
     process.send_signal(number)
     process.wait(20)
     assert not target.exists()
@@ -184,16 +185,41 @@ def test_an_interrupted_download_goes_on(
     assert leftovers(tmp_path) == []
 
 
-def test_a_new_version_is_downloaded_anew(container: Container, command: Command, tmp_path: Path) -> None:
-    """What is left of a download of another version is not used."""
-    from azstoragetorch.cli._transfer import PARTIAL
+def interrupted_download(
+    fault_service: FaultService, target: Path, size: int, part: int = 64 * KiB, number: int = signal.SIGINT
+) -> tuple[str, dict[str, str], str]:
+    """Download *size* bytes to *target*, all but the last part of them; the URL, the settings, and what was said."""
+    fault_service.allow_anonymous()
+    fault_service.reset_log()
+    fault_service.put("data", "blob", content(size))
+    url = fault_service.blob_url("data", "blob")
+    last = Match("get_blob", where=lambda request: request.range is not None and request.range[0] >= size - part)
+    hold = Hold(threading.Event())
+    rule = fault_service.script(last, [hold], repeat=True)
+    settings = {"AZSTORAGETORCH_PART_SIZE": str(part), "AZSTORAGETORCH_MAX_CONCURRENCY": "4"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "azstoragetorch.cli", "cp", url, str(target), "--anonymous"],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - part, timeout=60)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    hold.gate.set()
+    rule.cancel()
+    fault_service.wait_until_idle(20)
+    return url, settings, said
 
-    container.put("blob", content(300_000, seed=1))
-    tag = hashlib.sha256(b"target").hexdigest()[:16]
-    (tmp_path / f"{PARTIAL}{tag}.part").write_bytes(bytes(300_000))
-    (tmp_path / f"{PARTIAL}{tag}.ranges").write_text("another version\n0 300000\n")
-    assert statuses(command, container.blob_url("blob"), tmp_path / "target", **SMALL_PARTS) == {"copied": 1}
-    assert (tmp_path / "target").read_bytes() == content(300_000, seed=1)
+
+def test_a_new_version_is_downloaded_anew(fault_service: FaultService, command: Command, tmp_path: Path) -> None:
+    """What is left of a download of another version is not used, and is removed."""
+    url, settings, _ = interrupted_download(fault_service, tmp_path / "target", 1 * MiB)
+    assert len(leftovers(tmp_path)) == 1
+    fault_service.put("data", "blob", content(1 * MiB, seed=1))
+    assert statuses(command, url, tmp_path / "target", "--anonymous", **settings) == {"copied": 1}
+    assert (tmp_path / "target").read_bytes() == content(1 * MiB, seed=1)
     assert leftovers(tmp_path) == []
 
 

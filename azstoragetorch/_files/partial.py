@@ -1,0 +1,239 @@
+"""An unfinished download: a file next to its target that resumes where it stopped, and takes its name when it is whole.
+
+Bytes arrive from many threads. Nothing here waits for a lock: a thread writes its bytes, appends what they are to a
+queue, and then does the bookkeeping, unless another thread is doing it. What it leaves undone then is done by the next
+thread, or by `finish`, which runs when no other thread does. The record is never ahead of the bytes: they are on the
+disk before it names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from azstoragetorch._blob.ranges import ByteRange
+from azstoragetorch._engine.config import MiB
+from azstoragetorch._files.places import (
+    NO_FOLLOW,
+    CopyError,
+    WrongMD5Error,
+    open_exclusive,
+    own_user,
+    take_name,
+    unfinished_name,
+)
+from azstoragetorch._files.record import Kept, Record
+
+READ = 8 * MiB  # bytes read from a file at once
+_SYNC_EVERY = 64 * MiB  # bytes that a killed download may have to fetch again
+
+
+class Partial:
+    """A download in progress to *path*, of *size* bytes of the version of a blob that *identity* names."""
+
+    def __init__(self, path: Path, identity: str, size: int) -> None:
+        self._path = path
+        self._identity = identity
+        self._size = size
+        self._record: Record | None = None
+        self._part = path
+        self._descriptor = -1
+        self._is_over = False  # it has its name, or is dropped
+        self._is_kept = False  # the record names bytes that the file has
+        self._unrecorded: deque[ByteRange] = deque()
+        self._pending: list[ByteRange] = []  # out of the queue, not on the disk
+        self._recording = _Turn()
+        self._unhashed: deque[ByteRange] = deque()
+        self._done: dict[int, int] = {}  # start -> stop, beyond the frontier
+        self._frontier = 0
+        self._hashing = _Turn()
+        self._digest = hashlib.md5(usedforsecurity=False)
+        self._hashed = 0
+        self.present: list[ByteRange] = []
+        """What an earlier attempt left, in order."""
+
+    def __enter__(self) -> Partial:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._record = Record.of(self._path)
+        try:
+            kept = self._record.read() if self._record is not None else None
+            if kept is None or not self._take_up(kept):
+                self._start()
+        except BaseException:
+            self._close()
+            raise
+        self._unhashed.extend(self.present)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_over:
+            with suppress(OSError):
+                self._write_record(0)
+            if not self._is_kept:
+                self._drop()
+        self._close()
+
+    def write(self, span: ByteRange, data: memoryview) -> None:
+        """Put the bytes of *span* in their place."""
+        self._write_at(data, span.start)
+        self._unrecorded.append(span)
+        self._unhashed.append(span)
+        with self._recording.if_free() as is_mine:
+            if is_mine:
+                self._write_record(_SYNC_EVERY)
+        with self._hashing.if_free() as is_mine:
+            if is_mine:
+                self._hash()
+
+    def finish(self, md5: bytes | None, source: str) -> None:
+        """Make it the file *path*, if it has the *md5*. No other thread writes any more.
+
+        Raises:
+            WrongMD5Error: it has not; nothing is kept.
+            CopyError: *path* is something that a file cannot replace; nothing is kept.
+        """
+        try:
+            self._hash()
+            if md5 is not None and self._digest.digest() != md5:
+                raise WrongMD5Error(
+                    f"{source}: the bytes that came do not have the MD5 that is stored with the blob; nothing was kept"
+                )
+            if self._size >= _SYNC_EVERY:
+                os.fsync(self._descriptor)
+            if sys.platform == "win32":
+                self._close_file()  # an open file cannot be renamed
+            take_name(self._part, self._path)
+        except Exception:
+            self._is_over = True
+            self._drop()
+            raise
+        self._is_over = True
+        if self._record is not None:
+            self._record.forget()  # last: a record without its file is not believed
+
+    def _take_up(self, kept: Kept) -> bool:
+        """Continue with the file that *kept* names, if it is the very one that was recorded."""
+        part = self._path.parent / kept.part
+        try:
+            descriptor = os.open(part, os.O_RDWR | NO_FOLLOW)
+        except OSError:
+            return False
+        self._descriptor, self._part = descriptor, part
+        found = os.fstat(descriptor)
+        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == own_user() and found.st_nlink == 1
+        if not is_own or found.st_ino != kept.inode or found.st_mode & stat.S_IWOTH:
+            self._close_file()
+            return False
+        is_useful = kept.identity == self._identity and found.st_size == self._size and kept.spans
+        if not is_useful or kept.spans[-1].stop > self._size:
+            self._close_file()
+            part.unlink(missing_ok=True)  # of another version of the blob
+            return False
+        self.present, self._is_kept = kept.spans, True
+        return True
+
+    def _start(self) -> None:
+        self._part = self._path.parent / unfinished_name()
+        self._descriptor = open_exclusive(self._part)
+        try:
+            os.ftruncate(self._descriptor, self._size)
+            if self._record is not None:
+                self._record.begin(self._identity, self._part, os.fstat(self._descriptor).st_ino)
+        except BaseException:
+            self._drop()
+            raise
+
+    def _write_record(self, at_least: int) -> None:
+        """Record what was written since the last time, if that is *at_least* so many bytes."""
+        while self._unrecorded:
+            self._pending.append(self._unrecorded.popleft())
+        if self._record is None or not self._pending or sum(map(len, self._pending)) < at_least:
+            return
+        os.fsync(self._descriptor)
+        if self._record.add(self._pending):
+            self._is_kept = True
+        self._pending.clear()
+
+    def _hash(self) -> None:
+        """Take in what lies before the first gap."""
+        while self._unhashed:
+            span = self._unhashed.popleft()
+            self._done[span.start] = span.stop
+        while self._frontier in self._done:
+            self._frontier = self._done.pop(self._frontier)
+        while self._hashed < self._frontier:
+            data = self._read_at(min(READ, self._frontier - self._hashed), self._hashed)
+            if not data:
+                raise CopyError(f"the unfinished file {self._part.name} was truncated by another program")
+            self._digest.update(data)
+            self._hashed += len(data)
+
+    def _drop(self) -> None:
+        """Keep nothing."""
+        self._close_file()
+        with suppress(OSError):
+            self._part.unlink()
+        if self._record is not None:
+            self._record.forget()
+
+    def _close(self) -> None:
+        self._close_file()
+        if self._record is not None:
+            self._record.close()
+
+    def _close_file(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    if sys.platform == "win32":  # pragma: no cover
+
+        def _write_at(self, data: memoryview, offset: int) -> None:
+            with self._part.open("r+b", buffering=0) as file:
+                file.seek(offset)
+                while data.nbytes:
+                    data = data[file.write(data) :]
+
+        def _read_at(self, size: int, offset: int) -> bytes:
+            with self._part.open("rb", buffering=0) as file:
+                file.seek(offset)
+                return file.read(size)
+
+    else:
+
+        def _write_at(self, data: memoryview, offset: int) -> None:
+            while data.nbytes:
+                count = os.pwrite(self._descriptor, data, offset)
+                data, offset = data[count:], offset + count
+
+        def _read_at(self, size: int, offset: int) -> bytes:
+            return os.pread(self._descriptor, size, offset)
+
+
+class _Turn:
+    """Work that one thread does at a time, and that others leave to it."""
+
+    def __init__(self) -> None:
+        self._tokens: deque[None] = deque([None])
+
+    @contextmanager
+    def if_free(self) -> Iterator[bool]:
+        """Whether it is this thread's turn, until the block ends."""
+        try:
+            token = self._tokens.popleft()
+        except IndexError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._tokens.append(token)

@@ -1,0 +1,181 @@
+"""What is known of one unfinished download, in a folder that only this user may write.
+
+The unfinished file is next to its target, where others may be able to write; a record that were there too could be
+planted together with a file. So the record, which says which file it is and which bytes it has, is kept in
+``$XDG_STATE_HOME/azstoragetorch`` (``~/.local/state/azstoragetorch``), and the file is believed only if it is the very
+file that this user created. Without such a folder nothing is recorded, and an interrupted download starts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from azstoragetorch._blob.ranges import ByteRange, coalesce
+from azstoragetorch._files.places import NO_FOLLOW, PARTIAL, CopyError, own_user, shown
+
+_PART = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{24}}\.part")
+_LONGEST = 64 << 20  # bytes of a record; there is a line for each 64 MiB or so
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An unfinished file as it was recorded."""
+
+    identity: str
+    part: str
+    inode: int
+    spans: list[ByteRange]
+
+
+class Record:
+    """The record of the download to one path, locked: one process at a time."""
+
+    def __init__(self, place: Path, descriptor: int) -> None:
+        self._place = place
+        self._descriptor = descriptor
+
+    @classmethod
+    def of(cls, path: Path) -> Record | None:
+        """Open and lock the record for *path*; None without a private folder.
+
+        Raises:
+            CopyError: another process is downloading to *path*.
+        """
+        place = _place_of(path)
+        while place is not None:
+            try:
+                descriptor = os.open(place, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+            except OSError:
+                return None
+            try:
+                _lock(descriptor)
+                if _is_file_at(place, descriptor):  # else the process that had it before has removed it
+                    return cls(place, descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise CopyError(
+                    f"{shown(path)}: another process is downloading to it; wait until it has ended"
+                ) from None
+            os.close(descriptor)
+        return None
+
+    @staticmethod
+    def kept_bytes(path: Path) -> int:
+        """Bytes that the unfinished download to *path* has, as far as they are recorded."""
+        place = _place_of(path)
+        kept = _parsed(place) if place is not None else None
+        return sum(map(len, kept.spans)) if kept is not None else 0
+
+    def read(self) -> Kept | None:
+        """What is recorded, if anything is."""
+        return _parsed(self._place)
+
+    def begin(self, identity: str, part: Path, inode: int) -> None:
+        """Record a new unfinished file, *part*, that has no bytes yet."""
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+        self._append(json.dumps({"identity": identity, "part": part.name, "inode": inode}) + "\n")
+
+    def add(self, spans: Iterable[ByteRange]) -> bool:
+        """Record *spans*, whose bytes are on the disk; False if that failed, which costs only time later."""
+        return self._append("".join(f"{span.start} {span.stop}\n" for span in spans))
+
+    def forget(self) -> None:
+        """Remove the record: the unfinished file is gone."""
+        with suppress(OSError):
+            self._place.unlink()
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _append(self, lines: str) -> bool:
+        data = lines.encode("ascii")
+        try:
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+            return os.write(self._descriptor, data) == len(data)  # a part of a line ends the record
+        except OSError:
+            return False
+
+
+def _place_of(path: Path) -> Path | None:
+    folder = _private_folder()
+    if folder is None:
+        return None
+    target = Path(os.path.realpath(path.parent)) / path.name
+    return folder / f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:32]}.download"
+
+
+def _private_folder() -> Path | None:
+    """A folder that only this user may write, or None."""
+    try:
+        base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME")
+        folder = (Path(base) if base else Path.home() / ".local" / "state") / "azstoragetorch"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except (OSError, RuntimeError):  # the latter without a home directory
+        return None
+    if sys.platform != "win32" and (found.st_uid != own_user() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        return None
+    return folder if stat.S_ISDIR(found.st_mode) else None
+
+
+def _parsed(place: Path) -> Kept | None:
+    try:
+        if place.lstat().st_size > _LONGEST:
+            return None
+        head, *lines = place.read_text(encoding="ascii").split("\n")
+        facts = json.loads(head)
+        identity, part, inode = facts["identity"], facts["part"], facts["inode"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not (isinstance(identity, str) and isinstance(part, str) and isinstance(inode, int) and _PART.fullmatch(part)):
+        return None
+    spans = []
+    for line in lines[:-1]:  # the last one may have been cut off
+        start, _, stop = line.partition(" ")
+        if not (start.isdigit() and stop.isdigit() and len(line) < 40 and int(start) < int(stop)):
+            return None
+        spans.append(ByteRange(int(start), int(stop)))
+    end = max((span.stop for span in spans), default=0)
+    return Kept(identity, part, inode, coalesce(sorted(spans), max_gap=0, limit=end))
+
+
+def _is_file_at(place: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(place.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+if sys.platform == "win32":  # pragma: no cover
+
+    def _lock(descriptor: int) -> None:
+        """An open file cannot be removed here, which is protection enough."""
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        """Keep other processes out.
+
+        Raises:
+            BlockingIOError: another one has it.
+        """
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # a file system without locks

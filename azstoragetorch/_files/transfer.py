@@ -1,0 +1,298 @@
+"""Copy one file or blob, whole or not at all: nobody ever sees a part of the target.
+
+What was copied is recognized by length and MD5. What a copy reads is of one version: of a blob by its ETag, of a file
+by its length and time of change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.ranges import ByteRange, gaps, split
+from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._files.description import Description, describe
+from azstoragetorch._files.partial import READ, Partial
+from azstoragetorch._files.places import (
+    CopyError,
+    WrongMD5Error,
+    is_stream_target,
+    open_stream,
+    open_to_read,
+    reads_without_length,
+    shown,
+)
+
+Advance = Callable[[int], None]
+"""Called with each number of bytes that has been copied, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a copy is made."""
+
+    is_forced: bool = False
+    """Copy what is there already, too."""
+    checks_md5: bool = True
+    """Compare with the MD5 that is stored with the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Who hears of a copy in progress, and who can cancel it."""
+
+    scope: Scope
+    advance: Advance
+
+
+def md5_of(path: Path) -> bytes:
+    """The MD5 of a file."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while data := file.read(READ):
+            digest.update(data)
+    return digest.digest()
+
+
+def get_file(blob: BlobClient, path: Path, hooks: Hooks, rules: Rules = Rules()) -> str:
+    """Copy *blob* to the file *path*; returns whether it was ``copied``, ``resumed`` or ``skipped``.
+
+    Raises:
+        WrongMD5Error: the bytes do not have the MD5 that is stored with the blob.
+        CopyError: a file cannot replace what is there, or another process is downloading to it.
+        BlobChangedError: the blob was overwritten meanwhile.
+        OSError: the file cannot be written.
+    """
+    if is_stream_target(path):
+        with open_stream(path) as stream:
+            get_stream(blob, stream, hooks, rules)
+        return "copied"
+    found = describe(blob, hooks.scope)
+    size = found.version.size
+    if not rules.is_forced and found.md5 is not None and _has_size(path, size) and md5_of(path) == found.md5:
+        hooks.advance(size)
+        return "skipped"
+    identity = hashlib.sha256(f"{blob.url} {found.version.etag} {size}".encode()).hexdigest()
+    with Partial(path, identity, size) as partial:
+        missing = gaps(ByteRange(0, size), partial.present)
+        hooks.advance(size - sum(map(len, missing)))
+        _fetch_all(blob, found, missing, partial, hooks)
+        partial.finish(found.md5 if rules.checks_md5 else None, str(blob.url))
+        return "resumed" if partial.present else "copied"
+
+
+def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, rules: Rules = Rules()) -> None:
+    """Write *blob* into *stream*, from its beginning to its end.
+
+    Raises:
+        WrongMD5Error: the bytes, which are written by then, do not have the MD5 that is stored with the blob.
+        BlobChangedError: the blob was overwritten meanwhile.
+        OSError: the stream cannot be written.
+    """
+    found = describe(blob, hooks.scope)
+    digest = hashlib.md5(usedforsecurity=False)
+    reader = blob.reader(found.version)
+    try:
+        buffer = memoryview(bytearray(min(READ, max(1, found.version.size))))
+        at = 0
+        while count := reader.readinto(at, buffer[: found.version.size - at]):
+            rest = buffer[:count]
+            digest.update(rest)
+            while rest.nbytes:
+                rest = rest[stream.write(rest) or 0 :]
+            at += count
+            hooks.advance(count)
+    finally:
+        reader.close()
+    if rules.checks_md5 and found.md5 is not None and digest.digest() != found.md5:
+        raise WrongMD5Error(f"{blob.url}: the bytes that were written do not have the MD5 that is stored with the blob")
+
+
+def put_file(path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks, rules: Rules = Rules()) -> str:
+    """Copy the file *path* to *blob*; returns whether it was ``copied`` or ``skipped``.
+
+    *known_size* is the length of the blob that is there, None if it does not exist. A file that has no length before
+    it is read, as in ``/proc``, is copied to its end.
+
+    Raises:
+        CopyError: the file changed meanwhile; nothing was committed.
+        OSError: the file cannot be read.
+    """
+    with open_to_read(path) as file:
+        before = os.fstat(file.fileno())
+        size = before.st_size
+        if not stat.S_ISREG(before.st_mode):
+            raise CopyError(f"{shown(path)} is not a file any more")
+        if not rules.is_forced and known_size == size and describe(blob, hooks.scope).md5 == md5_of(path):
+            hooks.advance(size)
+            return "skipped"
+        if reads_without_length(path, before):
+            put_stream(file, blob, hooks)
+            return "copied"
+
+        def read(at: int, view: memoryview) -> int:
+            return file.readinto(view) if at < size else 0  # type: ignore[attr-defined]  # it has no buffer
+
+        def check(_md5: bytes) -> None:
+            after = os.fstat(file.fileno())
+            if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
+                raise CopyError(f"{shown(path)} changed while it was being copied; nothing was committed")
+
+        _send(blob, _Content(size, read, check, {}), hooks)
+    return "copied"
+
+
+def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
+    """Copy what comes out of *stream*, until it ends, to *blob*; returns its length.
+
+    Raises:
+        FatalBlobIOWriteError: it could not be written; nothing was committed.
+        OSError: the stream cannot be read; nothing was committed.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    buffer = memoryview(bytearray(min(READ, blob.config.block_size)))
+    total = 0
+    with _writing(blob, hooks.scope) as writer:
+        while count := stream.readinto(buffer):  # type: ignore[attr-defined]  # every binary stream has it
+            digest.update(buffer[:count])
+            writer.write(buffer[:count])
+            total += count
+            hooks.advance(count)
+        writer.commit(md5=digest.digest())
+    return total
+
+
+def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, rules: Rules = Rules()) -> str:
+    """Copy a blob, its content headers and its metadata to another by way of this machine.
+
+    Returns whether it was ``copied`` or ``skipped``.
+
+    Raises:
+        WrongMD5Error: the bytes do not have the MD5 that is stored with the source; nothing was committed.
+        BlobChangedError: the source was overwritten meanwhile.
+    """
+    found = describe(source, hooks.scope)
+    size = found.version.size
+    there = target.version() if not rules.is_forced and found.md5 is not None else None
+    if there is not None and there.size == size:
+        present = describe(target, hooks.scope)
+        if (present.md5, present.properties) == (found.md5, found.properties):
+            hooks.advance(size)
+            return "skipped"
+    reader = source.reader(found.version)
+
+    def check(md5: bytes) -> None:
+        if rules.checks_md5 and found.md5 is not None and md5 != found.md5:
+            raise WrongMD5Error(
+                f"{source.url}: the bytes do not have the MD5 that is stored with the blob; nothing was committed"
+            )
+
+    try:
+        _send(target, _Content(size, reader.readinto, check, found.properties), hooks)
+    finally:
+        reader.close()
+    return "copied"
+
+
+class _Digest(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a blob is to be: *size* bytes that *read* gives in order; *check* gets their MD5, and raises to give up."""
+
+    size: int
+    read: Callable[[int, memoryview], int]
+    check: Callable[[bytes], None]
+    properties: Mapping[str, str]
+
+
+def _fetch_all(blob: BlobClient, found: Description, missing: list[ByteRange], partial: Partial, hooks: Hooks) -> None:
+    """Fetch the ranges *missing* into *partial*, many at once."""
+    config, engine = blob.config, blob.engine
+
+    def fetch(span: ByteRange, scope: Scope) -> None:
+        with engine.budget.wait_for(config.effective_part_size):
+            buffer = engine.buffers.take(config.effective_part_size)
+            blob.fetch(span, [buffer[: len(span)]], etag=found.version.etag, scope=scope)
+            partial.write(span, buffer[: len(span)])
+            engine.buffers.give_back(buffer)
+        hooks.advance(len(span))
+
+    parts = [part for span in missing for part in split(span, config.effective_part_size)]
+    with hooks.scope.child() as inner:  # a failure here ends this copy and no other
+        engine.map(fetch, parts, config.max_concurrency, inner)
+
+
+def _send(blob: BlobClient, content: _Content, hooks: Hooks) -> None:
+    """Write *content* to *blob*."""
+    config, size = blob.config, content.size
+    digest = hashlib.md5(usedforsecurity=False)
+    with _writing(blob, hooks.scope) as writer:
+        if size < config.block_size:
+            # One request, and nothing to commit.
+            with blob.engine.budget.wait_for(size):
+                for piece in _pieces(content, max(size, 1), digest, str(blob.url)):
+                    writer.write(piece)
+                content.check(digest.digest())
+                writer.commit(properties=content.properties)
+            hooks.advance(size)
+        else:
+            writer.write_pieces(
+                _pieces(content, config.block_size, digest, str(blob.url)),
+                block_size=config.block_size,
+                concurrency=_blocks_at_once(config),
+                staged=hooks.advance,
+            )
+            content.check(digest.digest())
+            writer.commit(md5=digest.digest(), properties=content.properties)
+
+
+def _pieces(content: _Content, length: int, digest: _Digest, target: str) -> Iterator[memoryview]:
+    """The bytes of *content*, *length* at a time."""
+    at = 0
+    while at < content.size:
+        view = memoryview(bytearray(min(length, content.size - at)))
+        filled = 0
+        while filled < view.nbytes:
+            count = content.read(at + filled, view[filled:])
+            if not count:
+                raise CopyError(f"{target}: the source ended after {at + filled} of {content.size} bytes")
+            filled += count
+        digest.update(view)
+        at += view.nbytes
+        yield view
+
+
+@contextmanager
+def _writing(blob: BlobClient, scope: Scope) -> Iterator[BlockWriter]:
+    """A writer that *scope* cancels, and that commits nothing unless the block does."""
+    writer = blob.writer()
+    try:
+        with scope.holding(writer.cancel):
+            yield writer
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def _blocks_at_once(config: TransferConfig) -> int:
+    return max(1, min(config.max_concurrency, config.memory_limit // (2 * config.block_size)))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size

@@ -1,0 +1,89 @@
+"""What is in a folder of this machine: files to copy, and everything that is not one, with the reason."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from azstoragetorch._files.places import PARTIAL, shown
+
+Links = Literal["files", "all", "none"]
+"""Which links are followed: those to files; those to folders too; none, and they are left out without a complaint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file to copy, or, with a *problem*, something that cannot be copied."""
+
+    path: Path
+    name: str
+    """Relative to the folder, with slashes."""
+    status: os.stat_result | None = None
+    problem: str = ""
+    is_left_out: bool = False
+    """Left out as was asked for, or because it is what an interrupted copy left; not a problem."""
+
+
+def walk(folder: Path, links: Links) -> Iterator[Entry]:
+    """Everything below *folder*, in order.
+
+    Raises:
+        OSError: *folder* itself cannot be read.
+    """
+    yield from _walk(folder, "", links, [_identity(folder.stat())])
+
+
+def _walk(folder: Path, prefix: str, links: Links, above: list[tuple[int, int]]) -> Iterator[Entry]:
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        path, name = Path(entry.path), prefix + entry.name
+        try:
+            is_link = entry.is_symlink()
+            if is_link and links == "none":
+                yield Entry(path, name, is_left_out=True)
+                continue
+            status = entry.stat()
+        except OSError as error:
+            yield Entry(path, name, problem=_why(entry, error))
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            yield _file(path, name, status)
+        elif is_link and links != "all":
+            yield Entry(
+                path,
+                name,
+                problem=f"{shown(path)} is a link to a folder: --links all enters it, --links none leaves it out",
+            )
+        elif _identity(status) in above:
+            yield Entry(path, name, problem=f"{shown(path)} is a link to a folder that it is in itself")
+        else:
+            try:
+                yield from _walk(path, f"{name}/", links, [*above, _identity(status)])
+            except OSError as error:
+                yield Entry(path, name, problem=f"{shown(path)} cannot be read: {error.strerror or error}")
+
+
+def _file(path: Path, name: str, status: os.stat_result) -> Entry:
+    if path.name.startswith(PARTIAL):
+        return Entry(path, name, is_left_out=True)
+    if not stat.S_ISREG(status.st_mode):
+        what = "fifo" if stat.S_ISFIFO(status.st_mode) else "socket" if stat.S_ISSOCK(status.st_mode) else "device"
+        hint = "" if what == "socket" else ": name it as SOURCE to copy what comes out of it"
+        return Entry(path, name, problem=f"{shown(path)} is a {what}, not a file{hint}")
+    return Entry(path, name, status)
+
+
+def _why(entry: os.DirEntry[str], error: OSError) -> str:
+    path = shown(Path(entry.path))
+    if entry.is_symlink() and isinstance(error, FileNotFoundError):
+        return f"{path} is a link that leads nowhere: --links none leaves links out"
+    return f"{path} cannot be read: {error.strerror or error}"
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -1,0 +1,128 @@
+"""What SOURCE, TARGET and URL may be: a path, a URL, a URL with ``*`` in it, or ``-``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+
+from azstoragetorch._blob.client import ContainerClient
+from azstoragetorch._blob.listing import Page
+from azstoragetorch._blob.url import BlobURL, parse_url
+
+
+class Standard(Enum):
+    """``-``: standard input as a source, standard output as a target."""
+
+    STREAM = "-"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPath:
+    """A path on this machine."""
+
+    path: Path
+    is_folder: bool
+    """It was written with a slash at its end."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Glob:
+    """The blobs of a container whose names match; *url* has the pattern as its name."""
+
+    url: BlobURL
+
+    def __str__(self) -> str:
+        return str(self.url).replace("%2A", "*")
+
+    @property
+    def folder(self) -> str:
+        """The folder that names are relative to: the part before the first ``*``, up to its last slash."""
+        before = self.url.blob.partition("*")[0]
+        return before[: before.rfind("/") + 1]
+
+    def pages(self, container: ContainerClient, *, recursive: bool = False) -> Iterator[list[tuple[str, int, str]]]:
+        """Name, length and ETag of what matches; with *recursive*, what is below a match, too."""
+        before, _, rest = self.url.blob.partition("*")
+        is_one_level = "/" not in rest and not rest.startswith("*") and not recursive
+        matches = _pattern(self.url.blob, recursive=recursive).fullmatch
+        for page in container.pages(prefix=before, delimiter="/" if is_one_level else ""):
+            yield [blob for blob in blobs_of(page) if matches(blob[0])]
+
+
+Source: TypeAlias = "BlobURL | Glob | LocalPath | Standard"
+Target: TypeAlias = "BlobURL | LocalPath | Standard"
+
+
+class Place(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """A path, the URL of a blob, folder or container, or ``-``; as a source, a URL with ``*``, too."""
+
+    name = "path or url"
+
+    def __init__(self, *, is_source: bool) -> None:
+        self._is_source = is_source
+        self._stream = ("-", "/dev/stdin" if is_source else "/dev/stdout")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+        """Parse *value*."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        if "://" not in value:
+            is_folder = value.endswith("/") or (os.name == "nt" and value.endswith("\\"))
+            return Standard.STREAM if value in self._stream else LocalPath(Path(value), is_folder)
+        try:
+            url = parse_url(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return Glob(url) if self._is_source and is_glob(value) else url
+
+
+class UrlOrGlob(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """The URL of a blob, folder or container, or one with ``*`` in it."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> BlobURL | Glob:
+        """Parse *value*."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            url = parse_url(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return Glob(url) if is_glob(value) else url
+
+
+def is_glob(text: str) -> bool:
+    """Whether the URL *text* has a ``*`` that is not percent-encoded."""
+    return "*" in text.partition("?")[0]
+
+
+def blobs_of(page: Page) -> list[tuple[str, int, str]]:
+    """Name, length and ETag of the blobs of *page*."""
+    return list(zip(page.names, page.sizes, page.etags, strict=True))
+
+
+def folder_of(url: BlobURL) -> str:
+    """The prefix of the names of the blobs in the folder or container *url*."""
+    return f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
+
+
+def _pattern(glob: str, *, recursive: bool) -> re.Pattern[str]:
+    """``*`` stands for any characters of a name but a slash, ``**`` for any characters."""
+    parts = (
+        ".*" if part == "**" else "[^/]*" if part == "*" else re.escape(part) for part in re.split(r"(\*\*?)", glob)
+    )
+    return re.compile("".join(parts) + ("(?:/.*)?" if recursive else ""), re.DOTALL)

@@ -1,0 +1,133 @@
+"""``azstoragetorch rm``: delete blobs."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from azure.core.exceptions import AzureError, ClientAuthenticationError
+
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import engine_for
+from azstoragetorch._files.places import printable
+from azstoragetorch.cli._output import human
+from azstoragetorch.cli._places import Glob, UrlOrGlob, blobs_of, folder_of
+from azstoragetorch.cli._session import FAILED, NOT_FOUND, Session, common, examples, exit_code
+from azstoragetorch.exceptions import AZStorageTorchError
+
+_SHOWN = 10  # names that the question names
+
+_EXAMPLES = """
+rm https://ACCOUNT.blob.core.windows.net/CONTAINER/old.pt
+rm -r --dry-run https://ACCOUNT.blob.core.windows.net/CONTAINER/run-1
+rm --yes 'https://ACCOUNT.blob.core.windows.net/CONTAINER/tmp/*.part'
+"""
+
+
+@dataclass(frozen=True)
+class _Blob:
+    url: BlobURL
+    size: int
+    etag: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"url": str(self.url), "bytes": self.size}
+
+
+@click.command(epilog=examples(_EXAMPLES))
+@click.argument("urls", metavar="URL...", nargs=-1, required=True, type=UrlOrGlob())
+@click.option("--recursive", "-r", is_flag=True, help="Everything in the folder or container URL.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_run: bool, yes: bool) -> None:
+    """Delete blobs. Asks first; without a terminal to ask on, --yes is needed.
+
+    In a URL, * stands for any characters of a name, ** for slashes, too. A blob that was overwritten after it was
+    found is not deleted. A container itself is never deleted.
+    """
+    config = TransferConfig()
+    found: dict[str, _Blob] = {}
+    missing = 0
+    for url in urls:
+        blobs = _find(session, config, url, recursive)
+        if not blobs:
+            session.output.error(f"{url}: nothing there", NOT_FOUND)
+            missing += 1
+        found.update((str(blob.url), blob) for blob in blobs)
+    doomed = list(found.values())
+    if dry_run:
+        for blob in doomed:
+            session.output.record({**blob.record, "status": "planned"})
+            session.output.line(f"would delete {printable(str(blob.url))}  ({human(blob.size)})")
+    elif doomed:
+        if not yes:
+            _confirm(session, doomed)
+        if _delete(session, config, doomed):
+            raise click.exceptions.Exit(FAILED)
+    if missing:
+        raise click.exceptions.Exit(NOT_FOUND)
+
+
+def _find(session: Session, config: TransferConfig, url: BlobURL | Glob, recursive: bool) -> list[_Blob]:
+    if isinstance(url, Glob):
+        container = session.access.container(url.url, config)
+        pages = url.pages(container, recursive=recursive)
+        return [_Blob(url.url.with_blob(name), size, etag) for page in pages for name, size, etag in page]
+    if recursive:
+        container = session.access.container(url, config)
+        blobs = [blob for page in container.pages(prefix=folder_of(url)) for blob in blobs_of(page)]
+        if blobs or url.blob[-1:] in ("", "/"):
+            return [_Blob(url.with_blob(name), size, etag) for name, size, etag in blobs]
+    elif url.blob[-1:] in ("", "/"):
+        raise click.UsageError(f"{url} is a folder or container: add --recursive")
+    version = session.access.blob(url, config).version()
+    return [_Blob(url, version.size, version.etag)] if version is not None else []
+
+
+def _confirm(session: Session, doomed: list[_Blob]) -> None:
+    """Ask, if there is anybody to ask.
+
+    Raises:
+        UsageError: nobody can be asked.
+        Abort: the answer is no.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise click.UsageError("this deletes for good, and standard input is not a terminal to ask on: add --yes")
+    for blob in doomed[:_SHOWN]:
+        session.output.note(str(blob.url))
+    if len(doomed) > _SHOWN:
+        session.output.note(f"... and {len(doomed) - _SHOWN:,} more")
+    size = human(sum(blob.size for blob in doomed))
+    click.confirm(f"Delete {len(doomed):,} blobs ({size}) for good?", abort=True, err=True)
+
+
+def _delete(session: Session, config: TransferConfig, doomed: list[_Blob]) -> int:
+    """Delete *doomed*; how many could not be deleted."""
+    output = session.output
+    failed: deque[_Blob] = deque()
+
+    def delete(blob: _Blob, _scope: Scope) -> None:
+        try:
+            session.access.blob(blob.url, config).delete(etag=blob.etag)
+        except ClientAuthenticationError:
+            raise  # the others would fail as well
+        except (AzureError, AZStorageTorchError, ValueError) as error:
+            failed.append(blob)
+            output.record({**blob.record, "status": "failed"})
+            output.error(f"{blob.url}: {error}", exit_code(error))
+        else:
+            output.record({**blob.record, "status": "deleted"})
+        advance(1)
+
+    with output.progress("deleting", len(doomed), unit="blobs") as advance:
+        engine_for(config).map(delete, doomed, config.max_connections)
+    deleted = len(doomed) - len(failed)
+    output.note(f"{deleted:,} deleted" + (f", {len(failed):,} failed" if failed else ""))
+    return len(failed)
