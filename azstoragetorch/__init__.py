@@ -10,7 +10,7 @@
                         .------------.------'-----.-----------.
                     download      upload       listing     readahead
                         `------------'-----.------'-----------'
-   edge      service, over transport: HTTP    credentials     sdk: azure-storage-blob    url
+   edge      service, over transport and connection: HTTP    credentials    url
                                            |
    ground              engine: threads, byte budget, per process     retry
 

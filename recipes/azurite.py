@@ -46,18 +46,20 @@ class Azurite:
 
 
 @contextmanager
-def run_azurite(*, https: bool = False, oauth: bool = False, timeout: float = 60.0) -> Iterator[Azurite]:
+def run_azurite(
+    *, https: bool = False, oauth: bool = False, strict: bool = False, timeout: float = 60.0
+) -> Iterator[Azurite]:
     """Run Azurite and yield it once it listens.
 
-    *oauth* accepts bearer tokens beside keys and SAS; it checks their claims but no signature, and needs
-    *https*. Raises FileNotFoundError if Azurite or Node.js is not installed, RuntimeError if Azurite does not
-    come up within *timeout* seconds.
+    *oauth* accepts bearer tokens as well as keys and SAS; it checks their claims but no signature, and needs
+    *https*. *strict* refuses versions of the service that are newer than Azurite. Raises FileNotFoundError if
+    Azurite or Node.js is not installed, RuntimeError if Azurite does not come up within *timeout* seconds.
     """
     if oauth and not https:
         raise ValueError("oauth=True needs https=True: Azurite refuses bearer tokens over plain http.")
     command = [_find_node(), "-e", END_WITH_PARENT, "--", str(os.getpid()), str(_find_azurite())]
     command += ["--blobHost", "127.0.0.1", "--blobPort", "0", "--inMemoryPersistence"]
-    command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+    command += ["--silent", "--disableTelemetry", *([] if strict else ["--skipApiVersionCheck"])]
     key = base64.b64encode(secrets.token_bytes(64)).decode()
 
     with tempfile.TemporaryDirectory(prefix="azurite-") as folder:

@@ -36,10 +36,10 @@ ROWS = [
     {"_engine.threads"},
     {"_engine.engine"},
     {"_blob.errors", "_blob.ranges", "_blob.secret", "_blob.url"},
-    {"_blob.retry", "_blob.transport", "_blob.credentials"},
-    {"_blob.service", "_blob.sdk"},
+    {"_blob.connection", "_blob.retry", "_blob.transport", "_blob.credentials"},
+    {"_blob.service"},
     {"_blob.download", "_blob.listing", "_blob.window"},
-    {"_blob.multiplex", "_blob.readahead", "_blob.upload"},
+    {"_blob.commit", "_blob.multiplex", "_blob.readahead", "_blob.upload"},
     {"_blob.client"},
     {"_files.places", "_files.description", "_files.walk"},
     {"_files.record", "_files.partial", "_files.transfer"},
@@ -59,8 +59,8 @@ MAY_IMPORT = {
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.credentials"},
-    "azure.storage.blob": {"_blob.sdk", "_blob.credentials", "_blob.upload"},
-    "certifi": {"_blob.transport"},
+    "azure.storage.blob": {"_blob.credentials"},
+    "certifi": {"_blob.connection"},
     "click": {"cli"},  # an extra: `cli` says so when it is missing
     "rich": {"cli"},
     "tqdm": {"checkpoint._progress"},  # no dependency: only who asks for a bar needs it
@@ -349,7 +349,7 @@ def test_the_rule_sees_its_breach(rule: Callable[[Module], Iterator[str]], name:
         (imports_pointing_up, "_blob.client", "from .download import fetch\nfrom .._engine.engine import Engine"),
         (imports_pointing_up, "_blob.readahead", "from .download import fetch"),
         (imports_pointing_up, "cli._bench", "from azstoragetorch.datasets import BlobDataset"),
-        (misplaced_dependencies, "_blob.sdk", "from azure.storage.blob import BlobClient\nimport json"),
+        (misplaced_dependencies, "_blob.credentials", "from azure.storage.blob import BlobClient\nimport json"),
         (misplaced_dependencies, "checkpoint.writer", "import torch.distributed.checkpoint as dcp"),
         (foreign_private_names, "io", "import torch\ntorch.__version__\n_, b = 1, 2"),
         (

@@ -10,6 +10,7 @@ from azure.core.settings import settings
 
 import azstoragetorch
 from azstoragetorch import Metrics, TransferConfig, metrics
+from azstoragetorch._blob.service import _Tracing
 from azstoragetorch.datasets import BlobDataset
 from azstoragetorch.io import BlobIO
 from tests.faults.faults import Match, Status
@@ -96,7 +97,7 @@ def test_requests_are_spans_where_tracing_is_on(fault_service: FaultService, mon
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
     trace.set_tracer_provider(provider)
-    monkeypatch.setattr("azstoragetorch._blob.service._tracing", (-10.0, False))
+    monkeypatch.setattr("azstoragetorch._blob.service._tracing", _Tracing())
     settings.tracing_implementation = "opentelemetry"
     try:
         fault_service.put("box", "blob", b"x")
@@ -104,7 +105,7 @@ def test_requests_are_spans_where_tracing_is_on(fault_service: FaultService, mon
             file.read()
     finally:
         settings.tracing_implementation = None
-        monkeypatch.setattr("azstoragetorch._blob.service._tracing", (-10.0, False))
+        monkeypatch.setattr("azstoragetorch._blob.service._tracing", _Tracing())
     ours = [span for span in spans.get_finished_spans() if span.name == "azstoragetorch.request"]
     assert len(ours) == 1
     assert "secret" not in str(ours[0].to_json())

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.ranges import ByteRange, coalesce, gaps, split
+from azstoragetorch._blob.ranges import (
+    ByteRange,
+    block_size_at,
+    busy_length,
+    coalesce,
+    collected_block,
+    even_blocks,
+    gaps,
+    growing_blocks,
+    regroup,
+    split,
+)
+from azstoragetorch._engine.config import GiB, KiB, MiB, TransferConfig
 
 
 @st.composite
@@ -83,3 +96,67 @@ def test_coalesce_joins_across_small_gaps_up_to_the_limit(pieces: list[ByteRange
 
 def merged(pieces: list[ByteRange]) -> list[ByteRange]:
     return coalesce(pieces, max_gap=0, limit=1 << 60)
+
+
+configs = st.builds(
+    TransferConfig,
+    block_size=st.integers(64 * KiB, 64 * MiB),
+    max_concurrency=st.integers(1, 64),
+    memory_limit=st.integers(1 * MiB, 1 * GiB),
+)
+
+
+@given(st.integers(0, 1 << 40), st.integers(64 * KiB, 64 * MiB))
+def test_blocks_grow_by_the_sizes_that_are_asked_for_one_by_one(written: int, first: int) -> None:
+    for size in islice(growing_blocks(written, first), 5):
+        assert size == block_size_at(written, first)
+        written += size
+
+
+@given(st.integers(0, 1 << 44), configs)
+def test_a_collected_block_leaves_memory_to_others(written: int, config: TransferConfig) -> None:
+    size = collected_block(written, config)
+    assert size >= config.block_size
+    assert size <= max(config.block_size, config.memory_limit // 4)
+    assert busy_length(written, config) >= size
+
+
+@given(st.integers(1, 1 << 32), st.integers(0, 1 << 40), configs)
+def test_a_large_write_is_cut_into_blocks_within_the_limit(length: int, written: int, config: TransferConfig) -> None:
+    cuts = even_blocks(length, written, config)
+    assert cuts[0].start == 0
+    assert cuts[-1].stop == length
+    assert all(left.stop == right.start for left, right in pairwise(cuts))
+    assert max(map(len, cuts)) <= block_size_at(written, config.block_size)
+
+
+pieces_of_bytes = st.lists(st.binary(max_size=40), max_size=10)
+
+
+@given(pieces_of_bytes, st.lists(st.integers(1, 30), max_size=20))
+def test_regrouped_pieces_are_the_same_bytes_in_blocks_of_the_sizes(pieces: list[bytes], sizes: list[int]) -> None:
+    whole = b"".join(pieces)
+    sizes = [*sizes, *[7] * len(whole)]  # enough for all
+    blocks = list(regroup(map(memoryview, pieces), sizes))
+    lengths = [sum(view.nbytes for view in block) for block in blocks]
+    assert b"".join(bytes(view) for block in blocks for view in block) == whole
+    assert lengths[:-1] == sizes[: len(lengths)][:-1]
+    assert all(0 < length <= size for length, size in zip(lengths, sizes, strict=False))
+    assert all(view.nbytes for block in blocks for view in block)
+
+
+@given(pieces_of_bytes, st.integers(1, 30))
+def test_a_piece_is_drawn_when_the_block_that_it_begins_in_is_asked_for(pieces: list[bytes], size: int) -> None:
+    """What waits to be sent is no more than one block and the piece that it ends in."""
+    drawn = 0
+
+    def source() -> Iterator[memoryview]:
+        nonlocal drawn
+        for piece in pieces:
+            drawn += len(piece)
+            yield memoryview(piece)
+
+    sent = 0
+    for block in regroup(source(), iter(lambda: size, 0)):
+        sent += sum(view.nbytes for view in block)
+        assert drawn - sent <= max(map(len, pieces))

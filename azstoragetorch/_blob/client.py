@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from azure.core.exceptions import ResourceNotFoundError, ServiceResponseError
+from azure.core.exceptions import ResourceNotFoundError
 
+from azstoragetorch._blob.commit import Found, look
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
-from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
-from azstoragetorch._blob.retry import Transient, retrying
-from azstoragetorch._blob.service import Service, is_tracing
+from azstoragetorch._blob.retry import retrying
+from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
@@ -73,9 +73,12 @@ class BlobClient(_Client):
         """
         return ReadAhead(self.service, self.url, version, head)
 
-    def writer(self, *, create_only: bool = False) -> BlockWriter:
-        """A new content for the blob, committed whole or not at all."""
-        return BlockWriter(self.service, self.url, create_only=create_only)
+    def writer(self, *, create_only: bool = False, etag: str | None = None) -> BlockWriter:
+        """A new content for the blob, committed whole or not at all.
+
+        With *create_only* there must not be a blob when it is committed; with *etag* it must still be that version.
+        """
+        return BlockWriter(self.service, self.url, create_only=create_only, etag=etag)
 
     def read(self) -> tuple[bytes, BlobVersion]:
         """The whole blob and its version; one request if it is no larger than a part."""
@@ -113,43 +116,45 @@ class BlobClient(_Client):
         """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""
         fetch(self.service, self.url, span, targets, etag=etag, scope=scope)
 
+    def look(self, scope: Scope | None = None) -> Found:
+        """The blob as the service describes it.
+
+        Raises:
+            ResourceNotFoundError: it does not exist.
+        """
+        return look(self.service, self.url, scope)
+
     def version(self) -> BlobVersion | None:
-        """The blob's present version, or None if there is no blob."""
-
-        def look() -> BlobVersion:
-            with self.service.send("HEAD", self.url, accept=frozenset({200})) as response:
-                length, etag = response.headers.get("Content-Length", ""), response.headers.get("ETag", "")
-            if not (length.isascii() and length.isdigit() and etag):
-                what = f"HEAD {self.url}: the service told no length and ETag: {length!r}, {etag!r}"
-                raise Transient(portable(ServiceResponseError(what)))
-            return BlobVersion(int(length), etag)
-
+        """The blob's present version; None if it does not exist."""
         try:
-            return retrying(self.config, look)
+            return self.look().version
         except ResourceNotFoundError:
             return None
 
-    def put(self, data: bytes, *, create_only: bool = False) -> None:
-        """Make *data* the content of the blob; one request if it fits into a block."""
-        writer = self.writer(create_only=create_only)
+    def put(self, data: bytes, *, create_only: bool = False, etag: str | None = None) -> str:
+        """Make *data* the content of the blob, by one request if it fits into a block, and return its ETag.
+
+        Raises:
+            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
+            ResourceExistsError: the blob exists and was to be *create_only*.
+            ResourceModifiedError: the blob is no longer the version *etag*.
+        """
+        writer = self.writer(create_only=create_only, etag=etag)
         try:
             if len(data) <= self.config.block_size:
-                writer.put([memoryview(data)])
-            else:
-                writer.write(memoryview(data))
-                writer.commit()
+                return writer.put([memoryview(data)])
+            writer.write(memoryview(data))
+            return writer.commit()
         except BaseException:
             writer.abort()
             raise
 
     def delete(self, *, etag: str | None = None) -> bool:
-        """Delete the blob, if it is *etag*; False if there was none."""
+        """Delete the blob, if it is *etag*; False if it does not exist."""
         headers = {} if etag is None else {"If-Match": etag}
+        request = Request("DELETE", self.url, headers=headers, accept=frozenset({202}))
         try:
-            retrying(
-                self.config,
-                lambda: self.service.send("DELETE", self.url, headers=headers, accept=frozenset({202})).close(),
-            )
+            retrying(self.config, lambda: self.service.send(request).close())
         except ResourceNotFoundError:
             return False
         return True

@@ -17,11 +17,10 @@ from azure.core.exceptions import ServiceResponseError
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.retry import Retry, Transient
-from azstoragetorch._blob.service import Service, fail
-from azstoragetorch._blob.transport import Response
+from azstoragetorch._blob.service import Answer, Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
@@ -53,7 +52,7 @@ class RangeRead:
         self._scope = scope
         self._retry = Retry(service.config)
         self._etag = etag
-        self._response: Response | None = None
+        self._response: Answer | None = None
         self.span = span
         self.version = self._open()
 
@@ -85,7 +84,8 @@ class RangeRead:
                 response, self._response = self._response, None
                 with response:
                     for piece in _unfilled(targets, done):
-                        received = self._receive_piece(response, piece)
+                        self._scope.check()
+                        received = response.readinto(piece)
                         done += received
                         if progress is not None and not validates:
                             progress(done)
@@ -108,19 +108,9 @@ class RangeRead:
         """Free the connection if nothing was received."""
         response, self._response = self._response, None
         if response is not None:
-            if response.status == 206:
-                response.length = None  # the rest is not worth receiving
-            response.close()
+            response.close(is_complete=response.status != 206)  # the rest of a range is not worth receiving
 
-    def _receive_piece(self, response: Response, piece: memoryview) -> int:
-        if self._scope.is_cancelled:
-            raise Cancelled
-        try:
-            return response.readinto(piece)
-        except BaseException as error:  # noqa: BLE001 - sorted by fail
-            fail("GET", self._url, error, self._scope)
-
-    def _request(self, span: ByteRange) -> tuple[Response, BlobVersion]:
+    def _request(self, span: ByteRange) -> tuple[Answer, BlobVersion]:
         """Send the request for *span* and check the head of its answer."""
         if not len(span):
             raise ValueError("an empty range cannot be asked for")
@@ -129,15 +119,15 @@ class RangeRead:
             headers["If-Match"] = self._etag
         if self._service.config.validate_content:
             headers["x-ms-range-get-content-md5"] = "true"
-        response = self._service.send("GET", self._url, headers=headers, accept=_STATUSES, scope=self._scope)
+        request = Request("GET", self._url, headers=headers, accept=_STATUSES, scope=self._scope)
+        response = self._service.send(request)
         try:
             return response, self._check(response, span)
         except BaseException:
-            response.length = None
-            response.close()
+            response.close(is_complete=False)
             raise
 
-    def _check(self, response: Response, span: ByteRange) -> BlobVersion:
+    def _check(self, response: Answer, span: ByteRange) -> BlobVersion:
         if response.status == 412:
             raise self.changed()
         etag = response.headers.get("ETag", "")
@@ -149,7 +139,6 @@ class RangeRead:
             size = int(found.group(3)) if found else 0 if span.start == 0 else None
             if size is None or size > span.start:
                 raise Transient(self._broken("refused the range without telling the blob's size"))
-            response.length = 0 if not response.length else response.length
             return BlobVersion(size, etag)
         if response.status != 206 or found is None or found.group(1) is None:
             raise Transient(
@@ -173,7 +162,7 @@ class RangeRead:
             raise self.changed()
         return BlobVersion(size, etag)
 
-    def _validate(self, response: Response, targets: Sequence[memoryview], begin: int) -> None:
+    def _validate(self, response: Answer, targets: Sequence[memoryview], begin: int) -> None:
         expected = response.headers.get("Content-MD5")
         if expected is None:
             raise Transient(self._broken(f"sent {self.span.header} without the MD5 that was asked for"))

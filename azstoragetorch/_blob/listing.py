@@ -17,7 +17,7 @@ from azure.core.exceptions import ServiceResponseError
 
 from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.retry import Transient, retrying
-from azstoragetorch._blob.service import Service, fail
+from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.job import Job
 from azstoragetorch._engine.scope import Scope
@@ -121,12 +121,8 @@ def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope:
 def _fetch_once(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
     if marker:
         query += f"&marker={quote(marker, safe='')}"
-    response = service.send("GET", container, query=query, scope=scope)
-    with response:
-        try:
-            raw = response.read()
-        except Exception as error:  # noqa: BLE001 - sorted by fail
-            fail("GET (list)", container, error, scope)
+    with service.send(Request("GET", container, query, scope=scope, purpose="list")) as answer:
+        raw = answer.read()
     if not raw.rstrip().endswith(b"</EnumerationResults>"):
         raise Transient(_malformed(container, "the document ends early"))
     return raw

@@ -17,10 +17,11 @@ from contextlib import suppress
 from http.client import HTTPException
 from ssl import SSLWantReadError
 
+from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.service import Service
-from azstoragetorch._blob.transport import Connection, parse_head, take_idle
+from azstoragetorch._blob.transport import give_back, parse_head, take_idle
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.memory import bytes_to_fill
 from azstoragetorch._engine.metrics import count, count_answer
@@ -220,7 +221,7 @@ class _Read:
         self._hold.leave()
         if is_good and self._version is not None and not self._hold.was_woken:
             count("bytes_received", len(self._data))
-            self.connection.settle()
+            give_back(self.connection)
             self._done(self._version, self._data)
         else:
             self.connection.close()

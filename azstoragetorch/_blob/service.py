@@ -1,7 +1,8 @@
 """Signed requests to one account, and the meaning of its answers.
 
-Whatever is worth another try is raised as `Transient`; what the service refuses, as the azure-core error that it
-stands for. Retrying is the caller's, who knows how far it got.
+Every verb of this package is a `Request`, and `Service.send` signs and sends it. Failures are translated here and
+nowhere else: one that is worth another try is raised as `Transient`, a refusal of the service as the azure-core error
+that it stands for. Retrying is left to the caller, who knows how far an operation got.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import itertools
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from types import TracebackType
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -18,16 +22,97 @@ from azure.core.tracing import SpanKind
 from azure.core.tracing.decorator import distributed_trace
 
 from azstoragetorch._blob import transport
+from azstoragetorch._blob.connection import Body, Origin, length_of
 from azstoragetorch._blob.credentials import Authorizer, CredentialHolder
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Transient, is_connection_failure, refusal
-from azstoragetorch._blob.transport import Body, Origin, Response
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
-API_VERSION = "2023-11-03"  # the oldest with all that is used: versions, large blocks, encoded names in listings
+# The oldest version with the features used here: versions, large blocks, encoded names in listings. The version that a
+# release of azure-storage-blob sends plays no part, so an older service works with every release.
+API_VERSION = "2023-11-03"
+
+_OK = frozenset({200, 206})
+_FAILURES = (OSError, HTTPException, ClientRequestIdMismatchError)  # what `transport` raises
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request to the service, without its proof of identity."""
+
+    method: str
+    url: BlobURL
+    query: str = ""
+    """Percent-encoded, without a snapshot or version, which *url* has."""
+    headers: Mapping[str, str] | None = None
+    body: Body = None
+    accept: frozenset[int] = _OK
+    """The statuses that are returned; any other one is raised."""
+    scope: Scope | None = None
+    """Cancelling it interrupts the request."""
+    purpose: str = ""
+    """What errors add to the method where several operations share it."""
+
+    @property
+    def verb(self) -> str:
+        """The operation as errors name it."""
+        return f"{self.method} ({self.purpose})" if self.purpose else self.method
+
+
+class Answer:
+    """The answer to a request. Its body is still to be received; leaving its ``with`` block frees the connection."""
+
+    __slots__ = ("_request", "_response", "headers", "status")
+
+    def __init__(self, request: Request, response: transport.Response) -> None:
+        self._request = request
+        self._response = response
+        self.status = response.status
+        self.headers = response.headers
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body that are still to be received, if the service declared them."""
+        return self._response.length
+
+    def readinto(self, target: memoryview) -> int:
+        """Receive up to ``len(target)`` bytes; fewer, or 0, only at the end of the body.
+
+        Raises:
+            Transient: the connection broke.
+            Cancelled: the scope of the request was cancelled.
+        """
+        try:
+            return self._response.readinto(target)
+        except _FAILURES as error:
+            _fail(self._request, error)
+
+    def read(self) -> bytes:
+        """The rest of the body. Raises as `readinto` does."""
+        try:
+            return self._response.read()
+        except _FAILURES as error:
+            _fail(self._request, error)
+
+    def close(self, *, is_complete: bool = True) -> None:
+        """Free the connection: keep it for another request, or close it if the body is not *is_complete*.
+
+        The rest of a complete body is received first if it is small.
+        """
+        if not is_complete:
+            self._response.length = None
+        self._response.close()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(is_complete=error is None)  # after an error the rest of the body is not trusted
 
 
 class Service:
@@ -38,90 +123,61 @@ class Service:
         self.origin = Origin.of(url.scheme, url.host, config)
         self.authorizer: Authorizer = credential.authorizer(url)
 
-    def send(
-        self,
-        method: str,
-        url: BlobURL,
-        *,
-        query: str = "",
-        headers: Mapping[str, str] | None = None,
-        body: Body = None,
-        accept: frozenset[int] = frozenset({200, 206}),
-        scope: Scope | None = None,
-    ) -> Response:
-        """Send one signed request; an answer whose status is not in *accept* is raised.
+    def send(self, request: Request) -> Answer:
+        """Send *request*, signed, and return the head of its answer.
 
-        Where azure-core's tracing is on it is a span, as the SDK's own requests are.
+        Where azure-core's tracing is on it is a span, like the SDK's requests.
 
         Raises:
             Transient: worth another try.
             AzureError: the service refused.
-            Cancelled: *scope* was cancelled.
+            Cancelled: the scope of *request* was cancelled.
         """
         if not is_tracing():
-            return self._send(method, url, query, headers, body, accept, scope)
-        return self._send_traced(
-            method,
-            url,
-            query,
-            headers,
-            body,
-            accept,
-            scope,
-            tracing_attributes={"http.method": method, "http.url": str(url)},
-        )
-
-    def _send(
-        self,
-        method: str,
-        url: BlobURL,
-        query: str,
-        headers: Mapping[str, str] | None,
-        body: Body,
-        accept: frozenset[int],
-        scope: Scope | None,
-    ) -> Response:
-        query = "&".join(filter(None, (query, _state(url))))
-        try:
-            response = self.exchange(method, url.path, query, {**_own_headers(), **(headers or {})}, body, scope)
-        except ClientRequestIdMismatchError as error:
-            raise Transient(error) from None
-        except BaseException as error:  # noqa: BLE001 - sorted by fail
-            fail(method, url, error, scope)
-        if response.status not in accept:
-            self._refuse(method, url, response)
-        return response
+            return self._send(request)
+        attributes = {"http.method": request.method, "http.url": str(request.url)}
+        return self._send_traced(request, tracing_attributes=attributes)
 
     @distributed_trace(name_of_span="azstoragetorch.request", kind=SpanKind.CLIENT)
-    def _send_traced(self, *arguments: Any, **_of_the_span: Any) -> Response:
-        return self._send(*arguments)
+    def _send_traced(self, request: Request, **_of_the_span: Any) -> Answer:
+        return self._send(request)
 
-    def exchange(
-        self, method: str, path: str, query: str, headers: Mapping[str, str], body: Body, scope: Scope | None
-    ) -> Response:
-        """Sign and send one request; once more with a new token if the service does not accept the one at hand.
+    def _send(self, request: Request) -> Answer:
+        try:
+            response = self._exchange(request)
+        except _FAILURES as error:
+            _fail(request, error)
+        if response.status not in request.accept:
+            self._refuse(request, response)
+        return Answer(request, response)
 
-        Raises:
-            OSError, http.client.HTTPException: the connection failed.
-            ClientRequestIdMismatchError: the answer belongs to another request.
-            AzureError: no token could be had.
-            Cancelled: *scope* was cancelled.
-        """
+    def _exchange(self, request: Request) -> transport.Response:
+        """Sign and send *request*; once more with a new token if the service rejects the first one."""
+        query = "&".join(filter(None, (request.query, _state(request.url))))
+        headers = {**_own_headers(), **(request.headers or {})}
+        if request.body is not None:
+            headers["Content-Length"] = str(length_of(request.body))
         has_renewed = False
         while True:
             proof = self.authorizer.headers()
-            target = self._target(path, query)
-            response = transport.send(self.origin, method, target, {**headers, **proof}, body=body, scope=scope)
+            response = transport.send(
+                self.origin,
+                request.method,
+                self._target(request.url.path, query),
+                {**headers, **proof},
+                body=request.body,
+                scope=request.scope,
+            )
             if response.status != 401 or has_renewed or not self.authorizer.renew(proof):
                 return response
-            has_renewed = True  # it was revoked, or expired on the way
+            has_renewed = True  # the token was revoked, or expired in flight
             response.close()
 
     def signed(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        """The target and the headers of a signed GET, for those who send it themselves.
+        """The target and the headers of a signed GET, for callers that send it themselves.
 
         Raises:
-            AzureError: no token could be had.
+            AzureError: a token could not be obtained.
         """
         return self._target(url.path, _state(url)), {**_own_headers(), **headers, **self.authorizer.headers()}
 
@@ -129,17 +185,18 @@ class Service:
         signed = "&".join(filter(None, (query, self.authorizer.query())))
         return f"{path}?{signed}" if signed else path
 
-    def _refuse(self, method: str, url: BlobURL, response: Response) -> NoReturn:
+    def _refuse(self, request: Request, response: transport.Response) -> NoReturn:
         with response:
             try:
                 body = response.read()
             except Exception as error:  # noqa: BLE001 - the status alone has to do
                 body = repr(error).encode()
-        # In no variable: its traceback refers to this frame, and a circle would keep what waits for the answer.
+        # Not kept in a variable: its traceback refers to this frame, and the reference cycle would keep the memory of
+        # every caller that waits for the answer.
         raise refusal(
             service_error(
-                verb=method,
-                url=str(url),
+                verb=request.verb,
+                url=str(request.url),
                 status=response.status,
                 reason=response.reason,
                 headers=response.headers,
@@ -148,6 +205,23 @@ class Service:
             ),
             response.headers,
         )
+
+
+def _fail(request: Request, error: Exception) -> NoReturn:
+    """Raise what *error*, one of `_FAILURES`, means for *request*.
+
+    Raises:
+        Transient: a connection broke, or the answer belongs to another request.
+        Cancelled: the connection broke because the scope was cancelled.
+        AzureError: the request cannot be made, now or later.
+    """
+    if isinstance(error, ClientRequestIdMismatchError):
+        raise Transient(error) from None
+    if is_connection_failure(error):
+        if request.scope is not None and request.scope.is_cancelled:
+            raise Cancelled from None
+        raise Transient(connection_error(request.verb, str(request.url), error, was_sent=True)) from error
+    raise connection_error(request.verb, str(request.url), error, was_sent=False) from error
 
 
 def _state(url: BlobURL) -> str:
@@ -177,33 +251,24 @@ def _forget_parent() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)
 
-_tracing = (0.0, False)  # when it was looked up last, and what was found: it costs as much as the rest of a request
+
+class _Tracing:
+    """Whether azure-core's tracing is on, looked up once a second: a look costs as much as the rest of a request."""
+
+    def __init__(self) -> None:
+        self._found = (float("-inf"), False)  # when it was looked up, and what was found
+
+    def is_on(self) -> bool:
+        looked_up, is_on = self._found
+        if time.monotonic() - looked_up > 1.0:
+            is_on = bool(settings.tracing_implementation() or settings.tracing_enabled())
+            self._found = time.monotonic(), is_on
+        return is_on
+
+
+_tracing = _Tracing()
 
 
 def is_tracing() -> bool:
-    global _tracing
-    looked_up, is_on = _tracing
-    if time.monotonic() - looked_up > 1.0:
-        is_on = bool(settings.tracing_implementation() or settings.tracing_enabled())
-        _tracing = time.monotonic(), is_on
-    return is_on
-
-
-def fail(method: str, url: BlobURL, error: BaseException, scope: Scope | None = None) -> NoReturn:
-    """Raise what *error*, seen while talking to the service, means.
-
-    Raises:
-        Transient: a connection broke.
-        Cancelled: it broke because *scope* was cancelled.
-        AzureError: it cannot be made, now or later.
-    """
-    if scope is not None and scope.is_cancelled and is_connection_failure(error):
-        raise Cancelled from None
-    if is_connection_failure(error):
-        raise Transient(connection_error(method, str(url), error, was_sent=True)) from error
-    if isinstance(error, OSError):
-        raise connection_error(method, str(url), error, was_sent=False) from error
-    try:
-        raise error
-    finally:
-        del error  # its traceback refers to this frame: a reference cycle would keep what waits for the answer
+    """Whether requests are spans of azure-core's tracing."""
+    return _tracing.is_on()

@@ -8,28 +8,22 @@ child, which makes its own.
 from __future__ import annotations
 
 import atexit
-import base64
 import http.client
 import logging
 import os
 import re
-import select
-import socket
-import ssl
 import threading
 import time
-import urllib.request
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from urllib.parse import unquote, urlsplit
 
 from azstoragetorch import __version__
+from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, forget_tls_contexts, length_of
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
-from azstoragetorch._engine.config import KiB, MiB, TransferConfig
+from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
@@ -37,172 +31,11 @@ from azstoragetorch.exceptions import ClientRequestIdMismatchError
 log = logging.getLogger("azstoragetorch")
 
 USER_AGENT = f"azstoragetorch/{__version__}"
-_SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
 _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than a new connection
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
 _MOMENT = 1.0  # seconds for which `take_idle` believes that a connection is open
-_MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
-
-Body = bytes | memoryview | Sequence[memoryview] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where connections lead; connections of one origin are interchangeable."""
-
-    scheme: str
-    host: str
-    connect_timeout: float
-    read_timeout: float
-
-    @classmethod
-    def of(cls, scheme: str, host: str, config: TransferConfig) -> Origin:
-        """The origin for requests to *host* (with port) under *config*."""
-        return cls(scheme, host, config.connect_timeout, config.read_timeout)
-
-
-class Connection:
-    """One connection to an origin, direct or through a proxy."""
-
-    def __init__(self, origin: Origin) -> None:
-        self.origin = origin
-        self.was_used = False
-        self._has_timeout = False  # of answers; else that of connecting, or none because it does not block
-        self._is_interrupted = False
-        self.idle_since = 0.0
-        self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
-        self.proxy_headers: dict[str, str] = {}
-        self._http = self._make()
-
-    def _make(self) -> http.client.HTTPConnection:
-        origin = self.origin
-        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
-        options: dict[str, object] = {"timeout": origin.connect_timeout}
-        if origin.scheme == "https":
-            kind = http.client.HTTPSConnection
-            options["context"] = _tls_context()
-        proxy = _proxy_for(origin)
-        if proxy is None:
-            return kind(origin.host, **options)  # type: ignore[arg-type]
-        parts = urlsplit(proxy)
-        authorization: dict[str, str] = {}
-        if parts.username is not None:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            authorization["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-        through = kind(parts.hostname or "", parts.port or 80, **options)  # type: ignore[arg-type]
-        if origin.scheme == "https":
-            target = urlsplit(f"//{origin.host}")
-            through.set_tunnel(target.hostname or "", target.port or 443, headers=authorization)
-        else:
-            self._prefix = f"http://{origin.host}"
-            self.proxy_headers = authorization
-        return through
-
-    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> _Answer:
-        """Send a request and read the head of its answer."""
-        connection = self._http
-        if connection.sock is None:
-            connection.connect()
-        if not self._has_timeout:
-            self.socket.settimeout(self.origin.read_timeout)
-            self._has_timeout = True
-        if self._is_interrupted:  # while there was no socket to shut down
-            raise ConnectionAbortedError("interrupted")
-        head = self._head(method, self._prefix + target, headers)
-        try:
-            pieces = [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body or ()
-            if _length(pieces) <= _SEND_SLICE:
-                connection.sock.sendall(b"".join([head, *pieces]))
-            else:
-                connection.sock.sendall(head)
-                for piece in pieces:
-                    for start in range(0, piece.nbytes, _SEND_SLICE):
-                        connection.sock.sendall(piece[start : start + _SEND_SLICE])
-        except (BrokenPipeError, ConnectionResetError):
-            if body is None:
-                raise
-            # A service that refuses a large body answers before it has read it all: the answer may be there.
-        answer = _Answer(connection.sock, method=method)
-        answer.is_head = method == "HEAD"
-        try:
-            answer.begin()
-        except BaseException:
-            answer.close()
-            raise
-        return answer
-
-    def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
-        text = "\0".join(lines)
-        if " " in target or "\r" in text or "\n" in text:
-            raise ValueError(f"{method} {redact(repr(target))}: a credential or header has a space or line break in it")
-        return text.replace("\0", "\r\n").encode("latin-1") + b"\r\n\r\n"
-
-    def begin(self, target: str, headers: Mapping[str, str]) -> socket.socket:
-        """Send a GET on an open connection without waiting for anything; its socket does not block until `send`.
-
-        Raises:
-            OSError: it could not be sent at once.
-        """
-        sock = self.socket
-        head = self._head("GET", self._prefix + target, headers)
-        if self._has_timeout:
-            sock.setblocking(False)
-            self._has_timeout = False
-        if sock.send(head) != len(head):
-            raise BlockingIOError("the request could not be sent at once")
-        return sock
-
-    def settle(self) -> None:
-        """Return to the pool after a GET that was begun and whose answer was taken whole."""
-        _pool.give_back(self)
-
-    @property
-    def socket(self) -> socket.socket:
-        """The socket of an open connection."""
-        sock: socket.socket = self._http.sock
-        return sock
-
-    def is_stale(self, unchecked: float) -> bool:
-        """Whether the other side has closed this idle connection, or sent what nobody asked for.
-
-        It is not asked if the connection was used less than *unchecked* seconds ago.
-        """
-        sock = self._http.sock
-        idle = time.monotonic() - self.idle_since
-        if sock is None or self._is_interrupted or idle > _MAX_IDLE_SECONDS:
-            return True
-        if idle < unchecked:
-            return False
-        poll = select.poll() if hasattr(select, "poll") else None
-        if poll is None:
-            return bool(select.select([sock], [], [], 0)[0])
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def interrupt(self) -> None:
-        """Make whoever blocks on this connection fail at once, or as soon as it is established."""
-        self._is_interrupted = True
-        sock = self._http.sock
-        if sock is not None:
-            with suppress(OSError):  # closed already
-                # Not SSLSocket's own shutdown, which would pull the TLS state from under the blocked thread.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._http.close()
-
-    def abandon(self) -> None:
-        """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
-        sock = self._http.sock
-        if sock is not None:
-            with suppress(OSError):  # closed already
-                os.close(sock.detach())
 
 
 class Headers(Mapping[str, str]):
@@ -274,7 +107,7 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Status, headers by lower-case name (and the reason by no name), and whether the connection stays open.
 
     Raises:
-        http.client.HTTPException: this is no head of an answer.
+        http.client.HTTPException: this is not the head of an answer.
     """
     # Not splitlines, to which some bytes of a UTF-8 file name are ends of lines too.
     first, *lines = head.decode("latin-1").rstrip("\r\n").replace("\r\n", "\n").split("\n")
@@ -290,6 +123,17 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     connection = values.get("connection", "").lower()
     stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
     return int(found.group(2)), values, stays_open
+
+
+def _receive_head(connection: Connection, method: str) -> _Answer:
+    answer = _Answer(connection.socket, method=method)
+    answer.is_head = method == "HEAD"
+    try:
+        answer.begin()
+    except BaseException:
+        answer.close()
+        raise
+    return answer
 
 
 class Response:
@@ -385,7 +229,7 @@ class Pool:
         with self._lock:
             idle = self._idle.setdefault(connection.origin, [])
             idle.append(connection)
-            is_surplus = len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > _MAX_IDLE_SECONDS
+            is_surplus = len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > MAX_IDLE_SECONDS
             surplus = idle.pop(0) if is_surplus else None
         if surplus is not None:
             surplus.close()
@@ -421,8 +265,8 @@ def send(
 ) -> Response:
     """Send one request and read the head of its answer.
 
-    A pooled connection that turns out to be dead is replaced at once, which counts as no failure: what we send may be
-    sent twice, but for what may only create.
+    A pooled connection that turns out to be dead is replaced at once and the request sent again, which does not count
+    as a failure; conditional writes are not sent twice.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
@@ -437,18 +281,19 @@ def send(
             if scope is not None:
                 cleanup.enter_context(scope.holding(connection.interrupt))
             started = time.perf_counter()
-            raw = connection.send(method, target, headers, body)
+            connection.send(method, target, headers, body)
+            raw = _receive_head(connection, method)
         except BaseException as error:
             cleanup.close()
             connection.close()
             if scope is not None and scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
             is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
-            if connection.was_used and is_dead and not _creates_only(headers):
+            if connection.was_used and is_dead and not _is_conditional_write(method, headers):
                 continue
             raise
         elapsed = time.perf_counter() - started
-        count_answer(elapsed, raw.status, _length(body))
+        count_answer(elapsed, raw.status, length_of(body))
         if log.isEnabledFor(logging.DEBUG):
             url = redact(f"{origin.scheme}://{origin.host}{target}")
             log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed * 1000)
@@ -466,24 +311,23 @@ def send(
         return response
 
 
-def _length(body: Body) -> int:
-    if body is None:
-        return 0
-    return memoryview(body).nbytes if isinstance(body, (bytes, memoryview)) else sum(piece.nbytes for piece in body)
-
-
-def _creates_only(headers: Mapping[str, str]) -> bool:
-    """Whether the request would be refused the second time, which is for the caller to sort out."""
-    return any(name.lower() == "if-none-match" for name in headers)
+def _is_conditional_write(method: str, headers: Mapping[str, str]) -> bool:
+    """Whether a second request would be refused because of the first one, which is for the caller to find out."""
+    return method != "GET" and any(name.lower() in ("if-none-match", "if-match") for name in headers)
 
 
 def take_idle(origin: Origin) -> Connection | None:
-    """A connection of the pool, for the caller to give back or close; None if there is none.
+    """An idle connection for the caller to give back or close; None if all are in use.
 
-    It was open a moment ago: whether it still is would be one system call more to know, and the caller has to cope
-    anyway.
+    It was open a moment ago. Whether it still is would take one more system call to know, and the caller has to be
+    prepared for a broken connection anyway.
     """
     return _pool.take_idle(origin, _MOMENT)
+
+
+def give_back(connection: Connection) -> None:
+    """Return to the pool a connection that `take_idle` gave, after an answer that was received whole."""
+    _pool.give_back(connection)
 
 
 def idle_connections() -> int:
@@ -496,48 +340,13 @@ def close_idle_connections() -> None:
     _pool.close()
 
 
-def _proxy_for(origin: Origin) -> str | None:
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(origin.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(origin.host):
-        return None
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    scheme = proxy.partition("://")[0].lower()
-    if scheme != "http":  # the connection to it; what goes through is TLS all the same
-        raise ValueError(f"{origin.scheme.upper()}_PROXY or ALL_PROXY must name an http:// proxy, not {scheme}://")
-    return proxy
-
-
-_tls: dict[str, ssl.SSLContext] = {}
-
-
-def _tls_context() -> ssl.SSLContext:
-    # The variables that requests, and so the SDK, honours come before OpenSSL's own.
-    authorities = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
-    context = _tls.get(authorities)
-    if context is None:
-        if authorities and not os.path.exists(authorities):  # noqa: PTH110 - a text from the environment
-            raise ValueError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {authorities!r}, which does not exist")
-        if os.path.isdir(authorities):  # noqa: PTH112 - a text from the environment
-            context = ssl.create_default_context(capath=authorities)
-        else:
-            context = ssl.create_default_context(cafile=authorities or None)
-        if not authorities and not context.cert_store_stats()["x509_ca"] and "SSL_CERT_DIR" not in os.environ:
-            import certifi  # a dependency of the SDK's transport; systems without a store of their own need it
-
-            context.load_verify_locations(certifi.where())
-        context.set_alpn_protocols(["http/1.1"])
-        _tls[authorities] = context
-    return context
-
-
 _pool = Pool()
 
 
 def _forget_parent() -> None:
     global _pool
     inherited, _pool = _pool, Pool()
-    _tls.clear()
+    forget_tls_contexts()
     inherited.abandon()
 
 

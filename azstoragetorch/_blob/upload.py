@@ -9,60 +9,41 @@ the next commit.
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote
 
-from azure.core import MatchConditions
 from azure.core.exceptions import (
-    AzureError,
     ClientAuthenticationError,
-    HttpResponseError,
     ResourceExistsError,
     ResourceModifiedError,
     ResourceNotFoundError,
 )
-from azure.storage.blob import BlobBlock, ContentSettings
 
-from azstoragetorch._blob.errors import portable
-from azstoragetorch._blob.ranges import ByteRange, split
-from azstoragetorch._blob.retry import RETRYABLE_STATUS, retrying
-from azstoragetorch._blob.sdk import Pieces, SdkBlob
-from azstoragetorch._blob.service import Service
+from azstoragetorch._blob.commit import CREATED, Commit, Condition, look, md5_of
+from azstoragetorch._blob.connection import length_of
+from azstoragetorch._blob.ranges import (
+    MAX_BLOCKS,
+    busy_length,
+    collected_block,
+    even_blocks,
+    growing_blocks,
+    regroup,
+)
+from azstoragetorch._blob.retry import retrying
+from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.config import MAX_BLOCK_SIZE, MiB
 from azstoragetorch._engine.engine import Engine, Reservation, Scope, engine_for
 from azstoragetorch._engine.memory import copy
 from azstoragetorch._engine.metrics import timed
-from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
+from azstoragetorch.exceptions import FatalBlobIOWriteError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-MAX_BLOCKS = 50_000  # the service's limit for a committed blob
-_GROW_AFTER = 1_000  # blocks; past it blocks grow with what is written, so that some 170 TiB fit under the limit
-_MIN_CUT = 8 * MiB  # for a smaller piece of a large write the cost of a request counts
-_BUFFERED_SHARE = 4  # a block that is collected in memory takes at most this part of the memory limit
-
-
-def block_size_at(written: int, first: int) -> int:
-    """Bytes of the next block when *written* bytes are staged in blocks that began at *first* bytes."""
-    return min(MAX_BLOCK_SIZE, max(first, -(-written // _GROW_AFTER)))
-
-
-def even_cuts(length: int, limit: int) -> list[ByteRange]:
-    """Cut *length* bytes into the fewest pieces of at most *limit* bytes, all of about one size."""
-    if not length:
-        return []
-    count = -(-length // limit)
-    return split(ByteRange(0, length), -(-length // count))
-
-
-class _UnknownOutcome(Exception):  # noqa: N818 - control flow; its cause is shown
-    """Nobody answers to say whether a commit was carried out."""
 
 
 def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callable[Concatenate[BlockWriter, P], T]:
@@ -80,14 +61,25 @@ def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callabl
     return guarded
 
 
-class BlockWriter:
-    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Bytes to stage, in one or several pieces."""
 
-    def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False) -> None:
+    block_id: str
+    pieces: Sequence[memoryview]
+
+
+class BlockWriter:
+    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises.
+
+    With *create_only* there must not be a blob; with *etag* the blob must still be that version.
+    """
+
+    def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False, etag: str | None = None) -> None:
         self._service = service
         self._url = url
         self._config = service.config
-        self._create_only = create_only
+        self._condition = Condition(create_only, etag)
         self._scope = Scope()
         self._pid = os.getpid()
         # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
@@ -102,10 +94,6 @@ class BlockWriter:
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes who waits for one
         self._failure: BaseException | None = None
 
-    @cached_property
-    def _sdk(self) -> SdkBlob:
-        return SdkBlob(self._service, self._url, self._scope)
-
     @property
     def written(self) -> int:
         """Bytes taken so far."""
@@ -119,11 +107,12 @@ class BlockWriter:
             FatalBlobIOWriteError: this or an earlier block failed; nothing will be committed.
         """
         while data.nbytes:
-            if data.nbytes >= self._enough_for_all():
+            if data.nbytes >= busy_length(self._staged, self._config):
                 self._stage_from_caller(data)
                 return
             if self._collected is None:
-                self._collected = engine_for(self._config).buffers.take(self._block_size())
+                size = collected_block(self._staged, self._config)
+                self._collected = engine_for(self._config).buffers.take(size)
                 self._filled = 0
             count = min(data.nbytes, self._collected.nbytes - self._filled)
             copy(self._collected[self._filled : self._filled + count], data[:count])
@@ -156,7 +145,7 @@ class BlockWriter:
 
     @timed("blocked_seconds")
     def flush(self) -> None:
-        """Wait until the blocks that are on their way have arrived; makes no small block of what is collected.
+        """Wait until the blocks in flight have arrived; makes no small block of what is collected.
 
         Raises:
             FatalBlobIOWriteError: a block failed.
@@ -166,44 +155,47 @@ class BlockWriter:
         self._check()
 
     @_all_or_nothing
-    def put(self, pieces: Sequence[memoryview]) -> None:
+    def put(self, pieces: Sequence[memoryview]) -> str:
         """Make *pieces*, bytes, and nothing else, the content of the blob, by one request whatever their length.
 
-        Nothing is copied: they are sent from their own memory, which stays as it is until the return.
+        Nothing is copied: they are sent from their own memory, which stays as it is until the return. Returns the ETag
+        of the new content.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
             ResourceExistsError: the blob exists and was to be created only.
+            ResourceModifiedError: the blob is no longer the version that was to be replaced.
         """
-        self._finish(lambda: self._put_blob(pieces))
+        return self._put_blob(pieces, {})
 
     @_all_or_nothing
-    def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> None:
+    def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> str:
         """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
 
-        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``.
-
-        Raises:
-            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
-            ResourceExistsError: the blob exists and was to be created only.
+        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``. Returns the
+        ETag of the new content. Raises as `put` does.
         """
         if not self._block_ids:
             pieces = [self._collected[: self._filled]] if self._collected is not None else []
-            self._finish(lambda: self._put_blob(pieces, properties))
+            etag = self._put_blob(pieces, properties or {})
         else:
             if self._filled:
                 self._stage_collected()
             self.flush()
-            self._finish(lambda: self._put_block_list(md5, properties))
+            etag = self._put_block_list(md5, properties or {})
         self._free()
+        return etag
 
     def cancel(self) -> None:
-        """From another thread, or a finalizer: fail what is on its way, and so whoever writes. `abort` is still due."""
+        """From another thread, or a finalizer: fail what is in flight, and so the call that waits for it.
+
+        `abort` still has to be called.
+        """
         if self._pid == os.getpid():
             self._scope.cancel()
 
     def abort(self) -> None:
-        """Give up: stop what is on its way, commit nothing."""
+        """Give up: stop what is in flight, commit nothing."""
         if self._pid != os.getpid():
             return  # forked: it is the parent's to finish
         self._scope.cancel()  # what is in the background ends by itself: it has its own memory
@@ -221,83 +213,71 @@ class BlockWriter:
         """Remember that *error* ended this writer; what to raise for it."""
         if self._failure is None:
             self._failure = error
-        if isinstance(error, Exception) and not isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)):
-            return self._fatal(error)
-        return error
+        is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)) or (
+            isinstance(error, ResourceModifiedError) and self._condition.etag is not None
+        )
+        return error if is_clear or not isinstance(error, Exception) else self._fatal(error)
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
         error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {cause}")
         error.__cause__ = cause
         return error
 
-    def _block_size(self) -> int:
-        size = block_size_at(self._staged, self._config.block_size)
-        return max(self._config.block_size, min(size, self._config.memory_limit // _BUFFERED_SHARE))
+    @timed("blocked_seconds")
+    def _put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> str:
+        return self._commit().put_blob(pieces, properties)
 
-    def _enough_for_all(self) -> int:
-        """Bytes of a write whose blocks keep every connection busy."""
-        return max(self._block_size(), self._config.max_concurrency * min(self._config.block_size, _MIN_CUT))
+    @timed("blocked_seconds")
+    def _put_block_list(self, md5: bytes | None, properties: Mapping[str, str]) -> str:
+        return self._commit().put_block_list(self._block_ids, md5, properties)
 
-    def _next_id(self, length: int) -> str:
+    def _commit(self) -> Commit:
+        return Commit(self._service, self._url, self._scope, self._condition)
+
+    def _block(self, pieces: Sequence[memoryview]) -> _Block:
+        """The next block of the blob."""
         if len(self._block_ids) >= MAX_BLOCKS:
             raise FatalBlobIOWriteError(
                 f"{self._url}: {self.written} bytes need more than {MAX_BLOCKS} blocks; raise block_size or "
                 "memory_limit in TransferConfig"
             )
-        if not self._block_ids and self._create_only:
+        if not self._block_ids and self._condition.create_only:
             self._refuse_existing()
-        block_id = f"{self._nonce}-{len(self._block_ids):06d}"
+        block_id = base64.b64encode(f"{self._nonce}{len(self._block_ids):06d}".encode()).decode()
         self._block_ids.append(block_id)
-        self._staged += length
-        return block_id
+        self._staged += length_of(pieces)
+        return _Block(block_id, pieces)
 
     def _refuse_existing(self) -> None:
         """Fail before uploading anything that could not be committed."""
         try:
-            self._sdk.call("HEAD", lambda client: client.get_blob_properties())
+            look(self._service, self._url, self._scope)
         except ResourceNotFoundError:
             return
         except ClientAuthenticationError:
             return  # a SAS may allow to create and not to look; the commit will say
-        raise _exists(self._url)
+        raise self._condition.failure(self._url)
 
     def _stage_from_caller(self, data: memoryview) -> None:
         """Stage what is collected and *data* as blocks of about one size, without copying *data*."""
-        head = self._collected[: self._filled] if self._collected is not None else data[:0]
-        # As many pieces as may be in flight, if they are worth a request: one connection is slower than the network.
-        share = -(-(head.nbytes + data.nbytes) // self._config.max_concurrency)
-        limit = block_size_at(self._staged, min(self._config.block_size, max(_MIN_CUT, share)))
-        tasks: list[Callable[[Scope], None]] = []
-        held, self._collected, self._filled = self._collected, None, 0
-        for cut in even_cuts(head.nbytes + data.nbytes, limit):
-            low, high = cut.start - head.nbytes, cut.stop - head.nbytes
-            pieces = [p for p in (head[cut.start : cut.stop], data[max(low, 0) : max(high, 0)]) if p.nbytes]
-            tasks.append(self._staging(self._next_id(len(cut)), pieces))
+        held, filled = self._collected, self._filled
+        self._collected, self._filled = None, 0
+        pieces = [data] if held is None else [held[:filled], data]
+        cuts = even_blocks(length_of(pieces), self._staged, self._config)
+        tasks = [self._staging(self._block(block)) for block in regroup(pieces, map(len, cuts))]
         try:
             self._stage_all(tasks, self._config.max_concurrency)
         finally:
             if held is not None:
-                head.release()
                 engine_for(self._config).buffers.give_back(held)
 
     def _scattered(
         self, pieces: Iterable[memoryview], first: int, staged: Callable[[int], None] | None
     ) -> Iterator[Callable[[Scope], None]]:
-        """Stage the bytes of *pieces* in blocks of the size that is due, the last one shorter."""
-        block: list[memoryview] = []
-        size = room = block_size_at(self._staged, first)
+        """Stage the bytes of *pieces* in blocks that begin with *first* bytes, the last one shorter."""
         try:
-            for piece in pieces:
-                while piece.nbytes:
-                    head, piece = piece[:room], piece[room:]
-                    block.append(head)
-                    room -= head.nbytes
-                    if not room:
-                        yield self._staging(self._next_id(size), block, staged)
-                        block = []
-                        size = room = block_size_at(self._staged, first)
-            if block:
-                yield self._staging(self._next_id(size - room), block, staged)
+            for block in regroup(pieces, growing_blocks(self._staged, first)):
+                yield self._staging(self._block(block), staged)
         except Exception as error:  # noqa: BLE001 - raised by the task
             failure = error
 
@@ -313,12 +293,12 @@ class BlockWriter:
     def _stage_collected(self) -> None:
         """Stage the collected block: in the background if the budget has room for it now, else here.
 
-        Nobody waits for the budget: readers may hold it until whoever writes here reads on.
+        Nobody waits for the budget: readers may hold it until this very thread reads on.
         """
         block, length = self._collected, self._filled
         assert block is not None
         engine = engine_for(self._config)
-        stage = self._staging(self._next_id(length), [block[:length]])
+        stage = self._staging(self._block([block[:length]]))
         self._collected, self._filled = None, 0
         self._wait_for_less_than(self._config.max_concurrency)
         reservation = Reservation(engine.budget)
@@ -334,7 +314,7 @@ class BlockWriter:
         engine.buffers.give_back(block)
 
     def _wait_for_less_than(self, count: int) -> None:
-        """Wait until fewer than *count* blocks are on their way in the background."""
+        """Wait until fewer than *count* blocks are in flight in the background."""
         while self._begun - len(self._ended) >= count:
             self._news.get()
 
@@ -353,120 +333,21 @@ class BlockWriter:
             self._ended.append(None)
             self._news.put(None)
 
-    def _staging(
-        self, block_id: str, pieces: Sequence[memoryview], staged: Callable[[int], None] | None = None
-    ) -> Callable[[Scope], None]:
-        length = sum(piece.nbytes for piece in pieces)
-
+    def _staging(self, block: _Block, staged: Callable[[int], None] | None = None) -> Callable[[Scope], None]:
         def stage(_scope: Scope) -> None:
-            headers = {"Content-MD5": _md5(pieces)} if self._config.validate_content else {}
-            self._sdk.call(
-                "PUT (block)",
-                lambda client: client.stage_block(block_id, Pieces(pieces), length=length, headers=headers),  # type: ignore[arg-type]
-            )
+            self._stage(block)
             if staged is not None:
-                staged(length)
+                staged(length_of(block.pieces))
 
         return stage
 
-    @timed("blocked_seconds")
-    def _finish(self, operation: Callable[[], T]) -> T:
-        try:
-            return operation()
-        except _UnknownOutcome as unknown:
-            cause = unknown.__cause__
-            raise FatalBlobIOWriteError(
-                f"{self._url}: the commit was sent, and the service does not say whether it was carried out; look at "
-                f"the blob before writing it again: {cause}"
-            ) from cause
-
-    def _put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str] | None = None) -> None:
-        length = sum(piece.nbytes for piece in pieces)
-        headers = {
-            "x-ms-blob-type": "BlockBlob",
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(length),
-            **({"Content-MD5": _md5(pieces)} if self._config.validate_content else {}),
-            **({"If-None-Match": "*"} if self._create_only else {}),
-            **(properties or {}),
-        }
-
-        def put() -> None:
-            self._service.send(
-                "PUT", self._url, headers=headers, body=pieces, accept=frozenset({201}), scope=self._scope
-            ).close()
-
-        self._commit_once(put, lambda: self._has_content(length, _md5(pieces)))
-
-    def _put_block_list(self, md5: bytes | None, properties: Mapping[str, str] | None) -> None:
-        blocks = [BlobBlock(block_id=block_id) for block_id in self._block_ids]
-        options: dict[str, Any] = (
-            {"match_condition": MatchConditions.IfMissing, "etag": "*"} if self._create_only else {}
-        )
-        if md5 is not None:  # of a blob that is put whole the service computes it
-            options["content_settings"] = ContentSettings(content_md5=bytearray(md5))
-        if properties:
-            options["headers"] = dict(properties)
-        self._commit_once(
-            self._sdk.attempt("PUT (block list)", lambda client: client.commit_block_list(blocks, **options)),
-            self._is_committed,
-        )
-
-    def _commit_once(self, commit: Callable[[], object], look: Callable[[], bool]) -> None:
-        """Run *commit*; *look* tells whether one that ended otherwise was carried out."""
-        tries = 0
-
-        def attempt() -> None:
-            nonlocal tries
-            tries += 1
-            commit()
-
-        try:
-            retrying(self._config, attempt, self._scope)
-        except (ResourceExistsError, ResourceModifiedError) as error:
-            if not self._create_only:
-                raise
-            # After a lost answer the blob that is in the way may be the one we put.
-            if tries == 1 or not self._took_effect(error, look):
-                raise _exists(self._url, error) from error
-        except (AzureError, ClientRequestIdMismatchError) as error:
-            is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
-            if is_refused or not self._took_effect(error, look):
-                raise
-
-    def _took_effect(self, error: Exception, look: Callable[[], bool]) -> bool:
-        """What *look* says of a commit that ended with *error*, as one does whose answer is lost."""
-        try:
-            return look()
-        except ResourceNotFoundError:
-            return False
-        except (AzureError, ClientRequestIdMismatchError):
-            raise _UnknownOutcome from error
-
-    def _has_content(self, length: int, md5: str) -> bool:
-        found = self._sdk.call("HEAD", lambda client: client.get_blob_properties())
-        return found.size == length and bytes(found.content_settings.content_md5 or b"") == base64.b64decode(md5)
-
-    def _is_committed(self) -> bool:
-        committed, _ = self._sdk.call("GET (block list)", lambda client: client.get_block_list("committed"))
-        return [block.id for block in committed] == self._block_ids
+    def _stage(self, block: _Block) -> None:
+        query = f"comp=block&blockid={quote(block.block_id, safe='')}"
+        headers = {"Content-MD5": md5_of(block.pieces)} if self._config.validate_content else {}
+        request = Request("PUT", self._url, query, headers, block.pieces, CREATED, self._scope, "block")
+        retrying(self._config, lambda: self._service.send(request).close(), self._scope)
 
     def _free(self) -> None:
         block, self._collected = self._collected, None
         if block is not None:
             engine_for(self._config).buffers.give_back(block)
-
-
-def _exists(url: BlobURL, refused: AzureError | None = None) -> ResourceExistsError:
-    told = f": {refused}" if refused is not None else ""
-    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{told}")
-    error.status_code = 409
-    error.error_code = "BlobAlreadyExists"  # type: ignore[attr-defined]  # the SDK sets it too
-    return portable(error)
-
-
-def _md5(pieces: Sequence[memoryview]) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    for piece in pieces:
-        digest.update(piece)
-    return base64.b64encode(digest.digest()).decode()

@@ -126,7 +126,10 @@ def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Cas
         sample = os.urandom(_SAMPLE)
 
         def task(number: int) -> Callable[[Any], None]:
-            return lambda _scope: client.blob(f"{prefix}{number:06d}").put(sample)
+            def run(_scope: Any) -> None:
+                client.blob(f"{prefix}{number:06d}").put(sample)
+
+            return run
 
         engine = engine_for(client.config)
         engine.run_all([task(number) for number in range(count)], client.config.max_connections)

@@ -1,0 +1,339 @@
+"""One connection to a service: the way there, and sending a request.
+
+The way, a proxy and the authorities that certificates need, is read from the environment variables that requests and
+curl honor, so that a machine set up for other clients needs nothing more.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import ipaddress
+import os
+import re
+import select
+import socket
+import ssl
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from azstoragetorch._engine.config import MiB, TransferConfig
+
+_SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
+MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
+_PORTS = {"http": 80, "https": 443}
+_CONTROL_BYTES = bytes([*range(0x20), 0x7F])
+_CONTROL = re.compile(r"[\x00-\x20\x7f]")  # in hosts and URLs, which cannot have a space either
+_UNSENDABLE = re.compile(r"[^\x20-\x7e\x80-\xff]")  # in the rest of a request's head
+
+Body = bytes | memoryview | Sequence[memoryview] | None
+_IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def length_of(body: Body) -> int:
+    """Bytes of *body*."""
+    if body is None:
+        return 0
+    return memoryview(body).nbytes if isinstance(body, (bytes, memoryview)) else sum(piece.nbytes for piece in body)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where connections lead; connections of one origin are interchangeable."""
+
+    scheme: str
+    host: str
+    connect_timeout: float
+    read_timeout: float
+
+    @classmethod
+    def of(cls, scheme: str, host: str, config: TransferConfig) -> Origin:
+        """The origin for requests to *host* (with port) under *config*."""
+        return cls(scheme, host, config.connect_timeout, config.read_timeout)
+
+
+class Connection:
+    """One connection to an origin, direct or through a proxy."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.was_used = False
+        self._has_timeout = False  # of answers; else that of connecting, or none because it does not block
+        self._is_interrupted = False
+        self.idle_since = 0.0
+        self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
+        self.proxy_headers: Mapping[str, str] = {}
+        self._http = self._make()
+
+    def _make(self) -> http.client.HTTPConnection:
+        origin = self.origin
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        options: dict[str, object] = {"timeout": origin.connect_timeout}
+        if _CONTROL.search(origin.host):
+            raise ValueError(f"{origin.scheme}://{origin.host!r}: a host cannot have a control character in it")
+        if origin.scheme == "https":
+            kind = http.client.HTTPSConnection
+            options["context"] = _tls_context()
+        proxy = proxy_for(origin.scheme, origin.host)
+        if proxy is None:
+            return kind(origin.host, **options)  # type: ignore[arg-type]
+        through = kind(proxy.host, proxy.port, **options)  # type: ignore[arg-type]
+        if origin.scheme == "https":
+            target = urlsplit(f"//{origin.host}")
+            through.set_tunnel(target.hostname or "", target.port or 443, headers=dict(proxy.headers))
+        else:
+            self._prefix = f"http://{origin.host}"
+            self.proxy_headers = proxy.headers
+        return through
+
+    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> None:
+        """Send a request, on a new connection if there is not an open one.
+
+        Raises:
+            ValueError: a part of it has a control character in it.
+            OSError: it could not be sent.
+        """
+        head = self._head(method, self._prefix + target, headers)
+        connection = self._http
+        if connection.sock is None:
+            connection.connect()
+        if not self._has_timeout:
+            self.socket.settimeout(self.origin.read_timeout)
+            self._has_timeout = True
+        if self._is_interrupted:  # before there was a socket to shut down
+            raise ConnectionAbortedError("interrupted")
+        try:
+            pieces = [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body or ()
+            if length_of(pieces) <= _SEND_SLICE:
+                connection.sock.sendall(b"".join([head, *pieces]))
+            else:
+                connection.sock.sendall(head)
+                for piece in pieces:
+                    for start in range(0, piece.nbytes, _SEND_SLICE):
+                        connection.sock.sendall(piece[start : start + _SEND_SLICE])
+        except (BrokenPipeError, ConnectionResetError):
+            if body is None:
+                raise
+            # A service that refuses a large body answers before it has read it all: the answer may be there.
+
+    def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
+        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
+        text = "\r\n".join(lines)
+        head = text.encode("latin-1", "ignore")
+        # Line breaks between the lines are the only control characters in a head that is sent. One that came with a
+        # value, an ETag from a checkpoint's metadata for example, could end this request and begin another one.
+        lost = len(text) - len(head.translate(None, _CONTROL_BYTES))
+        if lost != 2 * (len(lines) - 1) or lines[0].count(" ") != 2 or not target.isascii():
+            raise _unsendable(method, target, headers)
+        return head + b"\r\n\r\n"
+
+    def begin(self, target: str, headers: Mapping[str, str]) -> socket.socket:
+        """Send a GET on an open connection without waiting for anything; its socket does not block until `send`.
+
+        Raises:
+            OSError: it could not be sent at once.
+        """
+        sock = self.socket
+        head = self._head("GET", self._prefix + target, headers)
+        if self._has_timeout:
+            sock.setblocking(False)
+            self._has_timeout = False
+        if sock.send(head) != len(head):
+            raise BlockingIOError("the request could not be sent at once")
+        return sock
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket of an open connection."""
+        sock: socket.socket = self._http.sock
+        return sock
+
+    def is_stale(self, unchecked: float) -> bool:
+        """Whether the other side has closed this idle connection, or sent what nobody asked for.
+
+        It is not asked if the connection was used less than *unchecked* seconds ago.
+        """
+        sock = self._http.sock
+        idle = time.monotonic() - self.idle_since
+        if sock is None or self._is_interrupted or idle > MAX_IDLE_SECONDS:
+            return True
+        if idle < unchecked:
+            return False
+        poll = select.poll() if hasattr(select, "poll") else None
+        if poll is None:
+            return bool(select.select([sock], [], [], 0)[0])
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def interrupt(self) -> None:
+        """Make a thread that blocks on this connection fail at once, or as soon as it is established."""
+        self._is_interrupted = True
+        sock = self._http.sock
+        if sock is not None:
+            with suppress(OSError):  # closed already
+                # Not SSLSocket's own shutdown, which would pull the TLS state from under the blocked thread.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._http.close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
+        sock = self._http.sock
+        if sock is not None:
+            with suppress(OSError):  # closed already
+                os.close(sock.detach())
+
+
+def _unsendable(method: str, target: str, headers: Mapping[str, str]) -> ValueError:
+    """The error for a head that would be another request on the wire. It shows no value: that may be a secret."""
+    parts = {"the method": method, "the path": target.partition("?")[0], "the SAS": target.partition("?")[2], **headers}
+    bad = [
+        name if name.isprintable() else repr(name)
+        for name, value in parts.items()
+        if _UNSENDABLE.search(f"{name}{value}")
+        or (name in ("the path", "the SAS") and (" " in value or not value.isascii()))
+    ]
+    return ValueError(
+        f"{method!r} {parts['the path']!r} was not sent: {' and '.join(bad) or 'a header for the proxy'} has a line "
+        "break, another control character, a space or a character that HTTP cannot carry in it; pass a credential, "
+        "name or ETag without it"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy, and the header that carries its login."""
+
+    host: str
+    port: int
+    headers: Mapping[str, str] = field(repr=False)
+
+
+def proxy_for(scheme: str, host: str) -> Proxy | None:
+    """The proxy for *scheme* requests to *host*, which may have a port; None to connect directly.
+
+    Raises:
+        ValueError: the variable does not name an HTTP proxy, or has a control character in it.
+    """
+    settings = urllib.request.getproxies()
+    url = (settings.get(scheme) or settings.get("all") or "").strip()
+    # The standard library also knows the exceptions that macOS and Windows keep in their own settings.
+    if not url or is_exception(scheme, host, settings.get("no", "")) or urllib.request.proxy_bypass(host):
+        return None
+    url = url if "://" in url else f"http://{url}"
+    variable = f"{scheme.upper()}_PROXY or ALL_PROXY"
+    kind = url.partition("://")[0].lower()
+    if kind != "http":  # the connection to the proxy; what goes through it is TLS all the same
+        raise ValueError(f"{variable} must name an http:// proxy, not {kind}://")
+    if _CONTROL.search(url):  # urlsplit drops line breaks and tabs
+        raise ValueError(f"{variable} has a space or a control character in its URL: remove it")
+    try:
+        parts = urlsplit(url)
+        hostname, port = parts.hostname, parts.port or _PORTS["http"]
+        if not hostname:
+            raise ValueError("it names no host")
+    except ValueError:  # its message may show the password
+        raise ValueError(f"{variable} is not a valid URL: expected http://[user:password@]host:port") from None
+    return Proxy(hostname, port, _login(parts, variable))
+
+
+def _login(parts: SplitResult, variable: str) -> dict[str, str]:
+    if parts.username is None:
+        return {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    if _CONTROL.search(login.replace(" ", "")):
+        raise ValueError(f"{variable} has a control character in its user name or password: remove it")
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+
+
+def is_exception(scheme: str, host: str, entries: str) -> bool:
+    """Whether *entries*, the value of ``NO_PROXY``, names *host*, which may have a port.
+
+    An entry is ``*`` for all hosts, an address (IPv6 with or without brackets), a network (``10.0.0.0/8``), or a domain
+    with or without a leading dot, which stands for the names below it too. An entry with a port is for that port only.
+    """
+    target = urlsplit(f"//{host}")
+    name = (target.hostname or "").rstrip(".")
+    port = target.port or _PORTS[scheme]
+    address = _address(name)
+    return any(_names(entry, name, address, port) for entry in re.split(r"[\s,]+", entries.strip().lower()) if entry)
+
+
+def _names(entry: str, name: str, address: _IPAddress | None, port: int) -> bool:
+    if entry == "*":
+        return True
+    if address is not None and "/" in entry:
+        try:
+            return address in ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return False
+    if _address(entry) is None:  # an IPv6 address without brackets has colons, but not a port
+        host, colon, number = entry.rpartition(":")
+        if colon and number.isdecimal():
+            if int(number) != port:
+                return False
+            entry = host
+    if address is not None:
+        return _address(entry) == address
+    domain = entry.removeprefix("*").strip(".")
+    return bool(domain) and (name == domain or name.endswith(f".{domain}"))
+
+
+def _address(text: str) -> _IPAddress | None:
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return ipaddress.ip_address(bare)
+    except ValueError:
+        return None
+
+
+def authorities() -> str:
+    """The file or folder with the authorities to trust; empty for the system's.
+
+    The variables that requests, and so the SDK, honors come before OpenSSL's, which OpenSSL reads itself.
+    """
+    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
+
+
+def make_tls_context(trusted: str) -> ssl.SSLContext:
+    """A context that trusts the authorities in the file or folder *trusted*, or the system's if it is empty.
+
+    Raises:
+        ValueError: there is nothing at *trusted*.
+    """
+    if trusted and not os.path.exists(trusted):  # noqa: PTH110 - a string from the environment
+        raise ValueError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {trusted!r}, which does not exist")
+    if os.path.isdir(trusted):  # noqa: PTH112 - a string from the environment
+        context = ssl.create_default_context(capath=trusted)
+    else:
+        context = ssl.create_default_context(cafile=trusted or None)
+    if not trusted and not context.cert_store_stats()["x509_ca"] and "SSL_CERT_DIR" not in os.environ:
+        import certifi  # systems without a store need it
+
+        context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+_tls: dict[str, ssl.SSLContext] = {}
+
+
+def forget_tls_contexts() -> None:
+    """In a forked child: make new ones."""
+    _tls.clear()
+
+
+def _tls_context() -> ssl.SSLContext:
+    trusted = authorities()
+    context = _tls.get(trusted)
+    if context is None:
+        context = _tls[trusted] = make_tls_context(trusted)
+    return context
