@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from azstoragetorch._blob.commit import parse_block_list
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults.wire import Answer
 from tests.faults import FaultService, LostAnswer, Match, Reset, StaleConnection, Status, Torn
+from tests.faults.wire import Answer
 from tests.support import QUICK, blob_client, content
 
 OLD = b"the old content"
