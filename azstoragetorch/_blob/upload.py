@@ -37,7 +37,7 @@ from azstoragetorch._blob.ranges import (
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Engine, Reservation, Scope, engine_for
+from azstoragetorch._engine.engine import Cancelled, Engine, Reservation, Scope, engine_for
 from azstoragetorch._engine.memory import copy
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch.exceptions import FatalBlobIOWriteError
@@ -216,10 +216,11 @@ class BlockWriter:
         is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)) or (
             isinstance(error, ResourceModifiedError) and self._condition.etag is not None
         )
-        return error if is_clear or not isinstance(error, Exception) else self._fatal(error)
+        return self._fatal(error) if isinstance(error, (Exception, Cancelled)) and not is_clear else error
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
-        error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {cause}")
+        why = "it was given up" if isinstance(cause, Cancelled) else cause
+        error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {why}")
         error.__cause__ = cause
         return error
 
