@@ -29,7 +29,7 @@ help:  ## list the targets
 
 setup: $(DEV) $(AZURITE)  ## make .venv and .tools: pinned torch, the project with its extras, Azurite
 
-demo: setup  ## train on images in Azurite, lose the process, resume from the checkpoint blob
+demo: setup  ## train on images in Azurite, SIGTERM in mid-epoch, resume at the very batch
 	$(BIN)/python -m recipes.demo
 
 bench: setup  ## compare with other libraries and write docs/performance.md; BENCH= says where (default: Azurite)

@@ -1,11 +1,17 @@
-"""A training job that survives being killed: after each epoch its whole state is a blob."""
+"""A training job that survives a stop at any moment: SIGTERM saves it in mid-epoch, and so does the end of each epoch.
+
+A signal handler runs inside whatever the main thread is doing, perhaps with the optimizer half-way through its weights.
+So the job keeps a copy of its last finished batch, and the handler saves that copy.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +20,17 @@ import torch
 from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from azstoragetorch import join_url
 from azstoragetorch.io import BlobIO
 from recipes.demo.images import digit_images, read_labels
 
 CHECKPOINT = "checkpoint.pt"
 BATCH_SIZE = 32
 WORKERS = 2
+
+Report = Callable[[dict[str, Any]], object]
 
 
 def make_model() -> nn.Module:
@@ -38,94 +47,142 @@ def make_model() -> nn.Module:
     )
 
 
-def train(container_url: str, credential: Any, epochs: int, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train until *epochs* are done, from the checkpoint in the container if there is one.
+class Job:
+    """A model in training on the images of a container, and the blob that holds its state.
 
-    *report* is told what happens: the start, each batch, each epoch. Each epoch shuffles by its own number, so
-    a job that was resumed ends with the very weights of one that never stopped.
+    *report* gets what happens: the start, each batch, the stop, each epoch. Each epoch shuffles by its own number,
+    and the state holds the place in it, so a job that resumes ends with the very weights of one that never stopped.
     """
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = make_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    checkpoint_url = f"{container_url}/{CHECKPOINT}"
 
-    labels = read_labels(container_url, credential)
-    held_back = len(labels) // 5
-    images = digit_images(container_url, credential, labels[held_back:], shuffle=True)
-    training = DataLoader(images, BATCH_SIZE, num_workers=WORKERS, persistent_workers=True)
-    validation = DataLoader(
-        digit_images(container_url, credential, labels[:held_back]),
-        256,
-        num_workers=WORKERS,
-        persistent_workers=True,
-    )
-    # Each worker makes batches of its own share.
-    shares = [len(range(worker, len(labels) - held_back, WORKERS)) for worker in range(WORKERS)]
-    batches = sum(math.ceil(share / BATCH_SIZE) for share in shares)
+    def __init__(self, container_url: str, credential: Any, checkpoint: str, report: Report) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self._credential, self._report = credential, report
+        self._url = join_url(container_url, checkpoint)
+        self._model = make_model()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-3)
+        labels = read_labels(container_url, credential)
+        self._held_back = len(labels) // 5
+        self._images = digit_images(container_url, credential, labels[self._held_back :], shuffle=True)
+        self._training = StatefulDataLoader(self._images, BATCH_SIZE, num_workers=WORKERS)
+        validation = digit_images(container_url, credential, labels[: self._held_back])
+        self._validation = StatefulDataLoader(validation, 256, num_workers=WORKERS)
+        # Each worker makes batches of its own share.
+        shares = [len(range(worker, len(labels) - self._held_back, WORKERS)) for worker in range(WORKERS)]
+        self._batches = sum(math.ceil(share / BATCH_SIZE) for share in shares)
+        self._saved = self._state(epoch=1, batch=0, seen=[])
 
-    began = time.perf_counter()
-    finished = size = 0
-    try:
-        with BlobIO(checkpoint_url, "rb", credential=credential) as blob:
-            state = torch.load(blob)
-            size = blob.size
-    except ResourceNotFoundError:
-        pass  # the first run
-    else:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        finished = state["epoch"]
-    seconds = time.perf_counter() - began
-    report({"event": "start", "epoch": finished, "batches": batches, "size": size, "seconds": seconds})
+    def hold_in(self, epoch: int) -> None:
+        """Wait for the signal half-way through *epoch*, in a batch that has changed the weights and is not finished."""
 
-    for epoch in range(finished + 1, epochs + 1):
+        def hold(*_: object) -> None:
+            if self._saved["epoch"] == epoch and self._saved["batch"] == self._batches // 2:
+                self._report({"event": "holding", "epoch": epoch, "batch": self._saved["batch"] + 1})
+                while True:
+                    time.sleep(0.05)
+
+        self._optimizer.register_step_post_hook(hold)
+
+    def run(self, epochs: int) -> None:
+        """Train until *epochs* are done, from the checkpoint if there is one. SIGTERM saves and ends the process."""
+        self._resume()
+        signal.signal(signal.SIGTERM, self._stop)
+        while self._saved["epoch"] <= epochs:
+            self._train_epoch()
+
+    def _state(self, *, epoch: int, batch: int, seen: list[int]) -> dict[str, Any]:
+        """A copy of all that it takes to continue behind *batch* of *epoch*, in which *seen* were trained on."""
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "seen": seen,
+            "model": copy.deepcopy(self._model.state_dict()),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "data": self._training.state_dict() if batch else None,
+        }
+
+    def _save(self) -> dict[str, Any]:
         began = time.perf_counter()
-        count = size = correct = 0
-        images.set_epoch(epoch)
-        for batch, (pixels, digits, sizes) in enumerate(training, 1):
-            loss = nn.functional.cross_entropy(model(pixels), digits)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            count += len(sizes)
-            size += int(sizes.sum())
-            report({"event": "batch", "epoch": epoch, "batch": batch, "loss": loss.item()})
-        with torch.no_grad():
-            for pixels, digits, sizes in validation:
-                correct += int((model(pixels).argmax(1) == digits).sum())
-                count += len(sizes)
-                size += int(sizes.sum())
+        with BlobIO(self._url, "wb", credential=self._credential) as blob:
+            torch.save(self._saved, blob)
+            size = blob.tell()
+        return {"checkpoint_size": size, "checkpoint_seconds": time.perf_counter() - began}
+
+    def _stop(self, *_: object) -> None:
+        """Save the last finished batch, here and now: the machine is about to be taken away."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        saved = self._save()
+        self._report({"event": "stop", "epoch": self._saved["epoch"], "batch": self._saved["batch"], **saved})
+        raise SystemExit
+
+    def _resume(self) -> None:
+        began, size = time.perf_counter(), 0
+        try:
+            with BlobIO(self._url, "rb", credential=self._credential) as blob:
+                self._saved = torch.load(blob)
+                size = blob.size
+        except ResourceNotFoundError:
+            pass  # the first run
+        else:
+            self._model.load_state_dict(self._saved["model"])
+            self._optimizer.load_state_dict(copy.deepcopy(self._saved["optimizer"]))
+        epoch, batch = self._saved["epoch"], self._saved["batch"]
         seconds = time.perf_counter() - began
+        start = {"event": "start", "epoch": epoch, "batch": batch, "batches": self._batches}
+        self._report({**start, "size": size, "seconds": seconds})
 
-        began = time.perf_counter()
-        with BlobIO(checkpoint_url, "wb", credential=credential) as blob:
-            state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, blob)
-            checkpoint_size = blob.tell()
-        report(
-            {
-                "event": "epoch",
-                "epoch": epoch,
-                "accuracy": correct / held_back,
-                "images": count,
-                "size": size,
-                "seconds": seconds,
-                "checkpoint_size": checkpoint_size,
-                "checkpoint_seconds": time.perf_counter() - began,
-            }
-        )
+    def _train_epoch(self) -> None:
+        began, size = time.perf_counter(), 0
+        epoch, batch, seen = self._saved["epoch"], self._saved["batch"], list(self._saved["seen"])
+        self._images.set_epoch(epoch)
+        if self._saved["data"] is not None:
+            self._training.load_state_dict(self._saved["data"])
+        for pixels, digits, sizes, numbers in self._training:
+            loss = nn.functional.cross_entropy(self._model(pixels), digits)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            size += int(sizes.sum())
+            batch += 1
+            seen = seen + numbers.tolist()  # a new list: the state that is saved holds the one before
+            self._saved = self._state(epoch=epoch, batch=batch, seen=seen)  # one step: the handler sees old or new
+            ids = numbers.tolist()
+            self._report({"event": "batch", "epoch": epoch, "batch": batch, "loss": loss.item(), "ids": ids})
+        correct, validated = self._validate()
+        seconds = time.perf_counter() - began
+        self._saved = self._state(epoch=epoch + 1, batch=0, seen=[])
+        done = {"event": "epoch", "epoch": epoch, "accuracy": correct / self._held_back, "seen": seen}
+        self._report({**done, "size": size + validated, "seconds": seconds, **self._save()})
+
+    def _validate(self) -> tuple[int, int]:
+        """How many of the images that were held back are classified correctly, and their bytes."""
+        correct = size = 0
+        with torch.no_grad():
+            for pixels, digits, sizes, _ in self._validation:
+                correct += int((self._model(pixels).argmax(1) == digits).sum())
+                size += int(sizes.sum())
+        return correct, size
+
+
+def print_line(event: dict[str, Any]) -> None:
+    """One line of JSON, by one system call: a signal handler may write between two of them, ``print`` may not."""
+    os.write(1, f"{json.dumps(event)}\n".encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train on the digits in a container; reports are lines of JSON.")
-    parser.add_argument("container_url")
+    parser.add_argument("container_url", help="a SAS may be in it")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="the name of the blob for the state")
+    parser.add_argument("--hold-in", type=int, help="wait for SIGTERM inside a step of this epoch")
     options = parser.parse_args()
-    credential = None  # whatever DefaultAzureCredential finds
+    credential = None  # the SAS in the URL, or what DefaultAzureCredential finds
     if "AZURE_STORAGE_KEY" in os.environ:
         credential = AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
-    train(options.container_url, credential, options.epochs, lambda event: print(json.dumps(event), flush=True))
+    job = Job(options.container_url, credential, options.checkpoint, print_line)
+    if options.hold_in is not None:
+        job.hold_in(options.hold_in)
+    job.run(options.epochs)
 
 
 if __name__ == "__main__":
