@@ -27,12 +27,16 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Cancelled
+from azstoragetorch._samples.fetching import Fetched, fetch_ahead
+from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, plain_url
+from azstoragetorch._samples.names import InvalidNames
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.sources import Access, BlobInfo, BlobRange, Fetched, Item, Listing, fetch_ahead, plain_url
+from azstoragetorch._samples.sources import Listing
 from azstoragetorch._samples.workers import Placement
 
 _NEEDED = "0.11"
@@ -117,6 +121,8 @@ class BlobLister(_Node[BlobInfo]):
         source: One root or several: URLs of containers, folders, blobs or beginnings of names.
         masks: `fnmatch` patterns, one of which has to match.
         recursive: False lists one level only.
+        invalid_names: ``"skip"`` or ``"raise"``, as for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
+        include_folder_markers: As there.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
     """
@@ -127,13 +133,15 @@ class BlobLister(_Node[BlobInfo]):
         masks: str | Sequence[str] = "",
         *,
         recursive: bool = True,
+        invalid_names: InvalidNames = "skip",
+        include_folder_markers: bool = False,
         credential: Credential = None,
         transfer: TransferConfig | None = None,
     ) -> None:
         super().__init__()
         roots = [source] if isinstance(source, str) else source
         self._roots: list[BlobURL] = [parse_url(root, argument="source") for root in roots]
-        self._listing = Listing.of(masks, recursive)
+        self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
         self._access = Access(credential, transfer)
 
     def get_state(self) -> State:

@@ -43,15 +43,25 @@ ROWS = [
     {"_blob.client"},
     {"_files.places", "_files.description", "_files.walk"},
     {"_files.record", "_files.partial", "_files.transfer"},
-    {"_samples.once", "_samples.prefetch", "_samples.records", "_samples.sharding"},
-    {"_samples.tar_header", "_samples.unpack"},
+    {"_samples.items", "_samples.names", "_samples.once", "_samples.prefetch", "_samples.records"}
+    | {"_samples.sharding", "_samples.tar_header", "_samples.unpack"},
     {"_samples.tar"},
-    {"_samples.cache", "_samples.catalog", "_samples.resume", "_samples.sources", "_samples.workers"},
+    {"_samples.cache", "_samples.catalog", "_samples.fetching", "_samples.resume", "_samples.sources"}
+    | {"_samples.listing", "_samples.workers"},
     {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
     FACES - {"io"},
     {"cli"},
     {"", "__main__"},
 ]
+
+# What faces may know of the floors below `_samples`; whatever else they need comes through these.
+FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secret", "_blob.url"} | {
+    "_engine.config",
+    "_engine.metrics",
+}
+
+# Faces, or modules of one, that still reach past the front doors. A name goes as soon as it can.
+REACHES_PAST = {"io", "checkpoint", "cli", "nodes", "datapipes._writing"}
 
 # Where each dependency may be imported. The longest prefix that matches decides.
 MAY_IMPORT = {
@@ -222,6 +232,16 @@ def imports_pointing_up(module: Module) -> Iterator[str]:
             yield f"{module.dotted} imports azstoragetorch.{other}, which is not below it"
 
 
+def reaching_past_the_front_doors(module: Module) -> Iterator[str]:
+    """A face that imports rooms of the core, other than those that are there for it."""
+    face = module.name.partition(".")[0]
+    if face not in HOUSES or {face, module.name} & REACHES_PAST:
+        return
+    for other in sorted(own_imports(module, set(MODULES) | set().union(*ROWS))):
+        if other.startswith(("_blob.", "_engine.")) and other not in FRONT_DOORS:
+            yield f"{module.dotted} imports azstoragetorch.{other}; faces use {sorted(FRONT_DOORS)}"
+
+
 def misplaced_dependencies(module: Module) -> Iterator[str]:
     for dotted in sorted(module.imports):
         top = dotted.partition(".")[0]
@@ -287,6 +307,7 @@ def missing_module_docstring(module: Module) -> Iterator[str]:
 
 RULES: list[Callable[[Module], Iterator[str]]] = [
     imports_pointing_up,
+    reaching_past_the_front_doors,
     misplaced_dependencies,
     foreign_private_names,
     threads_made_elsewhere,
@@ -314,6 +335,9 @@ def test_every_module_keeps_the_rule(rule: Callable[[Module], Iterator[str]], na
         (imports_pointing_up, "checkpoint.format", "from ..nodes import BlobReader"),
         (imports_pointing_up, "_blob.attic", ""),
         (imports_pointing_up, "io", "from azstoragetorch.cli import main"),
+        (reaching_past_the_front_doors, "datapipes._tar", "from azstoragetorch._blob.transport import Connection"),
+        (reaching_past_the_front_doors, "datasets._map", "from .._engine import engine"),
+        (reaching_past_the_front_doors, "datasets", "def f():\n    from azstoragetorch._blob import listing"),
         (misplaced_dependencies, "_blob.download", "import torch"),
         (misplaced_dependencies, "io", "from torch import Tensor"),
         (misplaced_dependencies, "datapipes", "from torchdata.nodes import BaseNode"),
@@ -350,6 +374,9 @@ def test_the_rule_sees_its_breach(rule: Callable[[Module], Iterator[str]], name:
         (imports_pointing_up, "_blob.readahead", "from .download import fetch"),
         (imports_pointing_up, "cli._bench", "from azstoragetorch.datasets import BlobDataset"),
         (misplaced_dependencies, "_blob.credentials", "from azure.storage.blob import BlobClient\nimport json"),
+        (reaching_past_the_front_doors, "datapipes", "from azstoragetorch._blob.client import Access"),
+        (reaching_past_the_front_doors, "datasets", "from azstoragetorch._samples.prefetch import OrderedPrefetch"),
+        (reaching_past_the_front_doors, "_blob.client", "from azstoragetorch._blob.transport import Connection"),
         (misplaced_dependencies, "checkpoint.writer", "import torch.distributed.checkpoint as dcp"),
         (foreign_private_names, "io", "import torch\ntorch.__version__\n_, b = 1, 2"),
         (

@@ -22,9 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from azstoragetorch._blob import catalog as catalog_module
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
-from azstoragetorch._samples.catalog import Catalog, list_catalog
+from azstoragetorch._samples import listing as listing_module
+from azstoragetorch._samples.catalog import Catalog
+from azstoragetorch._samples.listing import list_catalog
 from azstoragetorch._samples.once import OnceAmongForks
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import EmptyPageWithMarker, FaultService, Hold, Match
@@ -145,9 +146,9 @@ def small_thresholds(monkeypatch: pytest.MonkeyPatch, fault_service: FaultServic
         return real(*args, **options, page_size=10)
 
     monkeypatch.setattr(client, "list_pages", small_pages)
-    monkeypatch.setattr(catalog_module, "_FAN_OUT_AFTER", 30)
-    monkeypatch.setattr(catalog_module, "_PAGE", 10)
-    monkeypatch.setattr(catalog_module, "_SURVEY_PAGES", 12)
+    monkeypatch.setattr(listing_module, "_FAN_OUT_AFTER", 30)
+    monkeypatch.setattr(listing_module, "_PAGE", 10)
+    monkeypatch.setattr(listing_module, "_SURVEY_PAGES", 12)
     fault_service.latency = 0.01
     return fault_service
 

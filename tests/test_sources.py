@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.url import parse_blob_url
-from azstoragetorch._samples.sources import Access
 
 CONTAINER = "https://account.blob.core.windows.net/c"
 TAIL = st.text(st.sampled_from("ab/.%2F~?#-_ ü&="), max_size=12)

@@ -1,4 +1,4 @@
-"""The front door of the core: one blob or one container, and what can be done with it.
+"""The front door of the core: from a URL to one blob or one container, and what can be done with it.
 
 A client is cheap and lazy: no connection, token or thread exists before the first call. It pickles without any of
 them and works in a forked child.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from azure.core.exceptions import ResourceNotFoundError
 
 from azstoragetorch._blob.commit import Found, look
-from azstoragetorch._blob.credentials import CredentialHolder
+from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
@@ -23,10 +23,12 @@ from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
-from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Engine, Scope, engine_for
 from azstoragetorch._engine.memory import filled_bytes
+
+__all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClient", "Head", "Page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,11 @@ class ContainerClient(_Client):
 
     def blob(self, name: str) -> BlobClient:
         """The blob *name* in this container."""
-        client = BlobClient(self.url.with_blob(name), self._credential, self.config)
+        return self.at(self.url.with_blob(name))
+
+    def at(self, url: BlobURL) -> BlobClient:
+        """The blob at *url*, which is in this container; it may be a snapshot or a version."""
+        client = BlobClient(url, self._credential, self.config)
         client._live = self._live  # noqa: SLF001 - the same account and credential
         return client
 
@@ -181,3 +187,53 @@ class ContainerClient(_Client):
             uncommitted=uncommitted,
             with_modified=with_modified,
         )
+
+
+class Access:
+    """The one way from a URL to a client: a credential and a configuration, for any number of URLs.
+
+    A SAS in a URL wins over the credential and is used for that URL alone.
+
+    Raises:
+        TypeError: *credential* or *transfer* has a wrong type.
+    """
+
+    def __init__(self, credential: Credential = None, transfer: TransferConfig | None = None) -> None:
+        if transfer is not None and not isinstance(transfer, TransferConfig):
+            raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
+        self.config = transfer or TransferConfig()
+        self._holder = CredentialHolder(credential)
+        self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
+        self._last: tuple[str, ContainerClient | None] = ("", None)  # a URL is mostly in the container of the last one
+
+    def container(self, url: BlobURL) -> ContainerClient:
+        """The container that *url* is in."""
+        address = replace(url, blob="", snapshot=None, versionid=None)
+        if url.sas is not None:
+            return ContainerClient(address, CredentialHolder(None, url.sas), self.config)
+        key = (url.scheme, url.host, url.account_path, url.container)
+        client = self._containers.get(key)
+        if client is None:
+            client = self._containers.setdefault(key, ContainerClient(address, self._holder, self.config))
+        return client
+
+    def blob(self, url: str | BlobURL) -> BlobClient:
+        """The blob at *url*.
+
+        Raises:
+            ValueError: *url* is not the URL of a blob.
+        """
+        if isinstance(url, str):
+            prefix, last = self._last
+            if last is not None and url.startswith(prefix) and is_plain(url, len(prefix)):
+                _ = last.service  # made once, for all blobs of the container
+                return last.blob(url[len(prefix) :])
+        parsed = parse_blob_url(url) if isinstance(url, str) else url
+        container = self.container(parsed)
+        if parsed.sas is None:
+            self._last = f"{container.url}/", container
+        _ = container.service
+        return container.at(parsed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_containers": {}, "_last": ("", None)}

@@ -77,6 +77,13 @@ def connection_error(verb: str, url: str, cause: BaseException, *, was_sent: boo
     return portable(kind(redact(f"{verb} {url}: {type(cause).__name__}: {cause}")))
 
 
+def not_found(what: str) -> ResourceNotFoundError:
+    """The error for a blob that a listing or a look at its version did not find."""
+    error = ResourceNotFoundError(message=what)
+    error.status_code = 404
+    return portable(error)
+
+
 def portable(error: E) -> E:
     """*error* without what cannot be pickled."""
     error.exc_value = error.exc_traceback = error.inner_exception = None

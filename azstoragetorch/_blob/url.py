@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
@@ -36,8 +37,10 @@ _SOVEREIGN_CLOUDS = (
     ".blob.core.sovcloud-api.sg",
 )
 
+_MAX_NAME = 1024  # characters that the service allows
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_PLAIN_NAME = re.compile(r"(?:[\w~-][\w.~-]*/)*[\w~-][\w.~-]*", re.ASCII)
 _HOST = re.compile(r"[\w.:-]*")
 _ACCOUNT = re.compile(r"[\w.~-]+", re.ASCII)
 _SAS = re.compile(r"[!-~]*")
@@ -320,6 +323,11 @@ def url_of_name(container_url: str, name: str) -> str:
     return f"{container_url}/{_encode_name(name)}"
 
 
+def is_plain(url: str, start: int) -> bool:
+    """Whether what *url* has from *start* on is a blob's name where parsing finds nothing to decode or to refuse."""
+    return len(url) - start <= _MAX_NAME and _PLAIN_NAME.fullmatch(url, start) is not None
+
+
 def why_refused(name: str) -> str | None:
     """Why no request is made for a blob called *name*, in words that follow "the blob name ..."; None if it may be.
 
@@ -327,11 +335,19 @@ def why_refused(name: str) -> str | None:
     """
     if (name[:1] == "." or "/." in name) and not {".", ".."}.isdisjoint(name.split("/")):
         return "has a '.' or '..' segment, which servers and proxies resolve to another blob: rename the blob"
-    if len(name) > 1024:
-        return f"has {len(name)} characters; the service allows 1,024"
+    if len(name) > _MAX_NAME:
+        return f"has {len(name)} characters; the service allows {_MAX_NAME:,}"
     if not name.isascii() and not _is_encodable(name):
         return "cannot be written in UTF-8: it has a lone surrogate"
     return None
+
+
+def find_refused(names: Sequence[str]) -> list[int]:
+    """The indices of the names that are refused, see `why_refused`; quick where there are none."""
+    joined = "/".join(names)
+    if joined.isascii() and joined[:1] != "." and "/." not in joined and max(map(len, names), default=0) <= _MAX_NAME:
+        return []
+    return [index for index, name in enumerate(names) if why_refused(name) is not None]
 
 
 def check_name(name: str, argument: str) -> None:

@@ -14,19 +14,17 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from azstoragetorch._blob.client import BlobClient, Head
-from azstoragetorch._blob.credentials import CredentialHolder
-from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.client import BlobClient, BlobVersion, Head
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.config import MiB, TransferConfig
-from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.memory import filled_bytes
+from azstoragetorch._engine.scope import Scope
 
 try:
     import fcntl
@@ -188,15 +186,8 @@ class _Usage:
 class CachedBlobClient(BlobClient):
     """A blob that is looked for in a cache first, by the version that a listing told, if one did."""
 
-    def __init__(
-        self,
-        url: BlobURL,
-        credential: CredentialHolder,
-        config: TransferConfig,
-        cache: BlobCache,
-        listed: BlobVersion | None,
-    ) -> None:
-        super().__init__(url, credential, config)
+    def __init__(self, client: BlobClient, cache: BlobCache, listed: BlobVersion | None) -> None:
+        self.__dict__.update(client.__dict__)
         self._cache = cache
         self._listed = listed
 
@@ -212,6 +203,10 @@ class CachedBlobClient(BlobClient):
         if len(fetched.data) == fetched.version.size:
             self._cache.store(self.url, fetched.version.etag, fetched.data)
         return fetched
+
+    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:  # noqa: ARG002
+        """False: the cache is looked at first, which `head` does."""
+        return False
 
     def reader(self, version: BlobVersion | None = None, head: bytes = b"") -> ReadAhead:
         """Random access; a blob that is read whole at once is kept."""

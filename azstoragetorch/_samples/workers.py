@@ -16,6 +16,7 @@ import torch.utils.data
 
 ShardBy: TypeAlias = Literal["worker", "rank_and_worker", "none"]
 _MOST_WORKERS = 1023  # of one DataLoader, for each of which 8 bytes are shared
+_EPOCH, _LOAD, _TIMES_SET, _ENDED, _WARNED_OF_RANKS, _WARNED_OF_EPOCH, _FIRST_WORKER = range(7)  # cells of `Shared`
 
 SHARD_BY: tuple[ShardBy, ...] = ("worker", "rank_and_worker", "none")
 
@@ -77,6 +78,11 @@ class Placement:
         """What is counted."""
         return self._by
 
+    def ranks(self) -> int:
+        """The number of ranks of torch.distributed, here or in the process that started this one; 1 without."""
+        known = _of_process_group() or self._parents
+        return 1 if known is None else known[1]
+
     def here(self) -> Place:
         """The place of this process; see `of_worker`."""
         info = torch.utils.data.get_worker_info()
@@ -115,35 +121,54 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._cells: torch.Tensor = torch.zeros(2 + _MOST_WORKERS, dtype=torch.int64)
+        self._cells: torch.Tensor = torch.zeros(_FIRST_WORKER + _MOST_WORKERS, dtype=torch.int64)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
         self._known_load = 0
 
     @property
     def epoch(self) -> int:
         """The epoch that iterations begin with."""
-        return int(self._cells[0])
+        return int(self._cells[_EPOCH])
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._cells[0] = value
+        self._cells[_EPOCH] = value
+        self._cells[_TIMES_SET] += 1
+
+    def note_end(self, epoch: int) -> None:
+        """An iteration of *epoch* has come to its end."""
+        if epoch == self.epoch and _speaks_for_all():
+            self._cells[_ENDED] = self._cells[_TIMES_SET] + 1
+
+    @property
+    def repeats_epoch(self) -> bool:
+        """Whether an iteration has come to its end since the epoch was set."""
+        return int(self._cells[_ENDED]) == int(self._cells[_TIMES_SET]) + 1
+
+    def is_first_warning(self, of: Literal["ranks", "epoch"]) -> bool:
+        """Whether nobody has warned of this yet; now this process does. One of several workers is asked."""
+        cell = _WARNED_OF_RANKS if of == "ranks" else _WARNED_OF_EPOCH
+        if self._cells[cell] or not _speaks_for_all():
+            return False
+        self._cells[cell] = 1
+        return True
 
     def number_load(self) -> int:
         """A number for the state that is loaded now, for `is_first_use`; 0 if a worker loads it for itself."""
         if torch.utils.data.get_worker_info() is not None:
             return 0
         self._known_load = 1 + int.from_bytes(os.urandom(7), "big")
-        self._cells[1] = self._known_load
+        self._cells[_LOAD] = self._known_load
         return self._known_load
 
     def forget_load(self) -> None:
         """Nobody is to take up the state that was loaded last."""
-        self._cells[1] = 0
+        self._cells[_LOAD] = 0
 
     @property
     def has_missed_load(self) -> bool:
         """Whether a state that is to be taken up was loaded after this worker had begun."""
-        return int(self._cells[1]) not in (0, self._known_load)
+        return int(self._cells[_LOAD]) not in (0, self._known_load)
 
     def is_first_use(self, load: int) -> bool:
         """Whether this worker takes up the parent's *load*-th state for the first time; now it has.
@@ -153,13 +178,13 @@ class Shared:
         """
         info = torch.utils.data.get_worker_info()
         if info is None:
-            is_first = load not in self._cells[2:].tolist()
+            is_first = load not in self._cells[_FIRST_WORKER:].tolist()
             self.forget_load()
             return is_first
         if info.id >= _MOST_WORKERS:
             raise ValueError(f"a dataset supports {_MOST_WORKERS} workers; this is number {info.id}")
-        is_first = int(self._cells[2 + info.id]) != load
-        self._cells[2 + info.id] = load
+        is_first = int(self._cells[_FIRST_WORKER + info.id]) != load
+        self._cells[_FIRST_WORKER + info.id] = load
         if is_first:
             self.forget_load()
         return is_first
@@ -167,6 +192,11 @@ class Shared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
+
+
+def _speaks_for_all() -> bool:
+    info = torch.utils.data.get_worker_info()
+    return info is None or info.id == 0
 
 
 def _of_process_group() -> tuple[int, int] | None:

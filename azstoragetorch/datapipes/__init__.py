@@ -33,7 +33,7 @@ threads exist only while a pipe is iterated, so pipes pickle and fork at any tim
 
 from __future__ import annotations
 
-from azstoragetorch._samples.sources import BlobInfo, BlobRange
+from azstoragetorch._samples.items import BlobInfo, BlobRange
 from azstoragetorch.datapipes._listing import AzureBlobFileListerIterDataPipe, AzureBlobInfoListerIterDataPipe
 from azstoragetorch.datapipes._reading import (
     AzureBlobFileLoaderIterDataPipe,

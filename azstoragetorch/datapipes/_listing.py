@@ -7,10 +7,13 @@ from typing import Any
 
 from torch.utils.data import IterDataPipe, functional_datapipe
 
+from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._samples.sources import Access, BlobInfo, Listing
+from azstoragetorch._samples.items import BlobInfo
+from azstoragetorch._samples.names import InvalidNames
+from azstoragetorch._samples.sources import Listing
 
 
 class _Roots:
@@ -27,6 +30,8 @@ class _Lister(IterDataPipe[Any]):
         masks: str | Sequence[str] = "",
         *,
         recursive: bool = True,
+        invalid_names: InvalidNames = "skip",
+        include_folder_markers: bool = False,
         credential: Credential = None,
         transfer: TransferConfig | None = None,
     ) -> None:
@@ -34,7 +39,7 @@ class _Lister(IterDataPipe[Any]):
         self.source_datapipe = source if isinstance(source, IterDataPipe) else None
         if self.source_datapipe is None:
             self._roots = _Roots([source] if isinstance(source, str) else source)
-        self._listing = Listing.of(masks, recursive)
+        self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
         self._access = Access(credential, transfer)
 
     def _blobs(self) -> Iterator[BlobInfo]:
@@ -62,6 +67,9 @@ class AzureBlobFileListerIterDataPipe(_Lister):
         masks: `fnmatch` patterns, case-sensitive, one of which has to match: the last segment of the blob's name, or
             all of the name (without the container) if the pattern has a slash. Empty: all blobs.
         recursive: False lists one level only.
+        invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"`` it,
+            with one warning at the end of the listing, or ``"raise"`` ValueError.
+        include_folder_markers: Whether to yield empty blobs whose names end in a slash, which tools create as folders.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 

@@ -11,21 +11,11 @@ from typing import Any
 from torch.utils.data import IterDataPipe, functional_datapipe
 from torch.utils.data.datapipes.utils.common import StreamWrapper
 
+from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import engine_for
-from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.sources import (
-    Access,
-    BlobRange,
-    Fetched,
-    Item,
-    check_split,
-    fetch_ahead,
-    plain_url,
-    split_ranges,
-    url_of,
-)
+from azstoragetorch._samples.fetching import Fetched, check_split, fetch_ahead, split_ahead
+from azstoragetorch._samples.items import BlobRange, Item, plain_url, url_of
 from azstoragetorch.io import BlobIO
 
 _MODES = {"rb": False, "b": False, "r": True, "rt": True, "t": True}  # -> whether it is text
@@ -238,18 +228,6 @@ class BlobRangeSplitterIterDataPipe(IterDataPipe[BlobRange]):
         self._access = Access(credential, transfer)
 
     def __iter__(self) -> Iterator[BlobRange]:
-        def cut(item: Item, _scope: object) -> list[BlobRange]:
-            return list(split_ranges(item, self._access, self.chunk_size, self.align))
-
-        config = self._access.config
-        ahead = OrderedPrefetch(
-            engine_for(config),
-            iter(self.source_datapipe),
-            cut,
-            cost=lambda _: 0,
-            size=lambda _: 0,
-            depth=config.max_connections,
-        )
-        with closing(ahead):
+        with closing(split_ahead(self._access, self.source_datapipe, self.chunk_size, self.align)) as ahead:
             for work in ahead:
                 yield from work.result()

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 from torch.utils.data import IterDataPipe, functional_datapipe
 from torch.utils.data.datapipes.iter.sharding import SHARDING_PRIORITIES
 
+from azstoragetorch._samples.items import BlobInfo, BlobRange
 from azstoragetorch._samples.sharding import EVEN, Even, shard_range
-from azstoragetorch._samples.sources import BlobInfo, BlobRange
 
 T = TypeVar("T")
 

@@ -10,9 +10,8 @@ from typing import IO, Any, cast
 from torch.utils.data import IterDataPipe, functional_datapipe
 from torch.utils.data.datapipes.utils.common import StreamWrapper
 
-from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._samples.sources import pair_of
+from azstoragetorch._blob.client import BlobClient, BlobVersion
+from azstoragetorch._samples.items import pair_of
 from azstoragetorch._samples.tar import split_name, walk
 from azstoragetorch.io import BlobIO
 

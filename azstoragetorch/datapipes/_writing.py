@@ -11,14 +11,13 @@ from torch.utils.data.datapipes.utils.common import (
     _check_unpickable_fn,  # torch's own words for a function that workers cannot be sent
 )
 
-from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.client import Access, BlobClient, BlockWriter
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import GiB, MiB, TransferConfig
 from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._samples.items import pair_of, plain_url
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.sources import Access, pair_of, plain_url
 from azstoragetorch._samples.tar import END, entry, padding, split_name
 from azstoragetorch._samples.workers import Placement
 

@@ -6,7 +6,8 @@ comes when is planned by position, so that any process can say what is left.
 
 from __future__ import annotations
 
-from azstoragetorch.datasets._blobs import Blob, BlobSample, ListingInfo
+from azstoragetorch.datasets._blobs import Blob, BlobSample
+from azstoragetorch.datasets._contents import ListingInfo
 from azstoragetorch.datasets._iterable import IterableBlobDataset, merge_states
 from azstoragetorch.datasets._map import BlobDataset
 

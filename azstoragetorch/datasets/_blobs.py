@@ -1,34 +1,21 @@
-"""What all datasets are made of: the blobs, what they are fetched with, and how one becomes a sample."""
+"""One blob as a transform gets it, and how it becomes a sample."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from multiprocessing.reduction import ForkingPickler
+import sys
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypedDict, TypeVar, cast
 
 from azure.core.exceptions import ClientAuthenticationError
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient, Head
-from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._blob.client import BlobClient, Head
 from azstoragetorch._engine.metrics import timed
-from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
-from azstoragetorch._samples.catalog import Catalog, list_catalog
-from azstoragetorch._samples.once import OnceAmongForks
-from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
 from azstoragetorch.io import BlobIO
 
 T = TypeVar("T")
 
-Progress: TypeAlias = Callable[[int], object]
-
-CACHE_BYTES = 100 << 30  # a fraction of the NVMe disks that GPU machines have
+GetHead: TypeAlias = Callable[[], Head]
+"""Returns the first part of a blob, which was fetched ahead or is fetched now."""
 
 
 class BlobSample(TypedDict):
@@ -38,34 +25,19 @@ class BlobSample(TypedDict):
     data: bytes
 
 
-@dataclass(frozen=True)
-class ListingInfo:
-    """What a dataset is made of.
-
-    Attributes:
-        count: Number of blobs.
-        size: Their bytes together; None if they were named by URL and not listed.
-        fingerprint: Equal if and only if names and order are equal. Ranks that list for themselves can compare it.
-    """
-
-    count: int
-    size: int | None
-    fingerprint: str
-
-
 class Blob:
     """One blob, as a transform gets it.
 
     Pickles, and may be kept; what was fetched ahead for it is given up when the transform returns.
     """
 
-    __slots__ = ("_ahead", "_client", "_etag", "_size")
+    __slots__ = ("_client", "_etag", "_head", "_size")
 
     def __init__(self, client: BlobClient, size: int | None = None, etag: str | None = None) -> None:
         self._client = client
         self._size = size
         self._etag = etag
-        self._ahead: Prefetched[Blob, Head] | None = None
+        self._head: GetHead | None = None
 
     @property
     def url(self) -> str:
@@ -104,9 +76,9 @@ class Blob:
         Raises:
             AzureError: the service refused, or could not be reached.
         """
-        if self._ahead is None:
+        if self._head is None:
             return BlobIO._of(self._client)  # noqa: SLF001
-        head = self._ahead.result()
+        head = self._head()
         return BlobIO._of(self._client, head.version, head.data)  # noqa: SLF001
 
     def __repr__(self) -> str:
@@ -117,181 +89,17 @@ class Blob:
 
     def __setstate__(self, state: tuple[BlobClient, int | None, str | None]) -> None:
         self._client, self._size, self._etag = state
-        self._ahead = None
+        self._head = None
 
 
 def to_sample(blob: Blob) -> BlobSample:
     """What a dataset without a transform makes of a blob."""
-    if blob._ahead is not None:  # noqa: SLF001
-        head = blob._ahead.result()  # noqa: SLF001
+    if blob._head is not None:  # noqa: SLF001
+        head = blob._head()  # noqa: SLF001
         if len(head.data) == head.version.size:
             return {"url": blob.url, "data": head.data}
     with blob.reader() as reader:
         return {"url": blob.url, "data": reader.read()}
-
-
-class Source:
-    """Where the blobs of a dataset come from: their catalog, and clients for them. Pickles with nothing alive in it."""
-
-    def __init__(
-        self,
-        *,
-        container: BlobURL | None = None,
-        prefix: str | None = None,
-        urls: Iterable[str] = (),
-        credential: Credential,
-        transfer: TransferConfig | None,
-        cache_dir: str | os.PathLike[str] | None,
-        cache_bytes: int,
-        progress: Progress | None = None,
-    ) -> None:
-        if transfer is not None and not isinstance(transfer, TransferConfig):
-            raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
-        check_count("cache_bytes", cache_bytes, 1)
-        if not isinstance(urls, Iterable):
-            raise TypeError(f"blob_urls must be a URL or an iterable of URLs, not {type(urls).__name__}")
-        if prefix is not None and not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
-        if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be callable, not {type(progress).__name__}")
-        if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
-            raise TypeError(f"cache_dir must be a path, not {type(cache_dir).__name__}")
-        if cache_dir is not None and not os.fspath(cache_dir):
-            raise ValueError("cache_dir must not be empty: pass None to keep nothing")
-        self.config = transfer or TransferConfig()
-        CredentialHolder(credential)  # refused here even if no URL needs it
-        self._prefix = prefix or ""
-        self._progress = progress
-        self._cache = None if cache_dir is None else BlobCache(cache_dir, cache_bytes)
-        self._listed_once: OnceAmongForks | None = None
-        if container is None:
-            catalog = Catalog()
-            catalog.append_urls([urls] if isinstance(urls, str) else urls)
-            self._catalog: Catalog | None = catalog
-            addresses = catalog.containers
-        else:
-            self._catalog = None
-            addresses = [container]
-        self._credentials = [CredentialHolder(credential, address.sas) for address in addresses]
-        pairs = zip(addresses, self._credentials, strict=True)
-        self._containers = [ContainerClient(address, holder, self.config) for address, holder in pairs]
-
-    def list_lazily(self) -> None:
-        """List when the catalog is first asked for, once for this process and the workers that it forks."""
-        self._listed_once = OnceAmongForks()
-
-    @property
-    def catalog(self) -> Catalog:
-        """The blobs."""
-        if self._catalog is None:
-            container = self._containers[0]
-            if self._listed_once is None:
-                self._catalog = self._list()
-            else:
-                made: list[Catalog] = []
-
-                def make() -> bytes:
-                    made.append(self._list())
-                    return made[0].to_bytes()
-
-                data = self._listed_once.get(make)
-                self._catalog = made[0] if made else Catalog.from_bytes([container.url], data)
-                self._listed_once = None
-        return self._catalog
-
-    def _list(self) -> Catalog:
-        container = self._containers[0]
-        catalog = list_catalog(container, self._prefix, self._progress)
-        if not len(catalog):
-            where = f"{container.url} below the prefix {self._prefix!r}" if self._prefix else str(container.url)
-            warnings.warn(f"there are no blobs in {where}: the dataset is empty", UserWarning, stacklevel=2)
-        return catalog
-
-    @property
-    def info(self) -> ListingInfo:
-        """Sums over the catalog."""
-        catalog = self.catalog
-        return ListingInfo(len(catalog), catalog.total_size, catalog.fingerprint)
-
-    @property
-    def description(self) -> str:
-        """What a repr says; does not list."""
-        if self._catalog is not None:
-            return f"{len(self._catalog):,} blobs"
-        return f"{str(self._containers[0].url)!r}, prefix={self._prefix!r}, not listed yet"
-
-    def blob(self, index: int) -> Blob:
-        """A blob by its index in the catalog."""
-        catalog = self.catalog
-        which = catalog.container_index(index)
-        container, holder = self._containers[which], self._credentials[which]
-        url = replace(container.url, blob=catalog.name(index))
-        size, etag = catalog.size(index), catalog.etag(index)
-        if self._cache is None:
-            client = BlobClient(url, holder, self.config)
-        else:
-            version = None if etag is None or size is None else BlobVersion(size, etag)
-            client = CachedBlobClient(url, holder, self.config, self._cache, version)
-        _ = container.service  # made once for all blobs
-        client._live = container._live  # noqa: SLF001
-        return Blob(client, size, etag)
-
-    def unhurried(self, index: int) -> Prefetched[Blob, Head] | Blob:
-        """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
-        blob = self.blob(index)
-        return (
-            blob
-            if self._cache is None
-            else Prefetched(blob, lambda blob: _fetch_head(blob, Scope()), lambda: None, None, None)
-        )
-
-    def prefetch(self, blobs: Iterator[Blob], *, is_eager: bool) -> OrderedPrefetch[Blob, Head]:
-        """Fetch the first parts of *blobs* ahead, in order."""
-        part = self.config.effective_part_size
-        return OrderedPrefetch(
-            engine_for(self.config),
-            blobs,
-            _fetch_head,
-            cost=lambda blob: part if blob.size is None else min(blob.size, part),
-            size=lambda head: len(head.data),
-            depth=self.config.max_connections,
-            is_eager=is_eager,
-            start=None if self._cache is not None else _start_head,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A progress callback is for this process; it may be a bar on a terminal.
-        return {**self.__dict__, "_progress": None}
-
-
-def _fetch_head(blob: Blob, scope: Scope) -> Head:
-    return blob._client.head(scope)  # noqa: SLF001
-
-
-def _start_head(blob: Blob, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
-    return blob._client.start_head(scope, done, failed)  # noqa: SLF001
-
-
-def _to_other_process(source: Source) -> tuple[Any, ...]:
-    _ = source.catalog  # listed here, once for all workers
-    return _restore_source, (source.__getstate__(),)
-
-
-def _restore_source(state: dict[str, Any]) -> Source:
-    source = Source.__new__(Source)
-    source.__dict__.update(state)
-    return source
-
-
-ForkingPickler.register(Source, _to_other_process)
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise an error that says *name* unless *value* is an integer from *least* on."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 def check_transform(transform: Any) -> None:
@@ -300,19 +108,48 @@ def check_transform(transform: Any) -> None:
         raise TypeError(f"transform must be callable, not {type(transform).__name__}")
 
 
-def apply(transform: Callable[[Blob], T] | None, ahead: Prefetched[Blob, Head] | Blob) -> T:
-    """Make a sample of a blob, or of what was fetched ahead of it."""
-    blob = ahead if isinstance(ahead, Blob) else ahead.item
-    blob._ahead = None if isinstance(ahead, Blob) else ahead  # noqa: SLF001
+def apply(transform: Callable[[Blob], T] | None, blob: Blob, head: GetHead | None = None) -> T:
+    """Make a sample of *blob*, whose first part *head* returns. An error of the transform names the blob."""
+    if head is not None:
+        blob._head = head  # noqa: SLF001
     try:
         if transform is None:
             return cast(T, to_sample(blob))
         with timed("transform_seconds"):
             return transform(blob)
-    except StopIteration as error:
-        raise RuntimeError("the transform raised StopIteration") from error  # it would end the epoch unnoticed
+    except StopIteration as error:  # it would end the epoch unnoticed
+        raise RuntimeError(f"the transform raised StopIteration on {blob.url}") from error
+    except Exception as error:
+        if transform is not None and blob.url not in str(error):
+            _name_blob(error, f"the transform failed on {blob.url}")
+        raise
     finally:
-        blob._ahead = None  # noqa: SLF001
+        blob._head = None  # noqa: SLF001
+
+
+if sys.version_info >= (3, 11):
+
+    def _name_blob(error: Exception, note: str) -> None:
+        """Add *note* to *error*."""
+        error.add_note(note)
+
+else:
+
+    def _name_blob(error: Exception, note: str) -> None:
+        """Raise a copy of *error*, whose message has *note*, from it: this version of Python has no notes."""
+        kind = type(error)
+        try:
+            copied = kind(f"{error.args[0]}\n{note}") if list(map(type, error.args)) == [str] else None
+        except Exception:  # noqa: BLE001 - the class wants other arguments
+            copied = None
+        if copied is None:
+            copied = RuntimeError(f"{note}: {kind.__name__}: {error}")
+        else:
+            copied.__dict__.update(error.__dict__)
+        try:
+            raise copied from error
+        finally:
+            del copied, error  # the traceback refers to this frame
 
 
 def is_refused(error: Exception) -> bool:

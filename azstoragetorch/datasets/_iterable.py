@@ -5,36 +5,51 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from dataclasses import replace
+from typing import Any, TypedDict, TypeVar, overload
 
 import torch.utils.data
+from typing_extensions import Unpack
 
-from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.names import InvalidNames, NameRules
 from azstoragetorch._samples.resume import ResumeState, merge, positions_after
-from azstoragetorch._samples.sharding import EVEN, Even, Order, even_length, shard_range
+from azstoragetorch._samples.sharding import EVEN, Even, even_length, shard_range
 from azstoragetorch._samples.workers import Place, Placement, ShardBy, Shared
-from azstoragetorch.datasets._blobs import (
+from azstoragetorch.datasets._blobs import Blob, BlobSample, check_transform
+from azstoragetorch.datasets._contents import (
     CACHE_BYTES,
-    Blob,
-    BlobSample,
+    Contents,
     ListingInfo,
-    Progress,
-    Source,
-    apply,
+    ListingProgress,
+    ListOptions,
+    ReadOptions,
     check_count,
-    check_transform,
-    is_refused,
 )
+from azstoragetorch.datasets._iteration import OnError, Position, Samples, check_on_error, refuse_late_state
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-OnError: TypeAlias = Literal["raise", "skip", "warn"] | Callable[[str, Exception], object]
+
+class _SampleOptions(TypedDict, total=False):
+    shuffle: bool
+    seed: int
+    shard_by: ShardBy
+    rank: int | None
+    world_size: int | None
+    even: Even
+    on_error: OnError
+
+
+class _UrlOptions(ReadOptions, _SampleOptions, total=False):
+    pass
+
+
+class _ContainerOptions(ListOptions, _SampleOptions, total=False):
+    pass
 
 
 class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
@@ -69,75 +84,42 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
     def __init__(
         self,
-        source: Source,
+        contents: Contents,
         transform: Callable[[Blob], T_co] | None,
+        placement: Placement,
         *,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard_by: ShardBy = "worker",
-        rank: int | None = None,
-        world_size: int | None = None,
-        even: Even = "none",
-        on_error: OnError = "raise",
+        seed: int | None,
+        even: Even,
+        on_error: OnError,
     ) -> None:
         check_transform(transform)
         if even not in EVEN:
             raise ValueError(f"even must be one of {', '.join(map(repr, EVEN))}, not {even!r}")
-        if not callable(on_error) and on_error not in ("raise", "skip", "warn"):
-            raise ValueError(f"on_error must be 'raise', 'skip', 'warn' or a callable(url, exc), not {on_error!r}")
-        check_count("seed", seed, 0)
-        source.list_lazily()
-        self._source = source
+        check_on_error(on_error)
+        contents.list_lazily()
+        self._contents = contents
         self._transform = transform
-        self._seed = seed if shuffle else None
-        self._placement = Placement(shard_by, rank, world_size)
+        self._seed = seed
+        self._placement = placement
         self._even: Even = even
         self._on_error: OnError = on_error
         self._shared = Shared()
         self._loaded: ResumeState | None = None
         self._load = 0  # by which the workers know the loaded state; 0 if it was loaded by the worker itself
-        self._current: _Progress | None = None
+        self._current: Position | None = None
 
     @overload
     @classmethod
     def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str],
-        *,
-        credential: Credential = None,
-        transform: None = None,
-        transfer: TransferConfig | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard_by: ShardBy = "worker",
-        rank: int | None = None,
-        world_size: int | None = None,
-        even: Even = "none",
-        on_error: OnError = "raise",
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, blob_urls: str | Iterable[str], *, transform: None = None, **options: Unpack[_UrlOptions]
     ) -> IterableBlobDataset[BlobSample]: ...
     @overload
     @classmethod
     def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str],
-        *,
-        credential: Credential = None,
-        transform: Callable[[Blob], T],
-        transfer: TransferConfig | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard_by: ShardBy = "worker",
-        rank: int | None = None,
-        world_size: int | None = None,
-        even: Even = "none",
-        on_error: OnError = "raise",
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, blob_urls: str | Iterable[str], *, transform: Callable[[Blob], T], **options: Unpack[_UrlOptions]
     ) -> IterableBlobDataset[T]: ...
     @classmethod
-    def from_blob_urls(
+    def from_blob_urls(  # noqa: D417 - described by BlobDataset
         cls,
         blob_urls: str | Iterable[str],
         *,
@@ -157,12 +139,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         """A dataset of the blobs that URLs name, in their order.
 
         Args:
-            blob_urls: As for `BlobDataset.from_blob_urls`, and so ``credential``, ``transfer``, ``cache_dir`` and
-                ``cache_bytes``.
-            credential: See above.
-            transform: Makes a sample of a `Blob`, in the worker.
-            transfer: See above.
-            shuffle: Whether to permute the sequence, anew for each `set_epoch`.
+            blob_urls: As for `BlobDataset.from_blob_urls`, and so ``credential``, ``transform``, ``transfer``,
+                ``cache_dir`` and ``cache_bytes``.
+            shuffle: Whether to permute the sequence, again for each `set_epoch`.
             seed: Of the permutation; the same on all ranks.
             shard_by: ``"worker"``, ``"rank_and_worker"`` or ``"none"``.
             rank: Instead of torch.distributed's, together with *world_size*.
@@ -172,72 +151,29 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             on_error: What to do when a blob cannot be read or its transform fails. ``"raise"``; ``"skip"``;
                 ``"warn"`` and skip; or a function that gets URL and exception, and skips by returning. A skipped
                 blob counts as consumed. 401 and 403 are raised always.
-            cache_dir: See above.
-            cache_bytes: See above.
 
         Raises:
             ValueError: a URL is not one of a blob, or an option is out of range.
             TypeError: an argument has a wrong type.
         """
-        source = Source(
+        contents = Contents(
             urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
         )
-        return cls(
-            source,
-            transform,
-            shuffle=shuffle,
-            seed=seed,
-            shard_by=shard_by,
-            rank=rank,
-            world_size=world_size,
-            even=even,
-            on_error=on_error,
-        )
+        placement = Placement(shard_by, rank, world_size)
+        return cls(contents, transform, placement, seed=_seed(shuffle, seed), even=even, on_error=on_error)
 
     @overload
     @classmethod
     def from_container_url(
-        cls,
-        container_url: str,
-        *,
-        prefix: str | None = None,
-        credential: Credential = None,
-        transform: None = None,
-        transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard_by: ShardBy = "worker",
-        rank: int | None = None,
-        world_size: int | None = None,
-        even: Even = "none",
-        on_error: OnError = "raise",
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, container_url: str, *, transform: None = None, **options: Unpack[_ContainerOptions]
     ) -> IterableBlobDataset[BlobSample]: ...
     @overload
     @classmethod
     def from_container_url(
-        cls,
-        container_url: str,
-        *,
-        prefix: str | None = None,
-        credential: Credential = None,
-        transform: Callable[[Blob], T],
-        transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
-        shuffle: bool = False,
-        seed: int = 0,
-        shard_by: ShardBy = "worker",
-        rank: int | None = None,
-        world_size: int | None = None,
-        even: Even = "none",
-        on_error: OnError = "raise",
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, container_url: str, *, transform: Callable[[Blob], T], **options: Unpack[_ContainerOptions]
     ) -> IterableBlobDataset[T]: ...
     @classmethod
-    def from_container_url(
+    def from_container_url(  # noqa: D417 - described above, and by BlobDataset
         cls,
         container_url: str,
         *,
@@ -245,7 +181,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         credential: Credential = None,
         transform: Callable[[Blob], Any] | None = None,
         transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
+        progress: ListingProgress | None = None,
+        invalid_names: InvalidNames = "skip",
+        include_folder_markers: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         shard_by: ShardBy = "worker",
@@ -260,50 +198,31 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
-            prefix: Only blobs whose names begin with it.
-            credential: As for `from_blob_urls`, and so the other options.
-            transform: See above.
-            transfer: See above.
+            prefix: As for `BlobDataset.from_container_url`, and so ``invalid_names`` and ``include_folder_markers``.
             progress: Called in the process that lists, with the number of blobs listed so far.
-            shuffle: See above.
-            seed: See above.
-            shard_by: See above.
-            rank: See above.
-            world_size: See above.
-            even: See above.
-            on_error: See above.
-            cache_dir: See above.
-            cache_bytes: See above.
+            credential: As for `from_blob_urls`, and so all other arguments.
 
         Raises:
             ValueError: the URL is not one of a container, or an option is out of range.
             TypeError: an argument has a wrong type.
         """
-        source = Source(
+        contents = Contents(
             container=parse_container_url(container_url),
             prefix=prefix,
             credential=credential,
             transfer=transfer,
             progress=progress,
+            rules=NameRules.of(invalid_names, include_folder_markers),
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
         )
-        return cls(
-            source,
-            transform,
-            shuffle=shuffle,
-            seed=seed,
-            shard_by=shard_by,
-            rank=rank,
-            world_size=world_size,
-            even=even,
-            on_error=on_error,
-        )
+        placement = Placement(shard_by, rank, world_size)
+        return cls(contents, transform, placement, seed=_seed(shuffle, seed), even=even, on_error=on_error)
 
     @property
     def metadata(self) -> ListingInfo:
         """Count, bytes and fingerprint of what the dataset is made of. Lists the container if it was not yet."""
-        return self._source.info
+        return self._contents.info
 
     @property
     def epoch(self) -> int:
@@ -330,11 +249,42 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             AzureError: the container could not be listed.
         """
         if self._shared.has_missed_load:
-            return _refuse()
+            return refuse_late_state()
         # Not a generator: the order, and a loaded state, are settled now and not when the first sample is drawn.
         loaded = self._take_loaded()
         self._current = self._begin(self._placement.here(), loaded)
-        return _Samples(self._source, self._transform, self._on_error, self._current)
+        self._warn_of_repetition(is_resumed=loaded is not None)
+        return Samples(self._contents, self._transform, self._on_error, self._current, self._shared.note_end)
+
+    def _warn_of_repetition(self, *, is_resumed: bool) -> None:
+        """Warn once, whatever number of workers there is, of what reads the same again without being asked to."""
+        ranks = self._placement.ranks() if self._placement.by == "worker" else 1
+        if ranks > 1 and self._shared.is_first_warning("ranks"):
+            warnings.warn(
+                f"shard_by='worker': each of the {ranks} ranks reads all blobs of its dataset. Pass "
+                "shard_by='rank_and_worker' to give each rank a share; if the ranks have different blobs already, pass "
+                "rank=0, world_size=1 with it",
+                UserWarning,
+                stacklevel=3,
+            )
+        is_repeated = self._seed is not None and not is_resumed and self._shared.repeats_epoch
+        if is_repeated and self._shared.is_first_warning("epoch"):
+            warnings.warn(
+                f"shuffle=True: epoch {self._shared.epoch} begins a second time, in the same order. Call "
+                "dataset.set_epoch(epoch) before each epoch",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def __len__(self) -> int:
+        """Raise TypeError, as the number of samples depends on workers, ranks and ``on_error``."""
+        raise TypeError(
+            "an IterableBlobDataset and its loader have no length: dataset.metadata.count is the number of its blobs "
+            "(listing them first), before they are dealt out to ranks and workers"
+        )
+
+    def __bool__(self) -> bool:
+        return True  # which asks for no length
 
     def _take_loaded(self) -> ResumeState | None:
         loaded, self._loaded = self._loaded, None
@@ -342,9 +292,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             return None
         return loaded
 
-    def _begin(self, place: Place, loaded: ResumeState | None) -> _Progress:
+    def _begin(self, place: Place, loaded: ResumeState | None) -> Position:
         """Where *place* begins its epoch."""
-        catalog = self._source.catalog
+        catalog = self._contents.catalog
         if loaded is None:
             # Ranks are the same positions modulo their number, whatever their workers.
             dealt = even_length(len(catalog), place.shards, self._even)
@@ -363,7 +313,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         state = replace(loaded, shards=place.shards, consumed=consumed, positions=())
         order = state.order(len(catalog))
         stripe = shard_range(len(order), place.shards, place.shard, self._even)
-        return _Progress(state, place.shard, order, stripe, min(position, len(stripe)))
+        return Position(state, place.shard, order, stripe, min(position, len(stripe)))
 
     def _check(self, state: ResumeState) -> None:
         if state.seed != self._seed:
@@ -431,17 +381,22 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         loaded = None if resumed_from is None else ResumeState.from_dict(resumed_from)
         places = [self._placement.of_worker(worker, num_workers) for worker in range(num_workers)]
         begun = [self._begin(place, loaded) for place in places]
-        lengths, starts = [len(each.stripe) for each in begun], [each.position for each in begun]
+        lengths, starts = [len(each.stripe) for each in begun], [each.consumed for each in begun]
         after = positions_after(batches, batch_size, lengths, starts, drop_last=drop_last)
         known = {each.shard: position for each, position in zip(begun, after, strict=True)}
         shards = begun[0].state.shards
         return replace(begun[0].state, positions=tuple(known.get(shard) for shard in range(shards))).to_dict()
 
     def __repr__(self) -> str:
-        return f"IterableBlobDataset({self._source.description})"
+        return f"IterableBlobDataset({self._contents.description})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_current": None}
+
+
+def _seed(shuffle: bool, seed: int) -> int | None:
+    check_count("seed", seed, 0)
+    return seed if shuffle else None
 
 
 def merge_states(states: object) -> dict[str, Any]:
@@ -459,82 +414,3 @@ def merge_states(states: object) -> dict[str, Any]:
             (``snapshot_every_n_steps``).
     """
     return merge(states).to_dict()
-
-
-@dataclass(slots=True)
-class _Progress:
-    """How far one iteration of one shard has come."""
-
-    state: ResumeState  # of which only the position is missing
-    shard: int
-    order: Order
-    stripe: range
-    position: int
-
-    def indices(self) -> Iterator[int]:
-        """Indices into the catalog of what is to come."""
-        length = len(self.order)
-        for at in self.stripe[self.position :]:
-            yield self.order[at % length]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state.of_shard(self.shard, self.position)
-
-
-def _refuse() -> Iterator[Any]:
-    """Raise when drawn from: of what is raised earlier, workers that live on die without a word."""
-    raise ValueError(
-        "state: it was loaded when the workers of this loader had begun (persistent_workers=True) and does not reach "
-        "them: load it before the loader is used, or make a new loader"
-    )
-    yield  # type: ignore[unreachable] # makes it a generator
-
-
-class _Samples(Iterator[T_co]):
-    """The samples of one iteration."""
-
-    def __init__(
-        self, source: Source, transform: Callable[[Blob], T_co] | None, on_error: OnError, progress: _Progress
-    ) -> None:
-        self._source = source
-        self._transform = transform
-        self._on_error = on_error
-        self._progress = progress
-        self._ahead = self._prefetch()
-
-    def _prefetch(self) -> OrderedPrefetch[Blob, Head]:
-        blobs = map(self._source.blob, self._progress.indices())
-        return self._source.prefetch(blobs, is_eager=self._transform is None)
-
-    def __next__(self) -> T_co:
-        progress = self._progress
-        while True:
-            position = progress.position
-            try:
-                ahead = next(self._ahead)
-                # An error counts as consumed: whoever goes on after it goes on with the next blob.
-                progress.position = position + 1
-                try:
-                    return apply(self._transform, ahead)
-                except Exception as error:
-                    if self._on_error == "raise" or is_refused(error):
-                        raise
-                    self._skip(ahead.item.url, error)
-            except Exception:
-                raise
-            except BaseException:
-                # An interrupt says nothing about the blob, which comes next wherever it is gone on.
-                progress.position = position
-                self._ahead.close()
-                self._ahead = self._prefetch()
-                raise
-
-    def _skip(self, url: str, error: Exception) -> None:
-        if callable(self._on_error):
-            self._on_error(url, error)
-        elif self._on_error == "warn":
-            warnings.warn(f"skipped {url}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_ahead"):
-            self._ahead.abandon()

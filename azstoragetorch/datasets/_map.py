@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar, overload
 
 import torch.utils.data
+from typing_extensions import Unpack
 
 from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.names import InvalidNames, NameRules
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch.datasets._blobs import (
+from azstoragetorch.datasets._blobs import Blob, BlobSample, apply, check_transform
+from azstoragetorch.datasets._contents import (
     CACHE_BYTES,
-    Blob,
-    BlobSample,
+    Contents,
     ListingInfo,
-    Progress,
-    Source,
-    apply,
-    check_transform,
+    ListingProgress,
+    ListOptions,
+    Planned,
+    ReadOptions,
 )
 
 T = TypeVar("T")
@@ -46,36 +49,22 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
     again if it had one.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Blob], T_co] | None) -> None:
+    def __init__(self, contents: Contents, transform: Callable[[Blob], T_co] | None) -> None:
         check_transform(transform)
-        self._source = source
+        self._contents = contents
         self._transform = transform
-        _ = source.catalog
-        self._ahead = _Batches(source, transform)
+        _ = contents.catalog
+        self._ahead = _Batches(contents, transform)
 
     @overload
     @classmethod
     def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str],
-        *,
-        credential: Credential = None,
-        transform: None = None,
-        transfer: TransferConfig | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, blob_urls: str | Iterable[str], *, transform: None = None, **options: Unpack[ReadOptions]
     ) -> BlobDataset[BlobSample]: ...
     @overload
     @classmethod
     def from_blob_urls(
-        cls,
-        blob_urls: str | Iterable[str],
-        *,
-        credential: Credential = None,
-        transform: Callable[[Blob], T],
-        transfer: TransferConfig | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, blob_urls: str | Iterable[str], *, transform: Callable[[Blob], T], **options: Unpack[ReadOptions]
     ) -> BlobDataset[T]: ...
     @classmethod
     def from_blob_urls(
@@ -106,38 +95,20 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             ValueError: a URL is not one of a blob, or an option is out of range.
             TypeError: an argument has a wrong type.
         """
-        source = Source(
+        contents = Contents(
             urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
         )
-        return cls(source, transform)
+        return cls(contents, transform)
 
     @overload
     @classmethod
     def from_container_url(
-        cls,
-        container_url: str,
-        *,
-        prefix: str | None = None,
-        credential: Credential = None,
-        transform: None = None,
-        transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, container_url: str, *, transform: None = None, **options: Unpack[ListOptions]
     ) -> BlobDataset[BlobSample]: ...
     @overload
     @classmethod
     def from_container_url(
-        cls,
-        container_url: str,
-        *,
-        prefix: str | None = None,
-        credential: Credential = None,
-        transform: Callable[[Blob], T],
-        transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cls, container_url: str, *, transform: Callable[[Blob], T], **options: Unpack[ListOptions]
     ) -> BlobDataset[T]: ...
     @classmethod
     def from_container_url(
@@ -148,7 +119,9 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         credential: Credential = None,
         transform: Callable[[Blob], Any] | None = None,
         transfer: TransferConfig | None = None,
-        progress: Progress | None = None,
+        progress: ListingProgress | None = None,
+        invalid_names: InvalidNames = "skip",
+        include_folder_markers: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> BlobDataset[Any]:
@@ -163,6 +136,10 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             transform: As for `from_blob_urls`.
             transfer: As for `from_blob_urls`.
             progress: Called with the number of blobs listed so far, after every answer of the service.
+            invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"``
+                it, with one warning that counts, or ``"raise"`` ValueError.
+            include_folder_markers: Whether empty blobs whose names end in a slash, which tools create as folders, are
+                samples.
             cache_dir: As for `from_blob_urls`, except that the listing tells the versions.
             cache_bytes: As for `from_blob_urls`.
 
@@ -171,24 +148,25 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             TypeError: an argument has a wrong type.
             AzureError: the service refused, or could not be reached.
         """
-        source = Source(
+        contents = Contents(
             container=parse_container_url(container_url),
             prefix=prefix,
             credential=credential,
             transfer=transfer,
             progress=progress,
+            rules=NameRules.of(invalid_names, include_folder_markers),
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
         )
-        return cls(source, transform)
+        return cls(contents, transform)
 
     @property
     def metadata(self) -> ListingInfo:
         """Count, bytes and fingerprint of what the dataset is made of."""
-        return self._source.info
+        return self._contents.info
 
     def __len__(self) -> int:
-        return len(self._source.catalog)
+        return len(self._contents.catalog)
 
     def __getitem__(self, index: int) -> T_co:
         """The sample of the *index*-th blob; negative indices count from the end.
@@ -197,7 +175,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             IndexError: there is no such blob.
             AzureError: the service refused, or could not be reached.
         """
-        return apply(self._transform, self._source.unhurried(_position(index, len(self))))
+        return apply(self._transform, self._contents.alone(_position(index, len(self))))
 
     def __getitems__(self, indices: Sequence[int]) -> list[T_co]:
         """The samples of a batch, in its order, fetched concurrently. DataLoader calls this."""
@@ -205,7 +183,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         return self._ahead.samples([_position(index, length) for index in indices])
 
     def __repr__(self) -> str:
-        return f"BlobDataset({self._source.description})"
+        return f"BlobDataset({self._contents.description})"
 
 
 def _position(index: int, length: int) -> int:
@@ -216,50 +194,74 @@ def _position(index: int, length: int) -> int:
 
 
 class _Batches(Generic[T_co]):
-    """Batches of a map-style dataset, read ahead as long as they come as foreseen. Per process; pickles as new."""
+    """Batches of a map-style dataset, read ahead as long as they come as foreseen. Pickles as new.
 
-    def __init__(self, source: Source, transform: Callable[[Blob], T_co] | None) -> None:
-        self._source = source
+    A call takes the latest `_Foresight` out and puts it back at its end. So a call from within another (a transform
+    that mixes samples, a signal handler, another thread) finds none, makes one, and neither waits nor disturbs. One
+    that an interrupt loses costs what was read ahead.
+    """
+
+    def __init__(self, contents: Contents, transform: Callable[[Blob], T_co] | None) -> None:
+        self._contents = contents
         self._transform = transform
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._previous: list[int] = []
-        self._foreseen: list[int] | None = None
-        self._step = 0
-        self._stream: OrderedPrefetch[Blob, Head] | None = None
+        self._idle: deque[_Foresight] = deque()
 
     def samples(self, indices: list[int]) -> list[T_co]:
         """The samples of one batch."""
-        if self._pid != os.getpid():  # the parent's threads are not ours
-            self._start_anew()
-        length = len(self._source.catalog)
-        with self._lock:
-            if self._stream is None or indices != self._foreseen:
-                if self._stream is not None:
-                    self._stream.close()
-                self._step = _step_after(self._previous, indices)
-                foreseen = _indices_from(indices, self._step, length)
-                self._stream = self._source.prefetch(map(self._source.blob, foreseen), is_eager=self._transform is None)
-            self._previous, self._foreseen = indices, _shift(indices, self._step, length)
-            is_done = True
-            try:
-                samples = [apply(self._transform, next(self._stream)) for _ in indices]
-                is_done = not self._foreseen
-                return samples
-            finally:
-                if is_done:
-                    stream, self._stream = self._stream, None
-                    stream.close()
+        foresight = _pop(self._idle) or _Foresight()
+        stream = foresight.stream_for(indices, self._contents, is_eager=self._transform is None)
+        is_good = False
+        try:
+            samples = [apply(self._transform, work.item.blob, work.result) for work in islice(stream, len(indices))]
+            is_good = True
+            return samples
+        finally:
+            if not is_good or not foresight.foreseen:
+                foresight.drop()
+            while other := _pop(self._idle):  # of a call from within this one
+                other.drop()
+            self._idle.append(foresight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Batches, (self._contents, self._transform)
+
+
+class _Foresight:
+    """Which batch is likely to come next, and the reads of it and of those after it."""
+
+    def __init__(self) -> None:
+        self.foreseen: list[int] = []
+        self._previous: list[int] = []
+        self._step = 0
+        self._stream: OrderedPrefetch[Planned, Head] | None = None
+
+    def stream_for(self, batch: list[int], contents: Contents, *, is_eager: bool) -> OrderedPrefetch[Planned, Head]:
+        """The reads of *batch*, which is the present one now."""
+        length = len(contents.catalog)
+        if self._stream is None or batch != self.foreseen:
+            self.drop()
+            self._step = _step_after(self._previous, batch)
+            plan = enumerate(_indices_from(batch, self._step, length))
+            self._stream = contents.fetch_ahead(plan, is_eager=is_eager)
+        self._previous, self.foreseen = batch, _shift(batch, self._step, length)
+        return self._stream
+
+    def drop(self) -> None:
+        """Give up what is read ahead."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     def __del__(self) -> None:
         if self._stream is not None:
             self._stream.abandon()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Batches, (self._source, self._transform)
+
+def _pop(idle: deque[_Foresight]) -> _Foresight | None:
+    try:
+        return idle.pop()
+    except IndexError:  # asked before, it might have changed
+        return None
 
 
 def _step_after(previous: list[int], batch: list[int]) -> int:

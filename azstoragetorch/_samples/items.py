@@ -1,0 +1,68 @@
+"""What pipes and nodes pass on: a URL, a listed blob, a range of a blob. Values; no I/O."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+from azstoragetorch._blob.url import BlobURL
+
+
+class BlobInfo(NamedTuple):
+    """A blob as a listing tells of it: its URL without a SAS, its length in bytes, its quoted ETag."""
+
+    url: str
+    size: int
+    etag: str
+
+
+class BlobRange(NamedTuple):
+    """Bytes ``start <= i < stop`` of the version *etag* of a blob of *size* bytes.
+
+    With a delimiter in *align* it stands for the records that start in these bytes: reading it skips what belongs to
+    a record that started before, and goes on past *stop* to the end of its last record.
+    """
+
+    url: str
+    start: int
+    stop: int
+    size: int
+    etag: str
+    align: bytes = b""
+
+
+Item: TypeAlias = "str | BlobInfo | BlobRange"
+"""What readers take: a blob's URL, or what a lister or a range splitter yields."""
+
+
+def plain_url(url: BlobURL) -> str:
+    """*url* as text: no SAS, but with the snapshot or version that it chooses."""
+    state = f"?snapshot={url.snapshot}" if url.snapshot else f"?versionid={url.versionid}" if url.versionid else ""
+    return f"{url}{state}"
+
+
+def url_of(item: Item) -> str:
+    """The URL that *item* names, as it was given.
+
+    Raises:
+        TypeError: *item* is nothing that names a blob.
+    """
+    if isinstance(item, str):
+        return item
+    if isinstance(item, (BlobInfo, BlobRange)):
+        return item.url
+    raise TypeError(
+        f"expected the URL of a blob, a BlobInfo or a BlobRange, not {type(item).__name__}: "
+        "put the reader behind a lister or a pipe of URLs"
+    )
+
+
+def pair_of(item: Any, wanted: str) -> tuple[Any, Any]:
+    """The two halves of *item*.
+
+    Raises:
+        TypeError: it is no pair, with words for what was *wanted*.
+    """
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    what = repr(item.partition("?")[0]) if isinstance(item, str) else type(item).__name__
+    raise TypeError(f"expected {wanted}, not {what}")

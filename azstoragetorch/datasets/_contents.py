@@ -1,0 +1,216 @@
+"""What a dataset is made of: the catalog of its blobs, and a client for each of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, TypeAlias, TypedDict
+
+from azstoragetorch._blob.client import Access, BlobVersion, ContainerClient, Head
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
+from azstoragetorch._samples.catalog import Catalog
+from azstoragetorch._samples.fetching import fetch_heads_ahead
+from azstoragetorch._samples.listing import list_catalog
+from azstoragetorch._samples.names import DEFAULT_RULES, InvalidNames, NameRules
+from azstoragetorch._samples.once import OnceAmongForks
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch.datasets._blobs import Blob
+
+ListingProgress: TypeAlias = Callable[[int], object]
+
+CACHE_BYTES = 100 << 30  # a fraction of the NVMe disks that GPU machines have
+
+
+@dataclass(frozen=True)
+class ListingInfo:
+    """What a dataset is made of.
+
+    Attributes:
+        count: Number of blobs.
+        size: Their bytes together; None if they were named by URL and not listed.
+        fingerprint: Equal if and only if names and order are equal. Ranks that list for themselves can compare it.
+    """
+
+    count: int
+    size: int | None
+    fingerprint: str
+
+
+class ReadOptions(TypedDict, total=False):
+    """Keyword arguments of all ways to make a dataset, for type checkers."""
+
+    credential: Credential
+    transfer: TransferConfig | None
+    cache_dir: str | os.PathLike[str] | None
+    cache_bytes: int
+
+
+class ListOptions(ReadOptions, total=False):
+    """Keyword arguments of all datasets of a container, for type checkers."""
+
+    prefix: str | None
+    progress: ListingProgress | None
+    invalid_names: InvalidNames
+    include_folder_markers: bool
+
+
+class Planned(NamedTuple):
+    """A blob, and its place in the order in which blobs are read."""
+
+    place: int
+    blob: Blob
+
+
+class Contents:
+    """The blobs of a dataset. Pickles with nothing alive in it."""
+
+    def __init__(
+        self,
+        *,
+        container: BlobURL | None = None,
+        prefix: str | None = None,
+        urls: Iterable[str] = (),
+        credential: Credential,
+        transfer: TransferConfig | None,
+        cache_dir: str | os.PathLike[str] | None,
+        cache_bytes: int,
+        progress: ListingProgress | None = None,
+        rules: NameRules = DEFAULT_RULES,
+    ) -> None:
+        access = Access(credential, transfer)
+        check_count("cache_bytes", cache_bytes, 1)
+        if not isinstance(urls, Iterable):
+            raise TypeError(f"blob_urls must be a URL or an iterable of URLs, not {type(urls).__name__}")
+        if prefix is not None and not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be callable, not {type(progress).__name__}")
+        self.config = access.config
+        self._prefix = prefix or ""
+        self._progress = progress
+        self._rules = rules
+        self._cache = _make_cache(cache_dir, cache_bytes)
+        self._listed_once: OnceAmongForks | None = None
+        self._catalog: Catalog | None = None
+        addresses = [container] if container is not None else []
+        if container is None:
+            self._catalog = Catalog()
+            self._catalog.append_urls([urls] if isinstance(urls, str) else urls)
+            addresses = self._catalog.containers
+        self._containers: list[ContainerClient] = [access.container(address) for address in addresses]
+
+    def list_lazily(self) -> None:
+        """List when the catalog is first asked for, once for this process and the workers that it forks."""
+        self._listed_once = OnceAmongForks()
+
+    @property
+    def catalog(self) -> Catalog:
+        """The blobs."""
+        if self._catalog is None:
+            container = self._containers[0]
+            if self._listed_once is None:
+                self._catalog = self._list()
+            else:
+                made: list[Catalog] = []
+
+                def make() -> bytes:
+                    made.append(self._list())
+                    return made[0].to_bytes()
+
+                data = self._listed_once.get(make)
+                self._catalog = made[0] if made else Catalog.from_bytes([container.url], data)
+                self._listed_once = None
+        return self._catalog
+
+    def _list(self) -> Catalog:
+        container = self._containers[0]
+        catalog = list_catalog(container, self._prefix, self._progress, self._rules)
+        if not len(catalog):
+            where = f"{container.url} below the prefix {self._prefix!r}" if self._prefix else str(container.url)
+            warnings.warn(f"there are no blobs in {where}: the dataset is empty", UserWarning, stacklevel=2)
+        return catalog
+
+    @property
+    def info(self) -> ListingInfo:
+        """Sums over the catalog."""
+        catalog = self.catalog
+        return ListingInfo(len(catalog), catalog.total_size, catalog.fingerprint)
+
+    @property
+    def description(self) -> str:
+        """What a repr says; does not list."""
+        if self._catalog is not None:
+            return f"{len(self._catalog):,} blobs"
+        return f"{str(self._containers[0].url)!r}, prefix={self._prefix!r}, not listed yet"
+
+    def blob(self, index: int) -> Blob:
+        """A blob by its index in the catalog."""
+        catalog = self.catalog
+        which = catalog.container_index(index)
+        container = self._containers[which]
+        _ = container.service  # made once for all blobs
+        client = container.at(replace(catalog.containers[which], blob=catalog.name(index)))
+        size, etag = catalog.size(index), catalog.etag(index)
+        if self._cache is not None:
+            version = None if etag is None or size is None else BlobVersion(size, etag)
+            client = CachedBlobClient(client, self._cache, version)
+        return Blob(client, size, etag)
+
+    def alone(self, index: int) -> Blob:
+        """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
+        blob = self.blob(index)
+        if self._cache is not None:
+            blob._head = blob._client.head  # noqa: SLF001
+        return blob
+
+    def fetch_ahead(self, plan: Iterator[tuple[int, int]], *, is_eager: bool) -> OrderedPrefetch[Planned, Head]:
+        """Fetch the first parts of blobs ahead; *plan* has places in an order, and indices into the catalog."""
+        return fetch_heads_ahead(
+            self.config,
+            (Planned(place, self.blob(index)) for place, index in plan),
+            client=lambda planned: planned.blob._client,  # noqa: SLF001
+            size=lambda planned: planned.blob.size,
+            is_eager=is_eager,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A progress callback is for this process; it may be a bar on a terminal.
+        return {**self.__dict__, "_progress": None}
+
+
+def _make_cache(folder: str | os.PathLike[str] | None, limit: int) -> BlobCache | None:
+    if folder is None:
+        return None
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"cache_dir must be a path, not {type(folder).__name__}")
+    if not os.fspath(folder):
+        raise ValueError("cache_dir must not be empty: pass None to keep nothing")
+    return BlobCache(folder, limit)
+
+
+def _to_other_process(contents: Contents) -> tuple[Any, ...]:
+    _ = contents.catalog  # listed here, once for all workers
+    return _restore_contents, (contents.__getstate__(),)
+
+
+def _restore_contents(state: dict[str, Any]) -> Contents:
+    contents = Contents.__new__(Contents)
+    contents.__dict__.update(state)
+    return contents
+
+
+ForkingPickler.register(Contents, _to_other_process)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise an error that says *name* unless *value* is an integer from *least* on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
