@@ -6,6 +6,7 @@ Names in a folder that others can write may be planted. So a new file has a name
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import stat
@@ -147,7 +148,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written.
     """
     if is_stream_target(path):
-        with open_stream(path) as stream:
+        with io.BufferedWriter(open_stream(path)) as stream:
             yield stream
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 import click
@@ -14,7 +17,7 @@ from azstoragetorch import __version__
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._files.places import printable
 from azstoragetorch.cli._output import in_a_shell, one_line
-from azstoragetorch.cli._session import FAILED, INTERRUPTED
+from azstoragetorch.cli._session import FAILED, INTERRUPTED, examples
 
 _EXIT_CODES = """Exit codes: 0 done, 1 something failed, 2 wrong usage, 3 not found, 4 no credential or not permitted,
 5 the service could not be reached, 130 interrupted.
@@ -68,12 +71,12 @@ def app() -> None:
     """PyTorch on Azure Blob Storage, from the shell."""
 
 
-@click.command()
+@click.command(epilog=examples("completion bash\ncompletion fish"))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print what makes SHELL complete commands and options.
 
-    bash: eval "$(azstoragetorch completion bash)" in ~/.bashrc.
+    For bash put this into ~/.bashrc: eval "$(azstoragetorch completion bash)"
     """
     kind = get_completion_class(shell)
     assert kind is not None
@@ -82,8 +85,13 @@ def completion(shell: str) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command in *arguments*; returns the exit code."""
-    # Clean up what was begun, also when the scheduler of a cluster is in a hurry.
+    # Clean up, also when the scheduler of a cluster is in a hurry.
     signal.signal(signal.SIGTERM, _end)
+    with _plain_warnings():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app.main(list(arguments), prog_name="azstoragetorch", standalone_mode=False)
     except click.ClickException as error:
@@ -102,6 +110,38 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout = None  # its reader is gone, and the flush at exit would fail
         return FAILED
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings, and records that are logged as such, are one line on stderr, with control characters escaped."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    handler.setLevel(logging.WARNING)
+    log = logging.getLogger("azstoragetorch")
+    silent = logging.NullHandler()  # what azure-identity logs is in the error, too
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        log.addHandler(handler)
+        logging.getLogger("azure").addHandler(silent)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            logging.getLogger("azure").removeHandler(silent)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _warning(record.getMessage())
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    click.echo(_warning(str(message)), err=True)
+
+
+def _warning(message: str) -> str:
+    return printable(f"azstoragetorch: warning: {redact(in_a_shell(one_line(message)))}")
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

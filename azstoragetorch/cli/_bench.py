@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import GiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import engine_for
-from azstoragetorch.cli._session import Session, Url, common
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch.cli._session import Session, Url, common, examples
 from azstoragetorch.io import BlobIO
 
 if sys.platform != "win32":
@@ -35,7 +34,12 @@ class _Case:
     mebibytes: float
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "bench https://ACCOUNT.blob.core.windows.net/CONTAINER\n"
+        "bench https://ACCOUNT.blob.core.windows.net/CONTAINER/folder --size 64 --rounds 1"
+    )
+)
 @click.argument("url", type=Url())
 @click.option("--size", default=256, show_default=True, help="MiB of the large blob.", type=click.IntRange(1))
 @click.option("--count", default=500, show_default=True, help="Small blobs of 110 KB.", type=click.IntRange(1))
@@ -125,14 +129,10 @@ def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Cas
         client = session.access.container(place, TransferConfig())
         sample = os.urandom(_SAMPLE)
 
-        def task(number: int) -> Callable[[Any], None]:
-            def run(_scope: Any) -> None:
-                client.blob(f"{prefix}{number:06d}").put(sample)
+        def put_one(number: int, _scope: Scope) -> None:
+            client.blob(f"{prefix}{number:06d}").put(sample)
 
-            return run
-
-        engine = engine_for(client.config)
-        engine.run_all([task(number) for number in range(count)], client.config.max_connections)
+        client.engine.map(put_one, range(count), client.config.max_connections)
 
     def samples() -> None:
         dataset = IterableBlobDataset.from_container_url(container, prefix=prefix, credential=credential)
@@ -162,13 +162,10 @@ def _delete(session: Session, place: BlobURL) -> None:
     prefix = f"{place.blob}/"
     names = [name for page in client.pages(prefix=prefix, uncommitted=True) for name in page.names]
 
-    def task(name: str) -> Callable[[Any], None]:
-        def run(_scope: Any) -> None:
-            blob = client.blob(name)
-            if not blob.delete():
-                blob.put(b"")  # nothing but staged blocks: they go when there is a blob
-                blob.delete()
+    def delete(name: str, _scope: Scope) -> None:
+        blob = client.blob(name)
+        if not blob.delete():
+            blob.put(b"")  # nothing but staged blocks: they go when there is a blob
+            blob.delete()
 
-        return run
-
-    engine_for(client.config).run_all([task(name) for name in names], client.config.max_connections)
+    client.engine.map(delete, names, client.config.max_connections)

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import pickle
 import sys
-import tempfile
-import warnings
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterator
 
 import click
 
-from azstoragetorch._blob.url import BlobURL, parse_blob_url
-from azstoragetorch._engine.config import GiB
+from azstoragetorch._blob.url import BlobURL, parse_url
+from azstoragetorch._engine.config import GiB, TransferConfig
 from azstoragetorch._files.places import printable
-from azstoragetorch.cli._output import Bar, human
-from azstoragetorch.cli._session import FAILED, Session, Url, common
+from azstoragetorch.cli._convert import export, import_, needs_trust, trust
+from azstoragetorch.cli._output import date_of, human
+from azstoragetorch.cli._places import folder_of
+from azstoragetorch.cli._session import FAILED, Session, Url, common, examples
 from azstoragetorch.exceptions import CheckpointError
-from azstoragetorch.io import BlobIO
 
-if TYPE_CHECKING:
-    from azstoragetorch.checkpoint import Progress
-
+_RUN = "https://ACCOUNT.blob.core.windows.net/CONTAINER/run"
 _AT_ONCE = 1 * GiB  # bytes of entries that are held while a checkpoint is verified
-
-trust = click.option("--trust", is_flag=True, help="Unpickle entries that are not tensors, which may run any code.")
 
 
 @click.group()
@@ -33,23 +27,47 @@ def checkpoint() -> None:
     """Distributed checkpoints (torch.distributed.checkpoint)."""
 
 
-@checkpoint.command()
+checkpoint.add_command(export)
+checkpoint.add_command(import_)
+
+
+@checkpoint.command(epilog=examples(f"checkpoint ls {_RUN}\ncheckpoint ls -H {_RUN}\ncheckpoint ls --latest {_RUN}"))
 @click.argument("url", type=Url())
 @click.option("--latest", is_flag=True, help="Only the last one.")
+@click.option("--long", "-l", "is_long", is_flag=True, help="Size in bytes, when it was saved in UTC, URL.")
+@click.option("--human", "-H", "is_human", is_flag=True, help="Like --long, with sizes such as 1.5 GiB.")
 @common
-def ls(session: Session, url: BlobURL, latest: bool) -> None:
+def ls(session: Session, url: BlobURL, latest: bool, is_long: bool, is_human: bool) -> None:
     """List the complete checkpoints in the folders of URL, oldest first."""
     from azstoragetorch.checkpoint import list_checkpoints
 
     found = list_checkpoints(str(url), credential=session.access.credential(url))
+    facts = _facts(session, url) if found and (is_long or is_human) else {}
     for place in found[-1:] if latest else found:
-        session.output.record({"url": place})
-        session.output.line(place)
+        size, saved = facts.get(parse_url(place).blob.rstrip("/"), (0, "-"))
+        session.output.record({"url": place, **({"bytes": size, "saved": saved} if facts else {})})
+        wide = f"{human(size) if is_human else size:>14}  {saved:<20}  " if facts else ""
+        session.output.line(wide + place)
     if not found:
         session.output.note("no complete checkpoint is here")
 
 
-@checkpoint.command()
+def _facts(session: Session, url: BlobURL) -> dict[str, tuple[int, str]]:
+    """Of each folder in *url*, by its name: bytes of the blobs in it, and when its metadata was written."""
+    container = session.access.container(url, TransferConfig())
+    prefix = folder_of(url)
+    sizes: Counter[str] = Counter()
+    dates: dict[str, str] = {}
+    for page in container.pages(prefix=prefix, with_modified=True):
+        for name, size, modified in zip(page.names, page.sizes, page.modified, strict=True):
+            folder, _, rest = name[len(prefix) :].partition("/")
+            sizes[prefix + folder] += size
+            if rest == ".metadata":
+                dates[prefix + folder] = date_of(modified)
+    return {folder: (sizes[folder], dates.get(folder, "-")) for folder in sizes}
+
+
+@checkpoint.command(epilog=examples(f"checkpoint inspect {_RUN}/step-1000"))
 @click.argument("url", type=Url())
 @common
 def inspect(session: Session, url: BlobURL) -> None:
@@ -72,7 +90,7 @@ def inspect(session: Session, url: BlobURL) -> None:
     session.output.note(f"{len(rows):,} entries, {human(found.nbytes)}, {found.blobs:,} data blobs")
 
 
-@checkpoint.command()
+@checkpoint.command(epilog=examples(f"checkpoint verify {_RUN}/step-1000"))
 @click.argument("url", type=Url())
 @trust
 @common
@@ -108,7 +126,7 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
                         check([key])
                     return
                 text = str(error.__cause__ or error).split("\n", 1)[0]
-                is_refused = _needs_trust(error) and not trust
+                is_refused = needs_trust(error) and not trust
                 (unchecked if is_refused else broken)[keys[0]] = text
             advance(sum(sizes[key] for key in keys) - told)
 
@@ -126,98 +144,9 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
-@checkpoint.command()
-@click.argument("url", type=Url())
-@click.argument("target")
-@click.option("--key", "keys", multiple=True, help="Only this entry or what is below it; may be repeated.")
-@trust
-@common
-def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], trust: bool) -> None:
-    """Write the checkpoint in the folder URL as TARGET, a file or the URL of a blob that torch.load reads.
-
-    The state dict has to fit into memory. TARGET is replaced when all is written, not before.
-    """
-    import torch
-
-    from azstoragetorch.checkpoint import load_keys
-
-    place = _place(target)
-    credential = session.access.credential(url)
-    with session.output.progress("reading", None) as bar:
-        try:
-            state = load_keys(
-                str(url),
-                keys or None,
-                weights_only=not trust,
-                credential=credential,
-                progress=_steps(bar),
-            )
-        except KeyError as error:
-            raise FileNotFoundError(str(error.args[0])) from None
-        except (CheckpointError, pickle.UnpicklingError) as error:
-            if not _needs_trust(error):
-                raise
-            raise CheckpointError(_untrusted(str(url), error.__cause__ or error)) from None
-    session.output.note(f"writing {target if isinstance(place, Path) else place}")
-    with session.output.progress("writing", bar.total) as bar:
-        if isinstance(place, Path):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".azstoragetorch-") as folder:
-                unfinished = Path(folder) / "state"
-                with unfinished.open("wb") as file:
-                    torch.save(state, _Watched(file, bar))
-                unfinished.replace(place)
-        else:
-            with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
-                torch.save(state, _Watched(blob, bar))
-    session.output.record({"url": str(url), "target": str(place), "entries": len(state)})
-
-
-@checkpoint.command("import")
-@click.argument("source")
-@click.argument("url", type=Url())
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
-@trust
-@common
-def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust: bool) -> None:
-    """Write SOURCE, a file or the URL of a blob that torch.save wrote, as a checkpoint in the folder URL.
-
-    The state dict has to fit into memory, unless SOURCE is a file: that is mapped.
-    """
-    import torch
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    from azstoragetorch.checkpoint import BlobStorageWriter
-
-    place = _place(source)
-    try:
-        if isinstance(place, Path):
-            state = torch.load(place, map_location="cpu", mmap=True, weights_only=not trust)
-        else:
-            with (
-                BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob,
-                session.output.progress("reading", blob.size) as bar,
-            ):
-                state = torch.load(_Watched(blob, bar), map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_untrusted(str(place), error)) from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{place} holds a {type(state).__name__}; a checkpoint is made from a dict")
-    with session.output.progress("writing", None) as bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # that is the intent
-        writer = BlobStorageWriter(
-            str(url), credential=session.access.credential(url), overwrite=overwrite, progress=_steps(bar)
-        )
-        try:
-            save(state, storage_writer=writer, no_dist=True)
-        except CheckpointException as error:
-            raise next(iter(_causes(error)), CheckpointError(str(error))) from None
-    session.output.note(f"{len(state):,} entries are in {url} now")
-    session.output.record({"source": str(place), "url": str(url), "entries": len(state)})
-
-
-@checkpoint.command()
+@checkpoint.command(
+    epilog=examples(f"checkpoint prune {_RUN} --keep 3 --dry-run\ncheckpoint prune {_RUN} --incomplete --yes")
+)
 @click.argument("url", type=Url())
 @click.option("--keep", type=click.IntRange(1), help="Delete all complete checkpoints but the last so many.")
 @click.option("--incomplete", is_flag=True, help="Delete what interrupted saves left.")
@@ -263,13 +192,6 @@ def prune(
         session.output.note("there is nothing to delete")
 
 
-def _place(text: str) -> Path | BlobURL:
-    try:
-        return parse_blob_url(text) if "://" in text else Path(text)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-
-
 def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
     """Keys of about `_AT_ONCE` bytes at a time."""
     batch: list[str] = []
@@ -282,57 +204,3 @@ def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
         held += size
     if batch:
         yield batch
-
-
-class _Watched:
-    """A file that reports to *bar* what is read from it and written to it."""
-
-    def __init__(self, file: Any, bar: Bar) -> None:
-        self._file = file
-        self._bar = bar
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._file.read(size)
-        self._bar(len(data))
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._file.readinto(buffer)
-        self._bar(count)
-        return count
-
-    def write(self, data: Any) -> int:
-        count: int = self._file.write(data)
-        self._bar(count)
-        return count
-
-
-def _steps(bar: Bar) -> Progress:
-    """Reports to *bar* how far a save or load is."""
-    before = 0
-
-    def report(done: int, planned: int) -> None:
-        nonlocal before
-        bar.plan(planned)
-        bar(done - before)
-        before = done
-
-    return report
-
-
-def _causes(error: Any) -> Iterable[Exception]:
-    """What the ranks of a failed save or load say, without torch's wrapping."""
-    return (found[0] for found in error.failures.values() if isinstance(found[0], Exception))
-
-
-def _needs_trust(error: BaseException) -> bool:
-    """Whether *error* says that `torch.load` refused something with ``weights_only=True``."""
-    return isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError)
-
-
-def _untrusted(place: str, error: BaseException) -> str:
-    first = str(error).split("\n", 1)[0]
-    return f"{place}: {first} If you trust who wrote it, add --trust: it may then run what is in there."

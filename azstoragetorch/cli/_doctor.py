@@ -22,12 +22,13 @@ from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import Scope, engine_for
 from azstoragetorch._engine.memory import new_buffer
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.cli import _sweep as sweep
 from azstoragetorch.cli._access import TokenSource
 from azstoragetorch.cli._output import Output, human
-from azstoragetorch.cli._session import Session, Url, common
+from azstoragetorch.cli._session import Session, Url, common, examples
 from azstoragetorch.io import BlobIO
 
 _LATENCIES = 20  # requests whose time is taken one after the other
@@ -56,7 +57,12 @@ class _Site:
         return self.session.access.blob(url, config)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "doctor https://ACCOUNT.blob.core.windows.net/CONTAINER\n"
+        "doctor https://ACCOUNT.blob.core.windows.net/CONTAINER/large.bin --size 64 --rounds 1"
+    )
+)
 @click.argument("url", type=Url())
 @click.option("--size", default=512, show_default=True, help="MiB of the test blob, at most.", type=click.IntRange(8))
 @click.option("--rounds", default=3, show_default=True, help="Measurements of each setting.", type=click.IntRange(1))
@@ -186,7 +192,7 @@ class _Diagnosis:
         """How many measurements `run` makes, unless a sweep ends early."""
         settings = len(sweep.CONCURRENCIES) + len(sweep.PART_SIZES)
         settings += len(sweep.CONCURRENCIES) + len(sweep.BLOCK_SIZES) if self.writes else 0
-        finals = 5 * (2 if self.writes else 1)
+        finals = 7 * (2 if self.writes else 1) + 2
         return self._rounds * (settings + len(sweep.CONNECTIONS)) + (self._rounds + 2) * finals
 
     def run(self) -> None:
@@ -211,24 +217,41 @@ class _Diagnosis:
         self.small = sweep.climb(
             self._requests, sweep.CONNECTIONS, lambda count: replace(self.default, max_connections=count), self._rounds
         )
-        connections = max(sweep.smallest_good(self.small), self.default.max_connections)
+        connections = self._connections()
         # Its neighbours too: one that a noisy moment put aside gets another chance.
         near = [replace(tuned, max_concurrency=max(1, tuned.max_concurrency * step // 2)) for step in (1, 2, 4)]
         self._decide([self.default, chosen, *near], connections)
 
+    def _connections(self) -> int:
+        """How many connections small blobs need: more than by default only if that is clearly faster, twice."""
+        usual = self.default.max_connections
+        wanted = sweep.smallest_good(self.small)
+        if wanted <= usual:
+            return usual
+        configs = {count: replace(self.default, max_connections=count) for count in (usual, wanted)}
+        measured = sweep.measure_in_turns(self._requests, configs, self._rounds + 2)
+        return wanted if sweep.is_clearly_faster(measured[wanted], measured[usual]) else usual
+
     def _decide(self, candidates: list[TransferConfig], connections: int) -> None:
-        """Measure the *candidates* in turns; the defaults win unless another is clearly better."""
+        """Measure the *candidates* in turns, and the best against the defaults once more; the defaults win a draw."""
         candidates = [sweep.fitting(config) for config in dict.fromkeys(candidates)]
-        numbered = dict(enumerate(candidates))
-        download = sweep.take_turns(self._down, numbered, self._rounds + 2)
-        upload = sweep.take_turns(self._up, numbered, self._rounds + 2) if self.writes else {}
-        shares = sweep.shared(*filter(None, (download, upload)))
-        chosen = sweep.smallest_good(shares)  # the first one is the default
-        self.suggested = replace(
-            candidates[chosen], max_connections=max(connections, candidates[chosen].max_connections)
-        )
-        for name, number in (("default", 0), ("suggested", chosen)):
-            self.compared[name] = {"download": download[number]} | ({"upload": upload[number]} if upload else {})
+        measured = self._measured(candidates)
+        chosen = sweep.smallest_good(sweep.shared(*map(sweep.medians, measured)))
+        winner, shown = candidates[0], measured  # the first one has the defaults
+        if sweep.earns_its_place(*_sides(measured, chosen)):
+            again = self._measured([candidates[0], candidates[chosen]])
+            if sweep.earns_its_place(*_sides(again, 1)):
+                winner, shown = candidates[chosen], again
+        self.suggested = replace(winner, max_connections=max(connections, winner.max_connections))
+        for name, number in (("default", 0), ("suggested", 1))[: 1 + (shown is not measured)]:
+            directions = zip(("download", "upload"), shown, strict=False)
+            self.compared[name] = {direction: statistics.median(rates[number]) for direction, rates in directions}
+
+    def _measured(self, configs: list[TransferConfig]) -> list[dict[int, list[float]]]:
+        """What each of *configs* makes of downloads and, where anything is written, uploads."""
+        numbered = dict(enumerate(configs))
+        gauges = [self._down, self._up] if self.writes else [self._down]
+        return [sweep.measure_in_turns(gauge, numbered, self._rounds + 2) for gauge in gauges]
 
     def _read(self, config: TransferConfig, amount: int) -> None:
         url = self._site.read
@@ -251,12 +274,17 @@ class _Diagnosis:
         size = min(_SMALL, version.size)
         buffers = [memoryview(bytearray(size)) for _ in range(config.max_connections)]
 
-        def run(scope: Scope) -> None:
+        def read(_number: int, scope: Scope) -> None:
             buffer = buffers.pop()
             client.fetch(ByteRange(0, size), [buffer], etag=version.etag, scope=scope)
             buffers.append(buffer)
 
-        engine_for(config).run_all([run] * count, config.max_connections)
+        engine_for(config).map(read, range(count), config.max_connections)
+
+
+def _sides(measured: list[dict[int, list[float]]], number: int) -> tuple[list[list[float]], list[list[float]]]:
+    """The measurements of one setting, and those of the defaults, by direction."""
+    return [rates[number] for rates in measured], [rates[0] for rates in measured]
 
 
 def _report(output: Output, found: _Diagnosis, report: dict[str, Any]) -> None:
@@ -265,7 +293,8 @@ def _report(output: Output, found: _Diagnosis, report: dict[str, Any]) -> None:
         plots.append(("upload", "max_concurrency", found.upload, "MiB/s", MiB))
     plots.append(("small blobs", "max_connections", found.small, "blobs/s", 1))
     for title, setting, rates, unit, scale in plots:
-        output.line(f"\n{title}, {unit} by {setting}")
+        output.line("")
+        output.line(f"{title}, {unit} by {setting}")
         best = max(rates.values())
         for value, rate in rates.items():
             output.line(f"{value:>5}  {'█' * max(1, round(rate / best * _BAR)):<{_BAR}}  {rate / scale:,.0f}")
@@ -286,14 +315,19 @@ def _report(output: Output, found: _Diagnosis, report: dict[str, Any]) -> None:
         output.line("")
         output.table("MiB/s, measured in turns", ["", *found.compared], rows)
         arguments = ", ".join(f"{name}={_expression(value)}" for name, value in changed.items())
-        output.line(f"\nsuggested      TransferConfig({arguments})")
-        output.line("for a whole process")
+        output.line("")
+        output.line("suggested, in Python")
+        output.line(f"from azstoragetorch import TransferConfig; transfer = TransferConfig({arguments})")
+        output.line("")
+        output.line("or for a whole process, in the shell")
         for name, text in report["environment"].items():
-            output.line(f"  export {name}={text}")
+            output.line(f"export {name}={text}")
+        output.line("")
         memory = human(found.suggested.memory_limit)
         output.line(f"It may hold {memory} in a process, and so in each worker of a DataLoader.")
     else:
-        output.line("\nsuggested      the defaults: nothing that was tried is clearly faster")
+        output.line("")
+        output.line("suggested      the defaults: nothing that was tried is clearly and repeatedly faster")
     output.record(report)
 
 

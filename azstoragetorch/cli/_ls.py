@@ -3,70 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from azstoragetorch._blob.client import ContainerClient
+from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import BlobURL, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._files.places import printable
-from azstoragetorch.cli._output import human
-from azstoragetorch.cli._session import NOT_FOUND, Session, Url, common
+from azstoragetorch.cli._output import date_of, human
+from azstoragetorch.cli._places import Glob, UrlOrGlob
+from azstoragetorch.cli._session import NOT_FOUND, Session, common, examples
+
+_EXAMPLES = """
+ls https://ACCOUNT.blob.core.windows.net/CONTAINER
+ls -H https://ACCOUNT.blob.core.windows.net/CONTAINER/train
+ls -l 'https://ACCOUNT.blob.core.windows.net/CONTAINER/train/*.tar'
+ls -r --json https://ACCOUNT.blob.core.windows.net/CONTAINER --prefix train/
+"""
 
 
-@click.command()
-@click.argument("url", type=Url())
+@click.command(epilog=examples(_EXAMPLES))
+@click.argument("url", type=UrlOrGlob())
 @click.option("--recursive", "-r", is_flag=True, help="Everything below, not one level.")
-@click.option("--long", "-l", "is_long", is_flag=True, help="Size in bytes, ETag and name.")
+@click.option(
+    "--long", "-l", "is_long", is_flag=True, help="Size in bytes, date of the last change in UTC, ETag, name."
+)
 @click.option("--human", "-H", "is_human", is_flag=True, help="Like --long, with sizes such as 1.5 MiB.")
 @click.option("--prefix", default="", help="Only names that begin so, below URL.")
 @common
-def ls(session: Session, url: BlobURL, recursive: bool, is_long: bool, is_human: bool, prefix: str) -> None:
+def ls(session: Session, url: BlobURL | Glob, recursive: bool, is_long: bool, is_human: bool, prefix: str) -> None:
     """List the blobs and folders at URL: a container, a folder in it, or one blob.
+
+    In URL, * stands for any characters of a name, ** for slashes, too.
 
     Names are relative to the container, one a line, folders end with a slash. Control characters in names are
     escaped; --json has them exact.
     """
-    container = session.access.container(url, TransferConfig())
+    place = url.url if isinstance(url, Glob) else url
+    listing = _Listing(session.access.container(place, TransferConfig()), is_long or is_human)
+    if isinstance(url, Glob):
+        if prefix:
+            raise click.UsageError(f"{url} is a pattern: leave out --prefix")
+        entries = listing.matching(url, recursive=recursive)
+    else:
+        entries = listing.below(url.blob, prefix, "" if recursive else "/")
     blobs = folders = size = 0
-    for entry in _entries(container, url.blob, prefix, "" if recursive else "/"):
+    for entry in entries:
         session.output.record(entry)
-        if "prefix" in entry:
-            folders += 1
-            name, columns = entry["prefix"], ("-", "-")
-        else:
-            blobs += 1
-            size += entry["size"]
-            name = entry["name"]
-            columns = (human(entry["size"]) if is_human else str(entry["size"]), entry["etag"])
-        wide = f"{columns[0]:>14}  {columns[1]:<21}  " if is_long or is_human else ""
-        session.output.line(wide + printable(name))
+        blobs += "name" in entry
+        folders += "prefix" in entry
+        size += entry.get("size", 0)
+        session.output.line(_row(entry, is_human=is_human) if listing.has_dates else _name(entry))
     if not blobs and not folders:
-        if url.blob or prefix:
+        if place.blob or prefix:
             session.output.error(f"{url}: nothing here", NOT_FOUND)
             raise click.exceptions.Exit(NOT_FOUND)
         session.output.note("the container is empty")
-    if is_long or is_human:
+    if listing.has_dates:
         session.output.note(f"{blobs:,} blobs, {human(size)}" + (f", {folders:,} folders" if folders else ""))
 
 
-def _entries(container: ContainerClient, path: str, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
-    if path and not path.endswith("/"):
-        if not prefix:
-            # The blob of exactly this name comes first among all that begin so.
-            for page in container.pages(prefix=path, delimiter="/"):
-                if path in page.names[:1]:
-                    yield _blob(container, page.names[0], page.sizes[0], page.etags[0])
-                break
-        path += "/"
-    for page in container.pages(prefix=path + prefix, delimiter=delimiter):
-        found = [
-            *({"prefix": name} for name in page.prefixes),
-            *(_blob(container, *blob) for blob in zip(page.names, page.sizes, page.etags, strict=True)),
-        ]
-        yield from sorted(found, key=lambda entry: str(entry.get("prefix", entry.get("name"))))
+def _name(entry: dict[str, Any]) -> str:
+    return printable(entry.get("name") or entry["prefix"])
 
 
-def _blob(container: ContainerClient, name: str, size: int, etag: str) -> dict[str, Any]:
-    return {"name": name, "size": size, "etag": etag, "url": url_of_name(str(container.url), name)}
+def _row(entry: dict[str, Any], *, is_human: bool) -> str:
+    if "prefix" in entry:
+        size, date, etag = "-", "-", "-"
+    else:
+        size = human(entry["size"]) if is_human else str(entry["size"])
+        date, etag = entry["modified"], entry["etag"]
+    return f"{size:>14}  {date:<20}  {etag:<21}  {_name(entry)}"
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A container as entries: blobs and, on one level, folders."""
+
+    container: ContainerClient
+    has_dates: bool
+
+    def below(self, path: str, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        """What is in the folder *path*, and the blob of that name."""
+        if path and not path.endswith("/"):
+            if not prefix:
+                # The blob of exactly this name comes first among all that begin so.
+                for page in self._pages(path, "/"):
+                    if path in page.names[:1]:
+                        yield next(self._blobs(page))
+                    break
+            path += "/"
+        for page in self._pages(path + prefix, delimiter):
+            found = [*({"prefix": name} for name in page.prefixes), *self._blobs(page)]
+            yield from sorted(found, key=lambda entry: str(entry.get("prefix", entry.get("name"))))
+
+    def matching(self, glob: Glob, *, recursive: bool) -> Iterator[dict[str, Any]]:
+        """The blobs that match *glob*."""
+        for page in glob.pages(self.container, recursive=recursive, with_modified=self.has_dates):
+            yield from (entry for entry in self._blobs(page) if glob.matches(entry["name"], recursive=recursive))
+
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[Page]:
+        return self.container.pages(prefix=prefix, delimiter=delimiter, with_modified=self.has_dates)
+
+    def _blobs(self, page: Page) -> Iterator[dict[str, Any]]:
+        dates = page.modified or [""] * len(page.names)
+        for name, size, etag, modified in zip(page.names, page.sizes, page.etags, dates, strict=True):
+            date = {"modified": date_of(modified)} if self.has_dates else {}
+            url = url_of_name(str(self.container.url), name)
+            yield {"name": name, "size": size, "etag": etag, "url": url, **date}

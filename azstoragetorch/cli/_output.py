@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timezone
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import click
@@ -63,6 +65,14 @@ def human(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def date_of(header: str) -> str:
+    """``2026-11-27T12:00:00Z`` for the date of an HTTP header; what is not a date stays as it is."""
+    try:
+        return parsedate_to_datetime(header).astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        return printable(header) or "-"
 
 
 class Bar:

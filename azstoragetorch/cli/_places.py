@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,13 +54,22 @@ class Glob:
         before = self.url.blob.partition("*")[0]
         return before[: before.rfind("/") + 1]
 
-    def pages(self, container: ContainerClient, *, recursive: bool = False) -> Iterator[list[tuple[str, int, str]]]:
-        """Name, length and ETag of what matches; with *recursive*, what is below a match, too."""
+    def matches(self, name: str, *, recursive: bool = False) -> bool:
+        """Whether a blob *name* matches; with *recursive*, or is below a match."""
+        return _pattern(self.url.blob, recursive=recursive).fullmatch(name) is not None
+
+    def pages(
+        self, container: ContainerClient, *, recursive: bool = False, with_modified: bool = False
+    ) -> Iterator[Page]:
+        """Pages of a listing that has all blobs that match, and others."""
         before, _, rest = self.url.blob.partition("*")
-        is_one_level = "/" not in rest and not rest.startswith("*") and not recursive
-        matches = _pattern(self.url.blob, recursive=recursive).fullmatch
-        for page in container.pages(prefix=before, delimiter="/" if is_one_level else ""):
-            yield [blob for blob in blobs_of(page) if matches(blob[0])]
+        is_one_level = "/" not in rest and not rest.startswith("*") and "**" not in rest and not recursive
+        return container.pages(prefix=before, delimiter="/" if is_one_level else "", with_modified=with_modified)
+
+    def blobs(self, container: ContainerClient, *, recursive: bool = False) -> Iterator[tuple[str, int, str]]:
+        """Name, length and ETag of the blobs that match."""
+        for page in self.pages(container, recursive=recursive):
+            yield from (blob for blob in blobs_of(page) if self.matches(blob[0], recursive=recursive))
 
 
 Source: TypeAlias = "BlobURL | Glob | LocalPath | Standard"
@@ -120,6 +130,7 @@ def folder_of(url: BlobURL) -> str:
     return f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
 
 
+@lru_cache(maxsize=16)
 def _pattern(glob: str, *, recursive: bool) -> re.Pattern[str]:
     """``*`` stands for any characters of a name but a slash, ``**`` for any characters."""
     parts = (

@@ -127,7 +127,7 @@ class Plan:
 
     def _add_glob(self, source: Glob, target: Target, *, recursive: bool) -> None:
         container = self._session.access.container(source.url, self._config)
-        found = {name: size for blobs in source.pages(container, recursive=recursive) for name, size, _ in blobs}
+        found = {name: size for name, size, _ in source.blobs(container, recursive=recursive)}
         if not found:
             raise FileNotFoundError(f"{source}: nothing matches")
         if isinstance(target, BlobURL) and not _is_container_or_folder(target):

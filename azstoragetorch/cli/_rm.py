@@ -78,8 +78,8 @@ def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_
 def _find(session: Session, config: TransferConfig, url: BlobURL | Glob, recursive: bool) -> list[_Blob]:
     if isinstance(url, Glob):
         container = session.access.container(url.url, config)
-        pages = url.pages(container, recursive=recursive)
-        return [_Blob(url.url.with_blob(name), size, etag) for page in pages for name, size, etag in page]
+        blobs = list(url.blobs(container, recursive=recursive))
+        return [_Blob(url.url.with_blob(name), size, etag) for name, size, etag in blobs]
     if recursive:
         container = session.access.container(url, config)
         blobs = [blob for page in container.pages(prefix=folder_of(url)) for blob in blobs_of(page)]

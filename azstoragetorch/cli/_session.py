@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,8 @@ def advice(error: BaseException) -> str:
     cause = error if isinstance(error, ClientAuthenticationError) else error.__cause__
     if isinstance(cause, ClientAuthenticationError) and cause.status_code is None:
         first = text.strip().split("\n", 1)[0].strip()
-        return f"not signed in. {SIGN_IN} The reason: {first}"
+        of_az = re.search(r"AzureCliCredential: ([^\n]*)", text)
+        return f"not signed in. {SIGN_IN} The reason: {first}" + (f" `az`: {of_az[1]}." if of_az else "")
     return text
 
 

@@ -18,6 +18,8 @@ PART_SIZES = (4 * MiB, 8 * MiB, 16 * MiB, 32 * MiB)
 BLOCK_SIZES = (8 * MiB, 16 * MiB, 32 * MiB)
 CONNECTIONS = (16, 32, 64, 128)
 
+CLEARLY = 1.10  # times the rate of the defaults: below this a user would not notice
+SLIGHTLY = 1.03  # measurements of the same setting differ by about this much
 ENOUGH = 0.97  # a smaller setting that reaches this share of the best is preferred: it costs less memory
 FIRST = 8 * MiB  # bytes of the first measurement, when nothing is known yet
 _HOPELESS = 2  # settings in a row that bring nothing end a sweep
@@ -93,6 +95,21 @@ def take_turns(
     rates: dict[int, list[float]] | None = None,
 ) -> dict[int, float]:
     """Medians of *rounds* measurements of each, made in turns; *rates* are those made already."""
+    return medians(measure_in_turns(gauge, configs, rounds, rates))
+
+
+def medians(measured: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """The median of each."""
+    return {setting: statistics.median(rates) for setting, rates in measured.items()}
+
+
+def measure_in_turns(
+    gauge: Gauge,
+    configs: Mapping[int, TransferConfig],
+    rounds: int,
+    rates: dict[int, list[float]] | None = None,
+) -> dict[int, list[float]]:
+    """*rounds* measurements of each, made in turns; those with the same index were made next to each other."""
     if rates is None:
         gauge.level(configs.values())
         rates = {setting: [] for setting in configs}
@@ -101,7 +118,25 @@ def take_turns(
         for setting in list(configs)[:: -1 if number % 2 else 1]:
             if len(rates[setting]) <= number:
                 rates[setting].append(gauge.rate(configs[setting]))
-    return {setting: statistics.median(measured) for setting, measured in rates.items()}
+    return rates
+
+
+def is_clearly_faster(other: Sequence[float], default: Sequence[float]) -> bool:
+    """Whether *other* beats *default* by a margin, in the median and, but for one, in every pair of measurements."""
+    wins = sum(rate > usual * SLIGHTLY for rate, usual in zip(other, default, strict=True))
+    is_faster = statistics.median(other) >= statistics.median(default) * CLEARLY
+    return is_faster and wins >= max(1, len(default) - 1)
+
+
+def is_slower(other: Sequence[float], default: Sequence[float]) -> bool:
+    """Whether *other* is slower than *default*, by more than measurements differ anyway."""
+    return statistics.median(other) * SLIGHTLY < statistics.median(default)
+
+
+def earns_its_place(others: Sequence[Sequence[float]], defaults: Sequence[Sequence[float]]) -> bool:
+    """Whether a setting is to be suggested: clearly faster in one direction, and slower in none."""
+    pairs = list(zip(others, defaults, strict=True))
+    return any(is_clearly_faster(*pair) for pair in pairs) and not any(is_slower(*pair) for pair in pairs)
 
 
 def smallest_good(rates: Mapping[int, float], *, enough: float = ENOUGH) -> int:

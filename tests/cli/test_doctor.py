@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from azure.identity import ChainedTokenCredential
@@ -15,8 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch import TransferConfig
+from azstoragetorch._blob.url import parse_url
 from azstoragetorch.cli import _sweep as sweep
-from azstoragetorch.cli._access import TokenSource
+from azstoragetorch.cli._access import Access, TokenSource
+from azstoragetorch.cli._doctor import _Diagnosis, _report, _Site
+from azstoragetorch.cli._output import Output
+from azstoragetorch.cli._session import Session
 from tests.azurite.container import Container
 from tests.azurite.token import AzuriteTokenCredential
 from tests.cli.conftest import Command
@@ -54,6 +59,50 @@ def test_for_people_it_draws(container: Container, command: Command) -> None:
     assert ended.code == 0, ended.err
     for word in ("latency in ms", "download, MiB/s by max_concurrency", "upload", "small blobs", "█", "suggested"):
         assert word in ended.out
+
+
+@pytest.mark.parametrize(
+    ("other", "default", "is_suggested"),
+    [
+        ([[120, 118, 122]], [[100, 101, 99]], True),
+        ([[120, 90, 122, 121, 119]], [[100, 101, 99, 100, 100]], True),  # one bad moment
+        ([[105, 106, 104]], [[100, 101, 99]], False),  # too little
+        ([[150, 95, 150, 94, 150]], [[100, 101, 99, 100, 100]], False),  # not every time
+        ([[797, 798, 796]], [[851, 850, 852]], False),
+        ([[100, 100, 100]], [[100, 100, 100]], False),
+        ([[150, 150, 150], [90, 90, 90]], [[100, 100, 100], [100, 100, 100]], False),  # uploads are slower
+        ([[150, 150, 150], [99, 100, 98]], [[100, 100, 100], [100, 100, 100]], True),
+    ],
+)
+def test_only_what_is_clearly_and_repeatedly_faster_is_suggested(
+    other: list[list[float]], default: list[list[float]], is_suggested: bool
+) -> None:
+    assert sweep.earns_its_place(other, default) is is_suggested
+
+
+def test_what_it_suggests_can_be_pasted(capfd: pytest.CaptureFixture[str]) -> None:
+    """A line of Python that runs, and lines for a shell, with nothing before or behind them."""
+    place = parse_url("https://account.blob.core.windows.net/c/b")
+    session = Session(Access(print), Output())
+    found = _Diagnosis(_Site(session, place, place, None, 8 * MiB), 1, 0.01, lambda: None)
+    found.download = found.small = {1: 1.0}
+    found.compared = {"default": {"download": 1.0}, "suggested": {"download": 2.0}}
+    found.suggested = TransferConfig(max_concurrency=32, read_ahead=256 * MiB, max_connections=100)
+    _report(session.output, found, {})
+    lines = capfd.readouterr().out.splitlines()
+    (python,) = [line for line in lines if "TransferConfig(" in line]
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["transfer"] == found.suggested
+    shell = [line for line in lines if "AZSTORAGETORCH" in line]
+    ran = subprocess.run(
+        ["sh", "-ec", "\n".join([*shell, "env"])], capture_output=True, text=True, check=True, env={}
+    ).stdout
+    assert {line for line in ran.splitlines() if line.startswith("AZSTORAGETORCH")} == {
+        "AZSTORAGETORCH_MAX_CONCURRENCY=32",
+        f"AZSTORAGETORCH_READ_AHEAD={256 * MiB}",
+        "AZSTORAGETORCH_MAX_CONNECTIONS=100",
+    }
 
 
 def test_a_blob_is_only_read(container: Container, command: Command) -> None:

@@ -1,0 +1,231 @@
+"""``azstoragetorch checkpoint export`` and ``import``: between a checkpoint and one file that `torch.load` reads."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from azure.core.exceptions import AzureError
+
+from azstoragetorch._blob.url import BlobURL, parse_blob_url
+from azstoragetorch._files.places import is_stream_target, open_to_read, reads_without_length, whole_file
+from azstoragetorch.cli._output import Bar
+from azstoragetorch.cli._places import Standard
+from azstoragetorch.cli._session import Session, Url, common, examples
+from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
+from azstoragetorch.io import BlobIO
+
+if TYPE_CHECKING:
+    from azstoragetorch.checkpoint import Progress
+
+_RUN = "https://ACCOUNT.blob.core.windows.net/CONTAINER/run"
+
+trust = click.option("--trust", is_flag=True, help="Unpickle entries that are not tensors, which may run any code.")
+
+
+@click.command(
+    epilog=examples(
+        f"checkpoint export {_RUN}/step-1000 model.pt\ncheckpoint export {_RUN}/step-1000 model.pt --key model"
+    )
+)
+@click.argument("url", type=Url())
+@click.argument("target")
+@click.option("--key", "keys", multiple=True, help="Only this entry or what is below it; may be repeated.")
+@trust
+@common
+def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], trust: bool) -> None:
+    """Write the checkpoint in the folder URL as TARGET, a file or the URL of a blob that torch.load reads.
+
+    The state dict has to fit into memory. TARGET is replaced when everything is written, not before. '-' is standard
+    output; a fifo or device is written into.
+    """
+    import torch
+
+    place = _place(target, "/dev/stdout")
+    if isinstance(place, Standard) and session.output.is_json:
+        raise click.UsageError("--json prints to standard output, which is TARGET here: leave one of them out")
+    if isinstance(place, Path):
+        is_stream_target(place)  # what a file cannot replace shows before the checkpoint is read
+    with session.output.progress("reading", None) as bar:
+        state = _loaded(session, url, keys, trust, steps(bar))
+    session.output.note(f"writing {place}")
+    with session.output.progress("writing", bar.total) as bar, _open_target(session, place) as file:
+        torch.save(state, _Watched(file, bar))
+    session.output.record({"url": str(url), "target": str(place), "entries": len(state)})
+
+
+@click.command(
+    "import",
+    epilog=examples(
+        f"checkpoint import model.pt {_RUN}/step-0\n"
+        f"checkpoint import https://ACCOUNT.blob.core.windows.net/CONTAINER/model.pt {_RUN}/step-0 --overwrite"
+    ),
+)
+@click.argument("source")
+@click.argument("url", type=Url())
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@trust
+@common
+def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust: bool) -> None:
+    """Write SOURCE, a file or the URL of a blob that torch.save wrote, as a checkpoint in the folder URL.
+
+    The state dict has to fit into memory, unless SOURCE is a file: that is mapped. '-' is standard input.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    from azstoragetorch.checkpoint import BlobStorageWriter
+
+    place = _place(source, "/dev/stdin")
+    with _as_checkpoint_errors(place):
+        state = _read_source(session, place, trust)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{place} holds a {type(state).__name__}; a checkpoint is made from a dict")
+    with session.output.progress("writing", None) as bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # that is the intent
+        writer = BlobStorageWriter(
+            str(url), credential=session.access.credential(url), overwrite=overwrite, progress=steps(bar)
+        )
+        try:
+            save(state, storage_writer=writer, no_dist=True)
+        except CheckpointException as error:
+            raise next(iter(_causes(error)), CheckpointError(str(error))) from None
+    session.output.note(f"{len(state):,} entries are in {url} now")
+    session.output.record({"source": str(place), "url": str(url), "entries": len(state)})
+
+
+def _place(text: str, stream: str) -> Path | BlobURL | Standard:
+    if text in ("-", stream):
+        return Standard.STREAM
+    try:
+        return parse_blob_url(text) if "://" in text else Path(text)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _loaded(session: Session, url: BlobURL, keys: tuple[str, ...], trust: bool, progress: Progress) -> dict[str, Any]:
+    from azstoragetorch.checkpoint import load_keys
+
+    credential = session.access.credential(url)
+    try:
+        return load_keys(str(url), keys or None, weights_only=not trust, credential=credential, progress=progress)
+    except KeyError as error:
+        raise FileNotFoundError(str(error.args[0])) from None
+    except (CheckpointError, pickle.UnpicklingError) as error:
+        if not needs_trust(error):
+            raise
+        raise CheckpointError(_untrusted(str(url), error.__cause__ or error)) from None
+
+
+@contextmanager
+def _open_target(session: Session, place: Path | BlobURL | Standard) -> Iterator[Any]:
+    """A file for the bytes of *place*, which has them all or none in the end, unless it is a stream."""
+    if isinstance(place, BlobURL):
+        with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
+            yield blob
+    elif isinstance(place, Path):
+        with whole_file(place) as file:
+            yield file
+    else:
+        with os.fdopen(os.dup(1), "wb") as stream:
+            yield stream
+
+
+def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool) -> Any:
+    """What `torch.save` wrote to *place*."""
+    import torch
+
+    if isinstance(place, BlobURL):
+        with (
+            BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob,
+            session.output.progress("reading", blob.size) as bar,
+        ):
+            return torch.load(_Watched(blob, bar), map_location="cpu", weights_only=not trust)
+    if isinstance(place, Path) and not reads_without_length(place, place.stat()):
+        # What releases before 1.6 wrote is not a zip file, and cannot be mapped.
+        is_zip = zipfile.is_zipfile(place)
+        return torch.load(place, map_location="cpu", mmap=is_zip, weights_only=not trust)
+    stream = open_to_read(place) if isinstance(place, Path) else os.fdopen(os.dup(0), "rb")
+    with stream, tempfile.TemporaryFile() as file:  # torch.load seeks
+        shutil.copyfileobj(stream, file)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=not trust)
+
+
+@contextmanager
+def _as_checkpoint_errors(place: Path | BlobURL | Standard) -> Iterator[None]:
+    """`torch.load` raises whatever it stumbles over in a file that `torch.save` did not write."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_untrusted(str(place), error)) from None
+    except (AzureError, AZStorageTorchError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"{place} cannot be read as a file that torch.save wrote: {type(error).__name__}: {first}"
+        ) from error
+
+
+class _Watched:
+    """A file that reports to *bar* what is read from it and written to it."""
+
+    def __init__(self, file: Any, bar: Bar) -> None:
+        self._file = file
+        self._bar = bar
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._file.read(size)
+        self._bar(len(data))
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self._bar(count)
+        return count
+
+    def write(self, data: Any) -> int:
+        count: int = self._file.write(data)
+        self._bar(count)
+        return count
+
+
+def steps(bar: Bar) -> Progress:
+    """Reports to *bar* how far a save or load is."""
+    before = 0
+
+    def report(done: int, planned: int) -> None:
+        nonlocal before
+        bar.plan(planned)
+        bar(done - before)
+        before = done
+
+    return report
+
+
+def _causes(error: Any) -> Iterable[Exception]:
+    """What the ranks of a failed save or load say, without torch's wrapping."""
+    return (found[0] for found in error.failures.values() if isinstance(found[0], Exception))
+
+
+def needs_trust(error: BaseException) -> bool:
+    """Whether *error* says that `torch.load` refused something with ``weights_only=True``."""
+    return isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError)
+
+
+def _untrusted(place: str, error: BaseException) -> str:
+    first = str(error).split("\n", 1)[0]
+    return f"{place}: {first} If you trust who wrote it, add --trust: it may then run what is in there."
