@@ -27,13 +27,22 @@ def test_without_its_extra_it_says_what_to_install() -> None:
     assert "pip install 'azstoragetorch[cli]'" in ended.stderr
 
 
+def test_the_package_runs_as_a_module() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "azstoragetorch", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "azstoragetorch" in ended.stdout
+
+
 def test_importing_it_needs_no_extra() -> None:
     assert "ok" in run_python(
         "import sys\nsys.modules['click'] = sys.modules['rich'] = None\nimport azstoragetorch.cli\nprint('ok')"
     )
 
 
-@pytest.mark.parametrize("name", [[], ["doctor"], ["ls"], ["cp"], ["bench"], ["completion"], ["checkpoint", "verify"]])
+@pytest.mark.parametrize(
+    "name", [[], ["doctor"], ["ls"], ["cp"], ["rm"], ["bench"], ["completion"], ["checkpoint", "verify"]]
+)
 def test_every_command_explains_itself(command: Command, name: list[str]) -> None:
     ended = command(*name, "--help")
     assert ended.code == 0
@@ -81,6 +90,80 @@ def test_a_key_of_another_account_is_not_used(container: Container, command: Com
     ended = command("ls", container.url, AZURE_STORAGE_ACCOUNT="another")
     assert ended.code == 2
     assert "never sent over plain http" in ended.err
+
+
+def test_a_key_that_is_not_used_is_said(container: Container, command: Command) -> None:
+    """With the variable to change, once, and not where the key is used."""
+    ended = command("cp", "-r", container.url, container.blob_url("d"), AZURE_STORAGE_ACCOUNT="another")
+    assert ended.err.count("AZURE_STORAGE_KEY not used") == 1
+    assert "AZURE_STORAGE_ACCOUNT is another" in ended.err
+    assert "warning" not in command("ls", container.url, AZURE_STORAGE_ACCOUNT=container.service.account_name).err
+
+
+def test_a_misspelt_setting_is_said(container: Container) -> None:
+    key = container.service.account_key
+    ended = run_command("ls", container.url, AZURE_STORAGE_KEY=key, AZSTORAGETORCH_MAX_CONCURENCY="3")
+    assert ended.code == 0
+    (line,) = [line for line in ended.err.splitlines() if "CONCURENCY" in line]
+    assert line.startswith("azstoragetorch: warning: ")
+    assert "AZSTORAGETORCH_MAX_CONCURRENCY" in line
+
+
+def test_without_a_login_it_says_how_to_get_one() -> None:
+    """In one line, in the order in which people try, and in terms of a shell."""
+    ended = run_command("ls", "https://account.blob.core.windows.net/c", PATH="/nonexistent", timeout=120)
+    assert ended.code == 4
+    (line,) = ended.err.splitlines()
+    ways = [line.index(way) for way in ("az login", "--sas-env", "AZURE_STORAGE_KEY", "--anonymous")]
+    assert ways == sorted(ways)
+    assert "credential=" not in line
+    assert "\\n" not in line
+
+
+@pytest.mark.parametrize("arguments", [["ls", "{url}"], ["ls", "{url}", "--anonymous"], ["cp", "{url}/b", "/dev/null"]])
+def test_advice_is_for_a_shell(container: Container, command: Command, arguments: list[str]) -> None:
+    ended = command(*(argument.format(url=container.url) for argument in arguments), AZURE_STORAGE_KEY="")
+    assert ended.code in (2, 4)
+    assert "credential=" not in ended.err
+    assert "--anonymous" in ended.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["completion"], ["completion", "\x1b[2J"], ["cpp"], ["ls", "--recursiv", "x"], ["ls", "a\tb\x1b[2J"]]
+)
+def test_hints_are_without_escapes(command: Command, arguments: list[str]) -> None:
+    """Line breaks of the parser are spaces; what somebody typed is escaped."""
+    ended = command(*arguments)
+    assert ended.code == 2
+    assert "\\n\\t" not in ended.err
+    assert "\x1b" not in ended.err
+    assert "Try 'azstoragetorch" in ended.err
+
+
+def test_every_command_has_examples(command: Command) -> None:
+    groups: list[list[str]] = [[name] for name in ("doctor", "ls", "cp", "rm", "bench", "completion")]
+    groups += [["checkpoint", name] for name in ("ls", "inspect", "verify", "export", "import", "prune")]
+    for name in groups:
+        shown = command(*name, "--help").out.partition("Examples:\n")[2]
+        assert f"azstoragetorch {' '.join(name)} " in shown
+
+
+def test_warnings_do_not_steer_the_terminal() -> None:
+    """Those of the library as well, whatever they name."""
+    program = (
+        "import logging, sys, warnings\nfrom azstoragetorch.cli import _app, _access\n"
+        "def warn(*_):\n    warnings.warn('a\\x1b[2J\\nname')\n"
+        "    logging.getLogger('azstoragetorch').warning('b\\x1b[2J')\n    raise ValueError('c')\n"
+        "_access.Access.container = warn\n"
+        "sys.exit(_app.run(['ls', 'https://account.blob.core.windows.net/c']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "azstoragetorch: warning: a\\x1b[2J name",
+        "azstoragetorch: warning: b\\x1b[2J",
+        "azstoragetorch: c",
+    ]
 
 
 @pytest.mark.parametrize(

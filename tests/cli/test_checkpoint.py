@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
 from tests.azurite.container import Container
 from tests.cli.conftest import Command
+from tests.support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 STATE = {"model": {"weight": torch.arange(1000.0).reshape(10, 100), "bias": torch.ones(7)}, "epoch": torch.tensor(3)}
@@ -34,6 +39,95 @@ def test_ls(container: Container, command: Command) -> None:
     container.put("run/step-2000/__0_0.distcp", b"an interrupted save")
     assert command("checkpoint", "ls", f"{container.url}/run").out.splitlines() == urls
     assert command("checkpoint", "ls", f"{container.url}/run", "--latest", "--json").records == [{"url": urls[1]}]
+
+
+def test_ls_shows_sizes_and_dates(container: Container, command: Command) -> None:
+    url = save(container, "run/step-1")
+    blobs = [blob for blob in container.client.list_blobs() if blob.name.startswith("run/step-1/")]
+    saved = container.client.get_blob_client("run/step-1/.metadata").get_blob_properties().last_modified
+    facts = {"url": url, "bytes": sum(blob.size for blob in blobs), "saved": saved.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    assert command("checkpoint", "ls", "-l", f"{container.url}/run", "--json").records == [facts]
+    shown = command("checkpoint", "ls", "-H", f"{container.url}/run").out
+    assert "KiB" in shown
+    assert facts["saved"] in shown
+    assert url in shown
+
+
+def test_export_writes_into_devices_and_fifos(container: Container, command: Command, tmp_path: Path) -> None:
+    url = save(container, "step")
+    before = Path("/dev/null").stat()
+    assert command("checkpoint", "export", url, "/dev/null").code == 0
+    assert Path("/dev/null").stat().st_ino == before.st_ino
+    fifo, got = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()))
+    reader.start()
+    ended = command("checkpoint", "export", url, fifo)
+    reader.join()
+    assert ended.code == 0, ended.err
+    assert torch.equal(torch.load(io.BytesIO(got[0]))["epoch"], STATE["epoch"])
+    assert fifo.is_fifo()
+
+
+def test_export_neither_follows_nor_replaces_a_link(container: Container, command: Command, tmp_path: Path) -> None:
+    """It says so before it reads the checkpoint; nor does it replace a folder."""
+    url = save(container, "step")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to("precious")
+    (tmp_path / "folder").mkdir()
+    for name, word in [("link", "is a link to"), ("folder", "is a folder")]:
+        ended = command("checkpoint", "export", url, tmp_path / name)
+        assert ended.code == 1
+        assert word in ended.err
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "precious"]
+
+
+def test_a_full_disk_ends_an_export_with_an_error(container: Container, command: Command) -> None:
+    url = save(container, "step")
+    ended = command("checkpoint", "export", url, "/dev/full")
+    assert ended.code == 1
+    assert "No space left" in ended.err
+
+
+def test_import_from_standard_input(container: Container, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "state.pt")
+    url = f"{container.url}/step"
+    with (tmp_path / "state.pt").open("rb") as file:
+        ended = subprocess.run(
+            [sys.executable, "-m", "azstoragetorch", "checkpoint", "import", "-", url],
+            cwd=ROOT,
+            env={**os.environ, "AZURE_STORAGE_KEY": container.service.account_key},
+            stdin=file,
+            capture_output=True,
+            check=False,
+        )
+    assert ended.returncode == 0, ended.stderr
+    assert "step/.metadata" in container.names()
+
+
+def test_import_of_a_legacy_file(container: Container, command: Command, tmp_path: Path) -> None:
+    """What torch wrote before it wrote zip files."""
+    torch.save(STATE, tmp_path / "state.pth", _use_new_zipfile_serialization=False)
+    ended = command("checkpoint", "import", tmp_path / "state.pth", f"{container.url}/step")
+    assert ended.code == 0, ended.err
+    assert command("checkpoint", "verify", f"{container.url}/step").code == 0
+
+
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00."])
+def test_import_of_something_else_is_an_error(
+    container: Container, command: Command, tmp_path: Path, data: bytes
+) -> None:
+    """One that names it, from a file and from a blob."""
+    (tmp_path / "state.pt").write_bytes(data)
+    container.put("state.pt", data)
+    for place in (tmp_path / "state.pt", container.blob_url("state.pt")):
+        ended = command("checkpoint", "import", place, f"{container.url}/step")
+        assert ended.code == 1, ended.err
+        assert "state.pt" in ended.err
+        assert len(ended.err.splitlines()) == 1
+    assert container.names() == ["state.pt"]
 
 
 def test_inspect(container: Container, command: Command) -> None:

@@ -46,6 +46,15 @@ def test_sizes(filled: Container, command: Command) -> None:
     assert command("ls", filled.url, "--long", "--quiet").err == ""
 
 
+def test_dates(filled: Container, command: Command) -> None:
+    """Of the last change, in UTC; nothing asks for them unless they are shown."""
+    changed = filled.client.get_blob_client("a.txt").get_blob_properties().last_modified
+    shown = changed.strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert any(shown in line and "a.txt" in line for line in command("ls", "-l", filled.url).out.splitlines())
+    assert shown in command("ls", "-l", filled.blob_url("a.txt")).out
+    assert command("ls", "-l", "--json", filled.blob_url("a.txt")).records[0]["modified"] == shown
+
+
 def test_json_has_all_facts(filled: Container, command: Command) -> None:
     records = command("ls", filled.url, "--json").records
     assert {"prefix": "train/"} in records
