@@ -79,7 +79,7 @@ class BlobIO(io.BufferedIOBase):
             raise ValueError(f"mode {mode!r}: {url} with a snapshot or versionid can only be read")
         if transfer is not None and not isinstance(transfer, TransferConfig):
             raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
-        client = BlobClient(url, CredentialHolder(credential, url.sas), transfer or TransferConfig())
+        client = BlobClient(url, CredentialHolder(credential, url.sas, named=url), transfer or TransferConfig())
         self._set_up(client, mode)
 
     @classmethod

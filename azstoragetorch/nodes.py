@@ -142,7 +142,7 @@ class BlobLister(_Node[BlobInfo]):
         roots = [source] if isinstance(source, str) else source
         self._roots: list[BlobURL] = [parse_url(root, argument="source") for root in roots]
         self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
-        self._access = Access(credential, transfer)
+        self._access = Access(credential, transfer, self._roots[0] if isinstance(source, str) else None)
 
     def get_state(self) -> State:
         """How many blobs were yielded, and which, by a checksum."""

@@ -19,9 +19,10 @@ from azure.core.exceptions import (
     ServiceRequestError,
 )
 
-from azstoragetorch._blob.credentials import SCOPE, CredentialHolder, check_credential
+from azstoragetorch._blob.credentials import CredentialHolder, check_credential
 from azstoragetorch._blob.secret import Secret
 from azstoragetorch._blob.url import parse_url
+from azstoragetorch._engine.process import PerProcess
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
@@ -30,6 +31,7 @@ from tests.faults import FaultService, Match, Redirect, Status
 from tests.support import QUICK, blob_client, container_client, content, run_python, run_threads, taking
 
 DATA = content(300_000)
+SCOPE = "https://storage.azure.com/.default"
 HTTPS = parse_url("https://account.blob.core.windows.net/c/b")
 HTTP = parse_url("http://127.0.0.1:10000/account/c/b")
 
@@ -338,7 +340,7 @@ class TestTokens:
             return made[-1]
 
         monkeypatch.setattr("azure.identity.DefaultAzureCredential", make)
-        monkeypatch.setattr("azstoragetorch._blob.credentials._registry", {})
+        monkeypatch.setattr("azstoragetorch._blob.credentials._registry", PerProcess(dict))
         readers = [BlobIO(service.blob_url("c", "b"), "rb", transfer=QUICK) for _ in range(3)]
         assert made == []
         assert [reader.read() for reader in readers] == [DATA] * 3

@@ -192,17 +192,20 @@ class ContainerClient(_Client):
 class Access:
     """The one way from a URL to a client: a credential and a configuration, for any number of URLs.
 
-    A SAS in a URL wins over the credential and is used for that URL alone.
+    A SAS in a URL wins over the credential and is used for that URL alone. *named* is the URL that the user gave
+    together with the credential, which may therefore be sent to its host.
 
     Raises:
         TypeError: *credential* or *transfer* has a wrong type.
     """
 
-    def __init__(self, credential: Credential = None, transfer: TransferConfig | None = None) -> None:
+    def __init__(
+        self, credential: Credential = None, transfer: TransferConfig | None = None, named: BlobURL | None = None
+    ) -> None:
         if transfer is not None and not isinstance(transfer, TransferConfig):
             raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
         self.config = transfer or TransferConfig()
-        self._holder = CredentialHolder(credential)
+        self._holder = CredentialHolder(credential, named=named)
         self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
         self._last: tuple[str, ContainerClient | None] = ("", None)  # a URL is mostly in the container of the last one
 

@@ -1,244 +1,88 @@
-"""Who we are to the service: every accepted credential becomes one `Authorizer`.
+"""Which credential a request carries: what the user gave, checked, kept until it is needed, and sent to no other host.
 
-A token is fetched once per process and credential, renewed before it expires, and never sent over plain HTTP.
-An account key never leaves the process: it signs short-lived SAS tokens instead. Nothing here is created
-before a request needs it, and what is created does not survive fork or pickling.
+A token is never sent over plain HTTP. An account key never leaves the process: it signs short-lived SAS instead. None
+of this is sent to a host that is neither Azure's nor the user's. What is alive belongs to one process: it is made when
+a request needs it and does not survive fork or pickling.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import threading
-import time
-from collections.abc import Mapping
-from datetime import datetime, timedelta, timezone
-from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Set
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
-from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential, TokenCredential
-from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential, TokenCredential
 
-from azstoragetorch._blob.errors import portable
-from azstoragetorch._blob.retry import RETRYABLE_STATUS
-from azstoragetorch._blob.secret import Secret, redact
+from azstoragetorch._blob.authorizers import (
+    VISIBLE,
+    AccountKey,
+    Authorizer,
+    SignedBySas,
+    TokenForAccount,
+    Tokens,
+    asking,
+)
+from azstoragetorch._blob.authorizers import (
+    check_key as check_key,
+)
+from azstoragetorch._blob.secret import Secret, SharedString
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.config import TRUSTED_HOSTS, trusted_hosts
+from azstoragetorch._engine.process import PerProcess
 
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | bool | None"
 """What ``credential=`` accepts: ``None`` (DefaultAzureCredential), ``False`` (anonymous), or a credential object."""
 
-SCOPE = "https://storage.azure.com/.default"
-_RENEW_BEFORE = 300.0  # seconds before expiry; azure-identity itself renews at this point
-_KEY_SAS_LIFETIME = timedelta(hours=1)
-_CLOCK_SKEW = timedelta(minutes=15)
 _ACCEPTED = (
     "None (DefaultAzureCredential), False (anonymous), a TokenCredential, an AzureSasCredential "
     "or an AzureNamedKeyCredential"
 )
 
 
-class Authorizer(Protocol):
-    """Signs requests of one credential."""
-
-    is_anonymous: bool
-
-    def headers(self) -> dict[str, str]:
-        """The headers that prove who is asking."""
-        ...
-
-    def query(self) -> str:
-        """What is appended to the query, without a leading separator."""
-        ...
-
-    def forget_parent(self) -> None:
-        """In a forked child: no thread of the parent that was at it will ever finish."""
-        ...
-
-    def renew(self, refused: Mapping[str, str]) -> bool:
-        """Forget the proof in the headers *refused*, if it is the one at hand; whether asking again can help."""
-        ...
-
-
-class _Anonymous:
-    is_anonymous = True
-
-    def headers(self) -> dict[str, str]:
-        return {}
-
-    def query(self) -> str:
-        return ""
-
-    def forget_parent(self) -> None:
-        pass
-
-    def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
-        return False
-
-
-class _Sas:
-    is_anonymous = False
-
-    def __init__(self, credential: AzureSasCredential) -> None:
-        self._credential = credential
-
-    def headers(self) -> dict[str, str]:
-        return {}
-
-    def query(self) -> str:
-        return str(self._credential.signature).lstrip("?")
-
-    def forget_parent(self) -> None:
-        pass
-
-    def renew(self, refused: Mapping[str, str]) -> bool:  # noqa: ARG002
-        return False
-
-
-class _AccountKey(_Sas):
-    """Mints account SAS tokens from a key, which the SDK does with public functions only."""
-
-    def __init__(self, credential: AzureNamedKeyCredential) -> None:
-        super().__init__(AzureSasCredential("pending"))
-        self._key = credential
-        self._minted_from: object = None
-        self._renew_at = 0.0
-        self._lock = threading.Lock()
-
-    def query(self) -> str:
-        self._refresh()
-        return super().query()
-
-    def forget_parent(self) -> None:
-        self._lock = threading.Lock()
-
-    def _refresh(self) -> None:
-        from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
-
-        with self._lock:
-            name_and_key = self._key.named_key  # may be updated while running
-            if time.monotonic() < self._renew_at and name_and_key == self._minted_from:
-                return
-            now = datetime.now(timezone.utc)
-            self._credential.update(
-                generate_account_sas(
-                    account_name=name_and_key.name,
-                    account_key=name_and_key.key,
-                    resource_types=ResourceTypes(container=True, object=True),
-                    permission=AccountSasPermissions(
-                        read=True, write=True, delete=True, list=True, add=True, create=True, tag=True
-                    ),
-                    start=now - _CLOCK_SKEW,
-                    expiry=now + _KEY_SAS_LIFETIME,
-                )
-            )
-            self._minted_from = name_and_key
-            self._renew_at = time.monotonic() + _KEY_SAS_LIFETIME.total_seconds() / 2
-
-
-class _Token:
-    """One cache and one refresh for all users of a token credential."""
-
-    is_anonymous = False
-
-    def __init__(self, credential: TokenCredential | None) -> None:
-        self._credential = credential
-        self._token: AccessToken | None = None
-        self._renew_at = 0.0
-        self._lock = threading.Lock()
-
-    def headers(self) -> dict[str, str]:
-        return self._proof(self._get_token())
-
-    def query(self) -> str:
-        return ""
-
-    def forget_parent(self) -> None:
-        self._lock = threading.Lock()
-
-    def renew(self, refused: Mapping[str, str]) -> bool:
-        with self._lock:
-            # Another thread may have fetched a new one since.
-            if self._token is not None and self._proof(self._token) == refused:
-                self._token = None
-        return True
-
-    @staticmethod
-    def _proof(token: AccessToken) -> dict[str, str]:
-        return {"Authorization": f"Bearer {token.token}"}
-
-    def _get_token(self) -> AccessToken:
-        token = self._token
-        if token is not None and time.time() < self._renew_at:
-            return token
-        with self._lock:
-            token = self._token
-            if token is None or time.time() >= self._renew_at:
-                token = self._refresh(token)
-            return token
-
-    def _refresh(self, old: AccessToken | None) -> AccessToken:
-        try:
-            token = self._fetch()
-        except AzureError:
-            if old is None or old.expires_on <= time.time():
-                raise
-            self._renew_at = time.time() + 30  # the old one is good still; ask again soon
-            return old
-        self._token = token
-        # A token that lives shorter than the margin is used for half its life.
-        life = token.expires_on - time.time()
-        self._renew_at = time.time() + max(life - _RENEW_BEFORE, life / 2)
-        return token
-
-    def _fetch(self) -> AccessToken:
-        if self._credential is None:
-            from azure.identity import DefaultAzureCredential
-
-            self._credential = DefaultAzureCredential()
-        for attempt in range(5):
-            try:
-                token: AccessToken = _asking(self._credential)(SCOPE)
-                return token
-            except AzureError as error:
-                # Managed identity throttles when all workers of a node start at once.
-                is_busy = isinstance(error, HttpResponseError) and error.status_code in RETRYABLE_STATUS
-                if not is_busy or attempt == 4:
-                    raise _as_told(error) from None
-            time.sleep(random.uniform(0.1, 1.0) * 2**attempt)
-        raise AssertionError("unreachable")
-
-
 class CredentialHolder:
     """A user's credential, kept as given until a request needs it.
 
     Picklable: a SAS or account key goes to child processes only (see ``secret``); a token credential goes as it is.
+
+    Args:
+        credential: What the user gave.
+        sas: That of the URL; it wins, as it does in the SDK.
+        named: The URL that the user gave together with *credential*, which may therefore be sent to its host.
     """
 
-    def __init__(self, credential: Credential, sas: Secret | None = None) -> None:
+    def __init__(self, credential: Credential, sas: Secret | None = None, *, named: BlobURL | None = None) -> None:
         checked = check_credential(credential)
-        # A SAS in the URL wins, as it does in the SDK.
         self._sas = sas
         self._credential = checked if sas is None else None
+        if named is not None and self._credential is not False and not _is_safe(named, self._credential):
+            _name(self._credential, [_origin(named)])
 
     def authorizer(self, url: BlobURL) -> Authorizer:
         """The authorizer for requests to *url*, shared by all of this process that use the same credential.
 
         Raises:
-            ValueError: a token would be sent over plain HTTP.
+            ValueError: a token would be sent over plain HTTP, or a credential to a host that is neither Azure's nor
+                known to be the user's.
         """
         if self._sas is not None:
-            return _Sas(AzureSasCredential(self._sas.reveal()))
+            sas = self._sas.reveal()
+            return SignedBySas(lambda: sas)
         credential = self._credential
-        if isinstance(credential, AzureSasCredential):
-            return _Sas(credential)
         if credential is False:
             return _ANONYMOUS
-        if not isinstance(credential, AzureNamedKeyCredential) and url.scheme != "https":
+        if not isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential)) and url.scheme != "https":
             raise ValueError(
                 f"credential: a token is never sent over plain http ({url.scheme}://{url.host}); use an https URL, "
                 "a SAS, an account key, or credential=False for a public container"
             )
-        return _shared(credential)
+        if _is_safe(url, credential) or _origin(url) in _origins_named_with(credential) or is_trusted(url):
+            return _authorizer(credential, url)
+        raise ValueError(
+            f"credential: not sent to the host {url.host!r} of {url}, which is not one of Azure Storage: a list of "
+            "URLs, a listing or a checkpoint names it, and you did not. If you trust it, set the environment variable "
+            f"{TRUSTED_HOSTS}={url.host} (commas between several); for public data pass credential=False"
+        )
 
     def __repr__(self) -> str:
         kind = "SAS in URL" if self._sas is not None else type(self._credential).__name__
@@ -252,25 +96,96 @@ class CredentialHolder:
 
     def __getstate__(self) -> dict[str, Any]:
         credential = self._credential
-        packed: tuple[Any, ...]
+        packed: tuple[Any, ...] = "object", credential
         if isinstance(credential, AzureSasCredential):
-            packed = ("sas", Secret(credential.signature))
+            packed = "sas", Secret(credential.signature), _handle_of(credential)
         elif isinstance(credential, AzureNamedKeyCredential):
-            packed = ("key", credential.named_key.name, Secret(credential.named_key.key))
-        else:
-            packed = ("object", credential)
-        return {"sas": self._sas, "packed": packed}
+            packed = "key", credential.named_key.name, Secret(credential.named_key.key), _handle_of(credential)
+        return {"sas": self._sas, "packed": packed, "named": frozenset(_origins_named_with(credential))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._sas = state["sas"]
         kind, *values = state["packed"]
-        if kind == "sas":
-            # Resolved on use: unpickling in a place that never reads needs no secret.
-            self._sas, self._credential = values[0], None
-        elif kind == "key":
-            self._credential = _unpickled_key(values[0], values[1])
-        else:
-            self._credential = values[0]
+        # Resolved on use: unpickling in a place that never reads needs no secret.
+        makers: dict[str, Callable[..., Any]] = {"sas": _unpickled_sas, "key": _unpickled_key}
+        self._credential = makers[kind](*values) if kind in makers else values[0]
+        if state["named"]:
+            _name(self._credential, state["named"])
+
+
+# -- credentials that processes share ----------------------------------------------------------------------------------
+
+
+class SharedSas(AzureSasCredential):
+    """A SAS whose update reaches the processes that were started with it."""
+
+    shared: SharedString
+
+    @property
+    def signature(self) -> str:
+        """The SAS that was set last, in whichever process."""
+        return self.shared.get()
+
+    def update(self, signature: str) -> None:
+        """Set the SAS in all processes."""
+        super().update(signature)
+        self.shared.set(signature)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AzureSasCredential, (self.signature,)
+
+
+class SharedKey(AzureNamedKeyCredential):
+    """An account key whose update reaches the processes that were started with it."""
+
+    shared: SharedString
+
+    @property
+    def named_key(self) -> Any:
+        """Name and key that were set last, in whichever process."""
+        name, _, key = self.shared.get().partition("\0")
+        if super().named_key != (name, key):
+            super().update(name, key)
+        return super().named_key
+
+    def update(self, name: str, key: str) -> None:
+        """Set name and key in all processes."""
+        super().update(name, key)
+        self.shared.set(f"{name}\0{key}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AzureNamedKeyCredential, tuple(self.named_key)
+
+
+def _share(credential: Any) -> Any:
+    """*credential*; from now on `update` of this very object reaches processes that get it later.
+
+    The user keeps the object and calls `update` on it, and only a method of its class sees that. So it gets a class
+    that does what its own did, and this.
+    """
+    if type(credential) is AzureSasCredential:
+        vars(credential).setdefault("shared", SharedString(credential.signature))
+        credential.__class__ = SharedSas
+    elif type(credential) is AzureNamedKeyCredential:
+        vars(credential).setdefault("shared", SharedString("\0".join(credential.named_key)))
+        credential.__class__ = SharedKey
+    return credential
+
+
+def _handle_of(credential: Any) -> Any:
+    return credential.shared.handle() if isinstance(credential, (SharedSas, SharedKey)) else None
+
+
+class _LazySas(AzureSasCredential):
+    """A SAS that came out of a pickle: it may be missing, which is said when it is used."""
+
+    def __init__(self, secret: Secret) -> None:
+        super().__init__("unset")
+        self._secret = secret
+
+    @property
+    def signature(self) -> str:
+        return self._secret.reveal()
 
 
 class _LazyKey(AzureNamedKeyCredential):
@@ -287,10 +202,28 @@ class _LazyKey(AzureNamedKeyCredential):
         return super().named_key
 
 
+# One object for all that came out of pickles with the same secret, so that they share an authorizer.
+
+
 @lru_cache(maxsize=64)
-def _unpickled_key(name: str, key: Secret) -> _LazyKey:
-    """One object for all that came out of pickles with the same key, so that they share an authorizer."""
-    return _LazyKey(name, key)
+def _unpickled_sas(secret: Secret, handle: Any) -> AzureSasCredential:
+    if handle is None:
+        return _LazySas(secret)
+    credential = SharedSas("unset")
+    credential.shared = SharedString.attach(handle)
+    return credential
+
+
+@lru_cache(maxsize=64)
+def _unpickled_key(name: str, key: Secret, handle: Any) -> AzureNamedKeyCredential:
+    if handle is None:
+        return _LazyKey(name, key)
+    credential = SharedKey(name, "unset")
+    credential.shared = SharedString.attach(handle)
+    return credential
+
+
+# -- what is accepted, and where it may go -----------------------------------------------------------------------------
 
 
 def check_credential(credential: Any) -> Any:
@@ -298,14 +231,15 @@ def check_credential(credential: Any) -> Any:
 
     Raises:
         TypeError: it is not; the message lists what is accepted.
+        ValueError: it is a SAS with characters that no SAS has.
     """
-    if (
-        credential is None
-        or credential is False
-        or isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential))
-    ):
-        return credential
-    if isinstance(credential, type) or not callable(_asking(credential)):
+    if isinstance(credential, AzureSasCredential):
+        if not isinstance(credential, _LazySas):
+            _signature_of(credential)
+        return _share(credential)
+    if credential is None or credential is False or isinstance(credential, AzureNamedKeyCredential):
+        return _share(credential)
+    if isinstance(credential, type) or not callable(asking(credential)):
         hint = "; pass an instance" if isinstance(credential, type) else ""
         hint = "; wrap a SAS in AzureSasCredential" if isinstance(credential, str) else hint
         raise TypeError(f"credential must be {_ACCEPTED}, not {type(credential).__name__}{hint}")
@@ -314,47 +248,83 @@ def check_credential(credential: Any) -> Any:
     return credential
 
 
-def _asking(credential: Any) -> Any:
-    """How *credential* is asked for a token, or None if it is not one that can be."""
-    return getattr(credential, "get_token", None) or getattr(credential, "get_token_info", None)
+def is_trusted(url: BlobURL) -> bool:
+    """Whether the user trusts the host of *url* with any credential."""
+    port = urlsplit(f"//{url.host}").port or {"http": 80, "https": 443}[url.scheme]
+    for entry in trusted_hosts():
+        parts = urlsplit(f"//{entry}")
+        name = (parts.hostname or "").removesuffix(".")
+        is_host = url.hostname == name or (name.startswith(".") and url.hostname.endswith(name))
+        if is_host and parts.port in (None, port):
+            return True
+    return False
+
+
+def _is_safe(url: BlobURL, credential: Any) -> bool:
+    """Whether any URL may bring *credential* to its host: Azure's own and, except for tokens, this machine."""
+    # Emulators are on this machine, and take keys and SAS. A token opens more than one account.
+    is_token = not isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential))
+    return url.is_azure or (url.is_loopback and not is_token)
+
+
+_named: dict[int, tuple[object, set[str]]] = {}  # origins that users named, by credential, which is kept alive
+
+
+def _name(credential: Any, origins: Iterable[str]) -> None:
+    _named.setdefault(id(credential), (credential, set()))[1].update(origins)
+
+
+def _origins_named_with(credential: Any) -> Set[str]:
+    entry = _named.get(id(credential))
+    return frozenset() if entry is None else entry[1]
+
+
+def _origin(url: BlobURL) -> str:
+    return f"{url.scheme}://{url.host}"
+
+
+def _signature_of(credential: AzureSasCredential) -> str:
+    signature = str(credential.signature).lstrip("?")
+    if not VISIBLE.fullmatch(signature):
+        raise ValueError(
+            "credential: the SAS has a space, a line break or another character that no SAS has: copy it again, "
+            "without what surrounds it"
+        )
+    return signature
 
 
 def _is_async(credential: Any) -> bool:
     from inspect import iscoroutinefunction
 
-    return iscoroutinefunction(_asking(credential))
+    return iscoroutinefunction(asking(credential))
 
 
-def _as_told(error: AzureError) -> AzureError:
-    """*error* of an identity anew, without secrets and what cannot be pickled."""
-    text = redact(str(error))
-    try:
-        return portable(type(error)(message=text))
-    except TypeError:  # a type with arguments of its own
-        return portable(ClientAuthenticationError(message=text))
+# -- what requests of one process share --------------------------------------------------------------------------------
 
 
-_ANONYMOUS = _Anonymous()
-_registry: dict[int, tuple[Any, Authorizer]] = {}  # by identity; keeps the credential alive, so ids stay unique
-_registry_lock = threading.Lock()
+class _Shared:
+    """What all requests with one credential share."""
+
+    def __init__(self, credential: Any) -> None:
+        self.credential = credential  # kept alive, so its id stays its own
+        self.key: Authorizer | None = None
+        if isinstance(credential, AzureNamedKeyCredential):
+            self.key = SignedBySas(AccountKey(credential).sas)
+        self.tokens = Tokens(credential)
+        self.accounts: dict[str, Authorizer] = {}
 
 
-def _shared(credential: Any) -> Authorizer:
-    with _registry_lock:
-        entry = _registry.get(id(credential))
-        if entry is None:
-            kind = _AccountKey if isinstance(credential, AzureNamedKeyCredential) else _Token
-            entry = _registry[id(credential)] = (credential, kind(credential))
-        return entry[1]
+_registry: PerProcess[dict[int, _Shared]] = PerProcess(dict)
+_ANONYMOUS = SignedBySas(str, is_anonymous=True)
 
 
-def _forget_parent() -> None:
-    global _registry_lock
-    for _, authorizer in _registry.values():
-        authorizer.forget_parent()
-    _registry.clear()
-    _registry_lock = threading.Lock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
+def _authorizer(credential: Any, url: BlobURL) -> Authorizer:
+    """The one for *credential* and the account of *url* in this process."""
+    if isinstance(credential, AzureSasCredential):
+        _signature_of(credential)
+        return SignedBySas(partial(_signature_of, credential))
+    shared = _registry.get().setdefault(id(credential), _Shared(credential))
+    if shared.key is None:
+        return shared.accounts.setdefault(url.account_url, TokenForAccount(shared.tokens, url.audience))
+    check_key(credential.named_key.key, f"credential: the account key of {credential.named_key.name!r}")
+    return shared.key

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from html import unescape
 from typing import TypeVar
 
 from azure.core.exceptions import (
@@ -37,6 +40,34 @@ _HINTS = {
     403: "The identity, SAS or key lacks the permission, or a firewall rule refuses it.",
     404: "",
 }
+_HINTS_OF_CODES = {
+    "AuthenticationFailed": "The SAS, key or token was not accepted: it has expired, is for another account, or lost "
+    "characters when it was copied.",
+    "AuthorizationPermissionMismatch": "The credential is valid but lacks the permission: a SAS needs it in sp=, an "
+    "identity needs the role Storage Blob Data Reader or, to write, Contributor.",
+    "AuthorizationFailure": "Mostly a firewall: the network rules of the account do not admit this machine. A SAS may "
+    "also lack the permission for this operation.",
+    "AuthorizationSourceIPMismatch": "The SAS is for other IP addresses (sip=) than this machine's.",
+    "AuthorizationProtocolMismatch": "The SAS is for https alone (spr=): use an https URL.",
+    "AuthorizationResourceTypeMismatch": "The SAS is for another kind of resource (sr= or srt=).",
+    "AuthorizationServiceMismatch": "The SAS is for another service than blobs (ss=).",
+    "KeyBasedAuthenticationNotPermitted": "The account accepts neither its keys nor a SAS that was made with one: use "
+    "an identity.",
+    "UnauthorizedBlobOverwrite": "The SAS may create blobs, not overwrite them: it needs the permission write (w).",
+}
+_HINTS_OF_DETAILS = {  # a part of AuthenticationErrorDetail
+    "token is expired": "The token has expired: look at this machine's clock.",
+    "not valid yet": "The token is not valid yet: look at this machine's clock.",
+    "Audience validation failed": "The token is for another service or another cloud.",
+    "Issuer validation failed": "The identity is of another tenant than the account.",
+    "did not match": "The signature does not fit: the SAS or key is for another account, the key was replaced, or it "
+    "was changed when it was copied.",
+    "not the same as any computed": "The signature does not fit: the key is for another account, or was replaced.",
+}
+_TIME_FRAME = re.compile(r"Start \[(.*?)\] - Expiry \[(.*?)\] - Current \[(.*?)\]")
+_EXPIRED_WITHOUT_START = re.compile(r"Signed expiry time \[(.*?)\] must be after signed start time \[(.*?)\]")
+_LONG_CODE = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")  # a signature or a part of a token, however it is marked
+_HEAD_OF_BODY = 16 << 10  # bytes of an answer in which its code and message are looked for
 _ANONYMOUS_HINT = "No credential was sent: pass credential=, or a URL with a SAS."
 
 
@@ -52,12 +83,17 @@ def service_error(
 ) -> HttpResponseError:
     """The error for an answer that refuses the request."""
     code = headers.get("x-ms-error-code") or _tag(body, b"Code") or ""
-    message = _tag(body, b"Message").split("\n", 1)[0]
-    hint = _ANONYMOUS_HINT if anonymous and status in (401, 403, 404) else _HINTS.get(status, "")
+    message = _line(_tag(body, b"Message"))
+    detail = _LONG_CODE.sub("[redacted]", _line(_tag(body, b"AuthenticationErrorDetail")))
+    if anonymous and status in (401, 403, 404):
+        hint = _ANONYMOUS_HINT
+    else:
+        hint = _hint_of(detail) or _HINTS_OF_CODES.get(code) or _HINTS.get(status, "")
     text = (
         f"{verb} {url}: {status} {reason}"
         + (f" ({code})" if code else "")
-        + (f": {message}" if message and message != reason else "")
+        + (f": {message}." if message and message != reason else "")
+        + (f" {detail}." if detail else "")
         + (f" {hint}" if hint else "")
         + f" [request id {headers.get('x-ms-request-id', '-')}, "
         + f"client request id {headers.get('x-ms-client-request-id', '-')}]"
@@ -91,6 +127,40 @@ def portable(error: E) -> E:
     return error
 
 
+def _hint_of(detail: str) -> str:
+    """What to do about *detail*, which says why a signature or token was not accepted."""
+    frame, expired = _TIME_FRAME.search(detail), _EXPIRED_WITHOUT_START.search(detail)
+    if frame is not None:
+        start, expiry, current = frame.groups()
+    elif expired is not None:
+        start, (expiry, current) = "", expired.groups()
+    else:
+        return next((hint for part, hint in _HINTS_OF_DETAILS.items() if part.lower() in detail.lower()), "")
+    now, begin, end = _date(current), _date(start), _date(expiry)
+    if now is not None and begin is not None and now < begin:
+        return (
+            f"The SAS is not valid yet: it starts at {start}, and the clock of the service says {current}. Wait, or "
+            "make one with an earlier start (st=). If this is a matter of minutes, the machine that made the SAS "
+            "has a clock that is fast."
+        )
+    if now is not None and end is not None and now >= end:
+        return f"The SAS has expired: it was valid until {expiry}, and the clock of the service says {current}."
+    return ""
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        return parsedate_to_datetime(text).replace(tzinfo=None)
+    except (ValueError, TypeError):
+        return None
+
+
+def _line(text: str) -> str:
+    """The first line of *text*, without control characters."""
+    line = text.split("\n", 1)[0].strip().rstrip(".")
+    return "".join(character if character.isprintable() else " " for character in line)[:400]
+
+
 def _tag(body: bytes, name: bytes) -> str:
-    match = re.search(b"<" + name + b">([^<]*)</" + name + b">", body[:4096])
-    return match.group(1).decode("utf-8", "replace").strip() if match else ""
+    match = re.search(b"<" + name + b">([^<]*)</" + name + b">", body[:_HEAD_OF_BODY])
+    return unescape(match.group(1).decode("utf-8", "replace")).strip() if match else ""

@@ -22,8 +22,9 @@ from azure.core.tracing import SpanKind
 from azure.core.tracing.decorator import distributed_trace
 
 from azstoragetorch._blob import transport
+from azstoragetorch._blob.authorizers import Authorizer
 from azstoragetorch._blob.connection import Body, Origin, length_of
-from azstoragetorch._blob.credentials import Authorizer, CredentialHolder
+from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Transient, is_connection_failure, refusal
 from azstoragetorch._blob.url import BlobURL
@@ -152,25 +153,28 @@ class Service:
         return Answer(request, response)
 
     def _exchange(self, request: Request) -> transport.Response:
-        """Sign and send *request*; once more with a new token if the service rejects the first one."""
+        """Sign and send *request*; once more if the service rejects that and there is another token or SAS."""
         query = "&".join(filter(None, (request.query, _state(request.url))))
         headers = {**_own_headers(), **(request.headers or {})}
         if request.body is not None:
             headers["Content-Length"] = str(length_of(request.body))
         has_renewed = False
         while True:
-            proof = self.authorizer.headers()
+            proof, sas = self.authorizer.headers(), self.authorizer.query()
             response = transport.send(
                 self.origin,
                 request.method,
-                self._target(request.url.path, query),
+                _target(request.url.path, query, sas),
                 {**headers, **proof},
                 body=request.body,
                 scope=request.scope,
             )
-            if response.status != 401 or has_renewed or not self.authorizer.renew(proof):
+            # A token is refused by 401; a SAS that has expired, by 403.
+            if has_renewed or response.status not in ((401,) if proof else (401, 403)):
                 return response
-            has_renewed = True  # the token was revoked, or expired in flight
+            if not self.authorizer.renew(proof, sas, response.headers.get("WWW-Authenticate", "")):
+                return response
+            has_renewed = True
             response.close()
 
     def signed(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -179,11 +183,8 @@ class Service:
         Raises:
             AzureError: a token could not be obtained.
         """
-        return self._target(url.path, _state(url)), {**_own_headers(), **headers, **self.authorizer.headers()}
-
-    def _target(self, path: str, query: str) -> str:
-        signed = "&".join(filter(None, (query, self.authorizer.query())))
-        return f"{path}?{signed}" if signed else path
+        target = _target(url.path, _state(url), self.authorizer.query())
+        return target, {**_own_headers(), **headers, **self.authorizer.headers()}
 
     def _refuse(self, request: Request, response: transport.Response) -> NoReturn:
         with response:
@@ -222,6 +223,11 @@ def _fail(request: Request, error: Exception) -> NoReturn:
             raise Cancelled from None
         raise Transient(connection_error(request.verb, str(request.url), error, was_sent=True)) from error
     raise connection_error(request.verb, str(request.url), error, was_sent=False) from error
+
+
+def _target(path: str, query: str, sas: str) -> str:
+    signed = "&".join(filter(None, (query, sas)))
+    return f"{path}?{signed}" if signed else path
 
 
 def _state(url: BlobURL) -> str:

@@ -39,7 +39,7 @@ class Folder:
             raise ValueError(f"url {str(parsed)!r}: a checkpoint has no snapshot or version")
         self.address = replace(parsed, blob=parsed.blob.strip("/"), sas=None)
         self.transfer = transfer or TransferConfig()
-        self._credential = CredentialHolder(credential, parsed.sas)
+        self._credential = CredentialHolder(credential, parsed.sas, named=parsed)
         self._container = ContainerClient(self.address.with_blob(""), self._credential, self.transfer)
 
     @property

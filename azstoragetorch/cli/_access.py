@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
-from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.credentials import Credential, CredentialHolder, check_key, is_trusted
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.config import TRUSTED_HOSTS, TransferConfig
 
 ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
 
@@ -29,10 +29,12 @@ class Access:
         """The credential for *url* and, in words, where it comes from.
 
         A SAS in the URL comes first, then the options, then the environment, then DefaultAzureCredential. A key or
-        SAS of the environment is for one account: it is not used where AZURE_STORAGE_ACCOUNT names another.
+        SAS of the environment is for one account: it is not used where AZURE_STORAGE_ACCOUNT names another, and a host
+        that is not known to be an account's gets neither.
 
         Raises:
-            ValueError: the variable that ``--sas-env`` names is not set.
+            ValueError: the variable that ``--sas-env`` names is not set; it is not known whose account the host is; or
+                the key is not base64.
         """
         if url.sas is not None:
             return AzureSasCredential(url.sas.reveal()), "SAS in the URL"
@@ -43,17 +45,20 @@ class Access:
             if not token:
                 raise ValueError(f"--sas-env: the environment variable {self.sas_variable} is not set")
             return AzureSasCredential(token), f"SAS in {self.sas_variable}"
-        named = os.environ.get(ACCOUNT) or url.account_name
-        if named == url.account_name:
-            if key := os.environ.get(KEY):
-                return AzureNamedKeyCredential(url.account_name, key), f"account key in {KEY}"
-            if token := os.environ.get(SAS):
-                return AzureSasCredential(token), f"SAS in {SAS}"
-        elif unused := [name for name in (KEY, SAS) if os.environ.get(name)]:
-            self.warn(
-                f"{' and '.join(unused)} not used: {ACCOUNT} is {named}, and {url.account_url} is the account "
-                f"{url.account_name}. Set {ACCOUNT}={url.account_name} if the key is for it, or unset {ACCOUNT}"
-            )
+        key, token = os.environ.get(KEY), os.environ.get(SAS)
+        if not key and not token:
+            return None, "DefaultAzureCredential"
+        account = _account_of(url)
+        named = os.environ.get(ACCOUNT) or account
+        if named == account:
+            if key:
+                return AzureNamedKeyCredential(account, check_key(key, KEY)), f"account key in {KEY}"
+            return AzureSasCredential(token or ""), f"SAS in {SAS}"
+        unused = [name for name in (KEY, SAS) if os.environ.get(name)]
+        self.warn(
+            f"{' and '.join(unused)} not used: {ACCOUNT} is {named}, and {url.account_url} is the account "
+            f"{account}. Set {ACCOUNT}={account} if the key is for it, or unset {ACCOUNT}"
+        )
         return None, "DefaultAzureCredential"
 
     def credential(self, url: BlobURL) -> Credential:
@@ -70,7 +75,21 @@ class Access:
         return ContainerClient(container, self._holder(url), config)
 
     def _holder(self, url: BlobURL) -> CredentialHolder:
-        return CredentialHolder(self.credential(url), url.sas)
+        return CredentialHolder(self.credential(url), url.sas, named=url)
+
+
+def _account_of(url: BlobURL) -> str:
+    """The account that *url* leads to."""
+    if url.account_name:
+        return url.account_name
+    account = os.environ.get(ACCOUNT)
+    if not account or not is_trusted(url):
+        raise ValueError(
+            f"{url.host!r} is not a host of Azure Storage, so the key or SAS in the environment is not sent to it. If "
+            f"it is your account's, set {ACCOUNT} to the account and {TRUSTED_HOSTS}={url.host}; else unset {KEY} and "
+            f"{SAS}, or pass --anonymous"
+        )
+    return account
 
 
 class TokenSource(logging.Handler):

@@ -40,7 +40,7 @@ class _Lister(IterDataPipe[Any]):
         if self.source_datapipe is None:
             self._roots = _Roots([source] if isinstance(source, str) else source)
         self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
-        self._access = Access(credential, transfer)
+        self._access = Access(credential, transfer, self._roots.urls[0] if isinstance(source, str) else None)
 
     def _blobs(self) -> Iterator[BlobInfo]:
         roots: Iterable[str | BlobURL] = self._roots.urls if self.source_datapipe is None else self.source_datapipe

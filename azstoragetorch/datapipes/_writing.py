@@ -158,7 +158,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
             raise ValueError(f"url_pattern may hold {{shard}} and {{worker}}, and no other braces: {error!r}") from None
         if not is_numbered:
             raise ValueError("url_pattern must hold {shard}, or every tar would replace the one before")
-        parse_blob_url(url_pattern.format(shard=0, worker=0))
+        named = parse_blob_url(url_pattern.format(shard=0, worker=0))
         if max_size < 1 or (max_count is not None and max_count < 1):
             raise ValueError(f"max_size and max_count must be at least 1, not {max_size} and {max_count}")
         self.source_datapipe = source_datapipe
@@ -166,7 +166,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
         self.max_count = max_count
         self.overwrite = overwrite
         self._pattern = _Pattern(url_pattern)
-        self._access = Access(credential, transfer)
+        self._access = Access(credential, transfer, named)
         self._placement = Placement("rank_and_worker")
 
     def __iter__(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from azstoragetorch._blob.client import Access, BlobVersion, ContainerClient, Head
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._blob.url import BlobURL, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
 from azstoragetorch._samples.catalog import Catalog
@@ -83,7 +83,9 @@ class Contents:
         progress: ListingProgress | None = None,
         rules: NameRules = DEFAULT_RULES,
     ) -> None:
-        access = Access(credential, transfer)
+        # A list of URLs names many hosts, of which the user may know none; one URL was given with the credential.
+        named = parse_blob_url(urls) if isinstance(urls, str) else container
+        access = Access(credential, transfer, named)
         check_count("cache_bytes", cache_bytes, 1)
         if not isinstance(urls, Iterable):
             raise TypeError(f"blob_urls must be a URL or an iterable of URLs, not {type(urls).__name__}")
