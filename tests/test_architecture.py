@@ -13,8 +13,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -125,9 +125,11 @@ class Module:
     source: str
     is_package: bool = False
 
-    @cached_property
-    def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+    tree: ast.Module = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Here and not later: CPython 3.11 fails when a finalizer or another thread parses at the same time.
+        object.__setattr__(self, "tree", ast.parse(self.source))
 
     @property
     def dotted(self) -> str:
@@ -258,7 +260,8 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name.strip("_") != ""
 
 
-def own_private_names() -> set[str]:
+@cache
+def own_private_names() -> frozenset[str]:
     """Private names that the package itself defines, wherever it does."""
     names = set()
     for module in MODULES.values():
@@ -268,7 +271,7 @@ def own_private_names() -> set[str]:
                 names.add(node.name)
             elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
                 names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
-    return {name for name in names if is_private(name)}
+    return frozenset(filter(is_private, names))
 
 
 def foreign_private_names(module: Module) -> Iterator[str]:

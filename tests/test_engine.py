@@ -346,7 +346,7 @@ class TestBudget:
         served = threading.Event()
         threading.Thread(target=lambda: [budget.wait_for(10), served.set()], daemon=True).start()
         wait_until(lambda: len(budget._queue) == 1)
-        with taking(at_most=0.5):
+        with taking(at_most=5):
             del loan
             assert served.wait(10)
 

@@ -91,9 +91,15 @@ class Multiplexer:
             self._watch(descriptor, connection)
             self._start()
         except BaseException:
-            connection.interrupt()  # so that the thread, whose read it is now, ends it
+            if self._took(descriptor, read):
+                hold.leave()
+                connection.close()
             raise
         return True
+
+    def _took(self, descriptor: int, read: _Read) -> bool:
+        """Whether *read* was still entered; it is taken out. The thread and `begin` may both want to end it."""
+        return self._reads.get(descriptor) is read and self._reads.pop(descriptor, None) is read
 
     def _watch(self, descriptor: int, connection: Connection) -> None:
         if self._watched.get(descriptor) is not connection:
@@ -110,8 +116,8 @@ class Multiplexer:
                     self._give_back()
 
     def _give_back(self) -> None:
-        for descriptor in list(self._reads):  # to be made again elsewhere
-            self._end(descriptor, is_good=False)
+        for descriptor, read in list(self._reads.items()):  # to be made again elsewhere
+            self._end(descriptor, read, is_good=False)
         self._turn.append(None)
 
     def _run(self) -> None:
@@ -149,9 +155,9 @@ class Multiplexer:
         self._last_active = read.last_active = time.monotonic()
         try:
             if read.advance(scratch):
-                self._end(descriptor, is_good=True)
+                self._end(descriptor, read, is_good=True)
         except (OSError, HTTPException, _UnusualError):
-            self._end(descriptor, is_good=False)
+            self._end(descriptor, read, is_good=False)
 
     def _drop_stalled(self) -> None:
         now = time.monotonic()
@@ -160,13 +166,12 @@ class Multiplexer:
         self._last_sweep = now
         for descriptor, read in list(self._reads.items()):
             if now - read.last_active > read.connection.origin.read_timeout:
-                self._end(descriptor, is_good=False)
+                self._end(descriptor, read, is_good=False)
 
-    def _end(self, descriptor: int, *, is_good: bool) -> None:
-        read = self._reads.pop(descriptor, None)
-        if not is_good:
-            self._unwatch(descriptor)
-        if read is not None:
+    def _end(self, descriptor: int, read: _Read, *, is_good: bool) -> None:
+        if self._took(descriptor, read):
+            if not is_good:
+                self._unwatch(descriptor)
             read.end(is_good)
 
     def _unwatch(self, descriptor: int) -> None:
@@ -192,6 +197,7 @@ class _Read:
         failed: Callable[[], None],
     ) -> None:
         self.connection = connection
+        self._socket = connection.socket
         self.last_active = time.monotonic()
         self._hold = hold
         self._length = length
@@ -206,7 +212,7 @@ class _Read:
 
     def advance(self, scratch: memoryview) -> bool:
         """Take what has arrived; whether that was all."""
-        sock = self.connection.socket
+        sock = self._socket
         try:
             while self._version is None:
                 self._take_head(scratch[: self._receive(sock.recv_into(scratch))])

@@ -1,16 +1,17 @@
 """Bytes in flight: what may be held in memory at once, and buffers that are reused.
 
-A `Loan` counts from the moment it is in the budget's table until it is released or nobody refers to it any more: its
-finalizer gives it back, so an interrupt between any two lines of a borrower cannot lose bytes. Neither borrowing nor
-giving back takes a lock. Each is one step on a dict, and whether a loan fits is decided after it was entered: of two
-borrowers at the same time at least one sees the other, so the limit holds. Both may be refused, which is harmless.
+A `Loan` counts from the moment it is in the budget's table until it is released or nothing refers to it any more. The
+table has it under a weak reference, whose callback is the table's own ``pop``: no code of Python runs when a loan is
+dropped, so neither a finalizer nor an interrupt in one can lose bytes. Neither borrowing nor giving back takes a lock.
+Each is one step on a dict, and whether a loan fits is decided after it was entered: of two borrowers at the same time
+at least one sees the other, so the limit holds. Both may be refused, which is harmless.
 """
 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections import deque
-from types import TracebackType
 
 from azstoragetorch._engine.job import Bell
 from azstoragetorch._engine.memory import new_buffer
@@ -21,10 +22,11 @@ _amount_of = operator.itemgetter(0)
 class Loan:
     """Bytes borrowed from a budget. Dropping it gives them back; so does leaving its ``with`` block."""
 
-    __slots__ = ("_budget", "_cell")
+    __slots__ = ("__weakref__", "_budget", "_cell")
 
     def __init__(self, budget: Budget, amount: int) -> None:
-        self._budget, self._cell = budget, [amount]  # the cell is shared with the budget's table
+        self._budget = budget
+        self._cell = [amount]  # shared with the budget's table
 
     @property
     def amount(self) -> int:
@@ -39,20 +41,14 @@ class Loan:
     def release(self) -> None:
         """Give everything back; once is enough."""
         self._cell[0] = 0
-        if self._budget._loans.pop(id(self._cell), None) is not None:  # noqa: SLF001
-            self._budget._given_back()  # noqa: SLF001
+        self._budget._loans.pop(weakref.ref(self), None)  # noqa: SLF001 - the one entered is equal to it
+        self._budget._given_back()  # noqa: SLF001
 
     def __enter__(self) -> Loan:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.release()
-
-    def __del__(self) -> None:
-        if self._budget._loans.pop(id(self._cell), None) is not None:  # noqa: SLF001
-            self._budget._given_back()  # noqa: SLF001
 
 
 class Budget:
@@ -61,7 +57,7 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.peak = 0
-        self._loans: dict[int, list[int]] = {}  # a cell for each loan, by its id: no reference to the loan itself
+        self._loans: dict[weakref.ref[Loan], list[int]] = {}
         self._queue: deque[object] = deque()  # those who wait, in the order of their coming
         self._freed = Bell()
 
@@ -103,11 +99,11 @@ class Budget:
                 return
 
     def _lend(self, amount: int) -> Loan | None:
-        loan = Loan(self, amount)  # its finalizer takes out what the next line enters, whatever comes between
-        self._loans[id(loan._cell)] = loan._cell  # noqa: SLF001 - two parts of one protocol
+        loan = Loan(self, amount)
+        self._loans[weakref.ref(loan, self._loans.pop)] = loan._cell  # noqa: SLF001 - two parts of one protocol
         total = self.in_flight
         if total > amount and total > self.limit:
-            self._loans.pop(id(loan._cell), None)  # noqa: SLF001
+            self._loans.pop(weakref.ref(loan), None)
             return None
         self.peak = max(self.peak, total)
         return loan

@@ -144,6 +144,8 @@ def _visit(
             run.error = error
         if tracer.failure is not None:
             raise tracer.failure
+        if tracer.raised is not None:
+            tracer.raised.__traceback__ = None  # it has been handled: its frames hold nothing any more
         check(state, run)
         del state
     run.result = None

@@ -1,0 +1,224 @@
+"""At every line of the ground floor and of what is built on it: an interrupt, a transfer in a handler, a finalizer.
+
+None of them hangs, loses bytes of the budget, or leaves something that the next transfer trips over.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from azstoragetorch._blob import download, listing, multiplex, readahead, window
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.readahead import ReadAhead
+from azstoragetorch._engine import budget, job, metrics, process, scope, threads
+from azstoragetorch._engine.config import KiB, TransferConfig
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import Engine, engine_for
+from azstoragetorch._samples import prefetch
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.sources import Access, fetch_ahead
+from tests.faults import FaultService
+from tests.process.interrupts import Run, collecting, interrupt, sweep
+from tests.support import QUICK, blob_client, container_client, content, wait_until
+
+FILES: list[ModuleType] = [budget, job, metrics, process, scope, threads, readahead, window, download, listing]
+FILES += [multiplex, prefetch]
+SIZE = 600 * KiB
+NAMES = [f"{number:02}" for number in range(12)]
+_limits = itertools.count(20)
+
+
+@pytest.fixture
+def transfer() -> TransferConfig:
+    """Of an engine that no other test uses."""
+    return replace(QUICK, max_connections=next(_limits))
+
+
+@pytest.fixture
+def service(fault_service: FaultService) -> FaultService:
+    fault_service.keeps_log = False
+    fault_service.put("c", "large", content(SIZE))
+    fault_service.put("c", "other", content(200 * KiB, 1))
+    for name in NAMES:
+        fault_service.put("small", name, content(2000))
+    return fault_service
+
+
+class Actor:
+    """One kind of transfer: made fresh, run in part or whole, closed; then its bytes are the budget's again."""
+
+    def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
+        self.service = service
+        self.transfer = transfer
+
+    def act(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """As the owner does, whatever happened."""
+
+
+class Reading(Actor):
+    """In sequence, at the end, at random, a large piece: all that the window does."""
+
+    def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
+        super().__init__(service, transfer)
+        client = blob_client(service.blob_url("c", "large"), transfer)
+        self.reader = ReadAhead(client.service, client.url)
+
+    def act(self) -> None:
+        data = content(SIZE)
+        for at in (0, 1000, 2000, SIZE - 100, 3000, 100 * KiB, 90 * KiB):
+            assert self.reader.read(at, 1000) == data[at : at + 1000]
+        assert self.reader.read(0) == data
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+class Prefetching(Actor):
+    """Small blobs on one thread, results in order."""
+
+    def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
+        super().__init__(service, transfer)
+        urls = [service.blob_url("small", name) for name in NAMES]
+        self.ahead: OrderedPrefetch[Any, Any] = fetch_ahead(Access(False, transfer), urls, depth=6)
+
+    def act(self) -> None:
+        assert [item.result().data for item in self.ahead] == [content(2000)] * len(NAMES)
+
+    def close(self) -> None:
+        self.ahead.close()
+
+
+class Mapping(Actor):
+    """Calls on several threads."""
+
+    def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
+        super().__init__(service, transfer)
+        self.running: set[int] = set()
+
+    def act(self) -> None:
+        def call(number: int, _scope: Scope) -> int:
+            self.running.add(number)
+            try:
+                return number * number
+            finally:
+                self.running.discard(number)
+
+        results = engine_for(self.transfer).map(call, iter(range(20)), 4)
+        assert results == [number * number for number in range(20)]
+
+    def close(self) -> None:
+        assert not self.running
+
+
+class Listing(Actor):
+    """Several pages, of which the next is fetched while one is read."""
+
+    def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
+        super().__init__(service, transfer)
+        client = container_client(service.container_url("small"), transfer)
+        self.pages: Iterator[Any] = listing.list_pages(client.service, client.url, page_size=5)
+
+    def act(self) -> None:
+        assert [name for page in self.pages for name in page.names] == NAMES
+
+    def close(self) -> None:
+        self.pages.close()  # type: ignore[attr-defined]
+
+
+class Borrowing(Actor):
+    """Loans that are waited for, and buffers."""
+
+    def act(self) -> None:
+        engine = Engine(2, 1000)
+        with engine.budget.wait_for(800), engine.budget.wait_for(200):
+            assert engine.budget.take(1) is None
+            engine.buffers.give_back(engine.buffers.take(100))
+        assert engine.budget.in_flight == 0
+
+
+ACTORS = [Reading, Prefetching, Mapping, Listing, Borrowing]
+
+
+def visit(
+    actor: type[Actor], service: FaultService, transfer: TransferConfig, do: Callable[[], object], turns: int
+) -> None:
+    """Sweep over *actor*; after each visit nothing is held, and the same transfer succeeds."""
+
+    def check(state: Actor, run: Run) -> None:
+        if do is interrupt:
+            assert run.error is None or isinstance(run.error, KeyboardInterrupt), repr(run.error)
+        else:
+            assert run.error is None, repr(run.error)
+        state.close()
+        wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
+        again = actor(service, transfer)
+        again.act()
+        again.close()
+
+    gc.collect()
+    gc.disable()  # nothing may need it
+    try:
+        sweep(lambda: actor(service, transfer), lambda state: state.act(), check, files=FILES, do=do, turns=turns)
+    finally:
+        gc.enable()
+
+
+pytestmark = [
+    pytest.mark.untraced,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of sockets that an interrupt has left to the collector
+]
+
+
+@pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
+def test_an_interrupt_at_every_line_loses_nothing(
+    actor: type[Actor], service: FaultService, transfer: TransferConfig
+) -> None:
+    visit(actor, service, transfer, interrupt, turns=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
+def test_a_handler_transfers_at_every_line(actor: type[Actor], service: FaultService, transfer: TransferConfig) -> None:
+    """It reads, lists and writes with the very engine that it has interrupted."""
+    blob = blob_client(service.blob_url("c", "other"), transfer)
+
+    def handle() -> None:
+        assert blob.read()[0] == content(200 * KiB, 1)
+        BlobClient.put(blob_client(service.blob_url("c", "written"), transfer), content(200 * KiB, 2))
+
+    visit(actor, service, transfer, handle, turns=1)
+    assert service.get("c", "written") == content(200 * KiB, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
+def test_finalizers_run_at_every_line(actor: type[Actor], service: FaultService, transfer: TransferConfig) -> None:
+    """Readers, iterations and listings that nobody closed are collected in the middle of the ground floor."""
+
+    class Dropped:
+        """Gives up what it holds as the faces do it."""
+
+        def __init__(self) -> None:
+            self.reading = Reading(service, transfer)
+            self.reading.reader.read(0, 1000)
+            self.ahead = Prefetching(service, transfer).ahead
+            next(self.ahead)
+            self.pages = Listing(service, transfer).pages
+            next(self.pages)
+
+        def __del__(self) -> None:
+            self.reading.reader.abandon()
+            self.ahead.abandon()
+
+    visit(actor, service, transfer, collecting(Dropped), turns=1)
