@@ -1,4 +1,4 @@
-"""The command line: ``azstoragetorch doctor | ls | cp | checkpoint | bench | completion``.
+"""The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | bench | completion``.
 
 The top of the house: it uses everything and nothing uses it. What it needs beyond the package itself, click and rich,
 is the extra ``cli`` and is imported in here only.
