@@ -6,9 +6,9 @@ them and works in a forked child.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from azure.core.exceptions import ResourceNotFoundError
@@ -25,8 +25,10 @@ from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Engine, Scope, engine_for
 from azstoragetorch._engine.memory import filled_bytes
+from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import Engine, engine_for
 
 __all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClient", "Head", "Page"]
 
@@ -40,18 +42,22 @@ class Head:
 
 
 class _Client:
-    def __init__(self, url: BlobURL, credential: CredentialHolder, config: TransferConfig) -> None:
+    def __init__(
+        self,
+        url: BlobURL,
+        credential: CredentialHolder,
+        config: TransferConfig,
+        live: PerProcess[Service] | None = None,
+    ) -> None:
         self.url = url
         self.config = config
         self._credential = credential
-        self._live: tuple[int, Service] | None = None
+        self._live = PerProcess(partial(Service, url, credential, config)) if live is None else live
 
     @property
     def service(self) -> Service:
         """Signed requests of this process to the account."""
-        if self._live is None or self._live[0] != os.getpid():
-            self._live = os.getpid(), Service(self.url, self._credential, self.config)
-        return self._live[1]
+        return self._live.get()
 
     @property
     def engine(self) -> Engine:
@@ -62,7 +68,11 @@ class _Client:
         return f"{type(self).__name__}({str(self.url)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None}
+        return {name: value for name, value in vars(self).items() if name != "_live"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._live = PerProcess(partial(Service, self.url, self._credential, self.config))
 
 
 class BlobClient(_Client):

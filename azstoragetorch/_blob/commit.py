@@ -23,7 +23,7 @@ from azstoragetorch._blob.errors import portable
 from azstoragetorch._blob.retry import RETRYABLE_STATUS, Transient, retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
 
 CREATED = frozenset({201})

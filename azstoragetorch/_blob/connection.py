@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.process import PerProcess
 
 _SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
 MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
@@ -64,6 +65,8 @@ class Connection:
         self.was_used = False
         self._has_timeout = False  # of answers; else that of connecting, or none because it does not block
         self._is_interrupted = False
+        self._was_left = False  # closed by its request
+        self._wakers: dict[object, None] = {}  # cancels that are using the socket
         self.idle_since = 0.0
         self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
         self.proxy_headers: Mapping[str, str] = {}
@@ -171,18 +174,37 @@ class Connection:
         poll.register(sock, select.POLLIN)
         return bool(poll.poll(0))
 
+    # A cancel shuts the socket down while a request blocks on it. If the request closed the socket at that moment, the
+    # system could give its descriptor to another connection, and the cancel would shut down that one. So the later of
+    # the two closes it. Either side first makes its step known and then looks for the other's:
+    #
+    # - A cancel enters itself in `_wakers`, then touches the socket only if the request has not left.
+    # - The request marks that it has left, then closes the socket only if nobody is in `_wakers`.
+    #
+    # If the cancel does not see that the request has left, the request sees the cancel and leaves closing to it. If
+    # several cancels come at once, the last one to leave `_wakers` closes. Closing twice is harmless: a socket object
+    # that is closed has no descriptor. No step waits, so either side may be a signal handler inside the other.
     def interrupt(self) -> None:
         """Make a thread that blocks on this connection fail at once, or as soon as it is established."""
-        self._is_interrupted = True
-        sock = self._http.sock
-        if sock is not None:
-            with suppress(OSError):  # closed already
-                # Not SSLSocket's own shutdown, which would pull the TLS state from under the blocked thread.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        me = object()
+        self._wakers[me] = None
+        try:
+            self._is_interrupted = True
+            sock = self._http.sock
+            if sock is not None and not self._was_left:
+                with suppress(OSError):  # the other side has closed it
+                    # Not SSLSocket's shutdown, which would pull the TLS state from under the blocked thread.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        finally:
+            self._wakers.pop(me, None)
+            if self._was_left and not self._wakers:
+                self._http.close()
 
     def close(self) -> None:
-        """Close the socket."""
-        self._http.close()
+        """Close the socket, or leave that to a cancel which is using it. For the request that has the connection."""
+        self._was_left = True
+        if not self._wakers:
+            self._http.close()
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
@@ -323,17 +345,9 @@ def make_tls_context(trusted: str) -> ssl.SSLContext:
     return context
 
 
-_tls: dict[str, ssl.SSLContext] = {}
-
-
-def forget_tls_contexts() -> None:
-    """In a forked child: make new ones."""
-    _tls.clear()
+_tls: PerProcess[dict[str, ssl.SSLContext]] = PerProcess(dict)
 
 
 def _tls_context() -> ssl.SSLContext:
-    trusted = authorities()
-    context = _tls.get(trusted)
-    if context is None:
-        context = _tls[trusted] = make_tls_context(trusted)
-    return context
+    trusted, contexts = authorities(), _tls.get()
+    return contexts.get(trusted) or contexts.setdefault(trusted, make_tls_context(trusted))

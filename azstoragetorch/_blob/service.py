@@ -29,7 +29,8 @@ from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Transient, is_connection_failure, refusal
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Cancelled, Scope
+from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 # The oldest version with the features used here: versions, large blocks, encoded names in listings. The version that a
@@ -240,22 +241,17 @@ def _state(url: BlobURL) -> str:
 def _own_headers() -> dict[str, str]:
     return {
         "x-ms-version": API_VERSION,
-        "x-ms-client-request-id": f"{_process}{next(_numbers):016x}",
+        "x-ms-client-request-id": f"{_prefix.get()}{next(_numbers):016x}",
         "User-Agent": transport.USER_AGENT,
     }
 
 
-_process = os.urandom(8).hex()  # and a number name a request: that costs no system call each time
+def _new_prefix() -> str:
+    return os.urandom(8).hex()
+
+
+_prefix = PerProcess(_new_prefix)  # with a number it names a request: that costs no system call each time
 _numbers = itertools.count()
-
-
-def _forget_parent() -> None:
-    global _process
-    _process = os.urandom(8).hex()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
 
 
 class _Tracing:

@@ -10,22 +10,22 @@ from __future__ import annotations
 import atexit
 import http.client
 import logging
-import os
 import re
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from types import TracebackType
 
 from azstoragetorch import __version__
-from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, forget_tls_contexts, length_of
+from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, length_of
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch._engine.metrics import count, count_answer
+from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.scope import Cancelled, Hold, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 log = logging.getLogger("azstoragetorch")
@@ -139,11 +139,11 @@ def _receive_head(connection: Connection, method: str) -> _Answer:
 class Response:
     """The answer to one request. Leaving its ``with`` block frees the connection."""
 
-    def __init__(self, pool: Pool, connection: Connection, raw: _Answer, cleanup: ExitStack) -> None:
+    def __init__(self, pool: Pool, connection: Connection, raw: _Answer, hold: Hold) -> None:
         self._pool = pool
-        self._connection = connection
+        self._connection = [connection]  # taken out in one step: `close` gives it back once, even if it is interrupted
         self._raw = raw
-        self._cleanup = cleanup
+        self._hold = hold
         self.status = raw.status
         self.reason = raw.reason
         self.headers: Mapping[str, str] = raw.fields
@@ -167,7 +167,11 @@ class Response:
         return data
 
     def close(self) -> None:
-        """Return the connection to the pool if the body was read to its end, else close it."""
+        """Return the connection to the pool if the body was read to its end, else close it; once is enough."""
+        try:
+            connection = self._connection.pop()
+        except IndexError:
+            return
         try:
             if self.length is not None and 0 < self.length <= _DRAIN_LIMIT and not self._raw.isclosed():
                 self.read()
@@ -175,13 +179,13 @@ class Response:
                 self._raw.close()
         except (OSError, http.client.HTTPException):
             pass
-        self._cleanup.close()
         count("bytes_received", self._received)
-        self._received = 0
-        if self._raw.isclosed() and self.length == 0 and not self._raw.will_close:
-            self._pool.give_back(self._connection)
+        is_free = self._raw.isclosed() and self.length == 0 and not self._raw.will_close
+        self._hold.leave()
+        if is_free and not self._hold.was_woken:
+            self._pool.give_back(connection)
         else:
-            self._connection.close()
+            connection.close()
         self._raw.close()
 
     def __enter__(self) -> Response:
@@ -195,12 +199,18 @@ class Response:
         self.close()
 
 
+# A connection is in one place at a time: in the pool, or with the one request that took it out. Both ways are single
+# steps on a deque (`pop`, `append`), so there is no lock: other threads, and a signal handler that sends requests from
+# any line here, get other connections. An interrupt between two lines can drop a connection, never share one.
+#
+# A cancel may come from another thread while a request gives its connection back. The request first ends its hold, and
+# only if that came before the cancel (`was_woken` is false for good) the connection goes to the pool; a cancel that
+# comes later finds the hold ended and touches nothing. Otherwise the connection is closed, see `Connection.close`.
 class Pool:
     """Idle connections of this process, most recently used first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: dict[Origin, list[Connection]] = {}
+        self._idle: dict[Origin, deque[Connection]] = {}
         self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
 
     def take(self, origin: Origin) -> Connection:
@@ -214,44 +224,48 @@ class Pool:
 
     def take_idle(self, origin: Origin, unchecked: float = 0.0) -> Connection | None:
         """An idle connection that is still open, as far as is known of those used *unchecked* seconds ago; or None."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(origin)
-                connection = idle.pop() if idle else None
-            if connection is None or not connection.is_stale(unchecked):
+        idle = self._idle.get(origin)
+        while idle:
+            try:
+                connection = idle.pop()
+            except IndexError:  # another thread took it
+                break
+            if not connection.is_stale(unchecked):
                 return connection
             connection.close()
+        return None
 
     def give_back(self, connection: Connection) -> None:
         """Keep *connection* for the next request."""
         connection.was_used = True
         connection.idle_since = time.monotonic()
-        with self._lock:
-            idle = self._idle.setdefault(connection.origin, [])
-            idle.append(connection)
-            is_surplus = len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > MAX_IDLE_SECONDS
-            surplus = idle.pop(0) if is_surplus else None
-        if surplus is not None:
-            surplus.close()
+        idle = self._idle.get(connection.origin) or self._idle.setdefault(connection.origin, deque())
+        idle.append(connection)
+        try:
+            if len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > MAX_IDLE_SECONDS:
+                idle.popleft().close()
+        except IndexError:  # other threads took them all
+            pass
 
     def close(self) -> None:
         """Close all idle connections."""
-        with self._lock:
-            idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection in connections:
-                connection.close()
+        for idle in list(self._idle.values()):
+            with suppress(IndexError):
+                while True:
+                    idle.pop().close()
 
     def abandon(self) -> None:
-        """Let go of all connections of a forked parent, whose lock another of its threads may have held."""
+        """Let go of all connections of a forked parent."""
         for connection in list(self._made):
             connection.abandon()
 
     @property
     def idle_count(self) -> int:
         """Connections that wait for a request."""
-        with self._lock:
-            return sum(map(len, self._idle.values()))
+        return sum(map(len, list(self._idle.values())))
+
+
+_pool = PerProcess(Pool, Pool.abandon)
 
 
 def send(
@@ -273,20 +287,19 @@ def send(
         ClientRequestIdMismatchError: the answer belongs to another request.
         Cancelled: *scope* was cancelled.
     """
-    pool = _pool
+    pool, scope = _pool.get(), scope or Scope()
     while True:
         connection = pool.take(origin)
-        cleanup = ExitStack()
+        hold = scope.holding(connection.interrupt)
         try:
-            if scope is not None:
-                cleanup.enter_context(scope.holding(connection.interrupt))
+            hold.__enter__()
             started = time.perf_counter()
             connection.send(method, target, headers, body)
             raw = _receive_head(connection, method)
         except BaseException as error:
-            cleanup.close()
+            hold.leave()
             connection.close()
-            if scope is not None and scope.is_cancelled and is_connection_failure(error):
+            if scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
             is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
             if connection.was_used and is_dead and not _is_conditional_write(method, headers):
@@ -300,7 +313,7 @@ def send(
         sent_id, echoed_id = headers.get("x-ms-client-request-id", ""), raw.fields.get("x-ms-client-request-id")
         if not echoed_id and raw.status >= 300:
             raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error's message
-        response = Response(pool, connection, raw, cleanup)
+        response = Response(pool, connection, raw, hold)
         if sent_id and echoed_id and sent_id != echoed_id:
             response.length = None
             response.close()
@@ -322,34 +335,22 @@ def take_idle(origin: Origin) -> Connection | None:
     It was open a moment ago. Whether it still is would take one more system call to know, and the caller has to be
     prepared for a broken connection anyway.
     """
-    return _pool.take_idle(origin, _MOMENT)
+    return _pool.get().take_idle(origin, _MOMENT)
 
 
 def give_back(connection: Connection) -> None:
     """Return to the pool a connection that `take_idle` gave, after an answer that was received whole."""
-    _pool.give_back(connection)
+    _pool.get().give_back(connection)
 
 
 def idle_connections() -> int:
     """Connections of this process that wait in the pool."""
-    return _pool.idle_count
+    return _pool.get().idle_count
 
 
 def close_idle_connections() -> None:
     """Close the connections that wait in the pool; the next request opens a new one."""
-    _pool.close()
-
-
-_pool = Pool()
-
-
-def _forget_parent() -> None:
-    global _pool
-    inherited, _pool = _pool, Pool()
-    forget_tls_contexts()
-    inherited.abandon()
+    _pool.get().close()
 
 
 atexit.register(close_idle_connections)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)

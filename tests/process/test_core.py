@@ -246,7 +246,7 @@ class TestFork:
 
         ours = {
             f"socket:[{os.fstat(connection._http.sock.fileno()).st_ino}]"
-            for connection in transport._pool._made
+            for connection in transport._pool.get()._made
             if connection._http.sock is not None and connection._http.sock.fileno() >= 0
         }
         assert ours <= set(sockets())
