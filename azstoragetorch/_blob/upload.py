@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import base64
 import os
-import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
@@ -37,9 +37,13 @@ from azstoragetorch._blob.ranges import (
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Cancelled, Engine, Reservation, Scope, engine_for
+from azstoragetorch._engine.budget import BufferPool, Loan
+from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.memory import copy
 from azstoragetorch._engine.metrics import timed
+from azstoragetorch._engine.process import here
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 
 P = ParamSpec("P")
@@ -47,13 +51,20 @@ T = TypeVar("T")
 
 
 def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callable[Concatenate[BlockWriter, P], T]:
-    """An error or an interrupt in *method* ends the writer: it may have less than it was given."""
+    """An error or an interrupt in *method* ends the writer: it may have less than it was given.
+
+    The writer counts as broken from before the call until after it. So it stays broken wherever an interrupt comes,
+    also while another error is being handled.
+    """
 
     @wraps(method)
     def guarded(writer: BlockWriter, /, *arguments: P.args, **options: P.kwargs) -> T:
         writer._check()  # noqa: SLF001
+        writer._is_whole = False  # noqa: SLF001
         try:
-            return method(writer, *arguments, **options)
+            result = method(writer, *arguments, **options)
+            writer._is_whole = True  # noqa: SLF001
+            return result
         except BaseException as error:  # noqa: BLE001 - raised with what it means
             failed = writer._failed(error)  # noqa: SLF001
             raise failed from failed.__cause__
@@ -69,6 +80,21 @@ class _Block:
     pieces: Sequence[memoryview]
 
 
+class _Held:
+    """The buffer of a block in the background and its loan, given back once; dropping it ends the loan, too."""
+
+    def __init__(self, buffer: memoryview, loan: Loan, pool: BufferPool) -> None:
+        self._buffers = [buffer]  # taken out in one step
+        self._loan = loan
+        self._pool = pool
+
+    def release(self) -> None:
+        """Give both back. Never waits."""
+        while self._buffers:
+            self._pool.give_back(self._buffers.pop())
+        self._loan.release()
+
+
 class BlockWriter:
     """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises.
 
@@ -81,18 +107,17 @@ class BlockWriter:
         self._config = service.config
         self._condition = Condition(create_only, etag)
         self._scope = Scope()
-        self._pid = os.getpid()
+        self._process = here()
         # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
         self._nonce = os.urandom(9).hex()
         self._block_ids: list[str] = []
         self._collected: memoryview | None = None
         self._filled = 0
         self._staged = 0
-        self._begun = 0  # blocks given to the background
-        # Counted so that an interrupt at any moment leaves the count right, which a Condition does not.
-        self._ended: list[None] = []  # background blocks that have ended
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes who waits for one
-        self._failure: BaseException | None = None
+        self._in_flight: list[Job[None]] = []  # blocks that were given to the background
+        self._bell = Bell()  # rings when one of them has ended
+        self._failures: list[BaseException] = []  # the first one ended the writer
+        self._is_whole = True  # it has all bytes that it was given
 
     @property
     def written(self) -> int:
@@ -141,18 +166,17 @@ class BlockWriter:
         """
         if self._filled:
             self._stage_collected()
-        self._stage_all(self._scattered(pieces, block_size, staged), concurrency)
+        blocks = map(self._block, regroup(pieces, growing_blocks(self._staged, block_size)))
+        self._stage_all(blocks, concurrency, staged)
 
-    @timed("blocked_seconds")
+    @_all_or_nothing
     def flush(self) -> None:
         """Wait until the blocks in flight have arrived; makes no small block of what is collected.
 
         Raises:
             FatalBlobIOWriteError: a block failed.
         """
-        self._check()
-        self._wait_for_less_than(1)
-        self._check()
+        self._wait_for_all()
 
     @_all_or_nothing
     def put(self, pieces: Sequence[memoryview]) -> str:
@@ -181,7 +205,7 @@ class BlockWriter:
         else:
             if self._filled:
                 self._stage_collected()
-            self.flush()
+            self._wait_for_all()
             etag = self._put_block_list(md5, properties or {})
         self._free()
         return etag
@@ -191,35 +215,43 @@ class BlockWriter:
 
         `abort` still has to be called.
         """
-        if self._pid == os.getpid():
+        if self._process is here():
             self._scope.cancel()
 
     def abort(self) -> None:
         """Give up: stop what is in flight, commit nothing."""
-        if self._pid != os.getpid():
+        if self._process is not here():
             return  # forked: it is the parent's to finish
-        self._scope.cancel()  # what is in the background ends by itself: it has its own memory
+        self._scope.cancel()  # a block that is being staged ends by itself, with its buffer and its loan
+        for job in self._in_flight:
+            job.give_up()
         self._free()
 
     def _check(self) -> None:
-        if self._pid != os.getpid():
+        if self._process is not here():
             raise FatalBlobIOWriteError(
                 f"{self._url}: a writer cannot be used in a forked child; open the blob for writing there"
             )
-        if self._failure is not None:
-            raise self._fatal(self._failure)
+        if not self._is_whole and not self._failures:
+            self._failures.append(KeyboardInterrupt())  # it came where nothing could note it
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failures:
+            raise self._fatal(self._failures[0])
 
     def _failed(self, error: BaseException) -> BaseException:
         """Remember that *error* ended this writer; what to raise for it."""
-        if self._failure is None:
-            self._failure = error
+        self._failures.append(error)
+        # The frames that the error came through may refer to a loan, a buffer, or the caller's memory.
+        _clear_frames(error)
         is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)) or (
             isinstance(error, ResourceModifiedError) and self._condition.etag is not None
         )
         return self._fatal(error) if isinstance(error, (Exception, Cancelled)) and not is_clear else error
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
-        why = "it was given up" if isinstance(cause, Cancelled) else cause
+        why = cause if isinstance(cause, Exception) else "it was given up or interrupted"
         error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {why}")
         error.__cause__ = cause
         return error
@@ -265,82 +297,74 @@ class BlockWriter:
         self._collected, self._filled = None, 0
         pieces = [data] if held is None else [held[:filled], data]
         cuts = even_blocks(length_of(pieces), self._staged, self._config)
-        tasks = [self._staging(self._block(block)) for block in regroup(pieces, map(len, cuts))]
-        try:
-            self._stage_all(tasks, self._config.max_concurrency)
-        finally:
-            if held is not None:
-                engine_for(self._config).buffers.give_back(held)
-
-    def _scattered(
-        self, pieces: Iterable[memoryview], first: int, staged: Callable[[int], None] | None
-    ) -> Iterator[Callable[[Scope], None]]:
-        """Stage the bytes of *pieces* in blocks that begin with *first* bytes, the last one shorter."""
-        try:
-            for block in regroup(pieces, growing_blocks(self._staged, first)):
-                yield self._staging(self._block(block), staged)
-        except Exception as error:  # noqa: BLE001 - raised by the task
-            failure = error
-
-            def fail(_scope: Scope) -> None:
-                raise failure
-
-            yield fail
+        blocks = [self._block(block) for block in regroup(pieces, map(len, cuts))]
+        self._stage_all(blocks, self._config.max_concurrency)
+        if held is not None:
+            engine_for(self._config).buffers.give_back(held)
 
     @timed("blocked_seconds")
-    def _stage_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int) -> None:
-        engine_for(self._config).run_all(tasks, concurrency, self._scope)
-
-    def _stage_collected(self) -> None:
-        """Stage the collected block: in the background if the budget has room for it now, else here.
-
-        Nobody waits for the budget: readers may hold it until this very thread reads on.
-        """
-        block, length = self._collected, self._filled
-        assert block is not None
-        engine = engine_for(self._config)
-        stage = self._staging(self._block([block[:length]]))
-        self._collected, self._filled = None, 0
-        self._wait_for_less_than(self._config.max_concurrency)
-        reservation = Reservation(engine.budget)
-        try:
-            if reservation.take(block.nbytes):
-                self._begun += 1
-                engine.submit(lambda: self._stage_in_background(engine, block, reservation, stage))
-                return
-        except BaseException:
-            reservation.release()  # interrupted: perhaps nobody stages it
-            raise
-        stage(self._scope)
-        engine.buffers.give_back(block)
-
-    def _wait_for_less_than(self, count: int) -> None:
-        """Wait until fewer than *count* blocks are in flight in the background."""
-        while self._begun - len(self._ended) >= count:
-            self._news.get()
-
-    def _stage_in_background(
-        self, engine: Engine, block: memoryview, reservation: Reservation, stage: Callable[[Scope], None]
+    def _stage_all(
+        self, blocks: Iterable[_Block], concurrency: int, staged: Callable[[int], None] | None = None
     ) -> None:
-        try:
-            if self._failure is None:
-                self._scope.check()
-                stage(self._scope)
-        except BaseException as error:  # noqa: BLE001 - raised by the next call of the writer
-            self._failure = self._failure or error
-        finally:
-            engine.buffers.give_back(block)
-            reservation.release()
-            self._ended.append(None)
-            self._news.put(None)
+        """Stage *blocks*, which are drawn as threads become free, before the return."""
 
-    def _staging(self, block: _Block, staged: Callable[[int], None] | None = None) -> Callable[[Scope], None]:
-        def stage(_scope: Scope) -> None:
+        def stage(block: _Block, _scope: Scope) -> None:
             self._stage(block)
             if staged is not None:
                 staged(length_of(block.pieces))
 
-        return stage
+        engine_for(self._config).map(stage, blocks, concurrency, self._scope)
+
+    def _stage_collected(self) -> None:
+        """Stage the collected block: in the background if the budget has room for it now, else here.
+
+        It never waits for the budget: readers may hold all of it until this very thread reads on.
+        """
+        buffer, length = self._collected, self._filled
+        assert buffer is not None
+        engine = engine_for(self._config)
+        block = self._block([buffer[:length]])
+        self._collected, self._filled = None, 0
+        self._wait_for_fewer_than(self._config.max_concurrency)
+        loan = engine.budget.take(buffer.nbytes)
+        if loan is None:
+            self._stage(block)
+            engine.buffers.give_back(buffer)
+            return
+        job = Job(partial(self._stage_in_background, block, _Held(buffer, loan, engine.buffers)), self._bell)
+        del loan
+        self._in_flight.append(job)
+        engine.submit(job.run)
+
+    @timed("blocked_seconds")
+    def _wait_for_all(self) -> None:
+        self._wait_for_fewer_than(1)
+        self._raise_failure()
+
+    def _wait_for_fewer_than(self, count: int) -> None:
+        """Wait until fewer than *count* blocks are in flight in the background.
+
+        A block that no thread has begun is staged here. So a writer needs no free thread, and does not wait for one
+        that itself waits for this writer.
+        """
+        while len(running := self._still_in_flight()) >= count:
+            if not any(job.run() for job in running):
+                self._bell.wait_until(lambda: any(job.is_over for job in running))
+
+    def _still_in_flight(self) -> list[Job[None]]:
+        self._in_flight = [job for job in self._in_flight if not job.is_over]
+        return self._in_flight
+
+    def _stage_in_background(self, block: _Block, held: _Held) -> None:
+        try:
+            if not self._failures:
+                self._scope.check()
+                self._stage(block)
+        except BaseException as error:
+            self._failures.append(error)  # raised by the next call of the writer
+            raise
+        finally:
+            held.release()
 
     def _stage(self, block: _Block) -> None:
         query = f"comp=block&blockid={quote(block.block_id, safe='')}"
@@ -352,3 +376,12 @@ class BlockWriter:
         block, self._collected = self._collected, None
         if block is not None:
             engine_for(self._config).buffers.give_back(block)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of all functions that *error*, and the errors that led to it, came out of."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
