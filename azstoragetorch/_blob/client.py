@@ -181,9 +181,7 @@ class ContainerClient(_Client):
 
     def at(self, url: BlobURL) -> BlobClient:
         """The blob at *url*, which is in this container; it may be a snapshot or a version."""
-        client = BlobClient(url, self._credential, self.config)
-        client._live = self._live  # noqa: SLF001 - the same account and credential
-        return client
+        return BlobClient(url, self._credential, self.config, self._live)
 
     def pages(
         self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
