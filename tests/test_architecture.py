@@ -80,18 +80,9 @@ MAY_IMPORT = {
 # Private names of others that are used all the same: (module, name) -> why there is no public way.
 ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
     ("_engine.threads", "_thread"): "public by its documentation; starts a thread in one step, without a lock",
-    (
-        "checkpoint._format.metadata",
-        "_StorageInfo",
-    ): "the entries of torch's checkpoint format are pickled instances of it",
-    (
-        "checkpoint._format.metadata",
-        "_MEM_FORMAT_ENCODING",
-    ): "pickled inside every TensorProperties; the unpickler admits it",
-    (
-        "checkpoint._format.envelope",
-        "_subclasses",
-    ): "FakeTensorMode reads the layout of a saved tensor without its bytes",
+    ("checkpoint._format.items", "_StorageInfo"): "entries of torch's format are pickled instances of it",
+    ("checkpoint._format.metadata", "_StorageInfo"): "what is read is given to torch as instances of it",
+    ("checkpoint._format.envelope", "_subclasses"): "FakeTensorMode reads a tensor's layout without its bytes",
     ("checkpoint._format.envelope", "_checkpoint_offset"): "where torch.load, in that mode, says that the bytes begin",
     ("checkpoint._load", "_extension"): "torch's registry of stream extensions, which the format refers to",
     ("datapipes._writing", "_check_unpickable_fn"): "torch's own words for a function that no worker can be sent",

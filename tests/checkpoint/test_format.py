@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import pathlib
@@ -38,7 +37,6 @@ from azstoragetorch.checkpoint._format import (
     saved_at,
     storage_info,
 )
-from azstoragetorch.checkpoint._format import metadata as _metadata
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 DTYPES = [
@@ -253,21 +251,20 @@ def test_no_memory_is_taken_for_objects_that_cannot_be(put: bytes, protocol: int
     """A number in a pickle makes the unpickler fill 16 bytes for each lower one."""
     data = pickle.dumps(make_metadata(), protocol)
     ops = [position for op, _, position in pickletools.genops(data) if op.name in ("EMPTY_DICT", "DICT")]
-    with pytest.raises(CheckpointError, match=r"no intact pickle.*numbers an object"):
+    with pytest.raises(CheckpointError, match=r"not an intact pickle.*numbers an object"):
         load_metadata(data[: ops[0] + 1] + put + data[ops[0] + 1 :])
     assert isinstance(load_metadata(data), Metadata)
 
 
 @pytest.mark.parametrize("cut_at", [0, 1, 10, 100, -1])
 def test_cut_metadata_is_an_error(cut_at: int) -> None:
-    with pytest.raises(CheckpointError, match="no intact pickle"):
+    with pytest.raises(CheckpointError, match="not an intact pickle"):
         load_metadata(dump_metadata(make_metadata())[:cut_at])
 
 
 def test_flipped_bits_are_an_error_or_harmless() -> None:
     """Never anything but metadata or a CheckpointError, and nothing changes in this process."""
     data = dump_metadata(make_metadata())
-    classes = copy.copy(vars(_metadata)["_CLASSES"])
     for at in range(0, len(data), 3):
         damaged = bytearray(data)
         damaged[at] ^= 1 << (at % 8)
@@ -276,7 +273,6 @@ def test_flipped_bits_are_an_error_or_harmless() -> None:
         except CheckpointError:
             continue
         assert isinstance(found, Metadata)
-    assert vars(_metadata)["_CLASSES"] == classes
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_cleaning_stops_before_metadata_that_it_cannot_read(container: Container
     put(container, f"{base}/1")
     container.put("runs/a b/1/.metadata", b"rubbish")
     before = container.names()
-    with pytest.raises(CheckpointError, match="no intact pickle"):
+    with pytest.raises(CheckpointError, match="not an intact pickle"):
         clean(base, credential=container.key)
     assert container.names() == before
 

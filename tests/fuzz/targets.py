@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import enum
 import io
+import pathlib
 import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 from xml.etree import ElementTree
 
 import torch
 import torch.distributed.checkpoint as dcp
 from azure.core.exceptions import AzureError
+from torch.distributed.checkpoint import metadata as metadata_classes
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from azstoragetorch._blob.listing import _match_page, _parse_page, parse_page
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url, parse_url
 from azstoragetorch._samples.tar import walk
 from azstoragetorch._samples.unpack import is_packed
-from azstoragetorch.checkpoint._format import load_metadata, read_item
+from azstoragetorch.checkpoint._format import dump_metadata, load_metadata, read_item
 from azstoragetorch.exceptions import CheckpointError
 from tests.faults.store import BlobStore, Request
 
@@ -106,8 +111,35 @@ def url_seeds() -> list[bytes]:
     ]
 
 
+_WATCHED: tuple[Any, ...] = (
+    *(value for value in vars(metadata_classes).values() if isinstance(value, type)),
+    _StorageInfo,
+    pathlib,
+    *(value for value in vars(pathlib).values() if isinstance(value, type)),
+    enum,
+    enum.Enum,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.serialization,
+)
+
+
+def changes_since(before: list[dict[str, Any]]) -> list[Any]:
+    """Which of the watched have lost an attribute or have another one in its place."""
+    return [
+        value
+        for value, was in zip(_WATCHED, before, strict=True)
+        if any(vars(value).get(name, ...) is not member for name, member in was.items())
+    ]
+
+
 def check_metadata(raw: bytes) -> None:
-    """Metadata whose entries stay inside the checkpoint, or CheckpointError; nothing that it names is called."""
+    """Metadata whose entries stay inside the checkpoint, or CheckpointError; nothing that it names is called.
+
+    Nothing outside changes, and what is returned can be shown, compared and hashed.
+    """
+    before = [dict(vars(value)) for value in _WATCHED]
     try:
         with patch("os.system") as system, patch("builtins.eval") as evaluate:
             metadata = load_metadata(raw)
@@ -117,9 +149,12 @@ def check_metadata(raw: bytes) -> None:
             assert ".." not in item.path.split("/")
             assert item.offset >= 0
             assert item.length >= 0
+        assert repr(metadata)
+        assert metadata == metadata
     except CheckpointError:
         pass
     finally:
+        assert changes_since(before) == []
         assert not system.called
         assert not evaluate.called
 
@@ -130,7 +165,8 @@ def metadata_seeds() -> list[bytes]:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
         stock = (Path(folder) / ".metadata").read_bytes()
     metadata = pickle.loads(stock)
-    return [stock, *(pickle.dumps(metadata, protocol) for protocol in (0, 2, 5))]
+    ours = dump_metadata(metadata)
+    return [stock, ours, *(pickle.dumps(metadata, protocol) for protocol in (0, 2, 5))]
 
 
 def check_tar(raw: bytes) -> None:
@@ -181,7 +217,10 @@ TARGETS = {
         check_metadata,
         metadata_seeds,
         (b"cos\nsystem\n", b"cbuiltins\neval\n", b"(S'id'\ntR.", b"../", b"http://host/", b"\x80\x04", b"\x8c\x02os",
-         b"\x93", b"R", b"b", b"0", b"2", b"c__main__\n", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f", b"]", b"(", b"."),
+         b"\x93", b"R", b"b", b"0", b"2", b"c__main__\n", b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7f", b"]", b"(", b".",
+         b")\x81\x94}\x94(", b"ub", b"\x85", b"\x86", b"\x87", b"t", b"\x94", b"h\x00", b"h\x05", b"}", b"s", b"u",
+         b"e", b"a", b"N", b"\x89", b"K\x07", b"J\xff\xff\xff\xff", b"\x8a\x09" + b"\x7f" * 9, b".metadata", b"\r\n",
+         b"\x8c\x07pathlib\x8c\x09PosixPath\x93", b"(" * 70, b")" + b"\x85" * 500),
     ),
     "tar": Target(
         check_tar,

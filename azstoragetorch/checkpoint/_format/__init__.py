@@ -6,15 +6,9 @@ blob ``.metadata`` that says where each item is. After a plain download, torch's
 
 from __future__ import annotations
 
-from azstoragetorch.checkpoint._format.envelope import PROBE, Item, ItemFile, Payload, envelope, has_payload, probe
-from azstoragetorch.checkpoint._format.metadata import (
-    VERSION,
-    dump_metadata,
-    load_metadata,
-    many_objects,
-    read_item,
-    storage_info,
-)
+from azstoragetorch.checkpoint._format.envelope import PROBE, ItemFile, Payload, envelope, has_payload, probe
+from azstoragetorch.checkpoint._format.items import Item, read_item, storage_info
+from azstoragetorch.checkpoint._format.metadata import VERSION, dump_metadata, load_metadata, many_objects
 from azstoragetorch.checkpoint._format.names import (
     METADATA,
     data_name,

@@ -1,4 +1,4 @@
-"""Items of data blobs: what `torch.save` writes around the bare bytes of a tensor, and what an item says of them."""
+"""The inside of an item: what `torch.save` writes around the bare bytes of a tensor, and what that says of them."""
 
 from __future__ import annotations
 
@@ -33,17 +33,6 @@ class Payload(NamedTuple):
     def is_contiguous(self) -> bool:
         """Whether the elements lie in the order of their indices."""
         return self.stride == contiguous_strides(self.shape) or math.prod(self.shape) == 0
-
-
-class Item(NamedTuple):
-    """Where one item is. ``payload`` is None where only decoding the whole item tells what it holds."""
-
-    path: str
-    offset: int
-    length: int
-    transforms: tuple[str, ...] = ()
-    payload: Payload | None = None
-    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

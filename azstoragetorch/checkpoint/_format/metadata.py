@@ -1,23 +1,17 @@
 """The metadata: what torch's own FileSystemReader reads after a plain download, and FileSystemWriter writes.
 
-It is a pickle that says where each item is. Ours adds facts to the stock entries, as attributes that
-other readers ignore: where in an item the bare bytes of its tensor begin, of which type and shape they are, and the
-ETag of the blob. The pickle comes from the network, so it is read by an unpickler that knows the names that metadata
-consists of and no others.
+It is a pickle that says where each item is, and it comes from a network. ``records`` parses it without executing it;
+here every field of the records is checked, and torch's objects are made from what passed. What refers to something
+that no metadata has is an error that says so, before any tensor is touched or any data blob is asked for.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import io
 import math
 import pathlib
 import pickle
-import pickletools
-import re
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,79 +19,16 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from azstoragetorch.checkpoint._format.envelope import Item, Payload
+from azstoragetorch.checkpoint._format import records
+from azstoragetorch.checkpoint._format.items import check_etag, check_facts, check_place, check_transforms, shown
+from azstoragetorch.checkpoint._format.records import LARGEST, Array, Call, Name, Table, parse
 from azstoragetorch.exceptions import CheckpointError
 
 VERSION = "1.0.0"  # what FileSystemWriter writes into Metadata.version
 
-
-def storage_info(item: Item) -> Any:
-    """*item* as an entry of ``Metadata.storage_data``: the stock class, with what else is known as attributes."""
-    info: Any = _StorageInfo(item.path, item.offset, item.length)
-    if item.transforms:
-        info.transform_descriptors = list(item.transforms)
-    if item.payload is not None:
-        info.payload = _facts(item.payload)
-    if item.etag is not None:
-        info.etag = item.etag
-    return info
-
-
-@functools.lru_cache(maxsize=16384)
-def _facts(payload: Payload) -> tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]:
-    """*payload* as stock types; the same tuple for all that are equal, which a pickle then holds only once."""
-    return (payload.offset, payload.dtype, payload.shape, payload.stride)
-
-
-def read_item(info: Any) -> Item:
-    """The item that an entry of ``Metadata.storage_data`` describes.
-
-    Raises:
-        CheckpointError: the entry is not one, or leads out of the checkpoint.
-    """
-    if not isinstance(info, _StorageInfo):
-        raise CheckpointError(f"the checkpoint was not written in torch's file format: it has a {type(info).__name__}")
-    path, offset, length = info.relative_path, info.offset, info.length
-    _check_path(path)
-    if not (_is_count(offset) and _is_count(length)):
-        raise CheckpointError(f"the checkpoint places an item at {offset!r}, length {length!r}, of {path!r}")
-    transforms = getattr(info, "transform_descriptors", None) or ()
-    facts = getattr(info, "payload", None)
-    payload = None
-    if facts is not None:
-        if not _is_payload(facts, length):
-            raise CheckpointError(f"the checkpoint describes the item at {offset} of {path!r} as {facts!r:.200}")
-        payload = Payload(*facts)
-    etag = getattr(info, "etag", None)
-    return Item(path, offset, length, tuple(map(str, transforms)), payload, etag if isinstance(etag, str) else None)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _is_payload(facts: object, length: int) -> bool:
-    if not isinstance(facts, tuple) or len(facts) != 4:
-        return False
-    offset, dtype, shape, stride = facts
-    if not (_is_count(offset) and isinstance(dtype, torch.dtype) and type(shape) is tuple and type(stride) is tuple):
-        return False
-    if len(shape) != len(stride) or not all(map(_is_count, shape + stride)):
-        return False
-    return int(offset) + math.prod(shape) * dtype.itemsize <= length
-
-
-@functools.lru_cache(maxsize=1024)
-def _check_path(path: object) -> None:
-    """Let pass only names of blobs inside the checkpoint: a token must not follow a forged path."""
-    is_inside = (
-        isinstance(path, str)
-        and 0 < len(path) <= 1024
-        and not any(c < " " or c in "\\:\x7f" for c in path)
-        and all(part not in ("", ".", "..") for part in path.split("/"))
-    )
-    if not is_inside:
-        raise CheckpointError(f"the checkpoint refers to {path!r:.200}, which is not inside it; it is not followed")
+_STEPS = 128  # of the path of an entry in the nested state dict
+_NESTED = 16  # levels of what other planners than torch's note
+_LONG = 4096  # characters of a field such as the id of a save
 
 
 @contextmanager
@@ -125,196 +56,293 @@ def load_metadata(data: bytes) -> dcp.Metadata:
     """Read *data*, the content of a ``.metadata``, admitting nothing that metadata does not consist of.
 
     Raises:
-        CheckpointError: it is broken, or it refers to a global that it should not; the message names it.
+        CheckpointError: it is broken, or it has a field that it should not have; the message names it.
     """
     with many_objects():
-        return _load_metadata(data)
+        return _Maker(len(data)).metadata(parse(data))
 
 
-def _load_metadata(data: bytes) -> dcp.Metadata:
-    before = [(value, dict(vars(value))) for value in _mutable_globals()]
-    try:
-        _check_memo(data)
-        metadata: dcp.Metadata = _Unpickler(io.BytesIO(data)).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a pickle that is cut or forged fails in any way
-        raise CheckpointError(f"the metadata is no intact pickle: {type(error).__name__}: {error!s:.300}") from None
-    finally:
-        forged = [value for value, members in before if _restore(value, members)]
-    if forged:
-        raise CheckpointError(f"the metadata tries to change {forged[0]!r}; it is hostile")
-    try:
-        _check_metadata(metadata)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the metadata lacks what makes it one: {error!s:.300}") from None
-    return metadata
+class _Maker:
+    """Makes torch's objects from the records of one metadata of *length* bytes."""
 
+    def __init__(self, length: int) -> None:
+        # Objects may be shared, so walking through them takes longer than reading them: this bounds it.
+        self._visits = length + 1024
+        self._facts: dict[int, Any] = {}
+        self._etags: set[str] = set()
 
-_CLASSES = (
-    dcp.Metadata,
-    dcp.TensorStorageMetadata,
-    dcp.BytesStorageMetadata,
-    dcp.ChunkStorageMetadata,
-    dcp.TensorProperties,
-    dcp.MetadataIndex,
-    dcp.StorageMeta,
-    dcp._MEM_FORMAT_ENCODING,  # noqa: SLF001
-    _StorageInfo,
-)
-_ADMITTED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("collections", "OrderedDict"): OrderedDict,
-    # Written by torch before 2.3.
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): dcp.TensorProperties,
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): dcp._MEM_FORMAT_ENCODING,  # noqa: SLF001
-}
-_PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
-_BUILTINS = {"set": set, "frozenset": frozenset, "list": list, "dict": dict, "tuple": tuple, "int": int, "str": str}
-_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
-
-
-def _mutable_globals() -> Iterable[Any]:
-    """All admitted objects that a pickle could set attributes of."""
-    return (*_CLASSES, *dcp._MEM_FORMAT_ENCODING)  # noqa: SLF001
-
-
-def _restore(value: Any, members: dict[str, Any]) -> bool:
-    """Give *value* its *members* again; whether they had been changed."""
-    now = dict(vars(value))
-    changed = {name for name in now.keys() | members.keys() if now.get(name, ...) is not members.get(name, ...)}
-    for name in changed:
-        if name in members:
-            setattr(value, name, members[name])
-        else:
-            delattr(value, name)
-    return bool(changed)
-
-
-# How the opcodes of pickle are told apart: by the bytes that follow, a length before them, or lines.
-_PREFIXES = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1,
-    pickletools.TAKEN_FROM_ARGUMENT4: 4,
-    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-}
-_PREFIX = {op.code: _PREFIXES[op.arg.n] for op in pickletools.opcodes if op.arg and op.arg.n in _PREFIXES}
-_LINES = {
-    op.code: 2 if op.arg.name == "stringnl_noescape_pair" else 1
-    for op in pickletools.opcodes
-    if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
-}
-_FIXED = {op.code: op.arg.n if op.arg else 0 for op in pickletools.opcodes if op.code not in {*_PREFIX, *_LINES, "r"}}
-_SHORT_TEXT = b"\x8c"  # by far the most frequent of those in _PREFIX, so that all its lengths are worth a pattern
-_RUN = re.compile(  # of limited length, for the sake of the memory that matching takes
-    b"(?:%s|%s(?:%s)){1,500}"
-    % (
-        b"|".join(
-            b"[%s].{%d}" % (re.escape("".join(code for code in _FIXED if _FIXED[code] == n).encode("latin-1")), n)
-            for n in sorted(set(_FIXED.values()))
-        ),
-        _SHORT_TEXT,
-        b"|".join(re.escape(bytes([n])) + b".{%d}" % n for n in range(256)),
-    ),
-    re.DOTALL,
-)
-
-
-def _check_memo(data: bytes) -> None:
-    """Raise if *data*, a pickle, numbers an object higher than it has bytes: memory is taken for all numbers below."""
-    at = 0
-    while at < len(data):
-        run = _RUN.match(data, at)
-        if run is not None:
-            at = run.end()
-            continue
-        code, begin, number = chr(data[at]), at + 1, 0
-        if code in _PREFIX:
-            at = begin + _PREFIX[code]
-            at += int.from_bytes(data[begin:at], "little")
-        elif code == "r":  # LONG_BINPUT
-            at = begin + 4
-            number = int.from_bytes(data[begin:at], "little")
-        elif code in _LINES:
-            for _ in range(_LINES[code]):
-                at = data.find(b"\n", at) + 1 or len(data)
-            number = int(data[begin:at]) if code == "p" else 0  # PUT
-        else:
-            return  # unpickling ends here, too
-        if number > len(data):
-            raise pickle.UnpicklingError(f"it numbers an object {number}, which so few bytes cannot have")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str, /) -> Any:
-        admitted = _ADMITTED.get((module, name))
-        if admitted is not None:
-            return admitted
-        if module == "torch" and isinstance(getattr(torch, name, None), _CONSTANTS):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _layout
-        if module in ("pathlib", "pathlib._local") and name in _PATHS:
-            return pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
-        if module == "builtins" and name in _BUILTINS:
-            return _BUILTINS[name]
-        raise CheckpointError(
-            f"the metadata refers to {module}.{name}, which no checkpoint needs; it was not loaded, since loading it "
-            "may run foreign code"
+    def metadata(self, root: Any) -> dcp.Metadata:
+        """The whole."""
+        if type(root) is not list or root[0] is not records.METADATA:
+            raise CheckpointError(f"the metadata is {_kind(root)}, not torch's Metadata")
+        fields = _fields(root)
+        made = dcp.Metadata(
+            self._entries(fields.pop("state_dict_metadata", None)),
+            self._planner_data(fields.pop("planner_data", None)),
+            self._storage(fields.pop("storage_data", None)),
+            _storage_meta(fields.pop("storage_meta", None)),
+            _text(fields.pop("version", None), "version"),
         )
+        for name, value in fields.items():  # other planners than torch's add their own
+            if not name.isidentifier() or name.startswith("_") or hasattr(dcp.Metadata, name):
+                raise CheckpointError(f"the metadata has a field {name!r:.100}, which it cannot have")
+            setattr(made, name, self._plain(value, name))
+        return made
 
-    def persistent_load(self, _pid: object, /) -> Any:
-        raise CheckpointError("the metadata refers to objects outside itself; it was not loaded")
+    # -- entries of the state dict ------------------------------------------------------------------------------------
+
+    def _entries(self, table: Any) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        pairs = _pairs(table, "state_dict_metadata")
+        for key, value in pairs:
+            if type(key) is not str:
+                raise CheckpointError(f"the metadata has an entry named {shown(key)}, which is not a string")
+            if type(value) is list and value[0] is records.BYTES and len(value) == 1:
+                entries[key] = dcp.BytesStorageMetadata()
+                continue
+            made = self._tensor(value)
+            if made is None:
+                raise CheckpointError(f"the metadata describes {key!r:.200} in a way that makes no sense", key=key)
+            entries[key] = made
+        if len(entries) != len(table) // 2:
+            raise CheckpointError("the metadata describes an entry twice")
+        return entries
+
+    def _tensor(self, record: Any) -> Any:
+        """The description of a tensor, or None if *record* is not one."""
+        if type(record) is not list or record[0] is not records.TENSOR:
+            return None
+        if len(record) == 2 and isinstance(record[1], dcp.TensorStorageMetadata):
+            return record[1]  # two keys for one tensor
+        properties, size, chunks = _values(record, _TENSOR_FIELDS)
+        made = self._properties(properties)
+        if type(size) is not torch.Size or type(chunks) is not Array or made is None:
+            return None
+        numel = math.prod(size) or math.prod(length or 1 for length in size)
+        if numel > LARGEST:
+            return None
+        self._visits -= len(chunks)
+        if self._visits < 0:
+            raise CheckpointError("the metadata describes more shards than fit into its size")
+        shards = [shard for chunk in chunks if (shard := _chunk(chunk, size)) is not None]
+        if len(shards) != len(chunks):
+            return None
+        tensor = dcp.TensorStorageMetadata(made, size, shards)
+        record[1:] = [tensor]
+        return tensor
+
+    def _properties(self, record: Any) -> dcp.TensorProperties | None:
+        if type(record) is not list or record[0] is not records.PROPERTIES or len(record) != 2:
+            return None
+        state = record[1]
+        if type(state) is dcp.TensorProperties:
+            return state
+        if type(state) is not tuple or len(state) != 5:
+            return None
+        dtype, layout, requires_grad, memory_format, pin_memory = state
+        layout, memory_format = _layout(layout), _memory_format(memory_format)
+        is_right = (
+            type(dtype) is torch.dtype
+            and type(layout) is torch.layout
+            and type(memory_format) is torch.memory_format
+            and type(requires_grad) is type(pin_memory) is bool
+        )
+        if not is_right:
+            return None
+        record[1] = made = dcp.TensorProperties(dtype, layout, requires_grad, memory_format, pin_memory)
+        return made
+
+    # -- where they are stored ----------------------------------------------------------------------------------------
+
+    def _storage(self, table: Any) -> dict[dcp.MetadataIndex, Any]:
+        indices, infos, hashes = [], [], []
+        for key, value in _pairs(table, "storage_data"):
+            if type(key) is not list or key[0] is not records.INDEX:
+                raise CheckpointError(f"the metadata has {_kind(key)} where an index is due")
+            fqn, number, offset = _values(key, _INDEX_FIELDS)
+            indices.append(_index(fqn, offset, number))
+            hashes.append(hash((fqn, offset)))
+            if type(value) is not list or value[0] is not records.INFO:
+                raise CheckpointError(f"the checkpoint is not in torch's file format: it has {_kind(value)}", key=fqn)
+            infos.append(self._info(fqn, _values(value, _INFO_FIELDS)))
+        # Equal hashes are of equal indices, or chosen to be equal, so that looking them up takes very long.
+        if len(set(hashes)) != len(hashes):
+            raise CheckpointError("the metadata says twice where an item is stored")
+        return dict(zip(indices, infos, strict=True))
+
+    def _info(self, fqn: str, values: list[Any]) -> Any:
+        path, offset, length, facts, etag, transforms = values
+        try:
+            check_place(path, offset, length, fqn)
+            info: Any = _StorageInfo(path, offset, length)
+            if facts is not None:
+                if self._facts.get(id(facts)) != length:  # the record is alive, so no other has its id
+                    check_facts(facts, length, path)
+                    self._facts[id(facts)] = length
+                info.payload = facts
+            if etag is not None:
+                if type(etag) is not str or etag not in self._etags:
+                    check_etag(etag)
+                    self._etags.add(etag)
+                info.etag = etag
+            if transforms is not None:
+                info.transform_descriptors = list(check_transforms(transforms))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} ({fqn!r:.200})", key=fqn) from None
+        return info
+
+    # -- what planners note -------------------------------------------------------------------------------------------
+
+    def _planner_data(self, value: Any) -> Any:
+        if type(value) is not Table:
+            return self._plain(value, "planner_data")
+        paths = {}
+        for key, path in _pairs(value, "planner_data"):
+            if type(key) is not str:
+                break
+            if type(path) is not tuple or len(path) > _STEPS or not {*map(type, path)} <= {str, int}:
+                break
+            paths[key] = path
+        else:
+            if 2 * len(paths) != len(value):
+                raise CheckpointError("the metadata says twice where an entry belongs")
+            return paths
+        return self._plain(value, "planner_data")
+
+    def _plain(self, value: Any, name: str, depth: int = 0) -> Any:
+        """*value* as plain objects of Python, which are not shared."""
+        self._visits -= 1
+        if self._visits < 0 or depth > _NESTED:
+            raise CheckpointError(f"the metadata has a field {name!r:.100} that is too large")
+        if value is None or type(value) in (str, int, float, bool, torch.Size):
+            return value
+        if type(value) is tuple:
+            return tuple(self._plain(part, name, depth + 1) for part in value)
+        if type(value) is Array:
+            return [self._plain(part, name, depth + 1) for part in value]
+        if type(value) is Table and all(type(key) in (str, int) for key in value[::2]):
+            return {key: self._plain(part, name, depth + 1) for key, part in _pairs(value, name)}
+        raise CheckpointError(f"the metadata has {_kind(value)} in {name!r:.100}, which is not plain data")
 
 
-def _layout(name: object) -> Any:
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.layout):
-        raise CheckpointError(f"the metadata names a layout {name!r:.100} that does not exist")
-    return found
+_TENSOR_FIELDS = ["properties", "size", "chunks"]
+_CHUNK_FIELDS = ["offsets", "sizes"]
+_INDEX_FIELDS = ["fqn", "index", "offset"]
+_STORAGE_META_FIELDS = ["checkpoint_id", "save_id", "load_id", "modules"]
+_INFO_FIELDS = ["relative_path", "offset", "length", "payload", "etag", "transform_descriptors"]
+_MEMORY_FORMATS = {
+    0: torch.contiguous_format,
+    1: torch.channels_last,
+    2: torch.preserve_format,
+    "TORCH_CONTIGUOUS_FORMAT": torch.contiguous_format,
+    "TORCH_CHANNELS_LAST": torch.channels_last,
+    "TORCH_PRESERVE_FORMAT": torch.preserve_format,
+}
 
 
-def _check_metadata(metadata: Any) -> None:
-    """Raise unless *metadata* is what it says; a forged one may be of any shape."""
-    if not isinstance(metadata, dcp.Metadata):
-        raise CheckpointError(f"the metadata is a {type(metadata).__name__}, not torch's Metadata")
-    entries: Any = metadata.state_dict_metadata
-    storage: Any = metadata.storage_data
-    if not isinstance(entries, dict) or not isinstance(storage, dict):
-        raise CheckpointError("the metadata has no tables of entries and of where they are stored")
-    for key, entry in entries.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"the metadata has an entry named {key!r:.100}, which is no text")
-        if isinstance(entry, dcp.BytesStorageMetadata):
-            continue
-        if not isinstance(entry, dcp.TensorStorageMetadata) or not _is_tensor(entry):
-            raise CheckpointError(f"the metadata describes {key!r} in a way that makes no sense", key=key)
-    for index, info in storage.items():
-        if not isinstance(index, dcp.MetadataIndex):
-            raise CheckpointError(f"the metadata has a {type(index).__name__} where an index is due")
-        if not isinstance(info, _StorageInfo):
-            raise CheckpointError(f"the checkpoint is not in torch's file format: it has a {type(info).__name__}")
-        _check_path(info.relative_path)
-        if not (_is_count(info.offset) and _is_count(info.length)):
-            raise CheckpointError(
-                f"the metadata places {index.fqn!r} at {info.offset!r:.50}, length {info.length!r:.50}", key=index.fqn
-            )
+def _pairs(table: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    if type(table) is not Table or len(table) % 2:
+        raise CheckpointError(f"the metadata has {_kind(table)} as {name!r:.100}, which is to be a dict")
+    return zip(table[::2], table[1::2], strict=True)
 
 
-def _is_tensor(entry: Any) -> bool:
-    size = entry.size
-    if not isinstance(size, torch.Size) or not isinstance(entry.chunks, list) or any(n < 0 for n in size):
-        return False
-    if not isinstance(entry.properties, dcp.TensorProperties) or not isinstance(entry.properties.dtype, torch.dtype):
-        return False
-    for chunk in entry.chunks:
-        if not isinstance(chunk, dcp.ChunkStorageMetadata):
-            return False
-        offsets, sizes = chunk.offsets, chunk.sizes
-        if not len(offsets) == len(sizes) == len(size):
-            return False
-        for first, count, whole in zip(offsets, sizes, size, strict=True):
-            if first < 0 or count < 0 or first + count > whole:
-                return False
-    return True
+def _values(record: list[Any], names: list[str]) -> list[Any]:
+    """The values of the fields *names* of an instance, None for those it does not have."""
+    if record[1::2] == names:
+        return record[2::2]
+    fields = _fields(record)
+    values = [fields.pop(name, None) for name in names]
+    if fields:
+        raise CheckpointError(f"the metadata has {_kind(record)} with a field {min(fields)!r:.100}, which is not known")
+    return values
+
+
+def _fields(record: list[Any]) -> dict[str, Any]:
+    names, values = record[1::2], record[2::2]
+    if len(names) != len(values) or any(type(name) is not str for name in names):
+        raise CheckpointError(f"the metadata has {_kind(record)} whose fields have no names")
+    fields = dict(zip(names, values, strict=True))
+    if len(fields) != len(names):
+        raise CheckpointError(f"the metadata has {_kind(record)} with a field twice")
+    return fields
+
+
+def _index(fqn: Any, offset: Any, number: Any) -> dcp.MetadataIndex:
+    if type(fqn) is not str:
+        raise CheckpointError(f"the metadata has an index of {shown(fqn)}, which is not a string")
+    if offset is not None and type(offset) is not torch.Size:
+        raise CheckpointError(f"the metadata has an index of {fqn!r:.200} at {_kind(offset)}", key=fqn)
+    if number is not None and not (type(number) is int and 0 <= number <= LARGEST):
+        raise CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {shown(number)}", key=fqn)
+    return dcp.MetadataIndex(fqn, offset, number)
+
+
+def _chunk(record: Any, size: torch.Size) -> dcp.ChunkStorageMetadata | None:
+    if type(record) is not list or record[0] is not records.CHUNK:
+        return None
+    offsets, sizes = _values(record, _CHUNK_FIELDS)
+    if not (type(offsets) is type(sizes) is torch.Size and len(offsets) == len(sizes) == len(size)):
+        return None
+    for first, count, whole in zip(offsets, sizes, size, strict=True):
+        if first + count > whole:
+            return None
+    return dcp.ChunkStorageMetadata(offsets, sizes)
+
+
+def _layout(value: Any) -> Any:
+    """The layout, from a constant or from a call that names it; anything else for what is not one."""
+    if type(value) is Call and value[0] is records.LAYOUT and type(value[1]) is tuple and len(value[1]) == 1:
+        name = value[1][0]
+        return getattr(torch, name.removeprefix("torch."), None) if type(name) is str else None
+    return value
+
+
+def _memory_format(value: Any) -> Any:
+    """The memory format, from the member of an enum; anything else for what is not one."""
+    if type(value) is Call and type(value[1]) is tuple:
+        function, arguments = value
+        if function is records.MEMBER and len(arguments) == 2 and arguments[0] is records.MEMORY_FORMAT:
+            arguments = arguments[1:]
+        elif function is not records.MEMORY_FORMAT:
+            return None
+        if len(arguments) == 1 and type(arguments[0]) in (int, str):
+            return _MEMORY_FORMATS.get(arguments[0])
+    return None
+
+
+def _storage_meta(record: Any) -> dcp.StorageMeta | None:
+    if record is None:
+        return None
+    if type(record) is not list or record[0] is not records.STORAGE_META:
+        raise CheckpointError(f"the metadata has {_kind(record)} as storage_meta")
+    where, save, load, modules = _values(record, _STORAGE_META_FIELDS)
+    if modules is not None and not (type(modules) is Array and all(type(name) is str for name in modules)):
+        raise CheckpointError(f"the metadata has {_kind(modules)} as the modules of storage_meta")
+    return dcp.StorageMeta(_where(where), _text(save, "save_id"), _text(load, "load_id"), [*(modules or ())])
+
+
+def _where(value: Any) -> Any:
+    """The id of a checkpoint: a string, or the path that it was saved to."""
+    if type(value) is not Call:
+        return _text(value, "checkpoint_id")
+    kind, parts = value
+    is_path = type(kind) is Name and kind.module.startswith("pathlib") and type(parts) is tuple
+    if not is_path or len(parts) > _LONG or any(type(part) is not str or len(part) > _LONG for part in parts):
+        raise CheckpointError(f"the metadata has {_kind(value)} as checkpoint_id")
+    return (pathlib.PureWindowsPath if "Windows" in kind.name else pathlib.PurePosixPath)(*parts)
+
+
+def _text(value: Any, name: str) -> str | None:
+    if value is None or (type(value) is str and len(value) <= _LONG):
+        return value
+    raise CheckpointError(f"the metadata has {shown(value)} as {name}, which is to be a short string")
+
+
+def _kind(value: Any) -> str:
+    """What *value*, a record, stands for, in a few words."""
+    if type(value) is list and type(value[0]) is Name:
+        return f"a {value[0].name}"
+    if type(value) is Call and type(value[0]) is Name:
+        return f"a call of {value[0]}"
+    names: dict[type[Any], str] = {Table: "a dict", Array: "a list", list: "an instance"}
+    return names.get(type(value)) or f"a {type(value).__name__}"

@@ -9,8 +9,8 @@ import time
 
 METADATA = ".metadata"
 
-_DATA_NAME = re.compile(r"__(\d+)_(\d+)\.(\d{14})-[0-9a-f]{16}\.distcp")
-_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+_DATA_NAME = re.compile(r"__([0-9]{1,9})_([0-9]{1,9})\.([0-9]{14})-[0-9a-f]{16}\.distcp")
+_RANK_METADATA = re.compile(r"__([0-9]{1,9})\.metadata")
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -21,6 +21,11 @@ def metadata_name(rank: int | None = None) -> str:
 def is_rank_metadata(name: str) -> bool:
     """Whether *name* is that of metadata of a single rank."""
     return _RANK_METADATA.fullmatch(name) is not None
+
+
+def is_metadata(name: str) -> bool:
+    """Whether *name* is that of metadata, which never holds data."""
+    return name == METADATA or is_rank_metadata(name)
 
 
 def new_save_id() -> str:
