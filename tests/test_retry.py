@@ -6,6 +6,7 @@ import http.client
 import pickle
 import ssl
 import time
+from collections import deque
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -154,6 +155,55 @@ class TestRetrying:
 
         with taking(at_most=5), pytest.raises(Cancelled):
             retrying(TransferConfig(), operation, scope)
+
+
+class TestThrottling:
+    def busy(self) -> HttpResponseError:
+        return error_of(503, "ServerBusy")
+
+    def test_the_last_error_says_how_often_it_was_tried(self) -> None:
+        """And in how many seconds; it stays the error that it is, also in a pickle."""
+        error = self.busy()
+
+        def operation() -> None:
+            raise Transient(error)
+
+        with pytest.raises(HttpResponseError, match=r"503.*\(after 3 tries in \d+\.\d s\)$") as caught:
+            retrying(TransferConfig(max_attempts=3, max_backoff=0.01), operation)
+        assert caught.value is error
+        assert str(pickle.loads(pickle.dumps(error))) == str(error) == error.message
+
+    def test_one_try_is_not_counted(self) -> None:
+        with pytest.raises(HttpResponseError) as caught:
+            Retry(TransferConfig(max_attempts=1)).pause_after(Transient(self.busy()))
+        assert "tries" not in str(caught.value)
+
+    def test_a_warning_once_a_minute_counts(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first at once; what is throttled meanwhile is in the next one; other errors are in none."""
+        now = 1000.0
+        monkeypatch.setattr("azstoragetorch._blob.retry._warned", {})
+        monkeypatch.setattr("azstoragetorch._blob.retry._throttled", deque())
+        monkeypatch.setattr("azstoragetorch._blob.retry.time.monotonic", lambda: now)
+        monkeypatch.setattr("azstoragetorch._blob.retry.start_thread", lambda warn: warn() or True)
+
+        def fail(count: int, error: HttpResponseError) -> None:
+            for _ in range(count):
+                Retry(TransferConfig(max_backoff=0)).pause_after(Transient(error))
+
+        with caplog.at_level("WARNING", logger="azstoragetorch"):
+            fail(1, error_of(500, "InternalError"))
+            assert caplog.messages == []
+            fail(3, self.busy())
+            assert ["in the last 60 s: 1 (1 x 503 ServerBusy)" in message for message in caplog.messages] == [True]
+            now += 59
+            fail(1, error_of(429, "TooManyRequests"))
+            assert len(caplog.messages) == 1
+            now += 2
+            fail(1, self.busy())
+        assert len(caplog.messages) == 2
+        assert "in the last 61 s: 4 (3 x 503 ServerBusy, 1 x 429" in caplog.messages[1]
 
 
 class TestSorting:

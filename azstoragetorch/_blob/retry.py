@@ -7,7 +7,9 @@ import logging
 import random
 import ssl
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
@@ -15,7 +17,8 @@ from azure.core.exceptions import AzureError, HttpResponseError
 
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.engine import Scope
-from azstoragetorch._engine.metrics import count
+from azstoragetorch._engine.metrics import THROTTLED, count
+from azstoragetorch._engine.threads import start_thread
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")
@@ -23,6 +26,7 @@ log = logging.getLogger("azstoragetorch")
 
 RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BASE = 0.4  # seconds; the first pause is 0.2 s on average
+_WARN_EVERY = 60.0  # seconds between two warnings that the service throttles
 _LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a server that asks for more is as good as down
 
 
@@ -40,11 +44,12 @@ class Retry:
 
     def __init__(self, config: TransferConfig) -> None:
         self._config = config
-        self._failures = 0
+        self.made_progress()
 
     def made_progress(self) -> None:
-        """Start counting anew: an operation that gets further is not stuck."""
+        """Count from 0 again: an operation that gets further is not stuck."""
         self._failures = 0
+        self._began = time.monotonic()
 
     def pause_after(self, failure: Transient) -> float:
         """Seconds to wait before the next try.
@@ -53,7 +58,10 @@ class Retry:
             AzureError: no try is left.
         """
         self._failures += 1
+        if isinstance(failure.error, HttpResponseError) and failure.error.status_code in THROTTLED:
+            _note_throttling(failure.error)
         if self._failures >= self._config.max_attempts:
+            _add_tries(failure.error, self._failures, time.monotonic() - self._began)
             try:
                 raise failure.error from failure.__cause__
             finally:
@@ -67,6 +75,45 @@ class Retry:
         count("retries")
         log.debug("try %d failed, next in %.2f s: %s", self._failures, pause, failure)
         return pause
+
+
+def _add_tries(error: AzureError | ClientRequestIdMismatchError, tries: int, seconds: float) -> None:
+    """Say in *error* how often it was met."""
+    if tries > 1:
+        message = f"{error} (after {tries} tries in {seconds:.1f} s)"
+        error.args = message, *error.args[1:]
+        if isinstance(error, AzureError):
+            error.message = message
+
+
+_throttled: deque[str] = deque(maxlen=100_000)  # answers since the last warning
+_warned: dict[str, float] = {}
+
+
+def _note_throttling(error: HttpResponseError) -> None:
+    """Warn that the service throttles, at once and then once a minute, with how often it did."""
+    _throttled.append(f"{error.status_code} {getattr(error, 'error_code', '') or error.reason}")
+    now = time.monotonic()
+    since = now - _warned.get("at", now - _WARN_EVERY)
+    if since < _WARN_EVERY:
+        return
+    _warned["at"] = now
+    answers: Counter[str] = Counter()
+    with suppress(IndexError):  # another thread takes from it, too
+        while _throttled:
+            answers[_throttled.popleft()] += 1
+
+    def warn() -> None:
+        log.warning(
+            "the service throttles. Requests that it refused in the last %.0f s: %d (%s). They are tried again; fewer "
+            "max_connections (TransferConfig) or fewer processes at once may be faster",
+            max(since, _WARN_EVERY),
+            sum(answers.values()),
+            ", ".join(f"{number} x {answer}" for answer, number in answers.most_common()),
+        )
+
+    # A handler of the logging package may hold a lock that this thread, which others wait for, must not wait for.
+    start_thread(warn)
 
 
 def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | None = None) -> T:
