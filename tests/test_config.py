@@ -90,6 +90,19 @@ class TestEnvironment:
                 patch.setenv(f"AZSTORAGETORCH_{setting.name.upper()}", str(other))
                 assert TransferConfig() == replace(base, **{setting.name: other})
 
+    def test_a_misspelt_variable_is_warned_about_once(self) -> None:
+        program = (
+            "import warnings; from azstoragetorch import TransferConfig\n"
+            "with warnings.catch_warnings(record=True) as caught:\n"
+            "    warnings.simplefilter('always')\n"
+            "    TransferConfig(); TransferConfig()\n"
+            "print([str(warning.message) for warning in caught])"
+        )
+        said = run_python(program, AZSTORAGETORCH_MAX_CONCURENCY="3", AZSTORAGETORCH_TRUSTED_HOSTS="a.example")
+        assert said.count("MAX_CONCURENCY is not a setting and is ignored; did you mean") == 1
+        assert "did you mean AZSTORAGETORCH_MAX_CONCURRENCY?" in said
+        assert said.count("is ignored") == 1
+
     def test_an_argument_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AZSTORAGETORCH_PART_SIZE", str(MiB))
         assert TransferConfig(part_size=2 * MiB).part_size == 2 * MiB

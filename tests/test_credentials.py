@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import multiprocessing
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 from urllib.parse import parse_qs
@@ -18,16 +23,22 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
     ServiceRequestError,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from azstoragetorch._blob.credentials import CredentialHolder, check_credential
-from azstoragetorch._blob.secret import Secret
+from azstoragetorch._blob.secret import Secret, SharedString
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.process import PerProcess
+from azstoragetorch.datapipes import AzureBlobFileLister, AzureBlobFileReader
+from azstoragetorch.datasets import BlobDataset, IterableBlobDataset
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
 from tests.azurite.token import AzuriteTokenCredential
 from tests.faults import FaultService, Match, Redirect, Status
+from tests.faults.fixtures import LoopbackTls
 from tests.support import QUICK, blob_client, container_client, content, run_python, run_threads, taking
 
 DATA = content(300_000)
@@ -390,6 +401,431 @@ class TestOtherHosts:
                 BlobIO(url, "rb", transfer=QUICK).read()
             assert other.connections_opened == 0
         assert "topsecret" not in str(caught.value)
+
+
+class TestHosts:
+    """Credentials go to Azure's hosts and to those that the user named, with the credential or in the environment."""
+
+    KEY = AzureNamedKeyCredential("account", "a2V5")
+
+    def credentials(self) -> list[Any]:
+        return [Tokens(), AzureSasCredential("sig=x"), AzureNamedKeyCredential("account", "a2V5")]
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "account.blob.core.windows.net",
+            "account.privatelink.blob.core.windows.net",
+            "account.z12.blob.storage.azure.net",
+            "account.dfs.core.windows.net",
+            "account.blob.core.chinacloudapi.cn",
+        ],
+    )
+    def test_azure_gets_them_whatever_names_it(self, host: str) -> None:
+        for credential in self.credentials():
+            assert not CredentialHolder(credential).authorizer(parse_url(f"https://{host}/c")).is_anonymous
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "evil.example",
+            "account.evil.example",
+            "account.blob.core.windows.net.evil.example",
+            "evilblob.core.windows.net",
+            "10.0.0.1",
+            "azurite",
+        ],
+    )
+    def test_another_host_gets_none_unless_the_user_names_it(self, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error says which host, and how to allow it."""
+        url = parse_url(f"https://{host}/account/c")
+        for credential in self.credentials():
+            with pytest.raises(ValueError, match=rf"{host}.*AZSTORAGETORCH_TRUSTED_HOSTS={host}.*credential=False"):
+                CredentialHolder(credential).authorizer(url)
+            with pytest.raises(ValueError, match="TRUSTED_HOSTS"):
+                CredentialHolder(credential, named=parse_url("https://other.example/c")).authorizer(url)
+            assert CredentialHolder(credential, named=url).authorizer(url)
+        assert CredentialHolder(False).authorizer(url).is_anonymous
+        assert CredentialHolder(None, Secret("sig=x")).authorizer(url).query() == "sig=x"
+        monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", f"first.example, {host}")
+        for credential in self.credentials():
+            assert CredentialHolder(credential).authorizer(url)
+
+    @pytest.mark.parametrize(
+        ("trusted", "host", "is_trusted"),
+        [
+            (".example.com", "data.example.com", True),
+            ("*.example.com", "a.b.example.com", True),
+            (".example.com", "example.com", False),
+            (".example.com", "badexample.com", False),
+            ("example.com", "data.example.com", False),
+            ("data.example.com:8443", "data.example.com:8443", True),
+            ("data.example.com:8443", "data.example.com", False),
+            ("data.example.com:443", "data.example.com", True),
+            ("DATA.example.com", "data.example.com:9", True),
+        ],
+    )
+    def test_what_the_variable_means(
+        self, trusted: str, host: str, is_trusted: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", trusted)
+        holder, url = CredentialHolder(AzureSasCredential("sig=x")), parse_url(f"https://{host}/c")
+        if is_trusted:
+            assert holder.authorizer(url)
+        else:
+            with pytest.raises(ValueError, match="TRUSTED_HOSTS"):
+                holder.authorizer(url)
+
+    @pytest.mark.parametrize("trusted", ["https://data.example.com", "*", "a b@c", "example.com/c"])
+    def test_what_names_no_host_is_refused(self, trusted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", trusted)
+        with pytest.raises(ValueError, match=r"AZSTORAGETORCH_TRUSTED_HOSTS: .* is not a host"):
+            CredentialHolder(AzureSasCredential("sig=x")).authorizer(parse_url("https://data.example.com/c"))
+
+    def test_emulators_get_keys_and_sas_but_no_token(self) -> None:
+        url = parse_url("https://127.0.0.1:1/devstoreaccount1/c")
+        token, sas, key = self.credentials()
+        assert CredentialHolder(sas).authorizer(url)
+        assert CredentialHolder(key).authorizer(url)
+        with pytest.raises(ValueError, match="TRUSTED_HOSTS"):
+            CredentialHolder(token).authorizer(url)
+
+    def test_a_list_of_urls_sends_no_token_to_a_host_that_it_names(self, https_fault_service: FaultService) -> None:
+        """Nothing is sent there, and no token is asked for; a host that was named with the credential is known."""
+        service, credential = https_fault_service, Tokens()
+        service.put("c", "b", b"data")
+        urls = ["https://account.blob.core.windows.net/c/a", service.blob_url("c", "b")]
+        dataset = BlobDataset.from_blob_urls(urls, credential=credential)
+        with pytest.raises(ValueError, match=r"TRUSTED_HOSTS=127\.0\.0\.1"):
+            dataset[1]
+        pipe = AzureBlobFileReader([urls[1]], credential=credential)
+        with pytest.raises(ValueError, match=r"TRUSTED_HOSTS=127\.0\.0\.1"):
+            list(pipe)
+        assert (service.connections_opened, credential.fetched) == (0, 0)
+        listed = list(
+            AzureBlobFileReader(
+                AzureBlobFileLister(service.container_url("c"), credential=credential), credential=credential
+            )
+        )
+        assert [data for _, data in listed] == [b"data"]
+        assert BlobDataset.from_blob_urls(urls[1], credential=Tokens())[0]["data"] == b"data"
+
+    def test_a_host_that_was_named_is_known_in_another_process(self) -> None:
+        url = parse_url("https://data.example.com/c")
+        for credential in (AzureSasCredential("sig=x"), self.KEY, None):
+            CredentialHolder(credential, named=url)
+            pickled = ForkingPickler.dumps(CredentialHolder(credential))
+            assert ForkingPickler.loads(pickled).authorizer(url)
+
+
+class TestTenants:
+    """An account in another tenant than the identity says so once; a token of that tenant is asked for."""
+
+    TENANT = "11111111-2222-3333-4444-555555555555"
+
+    class Identity:
+        """Gives ``home-1``, ``home-2``, ... and, for a tenant, ``<tenant>-1``, ..."""
+
+        def __init__(self) -> None:
+            self.asked: list[str | None] = []
+
+        def get_token(self, *scopes: str, tenant_id: str | None = None, **options: Any) -> AccessToken:
+            assert (scopes, options) == ((SCOPE,), {})
+            self.asked.append(tenant_id)
+            return AccessToken(f"{tenant_id or 'home'}-{self.asked.count(tenant_id)}", int(time.time() + 3600))
+
+    def service(self, service: FaultService, challenge: str) -> None:
+        service.put("c", "b", DATA)
+        service.require_token(f"{self.TENANT}-1")
+        service.challenge = challenge
+
+    def challenge(self, tenant: str = TENANT, resource: str = "https://storage.azure.com") -> str:
+        where = f"https://login.microsoftonline.com/{tenant}/oauth2/authorize"
+        return f"Bearer authorization_uri={where} resource_id={resource}"
+
+    def test_that_tenant_is_asked_once(self, https_fault_service: FaultService) -> None:
+        self.service(https_fault_service, self.challenge(resource="https://graph.microsoft.com"))
+        identity = self.Identity()
+        for _ in range(2):
+            with BlobIO(https_fault_service.blob_url("c", "b"), "rb", credential=identity, transfer=QUICK) as blob:
+                assert blob.read() == DATA
+        with BlobIO(https_fault_service.blob_url("c", "new"), "wb", credential=identity, transfer=QUICK) as blob:
+            blob.write(DATA)
+        assert identity.asked == [None, self.TENANT]
+
+    def test_an_identity_of_the_newer_protocol_too(self, https_fault_service: FaultService) -> None:
+        self.service(https_fault_service, f'Bearer authorization_uri="https://login.microsoftonline.com/{self.TENANT}"')
+        tenant = self.TENANT
+
+        class Newer:
+            def get_token_info(self, *scopes: str, options: Any = None) -> AccessToken:
+                return AccessToken(f"{tenant}-1" if options == {"tenant_id": tenant} else "home", 1 << 40)
+
+        with BlobIO(https_fault_service.blob_url("c", "b"), "rb", credential=Newer(), transfer=QUICK) as blob:
+            assert blob.read() == DATA
+
+    @pytest.mark.parametrize(
+        "challenge",
+        [
+            "",
+            "Bearer",
+            "Basic realm=x",
+            "Bearer authorization_uri=https://login.microsoftonline.com/",
+            "Bearer authorization_uri=http://login.microsoftonline.com/11111111-2222-3333-4444-555555555555",
+            "Bearer authorization_uri=https://login.microsoftonline.com/../11111111-2222-3333-4444-555555555555",
+            "Bearer authorization_uri=https://login.microsoftonline.com/evil.example/x",
+            "Bearer authorization_uri=https://login.microsoftonline.com/11111111-2222-3333-4444-555555555555%0d",
+        ],
+    )
+    def test_what_names_no_tenant_asks_for_another_token(
+        self, https_fault_service: FaultService, challenge: str
+    ) -> None:
+        self.service(https_fault_service, challenge)
+        identity = self.Identity()
+        with (
+            BlobIO(https_fault_service.blob_url("c", "b"), "rb", credential=identity, transfer=QUICK) as blob,
+            pytest.raises(ClientAuthenticationError, match="401"),
+        ):
+            blob.read(1)
+        assert set(identity.asked) == {None}
+
+    def test_each_account_has_its_tenant(self, loopback_tls: LoopbackTls, https_fault_service: FaultService) -> None:
+        other, identity = self.TENANT.replace("1", "9"), self.Identity()
+        self.service(https_fault_service, self.challenge())
+        with FaultService(ssl_context=loopback_tls.server_context) as second:
+            second.put("c", "b", DATA)
+            second.require_token(f"{other}-1")
+            second.challenge = self.challenge(other)
+            for service in (https_fault_service, second, https_fault_service, second):
+                with BlobIO(service.blob_url("c", "b"), "rb", credential=identity, transfer=QUICK) as blob:
+                    assert blob.read() == DATA
+        assert identity.asked == [None, self.TENANT, other]
+
+    def test_a_sovereign_cloud_has_its_own_audience(self) -> None:
+        asked: list[tuple[str, ...]] = []
+
+        class Identity:
+            def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+                asked.append(scopes)
+                return AccessToken("token", int(time.time() + 3600))
+
+        holder = CredentialHolder(Identity())
+        for host in ("account.blob.core.windows.net", "account.blob.core.chinacloudapi.cn"):
+            holder.authorizer(parse_url(f"https://{host}/c")).headers()
+        assert asked == [(SCOPE,), ("https://account.blob.core.chinacloudapi.cn/.default",)]
+
+
+class TestWaiting:
+    """Nobody waits for a lock: a token is fetched by a thread that does nothing else."""
+
+    def test_a_signal_handler_gets_a_token_while_the_main_thread_waits_for_it(self, loopback_tls: LoopbackTls) -> None:
+        """It comes in at every line of the wait, and of what starts it."""
+        program = """
+import signal, sys, time
+from azure.core.credentials import AccessToken
+from azstoragetorch._blob.credentials import CredentialHolder
+from azstoragetorch._blob.url import parse_url
+
+url = parse_url("https://account.blob.core.windows.net/c")
+
+class Identity:
+    def get_token(self, *scopes, **options):
+        time.sleep(0.01)
+        return AccessToken("token", int(time.time()) + 3600)
+
+done = 0
+for stop in range(1, 400):
+    authorizer = CredentialHolder(Identity()).authorizer(url)
+    seen = 0
+    def trace(frame, event, argument):
+        global seen
+        name = frame.f_code.co_filename
+        if not name.endswith(("authorizers.py", "job.py", "threads.py", "process.py")):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == stop:
+                sys.settrace(None)
+                assert authorizer.headers() == {"Authorization": "Bearer token"}
+        return trace
+    sys.settrace(trace)
+    assert authorizer.headers() == {"Authorization": "Bearer token"}
+    sys.settrace(None)
+    if seen < stop:
+        break
+    done = stop
+print(done)
+"""
+        assert int(run_python(program, timeout=100)) > 20
+
+    def test_all_that_wait_get_the_error_of_the_one_fetch(self, https_fault_service: FaultService) -> None:
+        credential = Tokens(delay=0.2)
+        credential.failures = [ClientAuthenticationError("refused")] * 16
+        authorizer = CredentialHolder(credential).authorizer(HTTPS)
+
+        def ask(_: int) -> str:
+            with pytest.raises(ClientAuthenticationError, match="refused") as caught:
+                authorizer.headers()
+            return str(caught.value)
+
+        assert run_threads(8, ask) == ["refused"] * 8
+        assert len(credential.failures) > 8
+
+    def test_an_error_is_in_no_cycle(self) -> None:
+        credential = Tokens()
+        credential.failures = [ClientAuthenticationError("refused")]
+        authorizer = CredentialHolder(credential).authorizer(HTTPS)
+        gc.collect()
+        gc.disable()
+        try:
+            try:
+                authorizer.headers()
+            except ClientAuthenticationError as error:
+                known = weakref.ref(error)
+            assert known() is None
+        finally:
+            gc.enable()
+
+
+class TestUpdates:
+    """An update of a SAS or key in the main process reaches workers that live."""
+
+    @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+    def test_of_a_sas(self, fault_service: FaultService, method: str) -> None:
+        """Persistent workers read on after the old SAS is refused, in the epoch in which it was updated."""
+        for number in range(24):
+            fault_service.put("c", f"{number:02}", b"x")
+        fault_service.require_sas("old")
+        sas = AzureSasCredential("sv=1&sig=old")
+        transfer = replace(QUICK, max_connections=2)
+        dataset = IterableBlobDataset.from_container_url(
+            fault_service.container_url("c"), credential=sas, transfer=transfer
+        )
+        loader: Any = DataLoader(
+            dataset,
+            None,
+            num_workers=2,
+            persistent_workers=True,
+            prefetch_factor=1,
+            multiprocessing_context=method,
+            timeout=60,
+        )
+        for epoch in range(2):
+            count = 0
+            for _ in loader:
+                count += 1
+                if (epoch, count) == (0, 4):
+                    sas.update("sv=1&sig=new")
+                    fault_service.require_sas("new")
+            assert count == 24
+        loader._iterator._shutdown_workers()
+        assert {entry.query["sig"] for entry in fault_service.log if entry.status in (200, 206)} == {"old", "new"}
+
+    def test_of_a_key(self) -> None:
+        credential = AzureNamedKeyCredential("account", "a2V5")
+        holder = CredentialHolder(credential)
+        before = holder.authorizer(HTTP).query()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        go_on = multiprocessing.get_context("fork").Event()
+
+        def child() -> None:
+            go_on.wait(20)
+            sender.send(credential.named_key)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        credential.update("account", "b3RoZXI=")
+        go_on.set()
+        assert receiver.poll(20)
+        assert receiver.recv() == ("account", "b3RoZXI=")
+        process.join(20)
+        assert holder.authorizer(HTTP).query() != before
+
+    def test_the_object_stays_what_it_is(self) -> None:
+        sas, key = AzureSasCredential("sig=x"), AzureNamedKeyCredential("account", "a2V5")
+        for credential in (sas, key):
+            CredentialHolder(credential)
+        for credential in (sas, copy.copy(sas), copy.deepcopy(sas)):
+            assert isinstance(credential, AzureSasCredential)
+            assert credential.signature == "sig=x"
+        assert pickle.loads(pickle.dumps(key)).named_key == ("account", "a2V5")
+        copied = copy.copy(sas)
+        copied.update("sig=y")
+        assert sas.signature == "sig=x"
+        with pytest.raises(TypeError):
+            sas.update(1)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="too long"):
+            sas.update("sig=" + "x" * 20_000)
+
+    @given(st.lists(st.text(max_size=300), max_size=20))
+    def test_shared_memory_holds_what_was_set_last(self, values: list[str]) -> None:
+        shared = SharedString("first")
+        for value in values:
+            shared.set(value)
+            assert shared.get() == value
+        assert shared.get() == (values[-1] if values else "first")
+
+
+class TestBadValues:
+    """What could not be sent is refused where it enters, by the name of the argument."""
+
+    @pytest.mark.parametrize("character", ["\r\n", "\n", "\0", " ", "\t", "\x7f", "ü", "\x1b"])
+    def test_a_sas_with_a_control_character(self, character: str) -> None:
+        for text in (f"sv=1&sig=secret{character}", f"sv=1{character}X: y&sig=secret"):
+            with pytest.raises(ValueError, match="credential: the SAS has a space, a line break") as caught:
+                BlobIO(str(HTTPS), "rb", credential=AzureSasCredential(text))
+            assert "secret" not in str(caught.value)
+            assert caught.value.__cause__ is None
+
+    def test_one_that_comes_with_an_update(self, fault_service: FaultService) -> None:
+        fault_service.put("c", "b", DATA)
+        sas = AzureSasCredential("sig=x")
+        with BlobIO(fault_service.blob_url("c", "b"), "rb", credential=sas, transfer=QUICK) as blob:
+            sas.update("sig=x\r\nx-evil: 1")
+            with pytest.raises(ValueError, match="credential: the SAS"):
+                blob.read()
+        assert fault_service.connections_opened == 0
+
+    @pytest.mark.parametrize("key", ["not base64!", "YQ", "", "a2V5\r\nX: y", "schlüssel"])
+    def test_a_key_that_is_not_base64(self, key: str) -> None:
+        with pytest.raises(ValueError, match="credential: the account key of 'account' is not base64") as caught:
+            BlobIO(str(HTTPS), "rb", credential=AzureNamedKeyCredential("account", key))
+        assert not key or key not in str(caught.value)
+
+    def test_a_key_from_a_file_may_end_with_a_line_break(self) -> None:
+        holder = CredentialHolder(AzureNamedKeyCredential("account", "a2V5\n"))
+        assert "sig=" in holder.authorizer(HTTPS).query()
+
+    def test_a_token_with_a_line_break(self) -> None:
+        class Identity:
+            def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+                return AccessToken("token\r\nx-evil: 1", int(time.time() + 3600))
+
+        with pytest.raises(ValueError, match="credential: Identity gave a token with a space or line break"):
+            CredentialHolder(Identity()).authorizer(HTTPS).headers()
+
+    @pytest.mark.parametrize("host", ["evil\r\nHost: x", "a b.example.com", "a\x00b.blob.core.windows.net"])
+    def test_a_host_with_a_control_character(self, host: str) -> None:
+        with pytest.raises(ValueError, match="blob_url has a"):
+            BlobIO(f"https://{host}/c/b", "rb", credential=False)
+
+
+def test_somebody_who_is_not_signed_in_reads_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: the ways in, in the order in which to try them, then what DefaultAzureCredential tried, readable."""
+    text = "DefaultAzureCredential failed to retrieve a token.\nAttempted credentials:\n\tEnvironmentCredential: no"
+    tokens = Tokens()
+    tokens.failures = [ClientAuthenticationError(text)]
+    monkeypatch.setattr("azure.identity.DefaultAzureCredential", lambda: tokens)
+    monkeypatch.setattr("azstoragetorch._blob.credentials._registry", PerProcess(dict))
+    with pytest.raises(ClientAuthenticationError) as caught:
+        CredentialHolder(None).authorizer(HTTPS).headers()
+    said = str(caught.value)
+    first = said.splitlines()[0]
+    places = [first.index(way) for way in ("az login", "SAS", "--sas-env", "AZURE_STORAGE_KEY", "credential=False")]
+    assert places == sorted(places)
+    assert said.count("EnvironmentCredential") == 1
+    assert "\t" not in said
+    assert "\\n" not in said
 
 
 class TestPickling:

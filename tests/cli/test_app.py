@@ -166,6 +166,26 @@ def test_warnings_do_not_steer_the_terminal() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"])
+@pytest.mark.parametrize("account", [{}, {"AZURE_STORAGE_ACCOUNT": "account"}])
+def test_a_key_goes_to_no_host_that_begins_like_the_account(
+    command: Command, name: str, account: dict[str, str]
+) -> None:
+    """A SAS that the key signs, sent to a host of somebody else, would open the account."""
+    secrets = {"AZURE_STORAGE_KEY": "", "AZURE_STORAGE_SAS_TOKEN": "", name: "a2V5", **account}
+    ended = command("ls", "https://account.evil.example/c", **secrets)
+    assert ended.code == 2
+    for part in ("account.evil.example", "AZSTORAGETORCH_TRUSTED_HOSTS", "AZURE_STORAGE_ACCOUNT", "--anonymous"):
+        assert part in ended.err
+
+
+def test_a_key_that_is_not_base64_is_named(command: Command) -> None:
+    ended = command("ls", "https://account.blob.core.windows.net/c", AZURE_STORAGE_KEY="not base64!")
+    assert ended.code == 2
+    assert "AZURE_STORAGE_KEY is not base64" in ended.err
+    assert "not base64!" not in ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

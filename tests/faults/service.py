@@ -109,6 +109,7 @@ class FaultService(LoopbackServer):
         self._rules: list[f.Rule] = []
         self._tokens: set[str] | None = None
         self._sas: str | None = None
+        self.challenge = _CHALLENGE  # WWW-Authenticate of an answer that a token is missing or not accepted
         self._numbers = itertools.count(1)
         self._book = threading.Lock()  # of the log, the rules and the counters
         super().__init__(ssl_context=ssl_context, host=host)
@@ -368,9 +369,9 @@ class FaultService(LoopbackServer):
         if self._tokens is not None:
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
             if scheme != "Bearer":
-                raise ServiceError(401, "NoAuthenticationInformation", {"WWW-Authenticate": _CHALLENGE})
+                raise ServiceError(401, "NoAuthenticationInformation", {"WWW-Authenticate": self.challenge})
             if token not in self._tokens:
-                raise ServiceError(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": _CHALLENGE})
+                raise ServiceError(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": self.challenge})
         if self._sas is not None:
             if request.query.get("sig") != self._sas:
                 raise ServiceError(403, "AuthenticationFailed")
