@@ -92,7 +92,7 @@ class CredentialHolder:
         return self
 
     def __deepcopy__(self, _memo: object) -> CredentialHolder:
-        return self  # a credential is shared by all that was copied: one cache, and updates reach everybody
+        return self  # copies share the credential: one cache, and an update reaches all
 
     def __getstate__(self) -> dict[str, Any]:
         credential = self._credential

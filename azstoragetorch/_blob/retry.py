@@ -30,7 +30,7 @@ _WARN_EVERY = 60.0  # seconds between two warnings that the service throttles
 _LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a server that asks for more is as good as down
 
 
-class Transient(Exception):  # noqa: N818 - carries an error, is none itself
+class Transient(Exception):  # noqa: N818 - it carries an error and is not one
     """Wraps an error that is worth another try; *error* is raised when no try is left."""
 
     def __init__(self, error: AzureError | ClientRequestIdMismatchError, retry_after: float | None = None) -> None:
@@ -132,7 +132,7 @@ def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | 
 
 
 def is_connection_failure(error: BaseException) -> bool:
-    """Whether *error* says that a connection broke, which another one may not."""
+    """Whether *error* says that a connection broke: another one may work."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return False
     return isinstance(error, (OSError, http.client.HTTPException))
