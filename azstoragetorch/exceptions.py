@@ -8,6 +8,7 @@
         ├── BlobChangedError               a blob was overwritten while it was being read
         ├── ClientRequestIdMismatchError   an answer belongs to another request
         └── CheckpointError                a distributed checkpoint cannot be saved, read or managed
+            ├── CheckpointConflictError    another save was committed while this one was in progress
             ├── CheckpointExistsError      there is one, and it was not to be overwritten
             └── CheckpointNotFoundError    there is none, or an incomplete one
 
@@ -24,6 +25,7 @@ from typing import Any
 __all__ = [
     "AZStorageTorchError",
     "BlobChangedError",
+    "CheckpointConflictError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
@@ -85,6 +87,29 @@ class CheckpointError(AZStorageTorchError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.args, self.__dict__
+
+
+class CheckpointConflictError(CheckpointError):
+    """The checkpoint is not the one that was there when the operation began; it stays as it is now.
+
+    A save raises it if another save was committed, or the checkpoint was deleted, while it was in progress: this save
+    has no effect, and what is there now loads. ``save_id`` is that of the operation, ``other_save_id`` that of the
+    checkpoint that is there; None where there is none or it is not known. Saves that run at the same time need folders
+    of their own.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        checkpoint: str | None = None,
+        rank: int | None = None,
+        save_id: str | None = None,
+        other_save_id: str | None = None,
+    ) -> None:
+        super().__init__(message, checkpoint=checkpoint, rank=rank)
+        self.save_id = save_id
+        self.other_save_id = other_save_id
 
 
 class CheckpointExistsError(CheckpointError):

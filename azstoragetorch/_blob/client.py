@@ -6,21 +6,23 @@ them and works in a forked child.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from azure.core.exceptions import ResourceNotFoundError
+from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
-from azstoragetorch._blob.commit import Found, look
+from azstoragetorch._blob.commit import CREATED, Found, look, md5_of
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
-from azstoragetorch._blob.retry import retrying
+from azstoragetorch._blob.retry import Retry, Transient, retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
@@ -29,6 +31,7 @@ from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
+from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
 
 __all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClient", "Head", "Page"]
 
@@ -136,12 +139,17 @@ class BlobClient(_Client):
         """
         return look(self.service, self.url, scope)
 
-    def version(self) -> BlobVersion | None:
-        """The blob's present version; None if it does not exist."""
+    def find(self) -> Found | None:
+        """The blob as the service describes it; None if it does not exist."""
         try:
-            return self.look().version
+            return self.look()
         except ResourceNotFoundError:
             return None
+
+    def version(self) -> BlobVersion | None:
+        """The blob's present version; None if it does not exist."""
+        found = self.find()
+        return found.version if found is not None else None
 
     def put(self, data: bytes, *, create_only: bool = False, etag: str | None = None) -> str:
         """Make *data* the content of the blob, by one request if it fits into a block, and return its ETag.
@@ -160,6 +168,73 @@ class BlobClient(_Client):
         except BaseException:
             writer.abort()
             raise
+
+    def replace(
+        self, data: bytes, *, etag: str | None, properties: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[bool, Found | None]:
+        """Make *data* the content of the blob if it still has *etag*; with None, if there is no blob.
+
+        One request. If its answer is lost or refuses the condition, the blob is looked at before anything is sent
+        again, and known by its content. *properties* are headers of the request.
+
+        Returns:
+            Whether *data* is the content now, and the blob as it is now.
+
+        Raises:
+            FatalBlobIOWriteError: the service does not say whether the request was carried out.
+            AzureError: the service refused, or could not be reached; the blob is unchanged.
+        """
+        condition = {"If-Match": etag} if etag is not None else {"If-None-Match": "*"}
+        retry = Retry(self.config)
+        refusals = 0
+        while True:
+            failure: Transient | ResourceExistsError | ResourceModifiedError
+            try:
+                return True, self._put_once(data, condition, properties)
+            except (Transient, ResourceExistsError, ResourceModifiedError) as error:
+                failure = error
+            found = self._look_after(failure)
+            if (found.version.etag if found is not None else None) != etag:
+                return found is not None and self.has_content(found, data), found
+            if isinstance(failure, Transient):
+                Scope().pause(retry.pause_after(failure))
+                continue
+            refusals += 1
+            if etag is not None or refusals >= self.config.max_attempts:
+                raise failure  # refused although the condition holds
+            # The blob that was in the way was deleted before the look.
+
+    def _put_once(self, data: bytes, condition: Mapping[str, str], properties: Mapping[str, str]) -> Found:
+        headers = {
+            "x-ms-blob-type": "BlockBlob",
+            "Content-Type": "application/octet-stream",
+            **condition,
+            **properties,
+        }
+        if self.config.validate_content:
+            headers["Content-MD5"] = md5_of([memoryview(data)])
+        with self.service.send(Request("PUT", self.url, headers=headers, body=data, accept=CREATED)) as answer:
+            return Found(BlobVersion(len(data), answer.headers.get("ETag", "")), None, properties)
+
+    def _look_after(self, failure: Exception) -> Found | None:
+        try:
+            return self.find()
+        except (AzureError, ClientRequestIdMismatchError) as error:
+            raise FatalBlobIOWriteError(
+                f"{self.url}: the commit was sent, and the service does not say whether it was carried out; look at "
+                f"the blob before writing it again: {failure}"
+            ) from error
+
+    def has_content(self, found: Found, data: bytes) -> bool:
+        """Whether the blob that was *found* holds *data*; where the service has no MD5 it is read as it is now."""
+        if found.version.size != len(data):
+            return False
+        if found.md5 is not None:
+            return found.md5 == base64.b64decode(md5_of([memoryview(data)]))
+        try:
+            return self.read()[0] == data
+        except ResourceNotFoundError:
+            return False
 
     def delete(self, *, etag: str | None = None) -> bool:
         """Delete the blob, if it is *etag*; False if it does not exist."""

@@ -77,7 +77,7 @@ def list_pages(
     if page_size != 5000:
         query += f"&maxresults={page_size}"
     scope = Scope()
-    markers, firsts = {""}, set[tuple[str, ...]]()
+    markers, firsts = {""}, set[str]()
     fetching: Job[bytes] | None = Job(partial(_fetch, service, container, query, "", scope))
     try:
         while fetching is not None:
@@ -92,11 +92,10 @@ def list_pages(
                 fetching = Job(partial(_fetch, service, container, query, following, scope))
                 engine_for(service.config).submit(fetching.run)
             page = parse_page(raw, container, with_modified=with_modified)
-            first = (*page.names[:1], *page.prefixes[:1])
-            if first in firsts:
+            # A prefix may come again where the service goes on in the middle of it, a blob never.
+            if not firsts.isdisjoint(page.names[:1]):
                 raise _repeated(container)  # under another marker
-            if first:
-                firsts.add(first)
+            firsts.update(page.names[:1])
             yield page
     finally:
         scope.cancel()

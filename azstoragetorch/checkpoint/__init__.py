@@ -4,19 +4,15 @@
 into the bytes of data blobs. A ``load`` carries out what torch's planner asks for: ``reads`` says what that is of which
 blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
 ``format`` knows what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device
-meet host memory, and ``folder`` where it all is. ``catalog`` finds and removes checkpoints, ``inspect`` looks into
-them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
+meet host memory, and ``folder`` where it all is. ``commit`` is how saves, deletions and cleaning stay out of each
+other's way, and argues why. ``catalog`` finds checkpoints and keeps the last, by ``order``; ``cleaning`` removes them,
+``inspect`` looks into them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
 """
 
 from __future__ import annotations
 
-from azstoragetorch.checkpoint._catalog import (
-    clean,
-    delete_checkpoint,
-    keep_last,
-    latest_checkpoint,
-    list_checkpoints,
-)
+from azstoragetorch.checkpoint._catalog import keep_last, latest_checkpoint, list_checkpoints
+from azstoragetorch.checkpoint._cleaning import clean, delete_checkpoint
 from azstoragetorch.checkpoint._convert import checkpoint_to_torch_save, load_keys, torch_save_to_checkpoint
 from azstoragetorch.checkpoint._inspect import CheckpointSummary, Entry, inspect_checkpoint
 from azstoragetorch.checkpoint._progress import Progress, TqdmProgress

@@ -1,66 +1,65 @@
 """How the ranks of a save learn early that one of them has failed.
 
-torch tells them when all have ended, which for a large job is minutes of uploading in vain. A rank that fails puts an
-empty blob, whose name all have got with their plans; the others look for it once in a while. Its name is that of a
-data blob, so `clean` removes it as what else an interrupted save leaves.
+torch reports it when all have ended, which for a large job is minutes of uploading in vain. A rank that fails puts an
+empty blob, whose name all ranks have got with their plans; the others look for it every few seconds. Its name is that
+of a data blob, so `clean` removes it with what else an interrupted save leaves.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from azstoragetorch._engine.engine import Cancelled, Scope, start_thread
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import start_thread
 from azstoragetorch.checkpoint._folder import Folder
 from azstoragetorch.checkpoint._format import data_name
 
 log = logging.getLogger("azstoragetorch")
 
 _PAUSE = 2.0  # seconds between two looks: a save that is over before costs no request
-_uses: Counter[str] = Counter()  # in this process, of the plans of one planning; torch caches them
+_uses: dict[str, Iterator[int]] = {}  # in this process, of the plans of one planning; torch caches them
 
 
 @contextmanager
 def alarmed(folder: Folder, planning: object, scope: Scope) -> Iterator[None]:
-    """While inside, cancel *scope* soon after another rank has failed, and tell the others if this one does.
+    """While inside, cancel *scope* soon after another rank has failed, and signal the others if this one does.
 
-    *planning* is the text that sets the plans of all ranks apart from others; anything else means that there is one
-    rank. What cannot be told so, or heard, torch tells later.
+    *planning* is the string that sets the plans of all ranks apart from others; anything else means that there is one
+    rank. A failure that cannot be signaled or seen this way, torch reports later.
     """
     if not isinstance(planning, str):
         yield
         return
-    number, _uses[planning] = _uses[planning], _uses[planning] + 1  # ranks with cached plans count alike
+    number = next(_uses.setdefault(planning, itertools.count()))  # ranks with cached plans count alike
     blob = folder.blob(data_name(0, number, planning))
-    is_over = threading.Event()
+    listening = Scope()
 
-    def ring() -> None:
+    def signal() -> None:
         try:
             blob.put(b"")
-        except Exception as error:  # noqa: BLE001 - torch tells the others later
-            log.debug("other ranks are not told early: %s", error)
+        except Exception as error:  # noqa: BLE001 - torch reports it later
+            log.debug("other ranks do not learn early that this one has failed: %s", error)
 
     def listen() -> None:
-        while not is_over.wait(_PAUSE):
-            try:
-                has_rung = blob.version() is not None
-            except Exception as error:  # noqa: BLE001 - torch tells this rank later
-                log.debug("other ranks are not listened to: %s", error)
-                return
-            if has_rung:
-                scope.cancel()
-                return
+        try:
+            while True:
+                listening.pause(_PAUSE)
+                if blob.version() is not None:
+                    scope.cancel()
+                    return
+        except Cancelled:
+            return
+        except Exception as error:  # noqa: BLE001 - torch reports it later
+            log.debug("this rank does not look for failures of others any more: %s", error)
 
     start_thread(listen)
     try:
         yield
-    except Cancelled:
-        raise
     except Exception:
-        start_thread(ring)  # torch waits for the other ranks meanwhile
+        start_thread(signal)  # torch waits for the other ranks meanwhile
         raise
     finally:
-        is_over.set()
+        listening.cancel()

@@ -4,28 +4,84 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import threading
-from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from azure.core.exceptions import AzureError, ResourceNotFoundError
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from azstoragetorch._blob.client import BlobClient, ContainerClient
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._format import load_metadata, metadata_name, read_item
+from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.threads import engine_for
+from azstoragetorch.checkpoint._fence import is_tombstone
+from azstoragetorch.checkpoint._format import (
+    METADATA,
+    is_rank_metadata,
+    load_metadata,
+    many_objects,
+    metadata_name,
+    read_item,
+)
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _CACHED = 2  # checkpoints whose metadata is kept; that of a large job takes tens of megabytes
 _REMEMBERED = 16  # saves of this process whose data blobs are known without reading their metadata
 
-_cache: OrderedDict[tuple[str, str], Metadata] = OrderedDict()
-_written: OrderedDict[bytes, frozenset[str]] = OrderedDict()  # by the SHA-256 of the metadata
-_cache_lock = threading.Lock()
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The metadata blob at one moment. *etag* is None if there was no blob, *content* if there was no checkpoint."""
+
+    etag: str | None
+    content: bytes | None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there was a checkpoint."""
+        return self.content is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What sets one checkpoint apart from others at its place. Copying and cleaning change its ETag alone."""
+
+    etag: str
+    digest: str
+    save_id: str | None
+
+
+class _Recent(dict[T, R]):
+    """The last few entries. Every step is one of the interpreter's own, so no thread, handler or child waits for it."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def put(self, key: T, value: R) -> None:
+        """Add an entry in the place of the oldest."""
+        self.pop(key, None)
+        self[key] = value
+        for oldest in list(self)[: -self._count]:
+            self.pop(oldest, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What this process knows of checkpoints."""
+
+    metadata: _Recent[tuple[str, str], tuple[Metadata, Version]]  # by URL and ETag
+    paths: _Recent[bytes, frozenset[str]]  # data blobs, by the SHA-256 of the metadata
+
+
+_known: PerProcess[_Known] = PerProcess(lambda: _Known(_Recent(_CACHED), _Recent(_REMEMBERED)))
 
 
 class Folder:
@@ -82,8 +138,34 @@ class Folder:
         """What is in the folder; names begin with `prefix`."""
         return list(self._container.pages(prefix=self.prefix, delimiter=delimiter, uncommitted=uncommitted))
 
-    def metadata(self, rank: int | None = None) -> Metadata:
+    def names(self, *, uncommitted: bool = False) -> set[str]:
+        """The names of the blobs in the folder itself, not in folders below."""
+        pages = self.listing(delimiter="/", uncommitted=uncommitted)
+        return {name.removeprefix(self.prefix) for page in pages for name in page.names}
+
+    def each(self, action: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """What *action* returns for each of *items*; as many at once as there may be connections."""
+        engine = engine_for(self.transfer)
+        return engine.map(lambda item, _scope: action(item), list(items), self.transfer.max_connections)
+
+    # -- metadata -----------------------------------------------------------------------------------------------------
+
+    def see(self, rank: int | None = None) -> Seen:
+        """The metadata blob as it is now: of the checkpoint here, or that of *rank* alone.
+
+        Raises:
+            AzureError: the service refused, or could not be reached.
+        """
+        try:
+            content, version = self.blob(metadata_name(rank)).read()
+        except ResourceNotFoundError:
+            return Seen(None, None)
+        return Seen(version.etag, None if is_tombstone(content) else content)
+
+    def load(self, rank: int | None = None) -> tuple[Metadata, Version]:
         """The metadata of the checkpoint here, or that of *rank* alone; fetched again only if it has changed.
+
+        It is the caller's to change.
 
         Raises:
             CheckpointNotFoundError: there is no checkpoint.
@@ -91,44 +173,47 @@ class Folder:
             AzureError: the service refused, or could not be reached.
         """
         client = self.blob(metadata_name(rank))
-        with _cache_lock:
-            known = [etag for url, etag in _cache if url == str(client.url)]
-        version = client.version() if known else None
-        if version is not None and version.etag in known:
-            with _cache_lock:
-                cached = _cache.get((str(client.url), version.etag))
+        url = str(client.url)
+        known = _known.get().metadata
+        if any(place == url for place, _ in list(known)):
+            present = client.version()
+            cached = known.get((url, present.etag)) if present is not None else None
             if cached is not None:
-                return _copy(cached)
-        data, version = self._read_metadata(rank)
-        metadata = self._parsed(data, rank)
-        with _cache_lock:
-            _cache[str(client.url), version.etag] = metadata
-            while len(_cache) > _CACHED:
-                _cache.popitem(last=False)
-        return _copy(metadata)
+                return _copy(cached[0]), cached[1]
+        seen = self.see(rank)
+        if seen.etag is None or seen.content is None:
+            raise self._not_found(metadata_name(rank), rank)
+        metadata = self._parsed(seen.content, rank)
+        version = Version(seen.etag, hashlib.sha256(seen.content).hexdigest(), _save_id(metadata))
+        known.put((url, seen.etag), (_copy(metadata), version))
+        return metadata, version
 
-    def data_paths(self, rank: int | None = None) -> frozenset[str]:
-        """The data blobs that the checkpoint here, or that of *rank* alone, refers to; raises as `metadata` does."""
-        data, _ = self._read_metadata(rank)
-        with _cache_lock:
-            known = _written.get(hashlib.sha256(data).digest())
+    def metadata(self, rank: int | None = None) -> Metadata:
+        """Do as `load`, without the version."""
+        return self.load(rank)[0]
+
+    def paths_in(self, content: bytes, rank: int | None = None) -> frozenset[str]:
+        """The data blobs that *content*, the metadata here or that of *rank* alone, refers to.
+
+        Raises:
+            CheckpointError: the metadata is broken or hostile.
+        """
+        known = _known.get().paths.get(hashlib.sha256(content).digest())
         if known is not None:
             return known
-        return frozenset(read_item(info).path for info in self._parsed(data, rank).storage_data.values())
+        paths = frozenset(read_item(info).path for info in self._parsed(content, rank).storage_data.values())
+        return frozenset(path for path in paths if path != METADATA and not is_rank_metadata(path))
 
-    def put_metadata(self, content: bytes, paths: frozenset[str], rank: int | None, *, create_only: bool) -> None:
-        """Make *content*, which refers to the data blobs *paths*, the metadata of the checkpoint here."""
-        self.blob(metadata_name(rank)).put(content, create_only=create_only)
-        with _cache_lock:
-            _written[hashlib.sha256(content).digest()] = paths
-            while len(_written) > _REMEMBERED:
-                _written.popitem(last=False)
+    def remember(self, content: bytes, paths: frozenset[str]) -> None:
+        """Note that *content*, which this process has written, refers to the data blobs *paths*."""
+        _known.get().paths.put(hashlib.sha256(content).digest(), paths)
 
-    def _read_metadata(self, rank: int | None) -> tuple[bytes, BlobVersion]:
+    def save_id(self, rank: int | None = None) -> str | None:
+        """The id of the save that is here now, as far as it is known."""
         try:
-            return self.blob(metadata_name(rank)).read()
-        except ResourceNotFoundError as error:
-            raise self._not_found(metadata_name(rank), rank) from error
+            return self.load(rank)[1].save_id
+        except (AzureError, CheckpointError):
+            return None
 
     def _parsed(self, data: bytes, rank: int | None) -> Metadata:
         try:
@@ -145,7 +230,7 @@ class Folder:
                 if self.address.blob in page.names:
                     why = "this is a blob, not the folder of a checkpoint; pass the URL of the folder"
                 elif any(found.startswith(self.prefix) for found in page.names):
-                    why = "there are blobs but no complete checkpoint: a save is under way or was interrupted"
+                    why = "there are blobs but no complete checkpoint: a save is in progress or was interrupted"
                 break
         except (AzureError, ValueError):
             pass  # not everybody may list
@@ -155,10 +240,34 @@ class Folder:
         return f"Folder({self.url!r})"
 
 
+def _save_id(metadata: Metadata) -> str | None:
+    found = getattr(getattr(metadata, "storage_meta", None), "save_id", None)
+    return str(found) if found is not None else None
+
+
 def _copy(metadata: Metadata) -> Metadata:
-    # What is large is shared: nobody changes it. torch writes into storage_meta.
-    meta = getattr(metadata, "storage_meta", None)
-    return replace(metadata, storage_meta=replace(meta) if meta is not None else None)
+    """*metadata* with all that can be changed in it: `copy.deepcopy` takes ten times as long."""
+    with many_objects():
+        entries = {key: _clone(entry) for key, entry in metadata.state_dict_metadata.items()}
+        for entry in entries.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.properties = _clone(entry.properties)
+                entry.chunks = [_clone(chunk) for chunk in entry.chunks]
+        storage = {index: _clone(info) for index, info in metadata.storage_data.items()}
+        noted = metadata.planner_data
+        return replace(
+            metadata,
+            state_dict_metadata=entries,
+            storage_data=storage,
+            planner_data=dict(noted) if isinstance(noted, dict) else noted,
+            storage_meta=_clone(metadata.storage_meta) if metadata.storage_meta is not None else None,
+        )
+
+
+def _clone(value: T) -> T:
+    twin = object.__new__(type(value))
+    twin.__dict__.update(value.__dict__)
+    return twin
 
 
 def plain(error: BaseException) -> BaseException:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -16,7 +17,7 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._folder import describe, plain
+from azstoragetorch.checkpoint._folder import Version, describe, plain
 from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
 from azstoragetorch.checkpoint._progress import Progress
@@ -25,6 +26,14 @@ from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
 log = logging.getLogger("azstoragetorch")
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """What a rank reports with its plan: the version that it has read, and its node."""
+
+    version: Version | None
+    node: str
 
 
 class BlobStorageReader(FolderStorage, StorageReader):
@@ -44,6 +53,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds what a load
             takes beside the tensors themselves.
+        version: Load this one only: the ``save_id`` of the ``storage_meta`` in what ``dcp.save`` returned, or the ETag
+            of ``.metadata``. By default what is there.
         load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: what all ranks of a
             node or of the job need alike, such as replicated weights, is fetched by one of them and broadcast.
         process_group: The group that was given to ``dcp.load``, for broadcasting.
@@ -66,6 +77,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         *,
         credential: Credential = None,
         transfer: TransferConfig | None = None,
+        version: str | None = None,
         load_once_per: str = "rank",
         process_group: Any = None,
         check_etags: bool = True,
@@ -74,7 +86,11 @@ class BlobStorageReader(FolderStorage, StorageReader):
     ) -> None:
         if load_once_per not in SHARING:
             raise ValueError(f"load_once_per must be one of {', '.join(map(repr, SHARING))}, not {load_once_per!r}")
+        if version is not None and not isinstance(version, str):
+            raise TypeError(f"version must be a str or None, not {type(version).__name__}")
         super().__init__(url, credential, transfer)
+        self._wanted = version
+        self._version: Version | None = None
         self._load_once_per = load_once_per
         self._group = process_group
         self._check_etags = check_etags
@@ -95,7 +111,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """
         super().reset(checkpoint_id)
         self._load_id = uuid.uuid4().hex
-        self._failure, self._storage = None, {}
+        self._failure, self._storage, self._version = None, {}, None
 
     def read_metadata(self, *_args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the checkpoint, or with ``rank=`` that of one rank that did not coordinate.
@@ -109,8 +125,10 @@ class BlobStorageReader(FolderStorage, StorageReader):
         if rank is not None and self._failure is not None:
             # torch looks for a rank's own metadata after any failure; only a missing one is a reason to.
             raise self._failure
+        self._failure = None
         try:
-            metadata = self._folder.metadata(rank)
+            metadata, version = self._folder.load(rank)
+            self._check_version(version)
         except Exception as error:
             if not isinstance(error, CheckpointNotFoundError):
                 log.warning("%s: the metadata could not be read: %s", self.checkpoint_id, error)
@@ -119,7 +137,16 @@ class BlobStorageReader(FolderStorage, StorageReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self._load_id
+        self._version = version
         return metadata
+
+    def _check_version(self, version: Version) -> None:
+        if self._wanted is not None and self._wanted not in (version.save_id, version.etag):
+            raise CheckpointError(
+                f"{self.checkpoint_id}: there is the checkpoint of save {version.save_id} (ETag {version.etag}), not "
+                f"{self._wanted}, which was asked for",
+                checkpoint=self.checkpoint_id,
+            )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - torch's
         """Begin a load on this rank; called by torch."""
@@ -130,18 +157,37 @@ class BlobStorageReader(FolderStorage, StorageReader):
         self._is_original = str(saved_to) == self.checkpoint_id
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Say where this rank runs, if ranks are to share what they fetch."""
-        if self._load_once_per != "rank":
-            plan.storage_data = this_node()
+        """Say which version this rank has read, and where it runs."""
+        plan.storage_data = _Seat(self._version, this_node())
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Decide who fetches what several ranks need alike; called by torch on the coordinator."""
+        """Decide who fetches what several ranks need alike; called by torch on the coordinator.
+
+        Raises:
+            CheckpointError: ranks have read different versions, since another was saved in the meantime.
+        """
+        seats = [plan.storage_data for plan in plans]
+        self._check_agreed([seat.version for seat in seats if isinstance(seat, _Seat)])
+        for plan, seat in zip(plans, seats, strict=True):
+            plan.storage_data = seat.node if isinstance(seat, _Seat) else None
         if self._load_once_per != "rank" and len(plans) > 1:
             shared = plan_sharing(plans, by_node=self._load_once_per == "node", size_of=self._size_of)
             for plan, sharing in zip(plans, shared, strict=True):
                 plan.storage_data = sharing
         return plans
+
+    def _check_agreed(self, versions: list[Version | None]) -> None:
+        """Raise on the coordinator, and so through torch on all ranks, unless all have read the same."""
+        digests = [version.digest if version is not None else None for version in versions]
+        if len(set(digests)) > 1:
+            other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+            saves = [version.save_id if version is not None else None for version in (versions[0], versions[other])]
+            raise CheckpointError(
+                f"{self.checkpoint_id}: rank 0 has read the checkpoint of save {saves[0]} and rank {other} that of "
+                f"save {saves[1]}, since another was saved in the meantime; nothing was loaded: load again",
+                checkpoint=self.checkpoint_id,
+            )
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load the items of *plan*; called by torch on every rank.

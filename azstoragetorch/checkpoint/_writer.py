@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
-from azure.core.exceptions import AzureError, ResourceExistsError
+from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -23,26 +23,22 @@ from torch.futures import Future
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._engine.config import MiB, TransferConfig
-from azstoragetorch._engine.engine import Cancelled, Scope, engine_for
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
+from azstoragetorch.checkpoint._commit import commit
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
-from azstoragetorch.checkpoint._folder import describe, plain
-from azstoragetorch.checkpoint._format import (
-    METADATA,
-    VERSION,
-    data_name,
-    dump_metadata,
-    metadata_name,
-    new_save_id,
-    storage_info,
-)
+from azstoragetorch.checkpoint._folder import Seen, describe, plain
+from azstoragetorch.checkpoint._format import VERSION, data_name, dump_metadata, new_save_id, storage_info
 from azstoragetorch.checkpoint._planning import partition
 from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.checkpoint._save import Save, Saves
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import (
+    AZStorageTorchError,
+    CheckpointConflictError,
     CheckpointError,
     CheckpointExistsError,
-    CheckpointNotFoundError,
     FatalBlobIOWriteError,
 )
 
@@ -102,9 +98,17 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         self._blobs_per_rank = blobs_per_rank
         self._extensions = tuple(extensions)
         self._progress = progress
-        self._save_id = new_save_id()
-        self._rank = 0
-        self._metadata_rank: int | None = None  # of the metadata that is ours to write; None is the one of all ranks
+        self._saves = Saves()
+        self._last: Save | None = None  # for callers that finish on another thread than they began on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The URL of the folder, without a SAS: that of the save in progress on this thread, if there is one."""
+        save = self._saves.innermost()
+        return (save.folder if save is not None else self._folder).url
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Begin a new save, into the folder *checkpoint_id* if that is not None.
@@ -114,11 +118,13 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             ValueError: it is not a URL, or it is one in another account.
         """
         super().reset(checkpoint_id)
-        self._save_id = new_save_id()
+        self._saves.begin(self._folder if checkpoint_id is None else self._folder.at(checkpoint_id))
 
     def storage_meta(self) -> StorageMeta:
-        """What identifies this save."""
-        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+        """What identifies the save that begins; torch asks for it first."""
+        prepared = self._saves.prepared()
+        save = self._saves.begin(prepared.folder if prepared is not None else self._folder)  # it begins now
+        return StorageMeta(checkpoint_id=save.folder.url, save_id=save.save_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:
         """Begin a save on this rank; called by torch.
@@ -127,21 +133,32 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             CheckpointExistsError: there is a checkpoint, and it is not to be overwritten.
             CheckpointError: ranks are not to coordinate, and there is a checkpoint of ranks that did.
         """
-        self._save_id = new_save_id()
+        save = self._saves.prepared() or self._saves.begin(self._folder)
+        save.is_set_up = True
+        self._last = save
         rank = kwargs.get("rank")
-        self._rank = rank if rank is not None else 0
-        coordinates = kwargs.get("use_collectives", True)
-        self._metadata_rank = None if coordinates else self._rank
-        if not self._overwrite and (is_coordinator or not coordinates):
-            for name in {METADATA, metadata_name(self._metadata_rank)}:
-                if self._folder.blob(name).version() is not None:
-                    raise self._exists()
-        elif not coordinates and self._folder.blob(METADATA).version() is not None:
-            # Readers look for it first, so they would go on loading it.
-            raise self._error(
-                "there is a checkpoint that was saved with collectives, which one without cannot replace; delete it "
-                "first or save to another folder"
-            )
+        save.rank = rank if rank is not None else 0
+        if not kwargs.get("use_collectives", True):
+            save.metadata_rank = save.rank
+        elif not is_coordinator:
+            return
+        try:
+            if save.is_own and save.folder.see().exists:
+                if not self._overwrite:
+                    raise _exists(save)
+                # Readers look for it first, so they would go on loading it.
+                raise _error(
+                    save,
+                    "there is a checkpoint that was saved with collectives, which one without cannot replace; delete "
+                    "it first or save to another folder",
+                )
+            # Before any rank uploads: `_commit` depends on it.
+            save.seen = save.folder.see(save.metadata_rank)
+            if save.seen.exists and not self._overwrite:
+                raise _exists(save)
+        except BaseException:
+            self._saves.end(save)
+            raise
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to prepare: where items go is decided while they are written."""
@@ -160,63 +177,93 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         Raises:
             CheckpointError: an item could not be saved; the message names it, the rank and the reason.
         """
+        save = self._saves.to_write() or self._last
+        if save is None or save.is_written:
+            save = self._saves.begin(self._folder)
+        save.is_written = True
+        try:
+            written = self._write(save, plan, planner)
+        except BaseException:
+            self._saves.end(save)
+            raise
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(written)
+        return future
+
+    def _write(self, save: Save, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         sizes = [size_hint(item) for item in plan.items]
         meter = Meter(self._progress, sum(sizes))
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
-        config = self._folder.transfer
+        config = save.folder.transfer
         largest = max((self._block_size(sum(sizes[at] + ENVELOPE for at in run)) for run in runs), default=1)
         at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
-        results: list[list[WriteResult]] = [[] for _ in runs]
         planner_lock = threading.Lock()
 
-        def task(number: int) -> Callable[[Scope], None]:
-            def run(scope: Scope) -> None:
-                name = data_name(self._rank, number, self._save_id)
-                items = [plan.items[at] for at in runs[number]]
-                encoder = Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
-                results[number] = self._write_blob(encoder, at_once // blobs_at_once, scope)
-
-            return run
+        def write(numbered: tuple[int, range], scope: Scope) -> list[WriteResult]:
+            number, run = numbered
+            name = data_name(save.rank, number, save.save_id, is_own=save.is_own)
+            items = [plan.items[at] for at in run]
+            encoder = Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
+            return self._write_blob(save, encoder, at_once // blobs_at_once, scope)
 
         scope = Scope()
         try:
-            with alarmed(self._folder, plan.storage_data, scope):
-                engine_for(config).run_all([task(number) for number in range(len(runs))], blobs_at_once, scope)
+            with alarmed(save.folder, plan.storage_data, scope):
+                results = engine_for(config).map(write, list(enumerate(runs)), blobs_at_once, scope)
         except Cancelled:
-            raise self._error("gave up, since another rank has failed; the save has no effect") from None
-        future: Future[list[WriteResult]] = Future()
-        future.set_result([result for written in results for result in written])
-        return future
+            raise _error(save, "gave up, since another rank has failed; the save has no effect") from None
+        return [result for of_blob in results for result in of_blob]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Make the save count; called by torch on the coordinator when all ranks have succeeded.
 
         Raises:
             CheckpointExistsError: there is a checkpoint by now, and it is not to be overwritten.
+            CheckpointConflictError: another save was committed in the meantime; this one has no effect.
             CheckpointError: an item is missing, or its blob is; nothing was changed.
         """
         written = {result.index: result.storage_data for rank in results for result in rank}
-        self._check_complete(metadata, written)
-        replaced = self._check_present(written)
-        metadata = replace(metadata, storage_data=written, storage_meta=self.storage_meta(), version=VERSION)
         paths = frozenset(info.relative_path for info in written.values())
-        try:
-            self._folder.put_metadata(
-                dump_metadata(metadata), paths, self._metadata_rank, create_only=not self._overwrite
+        save = self._saves.to_finish(paths) or self._last
+        if save is None or save.seen is None:
+            raise CheckpointError(
+                f"{self.checkpoint_id}: finish was called for a save that set_up_storage_writer did not begin as "
+                "that of the coordinator",
+                checkpoint=self.checkpoint_id,
             )
-        except ResourceExistsError as error:
-            raise self._exists() from error
-        except FatalBlobIOWriteError as error:
-            raise self._error(f"the metadata could not be written: {error}") from error
-        tasks = [lambda _scope, path=path: self._discard(path) for path in replaced]
-        engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
-
-    def _discard(self, path: str) -> None:
         try:
-            self._folder.blob(path).delete()
-        except AzureError as error:
-            log.warning("%s: %s of the replaced checkpoint was not deleted: %s", self.checkpoint_id, path, error)
+            self._check_complete(save, metadata, written)
+            self._check_present(save, written)
+            meta = StorageMeta(checkpoint_id=save.folder.url, save_id=save.save_id)
+            metadata.storage_meta = meta  # for the caller of dcp.save, who gets it
+            self._commit(
+                save, replace(metadata, storage_data=written, storage_meta=meta, version=VERSION), paths, save.seen
+            )
+            self._discard(save, paths, save.seen)
+        finally:
+            self._saves.end(save)
+
+    def _commit(self, save: Save, metadata: Metadata, paths: frozenset[str], seen: Seen) -> None:
+        content = dump_metadata(metadata)
+        try:
+            commit(save.folder, save.metadata_rank, content, paths, seen=seen, save_id=save.save_id)
+        except CheckpointConflictError as error:
+            if self._overwrite or not save.folder.see(save.metadata_rank).exists:
+                raise
+            raise _exists(save) from error
+        except (AzureError, FatalBlobIOWriteError) as error:
+            raise _error(save, f"the metadata could not be written: {error}") from plain(error)
+
+    def _discard(self, save: Save, paths: frozenset[str], seen: Seen) -> None:
+        """Delete the data of the checkpoint that was replaced. The save counts, whatever comes of that."""
+        folder = save.folder
+        try:
+            if seen.content is not None:
+                replaced = folder.paths_in(seen.content, save.metadata_rank) - paths
+                folder.each(lambda path: folder.blob(path).delete(), sorted(replaced))
+        except (AzureError, AZStorageTorchError) as error:
+            log.warning("%s: data of the replaced checkpoint was not deleted, clean will: %s", folder.url, error)
 
     # -- one blob -----------------------------------------------------------------------------------------------------
 
@@ -230,11 +277,11 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
         return max(self._folder.transfer.block_size, size if size <= _WHOLE else 0)
 
-    def _write_blob(self, encoder: Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
+    def _write_blob(self, save: Save, encoder: Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
         name = encoder.name
         block_size = self._block_size(encoder.size_hint)
         single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
-        writer = self._folder.blob(name).writer()
+        writer = save.folder.blob(name).writer()
         try:
             with scope.holding(writer.cancel):
                 pieces = encoder.pieces(scope)
@@ -255,7 +302,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             cause = error.__cause__ if isinstance(error, FatalBlobIOWriteError) and error.__cause__ else error
             is_item = cause is encoder.error
             place = f"{encoder.key!r} in {name}" if is_item else name
-            raise self._error(
+            raise _error(
+                save,
                 f"could not save {place}, so the save has no effect: {describe(cause)}",
                 key=encoder.key if is_item else None,
             ) from plain(cause)
@@ -263,64 +311,46 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     # -- committing ---------------------------------------------------------------------------------------------------
 
-    def _check_complete(self, metadata: Metadata, written: dict[MetadataIndex, Any]) -> None:
+    def _check_complete(self, save: Save, metadata: Metadata, written: dict[MetadataIndex, Any]) -> None:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata):
                 missing = MetadataIndex(key) not in written
             else:
                 missing = any(MetadataIndex(key, chunk.offsets) not in written for chunk in entry.chunks)
             if missing:
-                raise self._error(f"no rank has saved all of {key!r}, so the save has no effect", key=key)
+                raise _error(save, f"no rank has saved all of {key!r}, so the save has no effect", key=key)
 
-    def _check_present(self, written: dict[MetadataIndex, Any]) -> set[str]:
-        """Raise unless all data blobs are there as they were written: somebody may have cleaned up meanwhile.
+    def _check_present(self, save: Save, written: dict[MetadataIndex, Any]) -> None:
+        """Raise unless all data blobs are there as they were written, whoever may have deleted them.
 
-        Notes their ETags in *written*. Returns the data blobs of the checkpoint that is about to be replaced.
+        Notes their ETags in *written*.
         """
         needed: dict[str, int] = {}
         for info in written.values():
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-        versions: dict[str, BlobVersion | None] = {}
-        replaced: set[str] = set()
-
-        def look(path: str) -> Callable[[Scope], None]:
-            return lambda _scope: versions.__setitem__(path, self._folder.blob(path).version())
-
-        tasks = [lambda _scope: replaced.update(self._paths_of_present()), *map(look, needed)]
-        engine_for(self._folder.transfer).run_all(tasks, self._folder.transfer.max_connections)
-        for path, size in needed.items():
-            version = versions[path]
+        folder = save.folder
+        found = folder.each(lambda path: folder.blob(path).version(), needed)
+        versions: dict[str, BlobVersion] = {}
+        for (path, size), version in zip(needed.items(), found, strict=True):
             if version is None or version.size != size:
                 state = "deleted" if version is None else "changed"
-                raise self._error(f"{path} was {state} while the save was under way, so the save has no effect")
+                raise _error(save, f"{path} was {state} while the save was in progress, so the save has no effect")
+            versions[path] = version
         for info in written.values():
-            info.etag = versions[info.relative_path].etag  # type: ignore[union-attr]  # checked above
-        return replaced
+            info.etag = versions[info.relative_path].etag
 
-    def _paths_of_present(self) -> frozenset[str]:
-        if not self._overwrite:
-            return frozenset()
-        try:
-            return self._folder.data_paths(self._metadata_rank)
-        except CheckpointNotFoundError:
-            return frozenset()
-        except CheckpointError as error:
-            log.warning(
-                "%s: the checkpoint to replace cannot be read, so its data stays: %s", self.checkpoint_id, error
-            )
-            return frozenset()
 
-    def _exists(self) -> CheckpointExistsError:
-        return CheckpointExistsError(
-            f"{self.checkpoint_id}: there is a checkpoint, and overwrite=False; it is unchanged",
-            checkpoint=self.checkpoint_id,
-            rank=self._rank,
-        )
+def _exists(save: Save) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        f"{save.folder.url}: there is a checkpoint, and overwrite=False; it is unchanged",
+        checkpoint=save.folder.url,
+        rank=save.rank,
+    )
 
-    def _error(self, what: str, *, key: str | None = None) -> CheckpointError:
-        return CheckpointError(
-            f"{self.checkpoint_id}: rank {self._rank}: {what}", checkpoint=self.checkpoint_id, key=key, rank=self._rank
-        )
+
+def _error(save: Save, what: str, *, key: str | None = None) -> CheckpointError:
+    url = save.folder.url
+    return CheckpointError(f"{url}: rank {save.rank}: {what}", checkpoint=url, key=key, rank=save.rank)
 
 
 def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:

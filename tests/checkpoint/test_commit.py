@@ -143,7 +143,7 @@ def test_a_refused_request_fails_the_save_and_nothing_else(
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     fault_service.clear_script()
     assert loaded(url) == 0
-    clean(url, credential=False)
+    clean(url, min_age=0, credential=False)
     assert len(fault_service.names("data")) == 2 or loaded(url) == 0
 
 
@@ -155,7 +155,7 @@ def test_a_passing_fault_is_survived(fault_service: FaultService, url: str, oper
     save(state(1), writer(url))
     assert loaded(url) == 1
     assert rule.is_exhausted
-    clean(url, credential=False)
+    clean(url, min_age=0, credential=False)
     assert loaded(url) == 1
 
 
@@ -213,11 +213,11 @@ def test_an_item_that_no_rank_saved_fails_the_save(fault_service: FaultService, 
 def test_data_that_is_cleaned_away_meanwhile_fails_the_save(fault_service: FaultService, url: str) -> None:
     class Robbed(BlobStorageWriter):
         def finish(self, metadata: Any, results: Any) -> None:
-            clean(url, credential=False)
+            clean(url, min_age=0, credential=False)
             super().finish(metadata, results)
 
     save(state(0), writer(url))
-    with pytest.raises(dcp.CheckpointException, match="was deleted while the save was under way"):
+    with pytest.raises(dcp.CheckpointException, match="was deleted while the save was in progress"):
         save(state(1), Robbed(url, credential=False))
     assert loaded(url) == 0
 
@@ -335,7 +335,7 @@ def test_kill_9_at_any_moment(
         assert latest_checkpoint(url.rpartition("/")[0], credential=False) is None
 
     check()
-    clean(url, credential=False)
+    clean(url, min_age=0, credential=False)
     check()
     assert len(fault_service.names("data")) == (3 if expected is not None else 0)
     save(state(3), writer(url))

@@ -80,7 +80,7 @@ def test_a_rank_that_fails_does_not_let_the_others_finish_in_vain(container: Con
         assert "gave up, since another rank has failed" in told
         assert resolved < 50
     assert len(set(container.names()) - before) == 1
-    clean(base, credential=container.key)
+    clean(base, min_age=0, credential=container.key)
     assert set(container.names()) == before
     run_ranks(2, jobs.load, base, container.key, ["columns"])
 

@@ -239,7 +239,7 @@ class Soak:
         assert target["step"] == number
         keep_last(base, 2, **self.access)
         assert len(list_checkpoints(base, **self.access)) <= 2
-        clean(base, **self.access)
+        clean(base, min_age=0, **self.access)
         return 1
 
     def ranks(self, number: int) -> int:

@@ -14,7 +14,9 @@ from azstoragetorch.checkpoint._format.names import (
     data_name,
     is_rank_metadata,
     metadata_name,
+    metadata_of,
     new_save_id,
+    rank_of,
     saved_at,
 )
 
@@ -33,8 +35,10 @@ __all__ = [
     "load_metadata",
     "many_objects",
     "metadata_name",
+    "metadata_of",
     "new_save_id",
     "probe",
+    "rank_of",
     "read_item",
     "saved_at",
     "storage_info",

@@ -9,7 +9,7 @@ import time
 
 METADATA = ".metadata"
 
-_DATA_NAME = re.compile(r"__([0-9]{1,9})_([0-9]{1,9})\.([0-9]{14})-[0-9a-f]{16}\.distcp")
+_DATA_NAME = re.compile(r"__([0-9]{1,9})_([0-9]{1,9})\.([0-9]{14})-[0-9a-f]{16}(-own)?\.distcp")
 _RANK_METADATA = re.compile(r"__([0-9]{1,9})\.metadata")
 
 
@@ -33,9 +33,25 @@ def new_save_id() -> str:
     return f"{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{os.urandom(8).hex()}"
 
 
-def data_name(rank: int, number: int, save_id: str) -> str:
-    """The name of a data blob of *rank*, which no other save uses."""
-    return f"__{rank}_{number}.{save_id}.distcp"
+def data_name(rank: int, number: int, save_id: str, *, is_own: bool = False) -> str:
+    """The name of a data blob of *rank*, which no other save uses.
+
+    *is_own* says that the metadata of that rank alone will refer to it, since the ranks do not coordinate.
+    """
+    return f"__{rank}_{number}.{save_id}{'-own' if is_own else ''}.distcp"
+
+
+def metadata_of(name: str) -> str:
+    """The one metadata blob that can ever refer to the data blob *name*, which is ours."""
+    found = _DATA_NAME.fullmatch(name)
+    assert found is not None
+    return metadata_name(int(found.group(1)) if found.group(4) else None)
+
+
+def rank_of(name: str) -> int | None:
+    """The rank that the metadata blob *name* is of; None for that of the whole checkpoint."""
+    found = _RANK_METADATA.fullmatch(name)
+    return int(found.group(1)) if found is not None else None
 
 
 def saved_at(name: str) -> float | None:

@@ -1,0 +1,74 @@
+"""The state of one save, and which one a call of torch belongs to.
+
+torch calls a writer several times for a save, all on the thread that the save runs on, and passes nothing along that
+says which save it is. Several saves may use one writer at once: `async_save` runs each on a thread, and a signal
+handler may save in the middle of another save on the same thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from azstoragetorch.checkpoint._folder import Folder, Seen
+from azstoragetorch.checkpoint._format import new_save_id
+
+_MOST_OPEN = 8  # saves of one thread that neither ended nor began to write; older ones have failed
+
+
+@dataclass(eq=False)
+class Save:
+    """One save on this rank. *seen* is the metadata that it is to replace, on the rank that will."""
+
+    folder: Folder
+    save_id: str = field(default_factory=new_save_id)
+    rank: int = 0
+    metadata_rank: int | None = None  # of the metadata that is ours to write; None is that of all ranks
+    seen: Seen | None = None
+    is_set_up: bool = False
+    is_written: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this rank saves for itself, without the others."""
+        return self.metadata_rank is not None
+
+
+class Saves(threading.local):
+    """The saves of one writer that are in progress on this thread, the innermost last. Pickles empty."""
+
+    def __init__(self) -> None:
+        self._open: list[Save] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Saves, ()
+
+    def begin(self, folder: Folder) -> Save:
+        """Begin a save into *folder*."""
+        self._open = [save for save in self._open if save.is_set_up][-_MOST_OPEN:]
+        self._open.append(Save(folder))
+        return self._open[-1]
+
+    def prepared(self) -> Save | None:
+        """The save that was begun and is not set up yet, if that is the innermost."""
+        return self._open[-1] if self._open and not self._open[-1].is_set_up else None
+
+    def innermost(self) -> Save | None:
+        """The save that was begun last."""
+        return self._open[-1] if self._open else None
+
+    def to_write(self) -> Save | None:
+        """The innermost save that is set up and has written nothing."""
+        return next((save for save in reversed(self._open) if save.is_set_up and not save.is_written), None)
+
+    def to_finish(self, paths: Collection[str]) -> Save | None:
+        """The save that wrote one of *paths*, else the innermost that wrote."""
+        ours = (save for save in reversed(self._open) if any(save.save_id in path for path in paths))
+        written = (save for save in reversed(self._open) if save.is_written)
+        return next(ours, None) or next(written, None)
+
+    def end(self, save: Save) -> None:
+        """*save* has ended, well or not."""
+        self._open = [other for other in self._open if other is not save]

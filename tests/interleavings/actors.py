@@ -1,0 +1,197 @@
+"""What runs at the same time: the package's own operations on folders of one container."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, Metadata, SavePlan
+
+from azstoragetorch import TransferConfig
+from azstoragetorch.checkpoint import (
+    BlobStorageReader,
+    BlobStorageWriter,
+    _fence,
+    _folder,
+    clean,
+    delete_checkpoint,
+    keep_last,
+)
+from azstoragetorch.checkpoint._format import names
+
+from .explorer import Actor, Fault, Run
+from .memory import Memory
+
+BASE = "http://127.0.0.1:1/devstoreaccount1/c/run"
+# One request of an actor at a time, and no pause between two tries.
+SERIAL = TransferConfig(max_connections=1, max_concurrency=1, max_backoff=0, max_attempts=4)
+OPTIONS: dict[str, Any] = {"credential": False, "transfer": SERIAL}
+KEYS = ("x", "y")
+
+
+def _planned() -> tuple[SavePlan, Metadata]:
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({key: torch.zeros(2) for key in KEYS}, None, True)
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    return planner.finish_plan(plans[0]), metadata
+
+
+PLAN, METADATA = _planned()
+
+
+class Values:
+    """The part of a planner that `write_data` needs: every tensor is full of *step*."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def resolve_data(self, _item: Any) -> torch.Tensor:
+        return torch.full((2,), float(self._step))
+
+
+def save(folder: str, step: int, writer: BlobStorageWriter | None = None, **options: Any) -> str:
+    """A save of two data blobs, as torch runs it; returns its id."""
+    url = f"{BASE}/{folder}"
+    writer = BlobStorageWriter(url, blobs_per_rank=2, **OPTIONS) if writer is None else writer
+    writer.reset(url)
+    save_id = writer.storage_meta().save_id
+    writer.set_up_storage_writer(True, rank=0, **options)
+    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(PLAN)])
+    written = writer.write_data(plan, Values(step)).value()  # type: ignore[arg-type]
+    writer.finish(replace(METADATA), [written])
+    assert save_id is not None
+    return save_id
+
+
+def load(folder: str) -> int:
+    """A load by two ranks, as torch runs it; returns the step that both have, of which all has to be."""
+    states = [{key: torch.zeros(2) for key in KEYS} for _ in range(2)]
+    readers = [BlobStorageReader(f"{BASE}/{folder}", **OPTIONS) for _ in states]
+    planners = [DefaultLoadPlanner() for _ in states]
+    plans = []
+    for rank, (state, reader, planner) in enumerate(zip(states, readers, planners, strict=True)):
+        metadata = reader.read_metadata()
+        planner.set_up_planner(state, metadata, rank == 0)
+        reader.set_up_storage_reader(metadata, rank == 0, rank=rank)
+        plans.append(reader.prepare_local_plan(planner.create_local_plan()))
+    plans = readers[0].prepare_global_plan(planners[0].create_global_plan(plans))
+    for reader, planner, plan in zip(readers, planners, plans, strict=True):
+        reader.read_data(planner.finish_plan(plan), planner).wait()
+    values = {value for state in states for tensor in state.values() for value in tensor.tolist()}
+    assert len(values) == 1, f"the ranks have loaded {values}"
+    return int(values.pop())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of actor: its name in the table, and what it does to *folder* when it is the actor *number*."""
+
+    name: str
+    work: Callable[[str, int, BlobStorageWriter], Any]
+    saves: bool = False
+    loads: bool = False
+    deletes: bool = False  # the checkpoint, on purpose
+    sweeps: bool = False  # data of saves in progress
+    same_writer: bool = False
+
+
+def _keep(folder: str, number: int, writer: BlobStorageWriter) -> list[str]:
+    return keep_last(BASE, 1, **OPTIONS)
+
+
+SAVE = Kind("save", lambda folder, number, writer: save(folder, 10 + number), saves=True)
+ASYNC = Kind(
+    "async_save, one writer",
+    lambda folder, number, writer: save(folder, 10 + number, writer),
+    saves=True,
+    same_writer=True,
+)
+OWN = Kind(
+    "save without collectives",
+    lambda folder, number, writer: save(folder, 10 + number, use_collectives=False),
+    saves=True,
+)
+LOAD = Kind("load by two ranks", lambda folder, number, writer: load(folder), loads=True)
+CLEAN = Kind("clean", lambda folder, number, writer: clean(f"{BASE}/{folder}", **OPTIONS))
+CLEAN_ALL = Kind(
+    "clean, min_age=0", lambda folder, number, writer: clean(f"{BASE}/{folder}", min_age=0, **OPTIONS), sweeps=True
+)
+KEEP = Kind("keep_last", _keep, deletes=True, sweeps=True)
+DELETE = Kind(
+    "delete_checkpoint",
+    lambda folder, number, writer: delete_checkpoint(f"{BASE}/{folder}", **OPTIONS),
+    deletes=True,
+    sweeps=True,
+)
+KINDS = (SAVE, ASYNC, OWN, LOAD, CLEAN, CLEAN_ALL, KEEP, DELETE)
+
+
+def make(kinds: tuple[Kind, ...], folder: str, start: Memory) -> Callable[[Fault | None], Run]:
+    """Runs of *kinds* at the same time on *folder*, beginning with what is in *start*."""
+
+    def run(fault: Fault | None) -> Run:
+        forget()
+        writer = BlobStorageWriter(f"{BASE}/{folder}", blobs_per_rank=2, **OPTIONS)
+        actors = [
+            Actor(number, lambda kind=kind, number=number: kind.work(folder, number, writer))  # type: ignore[misc]
+            for number, kind in enumerate(kinds)
+        ]
+        return Run(start.copy(), actors, fault)
+
+    return run
+
+
+def forget(first: int = 1000) -> None:
+    """Begin as a new process does: nothing is known of any checkpoint, and ids count from *first*."""
+    _folder._known.forget()
+    numbers = itertools.count(first)
+    shim = SimpleNamespace(urandom=lambda size: next(numbers).to_bytes(size, "big"))
+    names.os = shim  # type: ignore[attr-defined]
+    _fence.os = shim  # type: ignore[attr-defined]
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Undo what `forget` does to ids."""
+    real = names.os, _fence.os
+    try:
+        yield
+    finally:
+        names.os, _fence.os = real  # type: ignore[attr-defined]
+        _folder._known.forget()
+
+
+OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
+
+
+def started(name: str) -> Memory:
+    """The blobs at the beginning: nothing, a checkpoint, a newer one in another folder, or leftovers of dead saves."""
+    memory = Memory()
+    forget(0)
+    if name in ("a checkpoint", "a checkpoint and leftovers"):
+        _run_alone(memory, lambda: save("step-1", 1))
+    if name in ("leftovers", "a checkpoint and leftovers"):
+        _run_alone(memory, lambda: _put(f"step-1/{OLD}"))
+    if name == "two checkpoints":
+        _run_alone(memory, lambda: save("step-1", 1))
+        _run_alone(memory, lambda: save("step-2", 2))
+    return memory
+
+
+def _put(name: str) -> None:
+    _folder.Folder(BASE, False, SERIAL).blob(name).put(b"of an interrupted save")
+
+
+def _run_alone(memory: Memory, work: Callable[[], Any]) -> None:
+    run = Run(memory, [Actor(0, work)])
+    run.start()
+    while run.enabled():
+        run.step(0)
+    error = run.actors[0].error
+    if error is not None:
+        raise error

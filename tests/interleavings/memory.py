@@ -1,0 +1,182 @@
+"""A blob service in memory, in the place of `transport.send`: one call is one request, carried out at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from urllib.parse import parse_qs, unquote
+from xml.sax.saxutils import escape
+
+ACCOUNT = "account"
+
+
+@dataclass(frozen=True)
+class Stored:
+    data: bytes
+    etag: str
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One request: what it is of, and what it depends on."""
+
+    method: str
+    name: str  # of the blob, or the prefix of a listing
+    query: Mapping[str, list[str]]
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def is_listing(self) -> bool:
+        return self.query.get("comp") == ["list"]
+
+    @property
+    def is_write(self) -> bool:
+        return self.method in ("PUT", "DELETE")
+
+    def depends_on(self, other: Wire) -> bool:
+        """Whether the order of both matters."""
+        if not (self.is_write or other.is_write):
+            return False
+        for one, two in ((self, other), (other, self)):
+            if one.is_listing:
+                return two.is_write and two.name.startswith(one.name)
+        return self.name == other.name
+
+    def __str__(self) -> str:
+        return f"{'LIST' if self.is_listing else self.method} {self.name}"
+
+
+class Answer:
+    """What `transport.send` returns."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        self.status = status
+        self.reason = ""
+        self.headers = {name.lower(): value for name, value in headers.items()}
+        self.headers = _Headers(self.headers)
+        self.length: int | None = len(body)
+        self._body = memoryview(body)
+
+    def readinto(self, target: memoryview) -> int:
+        count = min(len(target), len(self._body))
+        target[:count] = self._body[:count]
+        self._body = self._body[count:]
+        self.length = len(self._body)
+        return count
+
+    def read(self) -> bytes:
+        data, self._body, self.length = bytes(self._body), memoryview(b""), 0
+        return data
+
+    def close(self) -> None:
+        """There is no connection."""
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """There is no connection."""
+
+
+class _Headers(dict[str, str]):
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
+        return super().get(name.lower(), default)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name.lower())
+
+
+def wire(method: str, target: str, headers: Mapping[str, str], body: object) -> Wire:
+    path, _, query = target.partition("?")
+    parsed = parse_qs(query, keep_blank_values=True)
+    name = unquote(path.split("/", 3)[3]) if path.count("/") > 2 else parsed.get("prefix", [""])[0]
+    if isinstance(body, (bytes, memoryview)):
+        data = bytes(body)
+    else:
+        data = b"".join(bytes(piece) for piece in body or ())  # type: ignore[attr-defined]
+    return Wire(method, name, parsed, {key.lower(): value for key, value in headers.items()}, data)
+
+
+@dataclass
+class Memory:
+    """The blobs of one container, and every change of them."""
+
+    blobs: dict[str, Stored] = field(default_factory=dict)
+    history: list[tuple[str, bytes | None]] = field(default_factory=list)  # of metadata blobs
+    writes: int = 0
+
+    def copy(self) -> Memory:
+        return Memory(dict(self.blobs), list(self.history), self.writes)
+
+    def serve(self, request: Wire) -> Answer:
+        if request.is_listing:
+            return Answer(200, {}, self._page(request))
+        stored = self.blobs.get(request.name)
+        is_new_only = request.headers.get("if-none-match") == "*"
+        wanted = request.headers.get("if-match")
+        if request.method == "PUT":
+            if is_new_only and stored is not None:
+                return Answer(409, {"x-ms-error-code": "BlobAlreadyExists"})
+            if wanted is not None and (stored is None or stored.etag != wanted):
+                return Answer(412, {"x-ms-error-code": "ConditionNotMet"})
+            self.writes += 1
+            notes = tuple((key, value) for key, value in request.headers.items() if key.startswith("x-ms-meta-"))
+            self._set(request.name, Stored(request.body, f'"0x{self.writes}"', notes))
+            return Answer(201, {"ETag": f'"0x{self.writes}"'})
+        if stored is None:
+            return Answer(404, {"x-ms-error-code": "BlobNotFound"})
+        if wanted is not None and stored.etag != wanted:
+            return Answer(412, {"x-ms-error-code": "ConditionNotMet"})
+        if request.method == "DELETE":
+            self._set(request.name, None)
+            return Answer(202, {})
+        headers = {"ETag": stored.etag, **dict(stored.notes)}
+        if request.method == "HEAD":
+            answer = Answer(200, {**headers, "Content-Length": str(len(stored.data))})
+            answer.length = 0
+            return answer
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["x-ms-range"])
+        assert found is not None
+        start, stop = int(found[1]), min(int(found[2]) + 1, len(stored.data))
+        if start >= len(stored.data):
+            return Answer(416, {"Content-Range": f"bytes */{len(stored.data)}"})
+        told = {"Content-Range": f"bytes {start}-{stop - 1}/{len(stored.data)}"}
+        return Answer(206, {**headers, **told}, stored.data[start:stop])
+
+    def _set(self, name: str, stored: Stored | None) -> None:
+        if name.endswith(".metadata"):
+            self.history.append((name, stored.data if stored is not None else None))
+        if stored is None:
+            self.blobs.pop(name, None)
+        else:
+            self.blobs[name] = stored
+
+    def _page(self, request: Wire) -> bytes:
+        delimiter = request.query.get("delimiter", [""])[0]
+        entries: dict[str, str] = {}
+        for name in sorted(self.blobs):
+            if not name.startswith(request.name):
+                continue
+            head, found, _ = name[len(request.name) :].partition(delimiter or "\0")
+            if found:
+                folder = request.name + head + delimiter
+                entries[folder] = f"<BlobPrefix><Name>{escape(folder)}</Name></BlobPrefix>"
+            else:
+                stored = self.blobs[name]
+                entries[name] = (
+                    f"<Blob><Name>{escape(name)}</Name><Properties><Content-Length>{len(stored.data)}</Content-Length>"
+                    f"<Etag>{stored.etag}</Etag></Properties></Blob>"
+                )
+        return (
+            f'<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Blobs>{"".join(entries.values())}</Blobs>'
+            "<NextMarker /></EnumerationResults>"
+        ).encode()

@@ -1,0 +1,136 @@
+"""Saves, loads, cleaning and deleting at the same time, one request at a time: a part of all orders.
+
+``python -m tests.interleavings`` runs all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from azure.core.exceptions import AzureError
+
+from azstoragetorch._blob.client import BlobClient
+from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _save, _writer
+
+from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, LOAD, SAVE, forgetting, make
+from .explorer import Fault, Tally, explore, replaced_transport
+from .table import Combination, combinations, explore_all, wander_once
+
+
+@pytest.fixture(autouse=True)
+def _exploring() -> Iterator[None]:
+    with replaced_transport(), forgetting():
+        yield
+
+
+PAIRS = combinations(2)
+COMMIT = 5  # the request of a save that commits, from 0: after one that reads, two uploads and two looks
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_two_at_once_in_every_order(pair: Combination) -> None:
+    """A checkpoint that was committed and not deleted on purpose loads, and no reported success is false."""
+    tally = explore_all(pair, faults=False, most=20)
+    assert tally.violations == []
+    assert tally.runs
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        Combination((SAVE, SAVE), "nothing"),
+        pytest.param(Combination((SAVE, SAVE), "a checkpoint"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_two_saves_with_a_lost_answer_or_a_death_at_any_request(pair: Combination) -> None:
+    assert explore_all(pair, faults=True, most=200).violations == []
+
+
+def test_three_at_once_in_random_orders_with_random_faults() -> None:
+    randomness = random.Random(20261127)
+    for _ in range(40):
+        assert wander_once(randomness).violations == []
+
+
+# -- the explorer sees what is wrong ----------------------------------------------------------------------------------
+
+
+def unconditional(client: BlobClient, data: bytes, *, etag: str | None, properties: Any = MappingProxyType({})) -> Any:
+    """A commit as it was: put whatever is there, and again if the answer is lost."""
+    client.put(data)
+    return True, client.look()
+
+
+def found(pair: Combination, fault: Fault | None = None) -> Tally:
+    return explore(make(pair.kinds, pair.folder, pair.start), pair.rules.after_step, pair.rules.at_end, fault)
+
+
+def test_an_unconditional_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer of one is lost, the other saves and deletes the data of the first, which puts its metadata again."""
+    monkeypatch.setattr(BlobClient, "replace", unconditional)
+    assert found(Combination((SAVE, SAVE), "a checkpoint"), Fault(0, COMMIT, "lost after")).violations
+
+
+def test_cleaning_without_a_fence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cleaning, "fence", lambda folder, rank, seen, cutoff, keeps=True: seen.etag or "none")
+    monkeypatch.setattr(_cleaning, "lift", lambda *_: None)
+    assert found(Combination((SAVE, CLEAN_ALL), "a checkpoint")).violations
+
+
+def test_a_save_that_repeats_its_commit_past_every_fence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_commit, "_is_only_fenced", lambda *_: True)
+    assert found(Combination((SAVE, CLEAN_ALL), "a checkpoint")).violations
+
+
+def test_a_first_save_that_does_not_look_again_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_commit, "_check_kept", lambda *_: None)
+    assert found(Combination((SAVE, CLEAN_ALL), "nothing")).violations
+
+
+def test_a_commit_that_is_not_looked_for_when_its_answer_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save says that it has no effect, and is the checkpoint."""
+    monkeypatch.setattr(BlobClient, "has_content", lambda *_: False)
+    pair = Combination((SAVE, LOAD), "a checkpoint")
+    assert found(pair, Fault(0, COMMIT, "lost after")).violations
+
+
+def test_a_state_that_saves_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two saves by one writer, whose state is that of the writer: the second takes over the first."""
+    methods = {name: member for name, member in vars(_save.Saves).items() if callable(member)}
+    monkeypatch.setattr(_writer, "Saves", type("SharedSaves", (), methods))
+    assert found(Combination((ASYNC, ASYNC), "a checkpoint")).violations
+
+
+def test_ranks_that_do_not_compare_versions_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlobStorageReader, "_check_agreed", lambda *_: None)
+    monkeypatch.setattr(BlobClient, "delete", lambda *_, **__: True)  # else the data of the older version is missing
+    assert found(Combination((SAVE, LOAD), "a checkpoint")).violations
+
+
+def test_old_data_that_is_deleted_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _writer.BlobStorageWriter._commit
+
+    def early(writer: Any, save: Any, metadata: Any, paths: Any, seen: Any) -> None:
+        writer._discard(save, paths, seen)
+        original(writer, save, metadata, paths, seen)
+
+    monkeypatch.setattr(_writer.BlobStorageWriter, "_commit", early)
+    assert found(Combination((SAVE, LOAD), "a checkpoint")).violations
+
+
+def test_an_error_while_old_data_is_deleted_does_not_fail_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> bool:
+        raise AzureError("not allowed")
+
+    monkeypatch.setattr(BlobClient, "delete", refuse)
+    assert found(Combination((SAVE, LOAD), "a checkpoint")).violations == []
+
+
+def test_deleting_and_cleaning_during_a_first_save_never_makes_a_success_false() -> None:
+    for kind in (DELETE, CLEAN, CLEAN_ALL):
+        assert explore_all(Combination((SAVE, kind), "nothing"), faults=False, most=100).violations == []
