@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import copy
 import random
-import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -31,12 +30,12 @@ from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Cancelled
 from azstoragetorch._samples.fetching import Fetched, fetch_ahead
 from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, plain_url
 from azstoragetorch._samples.names import InvalidNames
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.sources import Listing
+from azstoragetorch._samples.steps import Run, State, Steps
 from azstoragetorch._samples.workers import Placement
 
 _NEEDED = "0.11"
@@ -55,50 +54,43 @@ except ImportError as error:
 __all__ = ["BlobInfo", "BlobLister", "BlobRange", "BlobReader", "BlobSharder", "ShuffleBuffer"]
 
 T = TypeVar("T")
-State = dict[str, Any]
+R = TypeVar("R", bound=Run)
 
 
-class _Node(BaseNode, Generic[T]):  # type: ignore[misc]  # torchdata is not typed
-    """A node that can be reset while another thread is inside `next`: that thread leaves first, with nothing."""
+class _Node(Steps[T, R], BaseNode, Generic[T, R]):  # type: ignore[misc]  # torchdata is not typed
+    """A node whose items and state survive interrupts, handlers and resets from another thread."""
 
     def __init__(self, source: Any = None) -> None:
-        super().__init__()
+        Steps.__init__(self)
+        BaseNode.__init__(self)
         self.source = source
-        self._lock = threading.Lock()  # held by whoever is inside `next` or `reset`
-        self._is_given_up = False
 
     def reset(self, initial_state: State | None = None) -> None:
-        """Begin anew, or go on where *initial_state* was taken."""
+        """Begin again, or continue where *initial_state* was taken."""
         _interrupt(self)
-        with self._lock:
-            super().reset(initial_state)
-            self._begin(initial_state)
-            self._is_given_up = False
+        BaseNode.reset(self, initial_state)
+        self.begin(initial_state)
 
     def next(self) -> T:
         """The next item."""
-        with self._lock:
-            if self._is_given_up:
-                raise StopIteration
-            try:
-                item = self._next()
-            except Cancelled:
-                if not self._is_given_up:
-                    raise
-                raise StopIteration from None
-            if self._is_given_up:
-                raise StopIteration
-            return item
+        return self.step()
 
-    def give_up(self) -> None:
-        """End the present iteration for whoever is inside `next`. Called from any thread, without the lock."""
-        self._is_given_up = True
+    def get_state(self) -> State:
+        """What `reset` continues from: small, JSON-able, a fresh copy."""
+        return self.state()
 
-    def _begin(self, state: State | None) -> None:
-        raise NotImplementedError
 
-    def _next(self) -> T:
-        raise NotImplementedError
+@dataclass
+class _Run:
+    """An iteration that holds nothing: the next states come from its node's source."""
+
+    state: State
+
+    def interrupt(self) -> None:
+        """Nothing of it blocks; its source is interrupted by itself."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def _interrupt(node: Any) -> None:
@@ -109,7 +101,17 @@ def _interrupt(node: Any) -> None:
         node = getattr(node, "source", None)
 
 
-class BlobLister(_Node[BlobInfo]):
+@dataclass
+class _Listed(_Run):
+    blobs: Iterator[BlobInfo]
+
+    def note(self, blob: BlobInfo) -> None:
+        """Count *blob*, and add it to the checksum of all before."""
+        position, trace = self.state["position"], self.state["trace"]
+        self.state = {"position": position + 1, "trace": zlib.crc32(blob.url.encode(), trace)}
+
+
+class BlobLister(_Node[BlobInfo, _Listed]):
     """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob below its roots, lexicographically by root.
 
     Roots, masks and errors are those of :class:`azstoragetorch.datapipes.AzureBlobFileLister`. Each reset lists anew.
@@ -144,36 +146,42 @@ class BlobLister(_Node[BlobInfo]):
         self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
         self._access = Access(credential, transfer, self._roots[0] if isinstance(source, str) else None)
 
-    def get_state(self) -> State:
-        """How many blobs were yielded, and which, by a checksum."""
-        return {"position": self._position, "trace": self._trace}
-
-    def _begin(self, state: State | None) -> None:
-        self._position = self._trace = 0
-        self._blobs = (blob for root in self._roots for blob in self._listing.blobs(self._access, root))
+    def _begin(self, state: State | None) -> _Listed:
+        run = _Listed({"position": 0, "trace": 0}, self._listed())
         if state is not None:
             for _ in range(state["position"]):
-                blob = next(self._blobs, None)
+                blob = next(run.blobs, None)
                 if blob is None:
                     break
-                self._note(blob)
-            if self.get_state() != {"position": state["position"], "trace": state["trace"]}:
+                run.note(blob)
+            if run.state != {"position": state["position"], "trace": state["trace"]}:
                 raise ValueError(
                     f"{', '.join(map(str, self._roots))}: the state does not fit what is listed now: blobs were "
                     "added or removed; resume on the data that the state was taken on, or begin a new epoch"
                 )
+        return run
 
-    def _next(self) -> BlobInfo:
-        blob = next(self._blobs)
-        self._note(blob)
+    def _step(self, run: _Listed) -> BlobInfo:
+        try:
+            blob = next(run.blobs)
+        except StopIteration:
+            raise
+        except Exception:
+            self.restart(run)  # a generator that has raised would end here
+            raise
+        run.note(blob)
         return blob
 
-    def _note(self, blob: BlobInfo) -> None:
-        self._position += 1
-        self._trace = zlib.crc32(blob.url.encode(), self._trace)
+    def _listed(self) -> Iterator[BlobInfo]:
+        return (blob for root in self._roots for blob in self._listing.blobs(self._access, root))
 
 
-class BlobSharder(_Node[T]):
+@dataclass
+class _Sharded(_Run):
+    position: int  # items of the source that have passed, also since the state
+
+
+class BlobSharder(_Node[T, _Sharded]):
     """Yields every n-th item of *source*: the share of this rank.
 
     Args:
@@ -189,33 +197,27 @@ class BlobSharder(_Node[T]):
         super().__init__(source)
         self._placement = Placement("rank_and_worker", rank, world_size)
 
-    def get_state(self) -> State:
-        """The state of the source, and how many of its items have passed."""
-        return {
-            "source": _state_of(self.source),
-            "position": self._position,
-            "rank": self._rank,
-            "world_size": self._world_size,
-        }
-
-    def _begin(self, state: State | None) -> None:
+    def _begin(self, state: State | None) -> _Sharded:
         place = self._placement.here()
-        self._rank, self._world_size = place.shard, place.shards
-        self._position = 0
-        if state is not None:
-            if (state["rank"], state["world_size"]) != (self._rank, self._world_size):
-                raise ValueError(
-                    f"the state is that of rank {state['rank']} of {state['world_size']}, and this is rank "
-                    f"{self._rank} of {self._world_size}"
-                )
-            self._position = state["position"]
+        if state is not None and (state["rank"], state["world_size"]) != (place.shard, place.shards):
+            raise ValueError(
+                f"the state is that of rank {state['rank']} of {state['world_size']}, and this is rank "
+                f"{place.shard} of {place.shards}"
+            )
         self.source.reset(None if state is None else state["source"])
+        position = 0 if state is None else state["position"]
+        source = _state_of(self.source)
+        return _Sharded(
+            {"source": source, "position": position, "rank": place.shard, "world_size": place.shards}, position
+        )
 
-    def _next(self) -> T:
+    def _step(self, run: _Sharded) -> T:
+        rank, world_size = run.state["rank"], run.state["world_size"]
         while True:
             item: T = next(self.source)
-            self._position += 1
-            if (self._position - 1) % self._world_size == self._rank:
+            run.position += 1
+            if (run.position - 1) % world_size == rank:
+                run.state = {**run.state, "source": _state_of(self.source), "position": run.position}
                 return item
 
 
@@ -231,7 +233,22 @@ def _noted(source: Any, states: deque[State]) -> Iterator[Item]:
         yield item
 
 
-class BlobReader(_Node[tuple[str, bytes]]):
+@dataclass
+class _Reads(_Run):
+    states: deque[State]  # of the source, after each item that is in flight
+    ahead: OrderedPrefetch[Item, Fetched]
+
+    def interrupt(self) -> None:
+        self.ahead.interrupt()
+
+    def close(self) -> None:
+        self.ahead.close()
+
+    def __del__(self) -> None:
+        self.ahead.abandon()
+
+
+class BlobReader(_Node[tuple[str, bytes], _Reads]):
     """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, many on their way at once.
 
     What is on its way is bounded by bytes; a single blob that is larger is always admitted. It is no part of the state:
@@ -262,43 +279,30 @@ class BlobReader(_Node[tuple[str, bytes]]):
         limits = {"max_connections": concurrency, "memory_limit": memory_limit}
         given = {name: value for name, value in limits.items() if value is not None}
         self._access = Access(credential, replace(config, **given))  # type: ignore[arg-type]
-        self._ahead: OrderedPrefetch[Item, Fetched] | None = None
 
-    def get_state(self) -> State:
-        """The state of the source as of the last blob that was yielded."""
-        return {"source": copy.deepcopy(self._state)}
-
-    def give_up(self) -> None:
-        super().give_up()
-        if self._ahead is not None:
-            self._ahead.interrupt()
-
-    def __del__(self) -> None:
-        ahead = getattr(self, "_ahead", None)
-        if ahead is not None:
-            ahead.abandon()
-
-    def _begin(self, state: State | None) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+    def _begin(self, state: State | None) -> _Reads:
         self.source.reset(None if state is None else state["source"])
-        self._state: State = _state_of(self.source)
-        self._states: deque[State] = deque()  # of the source, after each item that is on its way
-        self._ahead = fetch_ahead(
-            self._access, _noted(self.source, self._states), depth=self._access.config.max_connections
-        )
+        before = {"source": _state_of(self.source)}
+        states: deque[State] = deque()
+        ahead = fetch_ahead(self._access, _noted(self.source, states), depth=self._access.config.max_connections)
+        return _Reads(before, states, ahead)
 
-    def _next(self) -> tuple[str, bytes]:
-        assert self._ahead is not None
-        work = next(self._ahead)
-        state = self._states.popleft()
+    def _step(self, run: _Reads) -> tuple[str, bytes]:
+        work = next(run.ahead)
+        state = run.states.popleft()
         fetched = work.result()
         sample = plain_url(fetched.client.url), fetched.whole()
-        self._state = state
+        run.state = {"source": state}
         return sample
 
 
-class ShuffleBuffer(_Node[T]):
+@dataclass
+class _Shuffled(_Run, Generic[T]):
+    drawn: list[T]
+    buffer: list[T] | None = None  # `drawn` when it is full, shuffled
+
+
+class ShuffleBuffer(_Node[T, _Shuffled[T]]):
     """Yields the items of *source* in an order that depends on (seed, epoch).
 
     It draws *buffer_size* items, yields them shuffled, and draws the next. That is a complete shuffle if the buffer
@@ -325,55 +329,53 @@ class ShuffleBuffer(_Node[T]):
         self._epoch = 0
         self._has_drawn = False
 
-    def get_state(self) -> State:
-        """Where the source was when the buffer was filled, and how many of the buffer were yielded."""
-        return {
-            "source": copy.deepcopy(self._filled_from),
-            "epoch": self._epoch,
-            "fill": self._fill,
-            "yielded": self._yielded,
-            "seed": self.seed,
-            "buffer_size": self.buffer_size,
-        }
-
-    def _begin(self, state: State | None) -> None:
-        self._buffer: list[T] | None = None
-        self._drawing: list[T] = []
-        self._fill = self._yielded = 0
+    def _begin(self, state: State | None) -> _Shuffled[T]:
         if state is None:
-            self._epoch += self._has_drawn
+            self._epoch, self._has_drawn = self._epoch + self._has_drawn, False
         else:
             if (state["seed"], state["buffer_size"]) != (self.seed, self.buffer_size):
                 raise ValueError(
                     f"the state is of seed={state['seed']} and buffer_size={state['buffer_size']}, and this has "
                     f"seed={self.seed} and buffer_size={self.buffer_size}"
                 )
-            self._epoch, self._fill, self._yielded = state["epoch"], state["fill"], state["yielded"]
-        self._has_drawn = False
+            self._epoch, self._has_drawn = state["epoch"], False
         self.source.reset(None if state is None else state["source"])
-        self._filled_from: State = _state_of(self.source)
+        return _Shuffled(
+            {
+                "source": _state_of(self.source),
+                "epoch": self._epoch,
+                "fill": 0 if state is None else state["fill"],
+                "yielded": 0 if state is None else state["yielded"],
+                "seed": self.seed,
+                "buffer_size": self.buffer_size,
+            },
+            [],
+        )
 
-    def _next(self) -> T:
+    def _step(self, run: _Shuffled[T]) -> T:
         self._has_drawn = True
-        buffer = self._buffer if self._buffer is not None else self._drawn()
-        if self._yielded >= len(buffer):
-            if not buffer:
-                raise StopIteration
-            self._buffer = None
-            self._filled_from = _state_of(self.source)
-            self._fill, self._yielded = self._fill + 1, 0
-            buffer = self._drawn()
-            if not buffer:
-                raise StopIteration
-        item = buffer[self._yielded]
-        self._yielded += 1
+        state = run.state
+        buffer = run.buffer if run.buffer is not None else self._draw(run, state)
+        if buffer and state["yielded"] >= len(buffer):
+            run.state = state = {
+                **state,
+                "source": _state_of(self.source),
+                "fill": state["fill"] + 1,
+                "yielded": 0,
+            }
+            run.buffer, run.drawn = None, []
+            buffer = self._draw(run, state)
+        if not buffer:
+            raise StopIteration
+        item = buffer[state["yielded"]]
+        run.state = {**state, "yielded": state["yielded"] + 1}
         return item
 
-    def _drawn(self) -> list[T]:
-        """The next items of the source, shuffled. After a failure of the source it goes on where it was."""
-        for item in islice(self.source, self.buffer_size - len(self._drawing)):
-            self._drawing.append(item)
-        buffer, self._drawing = self._drawing, []
-        random.Random(f"{self.seed} {self._epoch} {self._fill}").shuffle(buffer)
-        self._buffer = buffer
+    def _draw(self, run: _Shuffled[T], state: State) -> list[T]:
+        """The next items of the source, shuffled. After a failure of the source it continues where it was."""
+        for item in islice(self.source, self.buffer_size - len(run.drawn)):
+            run.drawn.append(item)
+        buffer = list(run.drawn)
+        random.Random(f"{self.seed} {state['epoch']} {state['fill']}").shuffle(buffer)
+        run.buffer = buffer
         return buffer

@@ -44,7 +44,7 @@ ROWS = [
     {"_files.places", "_files.description", "_files.walk"},
     {"_files.record", "_files.partial", "_files.transfer"},
     {"_samples.items", "_samples.names", "_samples.once", "_samples.prefetch", "_samples.records"}
-    | {"_samples.sharding", "_samples.tar_header", "_samples.unpack"},
+    | {"_samples.sharding", "_samples.steps", "_samples.tar_header", "_samples.unpack"},
     {"_samples.tar"},
     {"_samples.cache", "_samples.catalog", "_samples.fetching", "_samples.resume", "_samples.sources"}
     | {"_samples.listing", "_samples.workers"},
@@ -61,7 +61,7 @@ FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secre
 }
 
 # Faces, or modules of one, that still reach past the front doors. A name goes as soon as it can.
-REACHES_PAST = {"io", "checkpoint", "cli", "nodes", "datapipes._writing"}
+REACHES_PAST = {"io", "checkpoint", "cli", "datapipes._writing"}
 
 # Where each dependency may be imported. The longest prefix that matches decides.
 MAY_IMPORT = {
