@@ -160,14 +160,14 @@ def prune(
     session: Session, url: BlobURL, keep: int | None, incomplete: bool, min_age: float, dry_run: bool, yes: bool
 ) -> None:
     """Delete old checkpoints in the folders of URL, or what interrupted saves left there."""
-    from azstoragetorch.checkpoint import clean, delete_checkpoint, list_checkpoints
+    from azstoragetorch.checkpoint import clean, delete_checkpoint, keep_last
 
     if keep is None and not incomplete:
         raise click.UsageError("say what to delete: --keep N, --incomplete, or both")
     if dry_run and incomplete:
         raise click.UsageError("--dry-run is for --keep")
     credential = session.access.credential(url)
-    doomed = list_checkpoints(str(url), credential=credential)[:-keep] if keep is not None else []
+    doomed = keep_last(str(url), keep, dry_run=True, credential=credential) if keep is not None else []
     if (doomed or incomplete) and not dry_run and not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("this deletes for good: add --yes")

@@ -162,6 +162,12 @@ class Tally:
     violations: list[str] = field(default_factory=list)
     longest: dict[int, int] = field(default_factory=dict)  # most requests of each actor
 
+    def add(self, other: Tally) -> None:
+        """Count what *other* came to as well."""
+        self.runs += other.runs
+        self.steps += other.steps
+        self.violations += other.violations
+
 
 Make = Callable[[Fault | None], Run]
 Check = Callable[[Run], list[str]]
