@@ -9,12 +9,14 @@ TORCH := $(VENV)/.torch-installed
 DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 OLDEST := build/oldest
+NEWEST := build/newest
 AUDIT := build/audit
+CORE_TESTS := tests/test_*.py tests/checkpoint tests/cli tests/conformance
 PEER ?= build/peer/bin/python
 FUZZ_SECONDS ?= 60
 SOAK_SECONDS ?= 600
 
-# A venv that has what $(VENV) has, but for some packages of its own.
+# A venv that has what $(VENV) has, but for some packages, which $(2) names to pip.
 define beside
 $(BIN)/python -m venv --without-pip --clear $(1)
 $(BIN)/python -c 'import sys; from sysconfig import get_path; open(get_path("purelib", vars={"base": sys.argv[1]}) + "/beside.pth", "w").write(get_path("purelib"))' $(1)
@@ -22,7 +24,7 @@ $(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python instal
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest audit build clean
+.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest newest audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,7 +77,13 @@ reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  #
 oldest: setup  ## run the tests of the core with the oldest dependencies that are allowed; ARGS= goes to pytest
 	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python check
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_*.py tests/checkpoint tests/cli tests/conformance $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
+
+newest: setup  ## run the tests of the core with the newest releases and pre-releases of its dependencies; ARGS= goes to pytest
+	$(call beside,$(NEWEST),--upgrade --pre azure-storage-blob azure-core azure-identity torchdata)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python check
+	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python list | grep -E '^(azure-|torch)'
+	$(NEWEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
 
 audit: $(DEV)  ## check that dependencies fit together, and ask PyPI for known vulnerabilities of those that users get
 	$(BIN)/python -m pip --disable-pip-version-check check

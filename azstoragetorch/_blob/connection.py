@@ -206,6 +206,10 @@ class Connection:
         if not self._wakers:
             self._http.close()
 
+    def __del__(self) -> None:
+        if "_http" in vars(self):  # an interrupt can come before
+            self._http.close()
+
     def abandon(self) -> None:
         """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
         sock = self._http.sock
