@@ -95,7 +95,7 @@ class TestRequests:
 
     @pytest.mark.untraced
     def test_requests_inside_any_line_of_another(self, served: FaultService, prepare: Callable[[], None]) -> None:
-        """As of a signal handler: both are right."""
+        """As by a signal handler: both are right."""
         client = blob_client(served.blob_url("c", "b"), replace(QUICK, part_size=1 << 20))
 
         def check(_: object, run: Run) -> None:
@@ -213,7 +213,7 @@ class TestWriter:
             return writer
 
         def check(writer: upload.BlockWriter, run: Run) -> None:
-            assert isinstance(run.error, KeyboardInterrupt)
+            assert isinstance(run.error, KeyboardInterrupt) == run.was_reached
             writer.abort()
             assert served.get("c", "b") in (OLD, NEW[:size])
             wait_until(lambda: engine_for(self.CONFIG).budget.in_flight == 0)
@@ -222,15 +222,16 @@ class TestWriter:
 
     @pytest.mark.untraced
     def test_another_write_inside_any_line(self, served: FaultService) -> None:
-        """As of a signal handler that saves while the interrupted code saves."""
+        """As by a signal handler that saves while the interrupted code saves."""
         client = blob_client(served.blob_url("c", "outer"), self.CONFIG)
         inner = blob_client(served.blob_url("c", "inner"), self.CONFIG)
 
         def check(_: object, run: Run) -> None:
             assert run.error is None
             assert served.get("c", "outer") == NEW
-            assert served.get("c", "inner") == DATA
-            served.delete("c", "inner")
+            if run.was_reached:  # whether a wait is needed depends on the other threads
+                assert served.get("c", "inner") == DATA
+                served.delete("c", "inner")
 
         sweep(
             lambda: None,
