@@ -99,7 +99,7 @@ class _WholePlanner(DefaultLoadPlanner):
 
 def _empty(key: str, entry: TensorStorageMetadata) -> torch.Tensor:
     try:
-        return torch.empty(entry.size, dtype=entry.properties.dtype)
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     except RuntimeError as error:  # torch has no other for too little memory
         raise CheckpointError(f"no memory for {key!r} of the shape {tuple(entry.size)}: {error}", key=key) from None
 

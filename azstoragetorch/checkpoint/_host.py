@@ -67,11 +67,13 @@ class Lane:
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         """A new buffer of *nbytes* bytes with arbitrary contents; freed ones are reused by torch's allocators."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.is_pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.is_pinned)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Begin to copy; `wait` tells when it is done."""
-        with torch.no_grad(), self._beside():
+        # A tensor that was made in inference mode can be written to in that mode alone, which is one of the thread.
+        mode = torch.inference_mode() if target.is_inference() else torch.no_grad()
+        with mode, self._beside():
             target.copy_(source, non_blocking=self.is_pinned)
 
     def mark(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from azstoragetorch._engine.budget import Budget, BufferPool
 from azstoragetorch._engine.config import MiB
-from azstoragetorch._engine.engine import Budget, BufferPool, Cancelled, Scope, engine_for
 from azstoragetorch._engine.memory import expect_filling
+from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
 from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
@@ -30,7 +32,7 @@ from azstoragetorch.checkpoint._receiving import DataBlobs
 from azstoragetorch.checkpoint._sharing import Source, source_of
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 _REUSED = 64 * MiB  # staging buffers up to this size are kept for the next request
 _ALIGNMENT = 64  # bytes; elements of any type may lie there
 
@@ -39,9 +41,16 @@ class Load:
     """Carries out the reads of one rank. One `run` at a time."""
 
     def __init__(
-        self, folder: Folder, planner: LoadPlanner, registry: Any = None, keep: Collection[Source] = ()
+        self,
+        folder: Folder,
+        planner: LoadPlanner,
+        registry: Any = None,
+        keep: Collection[Source] = (),
+        *,
+        weights_only: bool = False,
     ) -> None:
         self._planner = planner
+        self._weights_only = weights_only
         self._registry = registry
         self._keep = frozenset(keep)
         self.kept: dict[Source, torch.Tensor | bytes] = {}
@@ -51,6 +60,8 @@ class Load:
         self._buffers = BufferPool(folder.transfer.memory_limit)
         self._blobs = DataBlobs(folder)
         self._touched: set[str] = set()
+        # Planners are called by one thread at a time. Only threads of this load wait for it, and nothing else waits for
+        # them: a signal handler that comes while it is held, and transfers, does its own transfer itself if need be.
         self._planner_lock = threading.Lock()
         self._lanes: dict[tuple[int, torch.device], Lane] = {}
 
@@ -75,8 +86,11 @@ class Load:
             else:
                 self._finish(read)
         meter = Meter(progress, sum(request.stop - request.start for request in requests))
-        tasks = [self._task(request, reads, meter) for request in requests]
-        engine_for(self._config).run_all(tasks, self._config.max_concurrency)
+
+        def run(request: Request, scope: Scope) -> None:
+            self._run(request, reads, meter, scope)
+
+        engine_for(self._config).map(run, requests, self._config.max_concurrency)
 
     def _probe(self, reads: list[Read]) -> None:
         """Find out what lies inside items that the metadata does not describe."""
@@ -87,33 +101,30 @@ class Load:
             pieces.append(Piece(read.item.path, start, start + PROBE, 2 * number, Box((), ())))
             pieces.append(Piece(read.item.path, stop - PROBE, stop, 2 * number + 1, Box((), ())))
 
-        def task(request: Request) -> Callable[[Scope], None]:
+        def look(request: Request, scope: Scope) -> None:
             keys = [reads[piece.read // 2].key for piece in request.pieces]
             targets = [memoryview(ends[piece.read // 2][piece.read % 2]) for piece in request.pieces]
-            return lambda scope: self._blobs.receive(request, targets, keys, scope)
+            self._blobs.receive(request, targets, keys, scope)
 
         requests = join(pieces, self._config.effective_part_size)
-        engine_for(self._config).run_all([task(request) for request in requests], self._config.max_concurrency)
+        engine_for(self._config).map(look, requests, self._config.max_concurrency)
         for read, (head, tail) in zip(reads, ends, strict=True):
             read.payload = probe(bytes(head), bytes(tail), read.item.length)
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    def _task(self, request: Request, reads: list[Read], meter: Meter) -> Callable[[Scope], None]:
-        def run(scope: Scope) -> None:
-            pieces = [(piece, reads[piece.read]) for piece in request.pieces]
-            keys = [read.key for _, read in pieces]
-            try:
-                self._load(request, pieces, keys, scope)
-            except (Cancelled, AZStorageTorchError, AzureError):
-                raise
-            except Exception as error:  # noqa: BLE001 - of torch, the planner or an extension
-                raise CheckpointError(
-                    f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
-                ) from plain(error)
-            meter.add(request.stop - request.start)
-
-        return run
+    def _run(self, request: Request, reads: list[Read], meter: Meter, scope: Scope) -> None:
+        pieces = [(piece, reads[piece.read]) for piece in request.pieces]
+        keys = [read.key for _, read in pieces]
+        try:
+            self._load(request, pieces, keys, scope)
+        except (Cancelled, AZStorageTorchError, AzureError):
+            raise
+        except Exception as error:  # noqa: BLE001 - of torch, the planner or an extension
+            raise CheckpointError(
+                f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
+            ) from plain(error)
+        meter.add(request.stop - request.start)
 
     def _load(self, request: Request, pieces: list[tuple[Piece, Read]], keys: list[str], scope: Scope) -> None:
         places = [self._place(piece, read) for piece, read in pieces]
@@ -172,9 +183,8 @@ class Load:
         # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
         pageable = 1 << (pageable - 1).bit_length() if 0 < pageable <= _REUSED else pageable
         decoded = sum(piece.stop - piece.start for piece, read in pieces if read.payload is None)
-        self._budget.acquire(pageable + pinned + decoded)
-        area = self._buffers.take(pageable) if pageable else memoryview(b"")
-        try:
+        with self._budget.wait_for(pageable + pinned + decoded):
+            area = self._area(pageable)
             buffers: list[torch.Tensor] = []
             at = 0
             for (piece, _), lane, length in zip(pieces, lanes, lengths, strict=True):
@@ -190,8 +200,13 @@ class Load:
             buffers.clear()
             if 0 < pageable <= _REUSED:
                 self._buffers.give_back(area)
-        finally:
-            self._budget.release(pageable + pinned + decoded)
+
+    def _area(self, size: int) -> memoryview:
+        """Memory for staging *size* bytes, which an absurd length in the metadata may make too many."""
+        try:
+            return self._buffers.take(size) if size else memoryview(b"")
+        except (MemoryError, OSError, OverflowError, ValueError) as error:
+            raise CheckpointError(f"no memory for the {size:,} bytes of one item: {type(error).__name__}") from None
 
     def _place(self, piece: Piece, read: Read) -> torch.Tensor | None:
         """The tensor whose memory takes the bytes of *piece* as they are, or None if they are to be staged."""
@@ -240,6 +255,8 @@ class Load:
     def accept(self, wanted: ReadItem, value: torch.Tensor | bytes) -> None:
         """Hand over what was fetched, here or by another rank."""
         self.touch(wanted)
+        if self._weights_only and not isinstance(value, torch.Tensor):
+            _check_harmless(wanted.dest_index.fqn, value)
         with self._planner_lock:
             if isinstance(value, torch.Tensor):
                 self._planner.commit_tensor(wanted, value)
@@ -304,6 +321,16 @@ class Load:
             if key not in self._lanes:
                 self._lanes[key] = Lane(device)
             return self._lanes[key]
+
+
+def _check_harmless(key: str, content: bytes) -> None:
+    """Raise unless unpickling *content*, which the planner is about to do, runs no foreign code."""
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises errors of many types for what it does not load
+        raise CheckpointError(
+            f"{key!r} holds more than weights_only=True admits, so it was not unpickled: {error!s:.300}", key=key
+        ) from plain(error)
 
 
 def _bare(tensor: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
         check_etags: Refuse data blobs that are not those that the save wrote. Only for a checkpoint that is where it
             was saved: a copy elsewhere has other ETags. Pass False after restoring from a backup in place.
         extension_registry: Where stream extensions of torch are looked up; torch's own by default.
+        weights_only: Refuse entries other than tensors that `torch.load` refuses with ``weights_only=True``, before
+            the planner unpickles them. torch's default planner unpickles everything, which can run foreign code.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Raises:
@@ -82,6 +84,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         process_group: Any = None,
         check_etags: bool = True,
         extension_registry: Any = None,
+        weights_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if load_once_per not in SHARING:
@@ -95,6 +98,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         self._group = process_group
         self._check_etags = check_etags
         self._registry = extension_registry
+        self._weights_only = weights_only
         self._progress = progress
         self._load_id = uuid.uuid4().hex
         self._rank = 0
@@ -197,7 +201,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
                 ``touched`` the entries that may have been written to.
         """
         sharing = plan.storage_data if isinstance(plan.storage_data, Sharing) else None
-        load = Load(self._folder, planner, self._registry, sharing.kept() if sharing is not None else ())
+        keep = sharing.kept() if sharing is not None else ()
+        load = Load(self._folder, planner, self._registry, keep, weights_only=self._weights_only)
         mine = plan.items if sharing is None else sharing.mine(plan.items)
         failure: CheckpointError | None = None
         try:

@@ -10,7 +10,7 @@ from azure.core.exceptions import AzureError, ResourceNotFoundError
 from azstoragetorch._blob.download import open_range
 from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._planning import Request
 from azstoragetorch.checkpoint._reads import named
@@ -75,6 +75,7 @@ class _Blob:
         self.client = folder.blob(path)
         self.etag: str | None = None  # as the metadata tells it, or else the first answer
         self._size: int | None = None
+        # Only threads of the same load wait for it, for the first request of this blob, which waits for none of them.
         self._lock = threading.Lock()
 
     def receive(self, span: ByteRange, targets: list[memoryview], keys: list[str], scope: Scope) -> None:

@@ -174,7 +174,7 @@ class _Broadcasts:
                 with self._noting():
                     value = self._load.target(self._wanted[source])
                     self._load.touch(self._wanted[source])
-            values.append(value if value is not None else torch.empty(shape, dtype=dtype))
+            values.append(value if value is not None else torch.empty(shape, dtype=dtype, device="cpu"))
         if len(values) > 1:
             self._send(values, src, is_owner)
         else:
