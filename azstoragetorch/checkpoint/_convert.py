@@ -163,7 +163,7 @@ def checkpoint_to_torch_save(
     """
     state = load_keys(url, weights_only=weights_only, credential=credential, transfer=transfer)
     with BlobIO(blob_url, "wb", credential=credential, transfer=transfer) as blob:
-        torch.save(state, blob)  # type: ignore[arg-type]  # a file in all but its declaration
+        torch.save(state, blob)
 
 
 def torch_save_to_checkpoint(
@@ -191,7 +191,7 @@ def torch_save_to_checkpoint(
         CheckpointException: the checkpoint cannot be written (torch's, with the reason inside).
     """
     with BlobIO(blob_url, "rb", credential=credential, transfer=transfer) as blob:
-        state = torch.load(blob, map_location="cpu", weights_only=weights_only)  # type: ignore[arg-type]
+        state = torch.load(blob, map_location="cpu", weights_only=weights_only)
     if not isinstance(state, dict):
         raise TypeError(f"{blob_url!r} holds a {type(state).__name__}; a checkpoint is made from a dict")
     writer = BlobStorageWriter(url, credential=credential, transfer=transfer, overwrite=overwrite)

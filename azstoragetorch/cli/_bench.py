@@ -119,11 +119,11 @@ def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Cas
 
     def save() -> None:
         with BlobIO(saved, "wb", credential=credential) as blob:
-            torch.save(state, blob)  # type: ignore[arg-type]  # a file in all but its declaration
+            torch.save(state, blob)
 
     def load() -> None:
         with BlobIO(saved, "rb", credential=credential) as blob:
-            torch.load(blob)  # type: ignore[arg-type]
+            torch.load(blob)
 
     def put() -> None:
         client = session.access.container(place, TransferConfig())

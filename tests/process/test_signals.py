@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -262,7 +263,7 @@ def test_eight_threads_share_a_dataset_and_a_credential(
         service.put("data", f"{number:02d}", content(1000 * number, number))
     service.require_token("the token")
     service.script(Match("get_blob", every=5), [Stall(0.05, 0)], repeat=True)
-    credential = CountingTokens()
+    credential, whole = CountingTokens(), threading.Lock()
     data = BlobDataset.from_container_url(service.container_url("data"), credential=credential, transfer=QUICK)
     blob = BlobIO(service.blob_url("data", "23"), "rb", credential=credential, transfer=QUICK)
 
@@ -273,7 +274,7 @@ def test_eight_threads_share_a_dataset_and_a_credential(
         for at in range(12, 24, 4):
             batch = order[at : at + 4]
             assert [sample["data"] for sample in data.__getitems__(batch)] == [content(1000 * i, i) for i in batch]
-        with blob._lock:
+        with whole:
             blob.seek(thread * 1000)
             assert blob.read(1000) == content(23_000, 23)[thread * 1000 : (thread + 1) * 1000]
 
