@@ -44,10 +44,10 @@ class Headers(Mapping[str, str]):
     __slots__ = ("_values",)
 
     def __init__(self, values: dict[str, str]) -> None:
-        self._values = values  # by lower-case name
+        self._values = values  # by lower-case name; those of metadata as they came
 
     def __getitem__(self, name: str) -> str:
-        return self._values[name.lower()]
+        return self._values[name if name in self._values else name.lower()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -56,7 +56,7 @@ class Headers(Mapping[str, str]):
         return len(self._values)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._values
+        return isinstance(name, str) and (name in self._values or name.lower() in self._values)
 
 
 class _Answer(http.client.HTTPResponse):
@@ -106,6 +106,8 @@ class _Answer(http.client.HTTPResponse):
 def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     """Status, headers by lower-case name (and the reason by no name), and whether the connection stays open.
 
+    Metadata keeps the case of its names.
+
     Raises:
         http.client.HTTPException: this is not the head of an answer.
     """
@@ -119,7 +121,9 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
         name, colon, value = line.partition(":")
         if not colon:
             raise http.client.HTTPException(f"not a header: {line[:80]!r}")
-        values[name.strip().lower()] = value.strip()
+        name = name.strip()
+        lower = name.lower()
+        values[name if lower.startswith("x-ms-meta-") else lower] = value.strip()  # names of metadata have a case
     connection = values.get("connection", "").lower()
     stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
     return int(found.group(2)), values, stays_open

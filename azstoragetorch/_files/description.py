@@ -22,6 +22,14 @@ class Description:
     properties: Mapping[str, str]
     """Content headers and metadata, as headers of the request that commits a copy."""
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is the marker of a directory of an account with a hierarchical namespace."""
+        return any(
+            name.lower() == f"{_METADATA}hdi_isfolder" and value.lower() == "true"
+            for name, value in self.properties.items()
+        )
+
 
 def describe(blob: BlobClient, scope: Scope) -> Description:
     """Ask the service for *blob*.

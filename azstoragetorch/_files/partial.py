@@ -67,6 +67,8 @@ class Partial:
             if kept is None or not self._take_up(kept):
                 self._start()
         except BaseException:
+            if self._record is not None and not self._is_kept:
+                self._record.forget()
             self._close()
             raise
         self._unhashed.extend(self.present)

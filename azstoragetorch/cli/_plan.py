@@ -206,9 +206,12 @@ class Plan:
         if _is_container_or_folder(source):
             raise click.UsageError(f"{source} is a folder or container: add --recursive")
         try:
-            return describe(self._blob(source), Scope()).version.size
+            found = describe(self._blob(source), Scope())
         except ResourceNotFoundError as error:
             raise FileNotFoundError(f"{error} If it is a folder, add --recursive.") from None
+        if found.is_folder:
+            raise click.UsageError(f"{source} is a folder: add --recursive")
+        return found.version.size
 
     def _listed(self, url: BlobURL) -> dict[str, int]:
         container = self._session.access.container(url, self._config)

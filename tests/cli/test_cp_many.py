@@ -165,20 +165,20 @@ class TestWhatACopyKeeps:
     @pytest.mark.parametrize("size", [100, 3 * MiB])
     def test_content_headers_and_metadata(self, container: Container, command: Command, size: int) -> None:
         settings = ContentSettings("text/csv", "gzip", "de", 'attachment; filename="x"', "no-store")
-        container.client.upload_blob("a", content(size), content_settings=settings, metadata={"key": "value"})
+        container.client.upload_blob("a", content(size), content_settings=settings, metadata={"Key": "value"})
         small = {"AZSTORAGETORCH_BLOCK_SIZE": str(MiB)}
         assert command("cp", container.blob_url("a"), container.blob_url("b"), **small).code == 0
         found = container.client.get_blob_client("b").get_blob_properties()
         kept = found.content_settings
         assert (kept.content_type, kept.content_encoding, kept.content_language) == ("text/csv", "gzip", "de")
         assert (kept.content_disposition, kept.cache_control) == ('attachment; filename="x"', "no-store")
-        assert found.metadata == {"key": "value"}
+        assert found.metadata == {"Key": "value"}
         assert container.client.download_blob("b", decompress=False).readall() == content(size)
         ended = command("cp", container.blob_url("a"), container.blob_url("b"), "--json")
         assert ended.records[-1]["summary"]["skipped"] == 1
-        container.client.get_blob_client("b").set_blob_metadata({"key": "other"})
+        container.client.get_blob_client("b").set_blob_metadata({"Key": "other"})
         assert command("cp", container.blob_url("a"), container.blob_url("b")).code == 0
-        assert container.client.get_blob_client("b").get_blob_properties().metadata == {"key": "value"}
+        assert container.client.get_blob_client("b").get_blob_properties().metadata == {"Key": "value"}
 
     def test_a_wrong_stored_md5_can_be_passed(self, container: Container, command: Command, tmp_path: Path) -> None:
         container.put("blob", content(300_000))

@@ -15,7 +15,7 @@ import pytest
 from tests.azurite.container import Container
 from tests.cli.conftest import Command, Ended, run_command
 from tests.faults.service import FaultService
-from tests.support import ROOT, content
+from tests.support import ROOT, content, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 MiB = 1 << 20
@@ -307,6 +307,34 @@ class TestTargets:
         assert list((tmp_path / "x" / "empty").iterdir()) == []
         assert command("cp", "-r", f"{container.url}/d", container.blob_url("e")).code == 0
         assert container.names() == ["d/", "d/empty/", "d/sub/", "d/sub/b", "e/", "e/empty/", "e/sub/", "e/sub/b"]
+
+    def test_a_directory_is_not_an_empty_file(self, container: Container, command: Command, tmp_path: Path) -> None:
+        container.client.upload_blob("d", b"", metadata={"hdi_isfolder": "true"})
+        ended = command("cp", container.blob_url("d"), tmp_path / "x")
+        assert ended.code == 2
+        assert "--recursive" in ended.err
+
+    @pytest.mark.parametrize("direction", ["<", ">"])
+    def test_process_substitution(self, container: Container, tmp_path: Path, direction: str) -> None:
+        """What a shell hands over as ``/dev/fd/63``."""
+        container.put("b", content(1 * MiB))
+        url, out = container.blob_url("b"), tmp_path / "out"
+        (tmp_path / "in").write_bytes(content(1 * MiB, seed=1))
+        cp = f"{sys.executable} -m azstoragetorch cp"
+        line = f"{cp} <(cat {tmp_path}/in) {url}" if direction == "<" else f"{cp} {url} >(cat > {out}; echo end)"
+        ended = subprocess.run(
+            ["bash", "-c", line],
+            cwd=ROOT,
+            env={**os.environ, "AZURE_STORAGE_KEY": container.service.account_key},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        expected = content(1 * MiB, seed=1) if direction == "<" else content(1 * MiB)
+        if direction == ">":
+            wait_until(lambda: out.exists() and out.stat().st_size == MiB, timeout=20)
+        assert (container.get("b") if direction == "<" else out.read_bytes()) == expected
 
     def test_a_target_with_a_slash_becomes_a_folder(
         self, container: Container, command: Command, tmp_path: Path
