@@ -15,17 +15,19 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._files.places import (
-    NO_FOLLOW,
     CopyError,
     WrongMD5Error,
     open_exclusive,
+    open_own,
     own_user,
+    shown,
     take_name,
     unfinished_name,
 )
@@ -43,8 +45,8 @@ class Partial:
         self._identity = identity
         self._size = size
         self._record: Record | None = None
-        self._part = path
-        self._descriptor = -1
+        self._part: Path | None = None
+        self._file: FileIO | None = None
         self._is_over = False  # it has its name, or is dropped
         self._is_kept = False  # the record names bytes that the file has
         self._unrecorded: deque[ByteRange] = deque()
@@ -61,14 +63,14 @@ class Partial:
 
     def __enter__(self) -> Partial:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._record = Record.of(self._path)
         try:
+            self._record = Record.of(self._path)
             kept = self._record.read() if self._record is not None else None
             if kept is None or not self._take_up(kept):
                 self._start()
         except BaseException:
-            if self._record is not None and not self._is_kept:
-                self._record.forget()
+            if not self._is_kept:
+                self._drop()
             self._close()
             raise
         self._unhashed.extend(self.present)
@@ -103,6 +105,7 @@ class Partial:
             WrongMD5Error: it has not; nothing is kept.
             CopyError: *path* is something that a file cannot replace; nothing is kept.
         """
+        assert self._part is not None
         try:
             self._hash()
             if md5 is not None and self._digest.digest() != md5:
@@ -126,11 +129,10 @@ class Partial:
         """Continue with the file that *kept* names, if it is the very one that was recorded."""
         part = self._path.parent / kept.part
         try:
-            descriptor = os.open(part, os.O_RDWR | NO_FOLLOW)
+            self._file = file = open_own(part)
         except OSError:
             return False
-        self._descriptor, self._part = descriptor, part
-        found = os.fstat(descriptor)
+        found = os.fstat(file.fileno())
         is_own = stat.S_ISREG(found.st_mode) and found.st_uid == own_user() and found.st_nlink == 1
         if not is_own or found.st_ino != kept.inode or found.st_mode & stat.S_IWOTH:
             self._close_file()
@@ -140,19 +142,15 @@ class Partial:
             self._close_file()
             part.unlink(missing_ok=True)  # of another version of the blob
             return False
-        self.present, self._is_kept = kept.spans, True
+        self.present, self._part, self._is_kept = kept.spans, part, True
         return True
 
     def _start(self) -> None:
-        self._part = self._path.parent / unfinished_name()
-        self._descriptor = open_exclusive(self._part)
-        try:
-            os.ftruncate(self._descriptor, self._size)
-            if self._record is not None:
-                self._record.begin(self._identity, self._part, os.fstat(self._descriptor).st_ino)
-        except BaseException:
-            self._drop()
-            raise
+        self._part = part = self._path.parent / unfinished_name()
+        self._file = file = open_exclusive(part)
+        file.truncate(self._size)
+        if self._record is not None:
+            self._record.begin(self._identity, part, os.fstat(file.fileno()).st_ino)
 
     def _write_record(self, at_least: int) -> None:
         """Record what was written since the last time, if that is *at_least* so many bytes."""
@@ -175,17 +173,24 @@ class Partial:
         while self._hashed < self._frontier:
             data = self._read_at(min(READ, self._frontier - self._hashed), self._hashed)
             if not data:
-                raise CopyError(f"the unfinished file {self._part.name} was truncated by another program")
+                raise CopyError(f"the unfinished file of {shown(self._path)} was truncated by another program")
             self._digest.update(data)
             self._hashed += len(data)
 
     def _drop(self) -> None:
         """Keep nothing."""
         self._close_file()
+        if self._part is None:
+            return  # what an earlier attempt left was not looked at yet
         with suppress(OSError):
             self._part.unlink()
         if self._record is not None:
             self._record.forget()
+
+    @property
+    def _descriptor(self) -> int:
+        assert self._file is not None
+        return self._file.fileno()
 
     def _close(self) -> None:
         self._close_file()
@@ -193,9 +198,8 @@ class Partial:
             self._record.close()
 
     def _close_file(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._file is not None:
+            self._file.close()
 
     if sys.platform == "win32":  # pragma: no cover
 

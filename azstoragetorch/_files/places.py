@@ -13,13 +13,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 from azstoragetorch.exceptions import AZStorageTorchError
 
 PARTIAL = ".azstoragetorch-"  # the names of unfinished files begin with it
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_TERMINAL = getattr(os, "O_NOCTTY", 0)  # opening a terminal must not make it the controlling one
 _SYSTEM = ("/proc/", "/sys/")  # files there have no length before they are read
 
@@ -99,23 +99,49 @@ def check_folders(root: Path, relative: str) -> None:
             )
 
 
-def open_to_read(path: Path) -> BinaryIO:
+def open_to_read(path: Path) -> FileIO:
     """Open *path*, whatever it is, without a buffer."""
-    return os.fdopen(os.open(path, os.O_RDONLY | _NO_TERMINAL | getattr(os, "O_BINARY", 0)), "rb", buffering=0)
+    return FileIO(path, "r", opener=_without_terminal)
 
 
-def open_stream(path: Path) -> BinaryIO:
+def open_stream(path: Path) -> FileIO:
     """Open the device or fifo *path* to write into it; nothing is created or truncated."""
-    return os.fdopen(os.open(path, os.O_WRONLY | _NO_TERMINAL | getattr(os, "O_BINARY", 0)), "wb", buffering=0)
+    return FileIO(path, "w", opener=_as_it_is)
 
 
-def open_exclusive(path: Path) -> int:
-    """The descriptor of a new file *path*, open for reading and writing.
+def _without_terminal(path: str, flags: int) -> int:
+    return os.open(path, flags | _NO_TERMINAL)
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | _NO_TERMINAL)
+
+
+def open_exclusive(path: Path) -> FileIO:
+    """A new file *path*, open for reading and writing.
 
     Raises:
         FileExistsError: something has that name, be it a link that leads nowhere.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666)
+    return FileIO(path, "x+", opener=_without_links)
+
+
+def open_own(path: Path, *, create: bool = False) -> FileIO:
+    """The file *path*, open for reading and writing; with *create* it is made, for this user alone, if it is not there.
+
+    Raises:
+        OSError: *path* is a link, or cannot be opened.
+    """
+    # A file object, not a descriptor: an interrupt that comes before it is in a variable closes it.
+    return FileIO(path, "r+", opener=_create_without_links if create else _without_links)
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _create_without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
 def unfinished_name() -> str:
@@ -153,13 +179,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / unfinished_name()
-    file = os.fdopen(open_exclusive(unfinished), "wb")
     try:
-        with file:
+        with io.BufferedWriter(open_exclusive(unfinished)) as file:
             yield file
         take_name(unfinished, path)
     except BaseException:
-        file.close()
         unfinished.unlink(missing_ok=True)
         raise
 

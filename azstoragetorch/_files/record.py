@@ -17,10 +17,11 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from azstoragetorch._blob.ranges import ByteRange, coalesce
-from azstoragetorch._files.places import NO_FOLLOW, PARTIAL, CopyError, own_user, shown
+from azstoragetorch._files.places import PARTIAL, CopyError, open_own, own_user, shown
 
 _PART = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{24}}\.part")
 _LONGEST = 64 << 20  # bytes of a record; there is a line for each 64 MiB or so
@@ -39,9 +40,9 @@ class Kept:
 class Record:
     """The record of the download to one path, locked: one process at a time."""
 
-    def __init__(self, place: Path, descriptor: int) -> None:
+    def __init__(self, place: Path, file: FileIO) -> None:
         self._place = place
-        self._descriptor = descriptor
+        self._file = file
 
     @classmethod
     def of(cls, path: Path) -> Record | None:
@@ -53,19 +54,22 @@ class Record:
         place = _place_of(path)
         while place is not None:
             try:
-                descriptor = os.open(place, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+                file = open_own(place, create=True)
             except OSError:
                 return None
             try:
-                _lock(descriptor)
-                if _is_file_at(place, descriptor):  # else the process that had it before has removed it
-                    return cls(place, descriptor)
+                _lock(file.fileno())
+                if _is_file_at(place, file.fileno()):  # else the process that had it before has removed it
+                    return cls(place, file)
             except BlockingIOError:
-                os.close(descriptor)
+                file.close()
                 raise CopyError(
                     f"{shown(path)}: another process is downloading to it; wait until it has ended"
                 ) from None
-            os.close(descriptor)
+            except BaseException:
+                file.close()
+                raise
+            file.close()
         return None
 
     @staticmethod
@@ -82,7 +86,7 @@ class Record:
     def begin(self, identity: str, part: Path, inode: int) -> None:
         """Record a new unfinished file, *part*, that has no bytes yet."""
         with suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
+            self._file.truncate(0)
         self._append(json.dumps({"identity": identity, "part": part.name, "inode": inode}) + "\n")
 
     def add(self, spans: Iterable[ByteRange]) -> bool:
@@ -96,15 +100,13 @@ class Record:
 
     def close(self) -> None:
         """Let other processes have it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def _append(self, lines: str) -> bool:
         data = lines.encode("ascii")
         try:
-            os.lseek(self._descriptor, 0, os.SEEK_END)
-            return os.write(self._descriptor, data) == len(data)  # a part of a line ends the record
+            self._file.seek(0, os.SEEK_END)
+            return self._file.write(data) == len(data)  # a part of a line ends the record
         except OSError:
             return False
 

@@ -140,7 +140,7 @@ def put_file(path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks,
             return "copied"
 
         def read(at: int, view: memoryview) -> int:
-            return file.readinto(view) if at < size else 0  # type: ignore[attr-defined]  # it has no buffer
+            return file.readinto(view) if at < size else 0
 
         def check(_md5: bytes) -> None:
             after = os.fstat(file.fileno())
