@@ -38,7 +38,7 @@ __all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClien
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first part of one version of a blob: all of it if it is no larger than a part."""
+    """The first part of one version of a blob: all of it if it fits into a part."""
 
     version: BlobVersion
     data: bytes
@@ -96,7 +96,7 @@ class BlobClient(_Client):
         return BlockWriter(self.service, self.url, create_only=create_only, etag=etag)
 
     def read(self) -> tuple[bytes, BlobVersion]:
-        """The whole blob and its version; one request if it is no larger than a part."""
+        """The whole blob and its version; one request if it fits into a part."""
         reader = self.reader()
         try:
             data = reader.read(0)

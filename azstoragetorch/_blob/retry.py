@@ -16,8 +16,8 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Scope
 from azstoragetorch._engine.metrics import THROTTLED, count
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import start_thread
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 

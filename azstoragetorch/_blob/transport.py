@@ -204,8 +204,8 @@ class Response:
 
 
 # A connection is in one place at a time: in the pool, or with the one request that took it out. Both ways are single
-# steps on a deque (`pop`, `append`), so there is no lock: other threads, and a signal handler that sends requests from
-# any line here, get other connections. An interrupt between two lines can drop a connection, never share one.
+# steps on a deque (`pop`, `append`), which take no lock: other threads, and a signal handler that sends requests
+# from any line here, get other connections. An interrupt between two lines can drop a connection, never share one.
 #
 # A cancel may come from another thread while a request gives its connection back. The request first ends its hold, and
 # only if that came before the cancel (`was_woken` is false for good) the connection goes to the pool; a cancel that
