@@ -10,6 +10,7 @@ DEV := $(VENV)/.dev-installed
 AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 OLDEST := build/oldest
 NEWEST := build/newest
+FRAMEWORKS := build/frameworks
 AUDIT := build/audit
 CORE_TESTS := tests/test_*.py tests/checkpoint tests/cli tests/conformance
 PEER ?= build/peer/bin/python
@@ -24,7 +25,7 @@ $(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python instal
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest newest audit build clean
+.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest newest frameworks audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +85,10 @@ newest: setup  ## run the tests of the core with the newest releases and pre-rel
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python check
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python list | grep -E '^(azure-|torch)'
 	$(NEWEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
+
+frameworks: setup  ## run the tests of recipes for other frameworks (Lightning) in a venv that has them; ARGS= goes to pytest
+	$(call beside,$(FRAMEWORKS),lightning)
+	$(FRAMEWORKS)/bin/python -m pytest -m frameworks tests/recipes $(ARGS)
 
 audit: $(DEV)  ## check that dependencies fit together, and ask PyPI for known vulnerabilities of those that users get
 	$(BIN)/python -m pip --disable-pip-version-check check

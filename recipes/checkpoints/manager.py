@@ -23,22 +23,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, keep_last, latest_checkpoint
+from recipes.access import split_sas
 
 
 class CheckpointManager:
-    """Checkpoints of *states*, which are Stateful or tensors, as folders ``step-N`` of *url*."""
+    """Checkpoints of *states*, which are Stateful or tensors, as folders ``step-N`` of *url*, in which a SAS may be."""
 
     def __init__(
         self, url: str, states: dict[str, Any], *, every: int, keep: int | None = None, credential: Any = None
     ) -> None:
-        self._url = url.rstrip("/")
+        place, self._credential = split_sas(url, credential)
+        self._url = place.rstrip("/")
         self._states = states
         self._every = every
         self._keep = keep
-        self._credential = credential
         # Saving in the background talks to the other ranks while training does: each needs a group of its own.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
-        self._writer = BlobStorageWriter(self._url, credential=credential)
+        self._writer = BlobStorageWriter(self._url, credential=self._credential)
         self._under_way: Future[Any] | None = None
 
     def load(self) -> int:

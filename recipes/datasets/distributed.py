@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azstoragetorch.datasets import IterableBlobDataset, merge_states
 from azstoragetorch.io import BlobIO
+from recipes.access import split_sas
 from recipes.datasets.train import FOLDER, read
 
 CHECKPOINT = "distributed.pt"
@@ -28,6 +29,7 @@ SAVE_EVERY = 2  # steps
 
 
 def train(container_url: str, credential: Any, *, epochs: int, workers: int) -> None:
+    container_url, credential = split_sas(container_url, credential)
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(8, 1))
@@ -39,7 +41,7 @@ def train(container_url: str, credential: Any, *, epochs: int, workers: int) -> 
         transform=read,
         shuffle=True,
         shard_by="rank_and_worker",
-        even="drop",  # ranks that make unequal numbers of steps would wait for each other for ever
+        even="drop",  # ranks that make unequal numbers of steps would wait for each other forever
     )
     loader = StatefulDataLoader(dataset, batch_size=2, num_workers=workers)
 
@@ -89,11 +91,11 @@ def train(container_url: str, credential: Any, *, epochs: int, workers: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train on the vectors in a container, on all ranks of torchrun.")
-    parser.add_argument("container_url")
+    parser.add_argument("container_url", help="a SAS may be in it")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    credential = None  # whatever DefaultAzureCredential finds
+    credential = None  # the SAS in the URL, or what DefaultAzureCredential finds
     if "AZURE_STORAGE_KEY" in os.environ:
         credential = AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
     torch.set_num_threads(1)

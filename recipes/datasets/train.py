@@ -11,6 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azstoragetorch.datasets import Blob, IterableBlobDataset
 from azstoragetorch.io import BlobIO
+from recipes.access import split_sas
 
 CHECKPOINT = "checkpoint.pt"
 FOLDER = "vectors/"
@@ -18,6 +19,7 @@ FOLDER = "vectors/"
 
 def upload(container_url: str, credential: Any, count: int) -> None:
     """Something to learn: vectors of eight numbers, each a blob."""
+    container_url, credential = split_sas(container_url, credential)
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
         with BlobIO(f"{container_url}/{FOLDER}{number:05d}.pt", "wb", credential=credential) as blob:
@@ -31,6 +33,7 @@ def read(blob: Blob) -> tuple[str, torch.Tensor]:
 
 def train(container_url: str, credential: Any, steps: int, *, workers: int = 2) -> list[str]:
     """Train for *steps* more batches; returns the names of the blobs they were made of."""
+    container_url, credential = split_sas(container_url, credential)
     torch.manual_seed(0)
     model = nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

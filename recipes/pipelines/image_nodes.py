@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode, Batcher, Loader, Mapper, ParallelMapper, Prefetcher
 
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobReader, BlobSharder, ShuffleBuffer
+from recipes.access import split_sas
 from recipes.pipelines import images
 
 
@@ -45,6 +46,7 @@ def make_loader(
     folder_url: str, credential: Any, *, least: int = 100, most: int = 20 << 20, batch_size: int = 64, threads: int = 4
 ) -> Loader:
     """``state_dict()`` and ``load_state_dict()`` of the loader resume at the very batch."""
+    folder_url, credential = split_sas(folder_url, credential)
     blobs = SizeFilter(BlobLister(folder_url, ["*.jpg", "*.png"], credential=credential), least, most)
     blobs = ShuffleBuffer(BlobSharder(blobs), buffer_size=100_000, seed=0)
     decoded = ParallelMapper(BlobReader(blobs, credential=credential), decode, num_workers=threads)

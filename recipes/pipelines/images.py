@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from azstoragetorch.datapipes import AzureBlobInfoLister, BlobInfo
+from recipes.access import split_sas
 
 
 def is_between(blob: BlobInfo, least: int, most: int) -> bool:
@@ -29,6 +30,7 @@ def decode(opened: tuple[str, Any]) -> tuple[str, torch.Tensor]:
 def make_loader(
     folder_url: str, credential: Any, *, least: int = 100, most: int = 20 << 20, batch_size: int = 64, workers: int = 2
 ) -> DataLoader[Any]:
+    folder_url, credential = split_sas(folder_url, credential)
     blobs = AzureBlobInfoLister(folder_url, ["*.jpg", "*.png"], credential=credential)
     blobs = blobs.filter(functools.partial(is_between, least=least, most=most))
     images = blobs.shuffle().sharding_filter().open_files_by_azure(credential=credential).map(decode)

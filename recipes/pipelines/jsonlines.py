@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from azstoragetorch.datapipes import AzureBlobInfoLister
+from recipes.access import split_sas
 
 
 def parse(lines: tuple[str, bytes]) -> list[Any]:
@@ -18,7 +19,8 @@ def parse(lines: tuple[str, bytes]) -> list[Any]:
 def make_loader(
     url: str, credential: Any, *, chunk_size: int = 32 << 20, batch_size: int = 256, workers: int = 2
 ) -> DataLoader[Any]:
-    """Batches of records. A worker holds one range at a time, and some that are on their way."""
+    """Batches of records. A worker holds one range at a time, and some that are being fetched."""
+    url, credential = split_sas(url, credential)
     blobs = AzureBlobInfoLister(url, "*.jsonl", credential=credential)
     ranges = blobs.split_blob_ranges(chunk_size, align=b"\n", credential=credential)
     records = ranges.shuffle().sharding_filter().read_files_by_azure(prefetch=2, credential=credential)

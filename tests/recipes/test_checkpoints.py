@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from azstoragetorch.checkpoint import list_checkpoints
+from recipes.checkpoints import lightning
 from recipes.checkpoints.lightning import BlobCheckpointIO
 from recipes.checkpoints.train import train
 from recipes.demo.ranks import show_ranks
@@ -38,7 +39,7 @@ def run_and_be_killed(rank: int, url: str, credential: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: Container) -> None:
-    undisturbed = run_ranks(2, run_to_the_end, container.blob_url("undisturbed"), container.key, timeout=100)
+    undisturbed = run_ranks(2, run_to_the_end, container.blob_sas_url("undisturbed"), None, timeout=100)
     assert undisturbed[0][1] == list(range(1, STEPS + 1))
     url = container.blob_url("killed")
     assert Ranks(2, run_and_be_killed, url, container.key).results(timeout=100) == [None, None]
@@ -52,7 +53,10 @@ def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: C
     assert [name.rpartition("/")[2] for name in kept] == ["step-12", "step-14"]
 
 
-def test_lightnings_plugin_keeps_checkpoints_in_blobs(container: Container, tmp_path: Path) -> None:
+def test_lightnings_plugin_keeps_checkpoints_in_blobs(
+    container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightning, "TorchCheckpointIO", None)  # as where Lightning is not installed
     plugin = BlobCheckpointIO(container.blob_url("run"), root=tmp_path, credential=container.key)
     state = {"state_dict": {"w": torch.randn(100)}, "epoch": 3}
     path = tmp_path / "deep" / "epoch=3-step=4.ckpt"
@@ -63,8 +67,12 @@ def test_lightnings_plugin_keeps_checkpoints_in_blobs(container: Container, tmp_
     loaded = plugin.load_checkpoint(path, map_location=lambda storage, _: storage)
     assert torch.equal(loaded["state_dict"]["w"], state["state_dict"]["w"])
     assert plugin.load_checkpoint(container.blob_url(name))["epoch"] == 3
+    assert path.read_text() == f"This checkpoint is a blob: {container.blob_url(name)}\n"
     plugin.remove_checkpoint(path)
     plugin.remove_checkpoint(path)
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError, match=f"there is no blob {container.blob_url('run')}/deep/epoch"):
+        plugin.load_checkpoint(path)
     assert container.names() == []
     with pytest.raises(ValueError, match="not below"):
         plugin.save_checkpoint(state, tmp_path.parent / "x")
@@ -72,11 +80,15 @@ def test_lightnings_plugin_keeps_checkpoints_in_blobs(container: Container, tmp_
         plugin.save_checkpoint(state, path, storage_options={"a": 1})
 
 
-def test_lightnings_trainer_takes_the_plugin(container: Container, tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
-    plugin = BlobCheckpointIO(container.blob_url("run"), root=tmp_path, credential=container.key)
-    trainer = lightning.Trainer(plugins=[plugin], max_epochs=0, logger=False, default_root_dir=tmp_path)
-    assert trainer.strategy.checkpoint_io is plugin
+def test_lightnings_plugin_takes_a_sas_in_its_url(container: Container, tmp_path: Path) -> None:
+    plugin = BlobCheckpointIO(container.blob_sas_url("run"), root=tmp_path)
+    plugin.save_checkpoint({"epoch": 3}, tmp_path / "a.ckpt")
+    assert container.names() == ["run/a.ckpt"]
+    again = BlobCheckpointIO(container.blob_sas_url("run"), root=tmp_path / "new")
+    assert (tmp_path / "new/a.ckpt").read_text() == f"This checkpoint is a blob: {container.blob_url('run')}/a.ckpt\n"
+    assert again.load_checkpoint(tmp_path / "new/a.ckpt") == {"epoch": 3}
+    again.remove_checkpoint(tmp_path / "new/a.ckpt")
+    assert container.names() == []
 
 
 @pytest.mark.slow

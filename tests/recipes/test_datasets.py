@@ -42,6 +42,12 @@ def test_training_goes_on_in_mid_epoch(container: Container) -> None:
     assert all(torch.equal(weights[name], never_stopped[name]) for name in weights)
 
 
+def test_a_sas_in_the_url_will_do(container: Container) -> None:
+    train.upload(container.sas_url, None, 8)
+    assert Counter(train.train(container.sas_url, None, 2, workers=1)) == names(8)
+    assert train.CHECKPOINT in container.names()
+
+
 def start(container: Container, ranks: int, workers: int = 2) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "recipes.datasets.distributed", container.url, "--workers", str(workers)]

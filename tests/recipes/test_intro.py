@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.azurite.container import Container
+
 NOTEBOOK = Path(__file__).parents[2] / "recipes/intro.ipynb"
 
 
@@ -18,8 +20,12 @@ def read() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_sas", [False, True])
+def test_it_runs_from_top_to_bottom(container: Container, monkeypatch: pytest.MonkeyPatch, has_sas: bool) -> None:
+    """On an Azurite that it starts itself, and on a container whose URL has a SAS."""
     monkeypatch.delenv("AZURE_CONTAINER_URL", raising=False)
+    if has_sas:
+        monkeypatch.setenv("AZURE_CONTAINER_URL", container.sas_url)
     notebook = read()
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -28,6 +34,8 @@ def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plots) == 2
     assert "resumed after batch 4" in text
     assert "ResourceWarning" not in text
+    assert "sig=" not in text
+    assert container.names() == []
 
 
 def test_it_is_kept_without_outputs() -> None:

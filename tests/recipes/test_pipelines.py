@@ -97,3 +97,14 @@ def test_image_nodes_do_the_same_and_resume(container: Container) -> None:
     next(iter(interrupted))
     resumed.load_state_dict(interrupted.state_dict())
     assert [names for names, _ in resumed] == [names for names, _ in whole[1:]]
+
+
+def test_a_sas_in_the_url_will_do(container: Container) -> None:
+    """For what is written, listed and read; no URL that comes out holds it."""
+    place, sas = container.sas_url.split("?")
+    urls = webdataset.pack(webdataset.make_samples(10), f"{place}/shards?{sas}", None)
+    assert urls == [container.blob_url("shards/train-000000.tar")]
+    assert len(list(webdataset.make_dataset(f"{place}/shards?{sas}", None))) == 10
+    container.put("logs/0.jsonl", b'{"id": 1}\n{"id": 2}\n')
+    batches = list(jsonlines.make_loader(f"{place}/logs/?{sas}", None, workers=0))
+    assert batches == [[{"id": 1}, {"id": 2}]] or batches == [[{"id": 2}, {"id": 1}]]
