@@ -8,6 +8,6 @@ from azure.core.credentials import AzureSasCredential
 
 
 def split_sas(url: str, credential: Any = None) -> tuple[str, Any]:
-    """*url* without its SAS, and what gives access to all that is below it."""
+    """*url* without its SAS, and the credential for it."""
     place, _, sas = url.partition("?")
     return place, AzureSasCredential(sas) if sas and credential is None else credential

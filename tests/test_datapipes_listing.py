@@ -9,10 +9,10 @@ import pytest
 from azure.core.credentials import AzureSasCredential
 from azure.core.exceptions import ClientAuthenticationError, ResourceNotFoundError
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
 
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch.datapipes import AzureBlobFileLister, AzureBlobInfoLister, BlobInfo
+from azstoragetorch.datapipes._base import IterableWrapper
 from tests.azurite.container import Container
 from tests.faults import EmptyPageWithMarker, FaultService
 

@@ -13,13 +13,13 @@ from azure.core.exceptions import ClientAuthenticationError, ResourceNotFoundErr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
 from torchdata import nodes
 from torchdata.nodes import Loader
 
 from azstoragetorch import TransferConfig
 from azstoragetorch._samples.records import read_records
 from azstoragetorch.datapipes import AzureBlobInfoLister, BlobInfo, BlobRange
+from azstoragetorch.datapipes._base import IterableWrapper
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobReader
 from tests.azurite.container import Container

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azstoragetorch.datapipes import AzureBlobFileLister, ResumableDataPipe
+from azstoragetorch.datapipes._base import IterableWrapper, IterDataPipe
 from tests.faults import FaultService
 from tests.test_datapipes_tar import make_tar
 
@@ -293,4 +293,4 @@ def test_any_graph_resumes() -> None:
     resumed.load_state_dict(dataset.state_dict())
     assert list(resumed) == whole[7:]
     assert isinstance(dataset, torch.utils.data.IterableDataset)
-    assert not isinstance(dataset, torch.utils.data.IterDataPipe)
+    assert not isinstance(dataset, IterDataPipe)

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
-from torch.utils.data.datapipes.iter.sharding import SHARDING_PRIORITIES
-from torch.utils.data.graph_settings import apply_sharding
 
 from azstoragetorch.datapipes import BlobInfo, BlobRange
+from azstoragetorch.datapipes._base import SHARDING_PRIORITIES, IterableWrapper, apply_sharding
 from azstoragetorch.datapipes._sharding import balance
 
 URL = "https://account.blob.core.windows.net/c"

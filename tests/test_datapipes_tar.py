@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
 
 import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch import TransferConfig
 from azstoragetorch._samples.tar import walk
+from azstoragetorch.datapipes._base import IterableWrapper
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService

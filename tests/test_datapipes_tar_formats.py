@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.utils.data.datapipes.iter import IterableWrapper
 
 import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch._samples.tar import walk
+from azstoragetorch.datapipes._base import IterableWrapper
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService
 from tests.test_datapipes_tar import Plain, make_tar, members, read_stream

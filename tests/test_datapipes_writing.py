@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from azure.core.exceptions import ResourceExistsError
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
 
 import azstoragetorch.datapipes  # noqa: F401 - registers the functional names
 from azstoragetorch import TransferConfig
+from azstoragetorch.datapipes._base import IterableWrapper
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
 from tests.faults import FaultService, Match, Status

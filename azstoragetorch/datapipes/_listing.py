@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import IterDataPipe, functional_datapipe
-
 from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
@@ -14,6 +12,7 @@ from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.items import BlobInfo
 from azstoragetorch._samples.names import InvalidNames
 from azstoragetorch._samples.sources import Listing
+from azstoragetorch.datapipes._base import IterDataPipe, functional_datapipe
 
 
 class _Roots:

@@ -8,14 +8,12 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import closing
 from typing import Any
 
-from torch.utils.data import IterDataPipe, functional_datapipe
-from torch.utils.data.datapipes.utils.common import StreamWrapper
-
 from azstoragetorch._blob.client import Access
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.fetching import Fetched, check_split, fetch_ahead, split_ahead
 from azstoragetorch._samples.items import BlobRange, Item, plain_url, url_of
+from azstoragetorch.datapipes._base import IterDataPipe, StreamWrapper, functional_datapipe
 from azstoragetorch.io import BlobIO
 
 _MODES = {"rb": False, "b": False, "r": True, "rt": True, "t": True}  # -> whether it is text

@@ -9,12 +9,20 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, IterDataPipe
-from torch.utils.data.datapipes.iter import Batcher, Collator, Mapper
-from torch.utils.data.graph import DataPipeGraph, traverse_dps
-from torch.utils.data.graph_settings import apply_random_seed, apply_sharding, get_all_graph_pipes
+from torch.utils.data import IterableDataset
 
 from azstoragetorch._samples.workers import Placement, ShardBy, Shared
+from azstoragetorch.datapipes._base import (
+    Batcher,
+    Collator,
+    DataPipeGraph,
+    IterDataPipe,
+    Mapper,
+    apply_random_seed,
+    apply_sharding,
+    get_all_graph_pipes,
+    traverse_dps,
+)
 from azstoragetorch.datapipes._reading import BlobRangeSplitterIterDataPipe, Reading
 from azstoragetorch.datapipes._writing import AzureBlobSaverIterDataPipe
 

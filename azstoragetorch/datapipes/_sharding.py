@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import cycle, islice
 from typing import Any, Literal, TypeVar
 
-from torch.utils.data import IterDataPipe, functional_datapipe
-from torch.utils.data.datapipes.iter.sharding import SHARDING_PRIORITIES
-
 from azstoragetorch._samples.items import BlobInfo, BlobRange
 from azstoragetorch._samples.sharding import EVEN, Even, shard_range
+from azstoragetorch._samples.workers import Placement
+from azstoragetorch.datapipes._base import SHARDING_PRIORITIES, IterDataPipe, functional_datapipe, own_share
 
 T = TypeVar("T")
 
@@ -50,6 +49,7 @@ class BlobSharderIterDataPipe(IterDataPipe[T]):
         self.source_datapipe = source_datapipe
         self.by = by
         self.even = even
+        self._placement = Placement("rank_and_worker")
         self._groups: dict[int, tuple[int, int]] = {}
         self._shards = 1
         self._shard = 0
@@ -72,12 +72,18 @@ class BlobSharderIterDataPipe(IterDataPipe[T]):
             self._shard += self._shards * instance
             self._shards *= instances
 
+    def _settle(self) -> None:
+        if not self._groups:
+            self._shards, self._shard = own_share(self, self._placement)
+
     def __len__(self) -> int:
+        self._settle()
         if self.by == "index" and isinstance(self.source_datapipe, Sized):
             return len(shard_range(len(self.source_datapipe), self._shards, self._shard, self.even))
         raise TypeError(f"{type(self).__name__} has no length: it needs by='index' and a source that has one")
 
     def __iter__(self) -> Iterator[T]:
+        self._settle()
         if self._shards == 1:
             yield from self.source_datapipe
         elif self.by == "index":

@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, cast
 
-from torch.utils.data import IterDataPipe, functional_datapipe
-from torch.utils.data.datapipes.utils.common import StreamWrapper
-
 from azstoragetorch._blob.client import BlobClient, BlobVersion
 from azstoragetorch._samples.items import pair_of
 from azstoragetorch._samples.tar import split_name, walk
+from azstoragetorch.datapipes._base import IterDataPipe, StreamWrapper, functional_datapipe
 from azstoragetorch.io import BlobIO
 
 _SHARD = re.compile(r"(?i)(.*?\.(?:tar|tgz|tar\.(?:gz|bz2|xz|lzma|zst)))/(.*)", re.DOTALL)

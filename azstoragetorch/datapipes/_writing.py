@@ -6,11 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from typing import Any
 
-from torch.utils.data import IterDataPipe, functional_datapipe
-from torch.utils.data.datapipes.utils.common import (
-    _check_unpickable_fn,  # torch's own words for a function that workers cannot be sent
-)
-
 from azstoragetorch._blob.client import Access, BlobClient, BlockWriter
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
@@ -20,6 +15,7 @@ from azstoragetorch._samples.items import pair_of, plain_url
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.tar import END, entry, padding, split_name
 from azstoragetorch._samples.workers import Placement
+from azstoragetorch.datapipes._base import IterDataPipe, check_function, functional_datapipe
 
 _COPY = 8 * MiB  # taken from a stream at once
 
@@ -56,7 +52,7 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
     ) -> None:
         super().__init__()
         if filepath_fn is not None:
-            _check_unpickable_fn(filepath_fn)
+            check_function(filepath_fn)
         self.source_datapipe = source_datapipe
         self.filepath_fn = filepath_fn
         self.overwrite = overwrite

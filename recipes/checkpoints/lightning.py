@@ -84,7 +84,7 @@ class BlobCheckpointIO(CheckpointIO):
             with BlobIO(url, "rb", credential=self._credential) as blob:
                 return torch.load(blob, map_location=map_location or "cpu", weights_only=weights_only)
         except ResourceNotFoundError as error:
-            raise FileNotFoundError(f"checkpoint {path}: there is no blob {url.partition('?')[0]}") from error
+            raise FileNotFoundError(f"checkpoint {path}: the blob {url.partition('?')[0]} does not exist") from error
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         if self._is_local(path):

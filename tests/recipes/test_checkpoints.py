@@ -71,7 +71,7 @@ def test_lightnings_plugin_keeps_checkpoints_in_blobs(
     plugin.remove_checkpoint(path)
     plugin.remove_checkpoint(path)
     assert not path.exists()
-    with pytest.raises(FileNotFoundError, match=f"there is no blob {container.blob_url('run')}/deep/epoch"):
+    with pytest.raises(FileNotFoundError, match=f"the blob {container.blob_url('run')}/deep/epoch"):
         plugin.load_checkpoint(path)
     assert container.names() == []
     with pytest.raises(ValueError, match="not below"):
