@@ -94,8 +94,7 @@ class CheckpointConflictError(CheckpointError):
 
     A save raises it if another save was committed, or the checkpoint was deleted, while it was in progress: this save
     has no effect, and what is there now loads. ``save_id`` is that of the operation, ``other_save_id`` that of the
-    checkpoint that is there; None where there is none or it is not known. Saves that run at the same time need folders
-    of their own.
+    checkpoint that is there; None if that is not known. Saves that run at the same time need separate folders.
     """
 
     def __init__(

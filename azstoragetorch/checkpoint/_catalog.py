@@ -7,9 +7,7 @@ import logging
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._cleaning import delete_in
-from azstoragetorch.checkpoint._fence import TOMBSTONE_SIZE
 from azstoragetorch.checkpoint._folder import Folder
-from azstoragetorch.checkpoint._format import METADATA
 from azstoragetorch.checkpoint._order import all_but_last, in_order
 from azstoragetorch.exceptions import CheckpointConflictError, CheckpointError
 
@@ -39,7 +37,7 @@ def latest_checkpoint(
     """The last of :func:`list_checkpoints`, or None if there is none: a job resumes from it or starts afresh."""
     base = Folder(base_url, credential, transfer)
     for name in reversed(_names(base)):
-        if _is_complete(base.child(name)):
+        if base.child(name).is_complete():
             return base.child(name).url
     return None
 
@@ -104,12 +102,7 @@ def _names(base: Folder) -> list[str]:
     return in_order([name for name in found if name])
 
 
-def _is_complete(folder: Folder) -> bool:
-    found = folder.blob(METADATA).version()
-    return found is not None and found.size != TOMBSTONE_SIZE
-
-
 def _complete(base: Folder) -> list[str]:
     names = _names(base)
-    is_complete = base.each(lambda name: _is_complete(base.child(name)), names)
+    is_complete = base.each(lambda name: base.child(name).is_complete(), names)
     return [name for name, complete in zip(names, is_complete, strict=True) if complete]

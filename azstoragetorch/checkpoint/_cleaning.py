@@ -34,13 +34,13 @@ def delete_checkpoint(url: str, *, credential: Credential = None, transfer: Tran
 
 def delete_in(folder: Folder) -> int:
     """Delete the checkpoint in *folder*; see `delete_checkpoint`."""
-    count, present = _delete(folder, None)
+    count, present = delete_of_rank(folder, None)
     others = {metadata_of(name) for name in present if saved_at(name) is not None}
     others |= {name for name in present if is_rank_metadata(name)}
-    return count + sum(_delete(folder, rank_of(name))[0] for name in sorted(others - {METADATA}))
+    return count + sum(delete_of_rank(folder, rank_of(name))[0] for name in sorted(others - {METADATA}))
 
 
-def _delete(folder: Folder, rank: int | None) -> tuple[int, set[str]]:
+def delete_of_rank(folder: Folder, rank: int | None) -> tuple[int, set[str]]:
     """Delete what the metadata of *rank* refers to or could ever refer to, and the metadata before that.
 
     Returns how many blobs that were, and the names of all blobs that were in the folder.
@@ -161,7 +161,7 @@ def _referred(folder: Folder, rank: int | None, seen: Seen) -> frozenset[str]:
 
 
 def remove(folder: Folder, name: str) -> None:
-    """Delete the blob *name*, also if there is nothing of it but staged blocks."""
+    """Delete the blob *name*, or the staged blocks of one that was not committed."""
     blob = folder.blob(name)
     if not blob.delete():
         blob.put(b"")  # staged blocks go when there is a blob

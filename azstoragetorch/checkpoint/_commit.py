@@ -17,7 +17,7 @@ Cleaning deletes data that no metadata refers to. It
   a. lists the folder; what began after a cutoff is left alone;
   b. reads the metadata blob, and leaves what that refers to alone;
   c. *fences*: writes the metadata blob, on the condition that it is what was read, with the same content and the
-     cutoff as a property. Where there is no checkpoint it writes a tombstone, which readers take for nothing;
+     cutoff as a property. Without a checkpoint it writes a tombstone, which readers take for nothing;
   d. deletes the data;
   e. after a tombstone: lists the folder again, and deletes the tombstone (on the condition that it is that one) if no
      data is left there that could be committed to it.
@@ -36,9 +36,9 @@ Why data that counts is never deleted:
   leaves garbage; it loses nothing.
 * A tombstone that was deleted fences no more, for a save that had seen nothing before it. But it is deleted only when
   none of that save's data is left (e). If the check (3) came before the deletions (d), the write (4) after (e) makes a
-  checkpoint without data; then all of it is gone, and looking for any one blob (5) shows it. There was no checkpoint in
-  this folder that could have been lost. If the save is killed between 4 and 5, its metadata stays: the one case that
-  remains, for a folder without a checkpoint that is swept in the last instant of its first save.
+  checkpoint without data; then all of it is gone, and looking for any one blob (5) shows it. The folder had
+  no other checkpoint that could have been lost. If the save is killed between 4 and 5, its metadata stays: the one case
+  that remains, for a folder without a checkpoint that is swept in the last instant of its first save.
 * A write whose answer is lost may be repeated after it was carried out and undone: if nothing was seen, the checkpoint
   was deleted meanwhile and nothing is there again. That is why a deletion, too, ends with a tombstone.
 
@@ -76,7 +76,7 @@ def commit(
 
     Raises:
         CheckpointConflictError: there is something else by now; it is unchanged.
-        CheckpointError: the data was deleted, and there is no checkpoint.
+        CheckpointError: the data was deleted, and the metadata was taken back.
         FatalBlobIOWriteError: the service does not say whether it was done.
         AzureError: the service refused, or could not be reached.
     """
@@ -146,7 +146,7 @@ def _conflict(
         what = f"another save ({other or 'of an unknown id'}) was committed"
     return CheckpointConflictError(
         f"{folder.url}: {what} while this save ({save_id}) was in progress. This save has no effect, and what is there "
-        "is unchanged. Save again; jobs that save at the same time need folders of their own",
+        "is unchanged. Save again; jobs that save at the same time need separate folders",
         checkpoint=folder.url,
         rank=rank,
         save_id=save_id,

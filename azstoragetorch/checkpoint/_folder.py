@@ -18,7 +18,7 @@ from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch.checkpoint._fence import is_tombstone
+from azstoragetorch.checkpoint._fence import TOMBSTONE_SIZE, is_tombstone
 from azstoragetorch.checkpoint._format import (
     METADATA,
     is_rank_metadata,
@@ -38,7 +38,7 @@ _REMEMBERED = 16  # saves of this process whose data blobs are known without rea
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The metadata blob at one moment. *etag* is None if there was no blob, *content* if there was no checkpoint."""
+    """The metadata blob at one moment. *etag* is None without a blob, *content* without a checkpoint."""
 
     etag: str | None
     content: bytes | None
@@ -147,6 +147,11 @@ class Folder:
         """What *action* returns for each of *items*; as many at once as there may be connections."""
         engine = engine_for(self.transfer)
         return engine.map(lambda item, _scope: action(item), list(items), self.transfer.max_connections)
+
+    def is_complete(self) -> bool:
+        """Whether there is a checkpoint that all ranks saved together."""
+        found = self.blob(METADATA).version()
+        return found is not None and found.size != TOMBSTONE_SIZE
 
     # -- metadata -----------------------------------------------------------------------------------------------------
 

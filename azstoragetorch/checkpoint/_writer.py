@@ -26,10 +26,18 @@ from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
+from azstoragetorch.checkpoint._cleaning import delete_of_rank
 from azstoragetorch.checkpoint._commit import commit
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
 from azstoragetorch.checkpoint._folder import Seen, describe, plain
-from azstoragetorch.checkpoint._format import VERSION, data_name, dump_metadata, new_save_id, storage_info
+from azstoragetorch.checkpoint._format import (
+    VERSION,
+    data_name,
+    dump_metadata,
+    metadata_name,
+    new_save_id,
+    storage_info,
+)
 from azstoragetorch.checkpoint._planning import partition
 from azstoragetorch.checkpoint._progress import Meter, Progress
 from azstoragetorch.checkpoint._save import Save, Saves
@@ -143,7 +151,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         elif not is_coordinator:
             return
         try:
-            if save.is_own and save.folder.see().exists:
+            if save.is_own and save.folder.is_complete():
                 if not self._overwrite:
                     raise _exists(save)
                 # Readers look for it first, so they would go on loading it.
@@ -241,6 +249,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 save, replace(metadata, storage_data=written, storage_meta=meta, version=VERSION), paths, save.seen
             )
             self._discard(save, paths, save.seen)
+            if save.is_own and save.rank == 0 and save.seen.exists:
+                self._discard_ranks(save)
         finally:
             self._saves.end(save)
 
@@ -265,13 +275,23 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         except (AzureError, AZStorageTorchError) as error:
             log.warning("%s: data of the replaced checkpoint was not deleted, clean will: %s", folder.url, error)
 
+    def _discard_ranks(self, save: Save) -> None:
+        """Delete what ranks saved for themselves that do not exist any more: on as many ranks it would be loaded."""
+        folder, found = save.folder, _world_size()
+        try:
+            while folder.blob(metadata_name(found)).version() is not None:
+                found += 1
+            for rank in reversed(range(_world_size(), found)):  # the highest first, so that all are found again
+                delete_of_rank(folder, rank)
+        except (AzureError, AZStorageTorchError) as error:
+            log.warning("%s: what other ranks saved before was not deleted: %s", folder.url, error)
+
     # -- one blob -----------------------------------------------------------------------------------------------------
 
     def _blob_count(self, size: int) -> int:
         """Blobs for *size* bytes: one for each request in flight, but not very many over all ranks."""
         config = self._folder.transfer
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // ranks))
+        return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // _world_size()))
 
     def _block_size(self, size: int) -> int:
         """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
@@ -321,7 +341,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 raise _error(save, f"no rank has saved all of {key!r}, so the save has no effect", key=key)
 
     def _check_present(self, save: Save, written: dict[MetadataIndex, Any]) -> None:
-        """Raise unless all data blobs are there as they were written, whoever may have deleted them.
+        """Raise unless all data blobs are there as they were written.
 
         Notes their ETags in *written*.
         """
@@ -338,6 +358,10 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             versions[path] = version
         for info in written.values():
             info.etag = versions[info.relative_path].etag
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _exists(save: Save) -> CheckpointExistsError:

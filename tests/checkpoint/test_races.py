@@ -299,3 +299,19 @@ def test_a_forked_child_knows_nothing_of_its_parents_checkpoints(url: str) -> No
     if not child:
         os._exit(0 if _folder._known.peek() is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_ranks_saved_that_are_no_more_is_deleted(fault_service: FaultService, url: str) -> None:
+    """Without collectives each rank loads its own metadata, and as many ranks as before would load two steps."""
+    for rank in range(3):
+        mine = writer(url)
+        mine.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner(state(1), None, True)
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        mine.finish(metadata, [mine.write_data(planner.finish_plan(plans[0]), planner).value()])
+    assert sum(name.endswith(".metadata") for name in fault_service.names("data")) == 3
+    dcp.save(state(2), storage_writer=writer(url), no_dist=True, use_collectives=False)
+    names = [name.rpartition("/")[2] for name in fault_service.names("data")]
+    assert len(names) == 2
+    assert all(name.startswith("__0") for name in names)
