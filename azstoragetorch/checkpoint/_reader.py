@@ -30,7 +30,7 @@ log = logging.getLogger("azstoragetorch")
 
 @dataclass(frozen=True)
 class _Seat:
-    """What a rank reports with its plan: the version that it has read, and its node."""
+    """What a rank reports with its plan: the version that it has read, None for one of its own, and its node."""
 
     version: Version | None
     node: str
@@ -141,7 +141,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self._load_id
-        self._version = version
+        self._version = version if rank is None else None  # ranks that did not coordinate have one each
         return metadata
 
     def _check_version(self, version: Version) -> None:

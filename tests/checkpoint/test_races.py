@@ -243,6 +243,21 @@ def test_ranks_that_have_read_different_versions_all_raise(url: str) -> None:
         readers[0].prepare_global_plan(plans)
 
 
+def test_ranks_that_did_not_coordinate_have_a_version_each(url: str) -> None:
+    plans = []
+    for rank in (0, 1):
+        mine = writer(url)
+        mine.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
+        planner = dcp.DefaultSavePlanner()
+        planner.set_up_planner(state(rank), None, True)
+        made, metadata = planner.create_global_plan([planner.create_local_plan()])
+        mine.finish(metadata, [mine.write_data(planner.finish_plan(made[0]), planner).value()])
+        reader = BlobStorageReader(url, credential=False)
+        reader.set_up_storage_reader(reader.read_metadata(rank=rank), rank == 0, rank=rank)
+        plans.append(reader.prepare_local_plan(dcp.LoadPlan([])))
+    assert len(BlobStorageReader(url, credential=False).prepare_global_plan(plans)) == 2
+
+
 def test_a_reader_may_name_the_version(fault_service: FaultService, url: str) -> None:
     save(state(1), writer(url))
     first = save_id(fault_service)
