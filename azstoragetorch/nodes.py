@@ -58,7 +58,10 @@ R = TypeVar("R", bound=Run)
 
 
 class _Node(Steps[T, R], BaseNode, Generic[T, R]):  # type: ignore[misc]  # torchdata is not typed
-    """A node whose items and state survive interrupts, handlers and resets from another thread."""
+    """A node whose items and state survive interrupts, handlers and resets from another thread.
+
+    torchdata calls `next` of `Steps`, with no other line in between where an interrupt could lose what it returns.
+    """
 
     def __init__(self, source: Any = None) -> None:
         Steps.__init__(self)
@@ -70,10 +73,6 @@ class _Node(Steps[T, R], BaseNode, Generic[T, R]):  # type: ignore[misc]  # torc
         _interrupt(self)
         BaseNode.reset(self, initial_state)
         self.begin(initial_state)
-
-    def next(self) -> T:
-        """The next item."""
-        return self.step()
 
     def get_state(self) -> State:
         """What `reset` continues from: small, JSON-able, a fresh copy."""

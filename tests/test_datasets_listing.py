@@ -12,7 +12,7 @@ import threading
 import time
 import tracemalloc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from azstoragetorch._samples import listing as listing_module
 from azstoragetorch._samples.catalog import Catalog
 from azstoragetorch._samples.listing import list_catalog
 from azstoragetorch._samples.once import OnceAmongForks
+from azstoragetorch.datapipes import AzureBlobFileLister
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
+from azstoragetorch.nodes import BlobLister
 from tests.faults import EmptyPageWithMarker, FaultService, Hold, Match
 from tests.support import QUICK, container_client
 
@@ -320,3 +322,73 @@ def run_children(programs: list[Any]) -> list[int]:
         children.append(pid)
     statuses = [os.waitpid(pid, 0)[1] for pid in children]
     return [os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) for status in statuses]
+
+
+# -- names that cannot be requested, and markers of folders -----------------------------------------------------------
+
+ODD_NAMES = ["a", "d/../c1", "folder/", "folder/b", "z/.."]
+
+
+def listers(service: FaultService, **options: Any) -> dict[str, Callable[[], list[str]]]:
+    """What each face that lists makes of the container: names of blobs."""
+    url, transfer = service.container_url("data"), {"credential": False, "transfer": QUICK}
+
+    def names(dataset: Any) -> list[str]:
+        return list(dataset) if isinstance(dataset, IterableBlobDataset) else dataset.__getitems__(range(len(dataset)))
+
+    return {
+        "map": lambda: names(BlobDataset.from_container_url(url, transform=name_of, **transfer, **options)),
+        "iterable": lambda: names(
+            IterableBlobDataset.from_container_url(url, transform=name_of, **transfer, **options)
+        ),
+        "pipe": lambda: [
+            found.partition("/data/")[2] for found in AzureBlobFileLister(url, credential=False, **options)
+        ],
+        "node": lambda: [found.url.partition("/data/")[2] for found in BlobLister(url, credential=False, **options)],
+    }
+
+
+def name_of(blob: Blob) -> str:
+    return blob.blob_name
+
+
+@pytest.mark.parametrize("face", ["map", "iterable", "pipe", "node"])
+def test_a_listed_name_that_cannot_be_requested_is_skipped_with_one_warning(
+    fault_service: FaultService, face: str
+) -> None:
+    """It counts them and names the first; no request for one is sent. Empty markers of folders are no samples."""
+    for name in ODD_NAMES:
+        fault_service.put("data", name, b"" if name.endswith("/") else b"x")
+    with pytest.warns(UserWarning, match=r"skipped 2 listed blobs .* 'd/\.\./c1' has a '\.' or '\.\.' segment") as seen:
+        assert listers(fault_service)[face]() == ["a", "folder/b"]
+    assert len(seen) == 1
+    assert {request.method for request in fault_service.log} == {"GET"}
+    assert fault_service.requests("get_blob") == []
+
+
+@pytest.mark.parametrize("face", ["map", "iterable", "pipe", "node"])
+def test_a_listed_name_that_cannot_be_requested_is_an_error_on_demand(fault_service: FaultService, face: str) -> None:
+    for name in ODD_NAMES:
+        fault_service.put("data", name, b"")
+    with pytest.raises(ValueError, match=r"/data: a listed blob name 'd/\.\./c1' .* invalid_names='skip'"):
+        listers(fault_service, invalid_names="raise")[face]()
+    with pytest.raises(ValueError, match="invalid_names must be 'skip' or 'raise', not 'drop'"):
+        listers(fault_service, invalid_names="drop")[face]()
+
+
+@pytest.mark.parametrize("face", ["map", "iterable", "pipe", "node"])
+def test_markers_of_folders_are_listed_on_demand(fault_service: FaultService, face: str) -> None:
+    """A blob with content is no marker, whatever its name."""
+    fault_service.put("data", "folder/", b"")
+    fault_service.put("data", "other/", b"content")
+    assert listers(fault_service)[face]() == ["other/"]
+    assert listers(fault_service, include_folder_markers=True)[face]() == ["folder/", "other/"]
+
+
+def test_masks_choose_before_names_are_looked_at(fault_service: FaultService) -> None:
+    for name in ("a.jpg", "d/../c.txt"):
+        fault_service.put("data", name, b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lister = AzureBlobFileLister(fault_service.container_url("data"), "*.jpg", credential=False)
+        assert [url.rpartition("/")[2] for url in lister] == ["a.jpg"]

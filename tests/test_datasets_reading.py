@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import traceback
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.engine import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService, Hold, Match, Redirect, Status, Torn
-from tests.support import QUICK, content, wait_until
+from tests.support import QUICK, content, in_time, wait_until
 
 MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
 
@@ -450,3 +452,142 @@ def test_a_read_that_failed_is_tried_again_when_it_is_asked_for_again(fault_serv
     fault_service.script(Match("get_blob", path="/00001$"), [Status(404), Status(404)])  # ahead, and by a thread
     samples = list(iterable(fault_service, transform=read_twice))
     assert samples == [content(1000, 0), b"second: " + content(1000, 1), content(1000, 2)]
+
+
+# -- transforms that fail, or ask for more -----------------------------------------------------------------------------
+
+
+class TwoArgumentsError(Exception):
+    def __init__(self, what: str, where: int) -> None:
+        super().__init__(what, where)
+
+
+def failing(blob: Blob) -> None:
+    if blob.blob_name == "00002":
+        raise KeyError("label")
+
+
+def failing_oddly(blob: Blob) -> None:
+    raise TwoArgumentsError("broken", 7)
+
+
+def shown(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+@pytest.mark.parametrize("make", [iterable, map_style])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_transform_names_the_blob(fault_service: FaultService, make: Any, workers: int) -> None:
+    """Its type stays what it was, in workers too."""
+    fill(fault_service, 4)
+    with pytest.raises(KeyError) as caught:
+        list(DataLoader(make(fault_service, transform=failing), 2, num_workers=workers, collate_fn=list))
+    assert f"the transform failed on {fault_service.blob_url('data', '00002')}" in shown(caught.value)
+
+
+def test_an_error_whose_class_wants_more_than_a_message_names_the_blob_too(fault_service: FaultService) -> None:
+    fill(fault_service, 1)
+    with pytest.raises((TwoArgumentsError, RuntimeError)) as caught:
+        map_style(fault_service, transform=failing_oddly)[0]
+    assert f"the transform failed on {fault_service.blob_url('data', '00000')}" in shown(caught.value)
+
+
+def test_on_error_gets_the_named_error(fault_service: FaultService) -> None:
+    fill(fault_service, 4)
+    seen: list[tuple[str, Exception]] = []
+    dataset = iterable(fault_service, transform=failing, on_error=lambda url, error: seen.append((url, error)))
+    assert len(list(dataset)) == 3
+    ((url, error),) = seen
+    assert isinstance(error, KeyError)
+    assert url in shown(error)
+
+
+@pytest.mark.parametrize("access", ["one", "batch"])
+def test_a_transform_can_take_more_samples_of_its_dataset(fault_service: FaultService, access: str) -> None:
+    """Mixup: each sample is mixed with others, which are read as a batch or one by one."""
+    fill(fault_service, 6)
+    depth: list[int] = []
+
+    def mix(blob: Blob) -> int:
+        if depth:
+            return read(blob)[0]
+        depth.append(1)
+        try:
+            more = dataset.__getitems__([1, 3, 4, 5]) if access == "batch" else [dataset[i] for i in (1, 3, 4, 5)]
+            return read(blob)[0] + sum(more)
+        finally:
+            depth.clear()
+
+    dataset = map_style(fault_service, transform=mix)
+    first = [content(1000, index)[0] for index in range(6)]
+    extra = sum(first[index] for index in (1, 3, 4, 5))
+    assert in_time(lambda: dataset.__getitems__(range(6))) == [value + extra for value in first]
+    assert in_time(lambda: list(DataLoader(dataset, 3, collate_fn=list))) == [
+        [value + extra for value in first[:3]],
+        [value + extra for value in first[3:]],
+    ]
+    assert in_time(lambda: dataset.__getitems__([0])) == [first[0] + extra]  # which ends the reading ahead
+    wait_until(lambda: engine_for(MANY).budget.in_flight == 0)
+
+
+def test_an_iterator_that_is_asked_from_within_says_so(fault_service: FaultService) -> None:
+    fill(fault_service, 3)
+    samples: Any = None
+    dataset = iterable(fault_service, transform=lambda _: next(samples))
+    samples = iter(dataset)
+    with pytest.raises(ValueError, match="already running"):
+        next(samples)
+
+
+def test_a_length_that_is_not_known_points_to_the_count(fault_service: FaultService) -> None:
+    fill(fault_service, 3)
+    dataset = iterable(fault_service, transform=read)
+    for measured in (dataset, DataLoader(dataset, None)):
+        with pytest.raises(TypeError, match=r"dataset\.metadata\.count"):
+            len(measured)
+    assert dataset
+    assert len(list(dataset)) == dataset.metadata.count == 3
+
+
+# -- what reads the same again without being asked to ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_forgotten_set_epoch_is_warned_of_once(
+    fault_service: FaultService, workers: int, persistent: bool, tmp_path: Path
+) -> None:
+    """A look at the first samples is no epoch, and an epoch that is set again on purpose is no mistake."""
+    fill(fault_service, 4)
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": persistent and workers > 0}
+    seen = tmp_path / "seen"
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        with seen.open("a") as file:  # workers, which are forked, write here too
+            file.write(f"{message}\n")
+
+    def said(epochs: list[int | None]) -> int:
+        seen.write_text("")
+        dataset = iterable(fault_service, transform=name, shuffle=True)
+        loader = DataLoader(dataset, None, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            for epoch in epochs:
+                if epoch is not None:
+                    dataset.set_epoch(epoch)
+                list(loader)
+        return seen.read_text().count("Call dataset.set_epoch(epoch) before each epoch")
+
+    assert said([None, None, None]) == 1
+    assert said([0, 1, 2]) == 0
+    assert said([3, 3]) == 0
+    dataset = iterable(fault_service, transform=name, shuffle=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(iter(dataset))
+        assert len(list(dataset)) == 4
+
+
+def name(blob: Blob) -> str:
+    return blob.blob_name

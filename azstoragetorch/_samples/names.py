@@ -70,7 +70,7 @@ class NameFilter:
         return [names[i] for i in left], [sizes[i] for i in left], [etags[i] for i in left]
 
     def warn(self) -> None:
-        """At the end of the listing: one warning of all that was skipped for its name."""
+        """At the end of the listing: one warning for all blobs that were skipped for their names."""
         if self._refused:
             count = len(self._refused)
             warnings.warn(

@@ -116,7 +116,7 @@ class OrderedPrefetch(Generic[T, R]):
         self._pulled: deque[T] = deque()  # at most one: pulled, but there was no room for it
         self._handed_out: Prefetched[T, R] | None = None
         self._is_unused = False  # what was handed out last
-        self._source_error: BaseException | None = None
+        self._source_error: Exception | None = None
         self._is_exhausted = False
 
     def __iter__(self) -> OrderedPrefetch[T, R]:
@@ -219,12 +219,12 @@ class OrderedPrefetch(Generic[T, R]):
             self._pulled.append(next(self._items))
         except StopIteration:
             self._is_exhausted = True
-        except BaseException as error:  # noqa: BLE001 - raised in its turn
+        except Exception as error:  # noqa: BLE001 - raised in its turn; an interrupt is raised at once
             self._is_exhausted = True
             self._source_error = error
         return bool(self._pulled)
 
-    def _take_source_error(self) -> BaseException:
+    def _take_source_error(self) -> Exception:
         error, self._source_error = self._source_error, None
         assert error is not None
         return error

@@ -83,11 +83,11 @@ class Steps(Generic[T, R]):
         self._is_given_up = False
         self._begun()
 
-    def step(self) -> T:
+    def next(self) -> T:
         """The next item.
 
         Raises:
-            StopIteration: there is none, or the run was given up.
+            StopIteration: the run is at its end, or was given up.
         """
         me = object()
         before: tuple[Plan[R], State] | None = None

@@ -6,7 +6,9 @@ import itertools
 import json
 import multiprocessing
 import sys
+import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,86 @@ def test_ten_thousand_blobs_leave_memory_and_sockets_as_they_were(fault_service:
     rule = fault_service.script(Match("get_blob", every=50), faults, repeat=True)
     run_python(EPOCHS, fault_service.container_url("data"), str(size * count), timeout=500)
     assert rule.fired > 1000
+
+
+def warned_rank_main(rank: int, store: str, url: str, workers: int, folder: str, options: dict[str, Any]) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    seen = Path(folder, str(rank))
+    seen.touch()
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        with seen.open("a") as file:  # workers, which are forked, write here too
+            file.write(f"{message}\n")
+
+    warnings.simplefilter("always")
+    warnings.showwarning = note
+    loader = DataLoader(make(IterableBlobDataset, url, **options), 4, num_workers=workers, collate_fn=list)
+    for _ in range(2):
+        list(loader)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("options", "count"), [({}, 1), ({"shard_by": "rank_and_worker"}, 0), ({"shard_by": "none"}, 0)]
+)
+def test_ranks_that_all_read_everything_are_warned_of_once(
+    fault_service: FaultService, tmp_path: Path, workers: int, options: dict[str, Any], count: int
+) -> None:
+    """Once in each rank, whatever number of workers and epochs it has; the warning says what to pass."""
+    url = url_of_filled(fault_service)
+    (tmp_path / "seen").mkdir()
+    arguments = (str(tmp_path / "store"), url, workers, str(tmp_path / "seen"), options)
+    start = multiprocessing.get_context("fork")
+    ranks = [start.Process(target=warned_rank_main, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in range(2):
+        lines = (tmp_path / "seen" / str(rank)).read_text().splitlines()
+        said = [line for line in lines if "each of the 2 ranks reads all blobs" in line]
+        assert len(said) == count
+        assert all("shard_by='rank_and_worker'" in line for line in said)
+
+
+def finish(samples: Any, into: str) -> None:
+    Path(into).write_text(json.dumps(list(samples)))
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_forked_child_can_continue_its_parents_iterator(
+    fault_service: FaultService, tmp_path: Path, connections: int
+) -> None:
+    """What the parent's threads had begun is read again; parent and child both yield all that is left."""
+    transfer = replace(QUICK, max_connections=connections)
+    fault_service.latency = 0.02
+    samples = iter(make(IterableBlobDataset, url_of_filled(fault_service), transfer=transfer))
+    assert [next(samples) for _ in range(2)] == NAMES[:2]
+    child = multiprocessing.get_context("fork").Process(target=finish, args=(samples, str(tmp_path / "names")))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert json.loads((tmp_path / "names").read_text()) == NAMES[2:]
+    assert list(samples) == NAMES[2:]
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_forked_child_can_take_a_batch_that_its_parent_reads_ahead(
+    fault_service: FaultService, tmp_path: Path, connections: int
+) -> None:
+    transfer = replace(QUICK, max_connections=connections)
+    dataset = make(BlobDataset, url_of_filled(fault_service), transfer=transfer)
+    assert dataset.__getitems__(range(4)) == NAMES[:4]
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=take_batch, args=(dataset, str(tmp_path / "names")))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert json.loads((tmp_path / "names").read_text()) == NAMES[4:8]
+    assert dataset.__getitems__(range(4, 8)) == NAMES[4:8]
+
+
+def take_batch(dataset: Any, into: str) -> None:
+    finish(dataset.__getitems__(range(4, 8)), into)
