@@ -25,7 +25,7 @@ $(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python instal
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability oldest newest frameworks audit build clean
+.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability interleavings oldest newest frameworks audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ coverage: setup  ## run the tests and report the branches of the package that no
 reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## write docs/reliability.md from a run; PEER= is a Python with the published connector
 	$(BIN)/python -m pytest tests/faults/test_matrix.py --numprocesses=2 --junitxml=build/matrix.xml
 	$(BIN)/python -m tests.faults.reliability build/matrix.xml build/soak.md $(PEER)
+
+interleavings: $(DEV)  ## run saves, loads and cleaning in every order and write the table in docs/reliability.md; ORDERS= of three at random
+	$(BIN)/python -m tests.interleavings $(or $(ORDERS),100000)
 
 oldest: setup  ## run the tests of the core with the oldest dependencies that are allowed; ARGS= goes to pytest
 	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)

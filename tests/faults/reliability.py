@@ -272,7 +272,7 @@ not look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
 
 {theirs_always}
 
-## Soak
+{several_jobs}## Soak
 
 `make soak` uses everything at once, epoch after epoch, against a service that keeps failing: 10,000 blobs through one
 dataset, workers, pipes, nodes, tars, a disk cache that is too small, files written and read, checkpoints saved, loaded
@@ -281,6 +281,12 @@ and cleaned, two ranks. Every byte is checked. What an epoch leaves in use has t
 
 {soak}
 """
+
+
+def several_jobs() -> str:
+    """The section that `tests.interleavings` wrote into the page, as it is."""
+    _, heading, rest = PAGE.read_text(encoding="utf-8").partition("## Several jobs at once\n")
+    return heading + rest.partition("## Soak\n")[0]
 
 
 def page(ours: Found, soak: str, theirs: Found) -> str:
@@ -302,6 +308,7 @@ def page(ours: Found, soak: str, theirs: Found) -> str:
         soak=soak.strip(),
         theirs_sometimes="\n".join(table(theirs, shared, False)),
         theirs_always="\n".join(table(theirs, shared, True)),
+        several_jobs=several_jobs(),
     )
 
 

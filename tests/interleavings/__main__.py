@@ -33,7 +33,7 @@ false. A first save into a folder that is swept at the same time with a cutoff t
 includes it is checked at the end only, and not if a process was killed: `checkpoint/_commit.py` says why.
 
 ```sh
-python -m tests.interleavings 100000
+make interleavings
 ```
 
 | actor | actor | orders | requests | violations |
