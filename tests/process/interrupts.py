@@ -111,15 +111,20 @@ def sweep(
     assert tracer.found, f"no line of {sorted(names)} is reached by this thread"
     runs: list[Run] = []
     failures: list[tuple[Run, BaseException]] = []
-    for place in tracer.found:
-        run = Run(place)
-        runs.append(run)
-        try:
-            _visit(set_up, act, check, _Tracer(names, turns, after_calls, run, do), limit)
-        except (Exception, Hang, KeyboardInterrupt, pytest.fail.Exception) as error:  # noqa: BLE001 - raised below
-            failures.append((run, error))
-            if isinstance(error, Hang):
-                break  # what hangs once would hang for each of the other places
+    gc.collect()
+    gc.freeze()  # a collection at each place then looks at what is new only
+    try:
+        for place in tracer.found:
+            run = Run(place)
+            runs.append(run)
+            try:
+                _visit(set_up, act, check, _Tracer(names, turns, after_calls, run, do), limit)
+            except (Exception, Hang, KeyboardInterrupt, pytest.fail.Exception) as error:  # noqa: BLE001 - raised below
+                failures.append((run, error))
+                if isinstance(error, Hang):
+                    break  # what hangs once would hang for each of the other places
+    finally:
+        gc.unfreeze()
     assert not failures, _report(failures, len(runs))
     return runs
 
