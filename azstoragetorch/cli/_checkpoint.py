@@ -153,7 +153,7 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
 @click.option(
     "--min-age", default=24.0, show_default=True, help="Hours; younger leftovers may belong to a save in progress."
 )
-@click.option("--dry-run", is_flag=True, help="Say what --keep would delete.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common
 def prune(
@@ -164,32 +164,44 @@ def prune(
 
     if keep is None and not incomplete:
         raise click.UsageError("say what to delete: --keep N, --incomplete, or both")
-    if dry_run and incomplete:
-        raise click.UsageError("--dry-run is for --keep")
-    credential = session.access.credential(url)
-    doomed = keep_last(str(url), keep, dry_run=True, credential=credential) if keep is not None else []
-    if (doomed or incomplete) and not dry_run and not yes:
-        if not sys.stdin.isatty():
-            raise click.UsageError("this deletes for good: add --yes")
-        for place in doomed:
-            session.output.note(place)
-        click.confirm("Delete for good?", abort=True, err=True)
+    place, credential = str(url), session.access.credential(url)
+    min_seconds = min_age * 3600
+    doomed = keep_last(place, keep, dry_run=True, credential=credential) if keep is not None else []
+    leftovers = clean(place, min_age=min_seconds, dry_run=True, credential=credential) if incomplete else []
+    if (doomed or leftovers) and not dry_run and not yes:
+        _confirm(session, [*doomed, *leftovers])
     with session.output.progress("deleting", len(doomed), unit="checkpoints") as advance:
-        for place in doomed:
+        for folder in doomed:
             if not dry_run:
-                delete_checkpoint(place, credential=credential)
+                delete_checkpoint(folder, credential=credential)
             advance(1)
-            session.output.record({"url": place, "status": "planned" if dry_run else "deleted"})
-            session.output.line(f"{'would delete' if dry_run else 'deleted'} {place}")
-    leftovers: list[str] = []
-    if incomplete:
+            _say_deleted(session, folder, dry_run)
+    if leftovers and not dry_run:
         with session.output.progress("deleting what is incomplete", None, unit="blobs"):
-            leftovers = clean(str(url), min_age=min_age * 3600, credential=credential)
-        for place in leftovers:
-            session.output.record({"url": place, "status": "deleted"})
-            session.output.line(f"deleted {place}")
+            leftovers = clean(place, min_age=min_seconds, credential=credential)
+    for blob in leftovers:
+        _say_deleted(session, blob, dry_run)
     if not doomed and not leftovers:
         session.output.note("there is nothing to delete")
+
+
+def _confirm(session: Session, places: list[str]) -> None:
+    """Show what would be deleted, and ask.
+
+    Raises:
+        UsageError: nobody can be asked.
+        Abort: the answer is no.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise click.UsageError("this deletes for good: add --yes")
+    for place in places:
+        session.output.note(place)
+    click.confirm("Delete for good?", abort=True, err=True)
+
+
+def _say_deleted(session: Session, place: str, is_planned: bool) -> None:
+    session.output.record({"url": place, "status": "planned" if is_planned else "deleted"})
+    session.output.line(f"{'would delete' if is_planned else 'deleted'} {place}")
 
 
 def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:

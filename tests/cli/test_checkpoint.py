@@ -232,8 +232,6 @@ def test_mistakes_are_explained(container: Container, command: Command, tmp_path
     torch.save([1, 2], tmp_path / "list.pt")
     ended = command("checkpoint", "import", tmp_path / "list.pt", f"{container.url}/new")
     assert (ended.code, "list.pt holds a list" in ended.err) == (1, True)
-    ended = command("checkpoint", "prune", container.url, "--incomplete", "--dry-run")
-    assert (ended.code, "--dry-run is for --keep" in ended.err) == (2, True)
     ended = command("checkpoint", "prune", container.url)
     assert (ended.code, "--keep N, --incomplete" in ended.err) == (2, True)
     ended = command("checkpoint", "ls", f"{container.url}/nothing")
@@ -252,3 +250,20 @@ def test_prune_of_leftovers(container: Container, command: Command) -> None:
     ended = command("checkpoint", "prune", f"{container.url}/run", "--incomplete", "--yes")
     assert (ended.code, ended.out, ended.err.strip()) == (0, "", "there is nothing to delete")
     assert command("checkpoint", "verify", url).code == 0
+
+
+def test_a_dry_run_shows_leftovers_and_keeps_them(container: Container, command: Command) -> None:
+    url = save(container, "run/step-1")
+    container.client.delete_blob("run/step-1/.metadata")
+    before = container.names()
+    options = ("--incomplete", "--min-age", "0")
+    ended = command("checkpoint", "prune", f"{container.url}/run", *options, "--dry-run")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith(f"would delete {url}/")
+    assert container.names() == before
+    ended = command("checkpoint", "prune", f"{container.url}/run", *options)
+    assert ended.code == 2
+    assert "--yes" in ended.err
+    assert container.names() == before
+    assert command("checkpoint", "prune", f"{container.url}/run", *options, "--yes").code == 0
+    assert container.names() == []
