@@ -6,14 +6,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceModifiedError
+from azure.core.exceptions import HttpResponseError, ResourceExistsError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch._blob.commit import parse_block_list
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults import FaultService, LostAnswer, Match, Reset, StaleConnection, Status, Torn
+from tests.faults import FaultService, LostAnswer, Reset, StaleConnection, Status, Torn
 from tests.faults.wire import Answer
 from tests.support import QUICK, blob_client, content
 
@@ -31,124 +31,59 @@ def commits(size: int) -> str:
     return "put_blob" if size == 100 else "put_block_list"
 
 
-def write(url: str, data: bytes, **condition: Any) -> str:
+def write(url: str, data: bytes, **condition: Any) -> None:
     writer = blob_client(url).writer(**condition)
     try:
         writer.write(memoryview(data))
-        return writer.commit()
+        writer.commit()
     except BaseException:
         writer.abort()
         raise
 
 
-class TestResult:
-    @SIZES
-    def test_the_etag_of_the_new_content_is_returned(self, container: Container, size: int) -> None:
-        url = container.blob_sas_url("b")
-        for data in (content(size), content(size, 1)):
-            etag = write(url, data)
-            version = blob_client(url).version()
-            assert version is not None
-            assert (version.etag, version.size) == (etag, size)
-        assert blob_client(url).put(content(size)) != etag
-
-    @SIZES
-    @pytest.mark.parametrize("condition", ["none", "create", "etag"])
-    def test_also_when_the_answer_was_lost(self, service: FaultService, size: int, condition: str) -> None:
-        name = "new" if condition == "create" else "b"
-        options = {"none": {}, "create": {"create_only": True}, "etag": {"etag": etag_of(service)}}[condition]
-        service.script(commits(size), [LostAnswer()])
-        etag = write(service.blob_url("c", name), content(size), **options)
-        found = service.store.find("c", name)
-        assert found is not None
-        assert (found.data, found.etag) == (content(size), etag)
-        assert service.unused_faults() == []
-
-
-def etag_of(service: FaultService) -> str:
-    found = service.store.find("c", "b")
-    assert found is not None
-    return found.etag
-
-
-class TestOneVersion:
-    """``etag=``: a version is replaced, or nothing is."""
-
-    @SIZES
-    def test_it_is_replaced(self, service: FaultService, size: int) -> None:
-        write(service.blob_url("c", "b"), content(size), etag=etag_of(service))
-        assert service.get("c", "b") == content(size)
-        assert [entry.headers.get("if-match") is not None for entry in service.requests(commits(size))] == [True]
-
-    @SIZES
-    def test_another_one_stays(self, service: FaultService, size: int) -> None:
-        etag = etag_of(service)
-        service.put("c", "b", b"another writer's")
-        with pytest.raises(ResourceModifiedError, match=r"/c/b is not the version .* any more; it is unchanged"):
-            write(service.blob_url("c", "b"), content(size), etag=etag)
-        assert service.get("c", "b") == b"another writer's"
-
-    @SIZES
-    def test_one_that_comes_after_the_lost_answer_stays(self, service: FaultService, size: int) -> None:
-        """What was committed and then replaced by another writer is not put a second time."""
-        etag = etag_of(service)
-        service.script(commits(size), [LostAnswer()])
-        service.script(Match(commits(size), nth=2), [])
-        writer = blob_client(service.blob_url("c", "b")).writer(etag=etag)
-        writer.write(memoryview(content(size)))
-        service.script(Match(commits(size), nth=2), [Status(503)])
-        real, replaced = service._answer, []
-
-        def answer(entry: Any, body: Any) -> Any:
-            if entry.operation == commits(size) and len(service.requests(commits(size))) == 3 and not replaced:
-                replaced.append(service.put("c", "b", b"another writer's"))
-            return real(entry, body)
-
-        service._answer = answer  # type: ignore[method-assign]
-        with pytest.raises(ResourceModifiedError):
-            writer.commit()
-        assert replaced
-        assert service.get("c", "b") == b"another writer's"
-
+class TestLostAnswers:
     @SIZES
     @pytest.mark.parametrize("create_only", [False, True])
-    def test_a_pooled_connection_that_dies_is_no_reason_to_send_it_twice_unseen(
-        self, service: FaultService, size: int, create_only: bool
-    ) -> None:
+    def test_what_was_carried_out_is_a_success(self, service: FaultService, size: int, create_only: bool) -> None:
         name = "new" if create_only else "b"
-        client = blob_client(service.blob_url("c", name))
-        client.version()
-        options: dict[str, Any] = {"create_only": True} if create_only else {"etag": etag_of(service)}
+        service.script(commits(size), [LostAnswer()])
+        write(service.blob_url("c", name), content(size), create_only=create_only)
+        assert service.get("c", name) == content(size)
+        assert service.unused_faults() == []
+
+    @SIZES
+    def test_a_pooled_connection_that_dies_is_no_reason_to_create_twice_unseen(
+        self, service: FaultService, size: int
+    ) -> None:
+        client = blob_client(service.blob_url("c", "new"))
         service.script("head", [StaleConnection(on_next_request=True)])
         client.version()
         service.script(commits(size), [LostAnswer()])
-        write(service.blob_url("c", name), content(size), **options)
-        assert service.get("c", name) == content(size)
+        write(service.blob_url("c", "new"), content(size), create_only=True)
+        assert service.get("c", "new") == content(size)
+
+    def test_nor_to_replace_a_version_twice(self, service: FaultService) -> None:
+        client = blob_client(service.blob_url("c", "b"))
+        found = client.look()
+        service.script("put_blob", [LostAnswer()])
+        is_ours, now = client.replace(b"new", etag=found.version.etag)
+        assert (is_ours, now is not None and now.version.size) == (True, 3)
+        assert len(service.requests("put_blob")) == 1
 
     @SIZES
-    def test_a_lost_answer_that_nobody_may_look_after(self, service: FaultService, size: int) -> None:
-        service.script(commits(size), [LostAnswer()])
-        for look in ("head", "get_block_list"):
-            service.script(look, [Status(403)], repeat=True)
-        with pytest.raises(FatalBlobIOWriteError, match="does not say whether it was carried out"):
-            write(service.blob_url("c", "b"), content(size), etag=etag_of(service))
-
-    @SIZES
-    def test_a_lease_is_not_taken_for_another_version(self, service: FaultService, size: int) -> None:
+    def test_a_lease_is_a_refusal(self, service: FaultService, size: int) -> None:
         service.script(commits(size), [Status(412, "LeaseIdMissing")], repeat=True)
         with pytest.raises(FatalBlobIOWriteError, match="LeaseIdMissing"):
             write(service.blob_url("c", "b"), content(size))
 
     @SIZES
     def test_on_azurite(self, container: Container, size: int) -> None:
-        url = container.put("b", OLD)
-        first = blob_client(url).version()
-        assert first is not None
-        second = write(url, content(size), etag=first.etag)
-        with pytest.raises(ResourceModifiedError):
-            write(url, content(size, 1), etag=first.etag)
+        url = container.blob_sas_url("b")
+        write(url, content(size), create_only=True)
+        with pytest.raises(ResourceExistsError):
+            write(url, content(size, 1), create_only=True)
         assert container.get("b") == content(size)
-        write(url, content(size, 1), etag=second)
+        write(url, content(size, 1))
         assert container.get("b") == content(size, 1)
 
 

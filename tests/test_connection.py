@@ -222,7 +222,7 @@ class TestOneRequest:
                 ByteRange(0, 1), [memoryview(bytearray(1))], etag=INJECTION, scope=Scope()
             ),
             lambda url: blob_client(url).delete(etag=INJECTION),
-            lambda url: blob_client(url).put(b"new", etag=INJECTION),
+            lambda url: blob_client(url).replace(b"new", etag=INJECTION),
             lambda url: blob_client(url, credential=AzureSasCredential(f"sig={INJECTION}")).version(),
             lambda url: blob_client(url).service.send(
                 Request("GET", blob_client(url).url, headers={"x-ms-client-request-id": INJECTION})
@@ -237,14 +237,14 @@ class TestOneRequest:
         ids=["read", "delete", "put", "sas", "request id", "block id", "content type", "metadata", "metadata's name"],
     )
     def test_callers_that_pass_what_they_were_given(self, service: FaultService, use: Callable[[str], Any]) -> None:
-        with pytest.raises(Exception, match="control character"):
+        with pytest.raises(Exception, match="line break"):
             use(service.blob_url("c", "b"))
         assert service.log == []
         assert service.get("c", "b") == content(200_000)
 
     @pytest.mark.parametrize("token", [INJECTION, "a\nb", "a\x00b", "a\u20acb"])
     def test_tokens(self, https_fault_service: FaultService, token: str) -> None:
-        with pytest.raises(ValueError, match="Authorization has a line break") as caught:
+        with pytest.raises(ValueError, match="line break") as caught:
             blob_client(https_fault_service.blob_url("c", "b"), credential=Token(token)).version()
         assert token not in str(caught.value)
         assert https_fault_service.log == []

@@ -15,7 +15,7 @@ from typing import Any
 
 from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
-from azstoragetorch._blob.commit import CREATED, Found, look, md5_of
+from azstoragetorch._blob.commit import CREATED, Found, look, md5_of, unknown_outcome
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
@@ -31,7 +31,7 @@ from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
-from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
+from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 __all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClient", "Head", "Page"]
 
@@ -88,12 +88,9 @@ class BlobClient(_Client):
         """
         return ReadAhead(self.service, self.url, version, head)
 
-    def writer(self, *, create_only: bool = False, etag: str | None = None) -> BlockWriter:
-        """A new content for the blob, committed whole or not at all.
-
-        With *create_only* there must not be a blob when it is committed; with *etag* it must still be that version.
-        """
-        return BlockWriter(self.service, self.url, create_only=create_only, etag=etag)
+    def writer(self, *, create_only: bool = False) -> BlockWriter:
+        """A new content for the blob, committed whole or not at all; with *create_only* there must not be a blob."""
+        return BlockWriter(self.service, self.url, create_only=create_only)
 
     def read(self) -> tuple[bytes, BlobVersion]:
         """The whole blob and its version; one request if it fits into a part."""
@@ -151,20 +148,20 @@ class BlobClient(_Client):
         found = self.find()
         return found.version if found is not None else None
 
-    def put(self, data: bytes, *, create_only: bool = False, etag: str | None = None) -> str:
-        """Make *data* the content of the blob, by one request if it fits into a block, and return its ETag.
+    def put(self, data: bytes, *, create_only: bool = False) -> None:
+        """Make *data* the content of the blob, by one request if it fits into a block.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
             ResourceExistsError: the blob exists and was to be *create_only*.
-            ResourceModifiedError: the blob is no longer the version *etag*.
         """
-        writer = self.writer(create_only=create_only, etag=etag)
+        writer = self.writer(create_only=create_only)
         try:
             if len(data) <= self.config.block_size:
-                return writer.put([memoryview(data)])
-            writer.write(memoryview(data))
-            return writer.commit()
+                writer.put([memoryview(data)])
+            else:
+                writer.write(memoryview(data))
+                writer.commit()
         except BaseException:
             writer.abort()
             raise
@@ -220,10 +217,7 @@ class BlobClient(_Client):
         try:
             return self.find()
         except (AzureError, ClientRequestIdMismatchError) as error:
-            raise FatalBlobIOWriteError(
-                f"{self.url}: the commit was sent, and the service does not say whether it was carried out; look at "
-                f"the blob before writing it again: {failure}"
-            ) from error
+            raise unknown_outcome(self.url, failure) from error
 
     def has_content(self, found: Found, data: bytes) -> bool:
         """Whether the blob that was *found* holds *data*; where the service has no MD5 it is read as it is now."""

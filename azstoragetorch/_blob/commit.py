@@ -68,134 +68,113 @@ def _md5(stored: str | None) -> bytes | None:
         return b""  # the MD5 of no bytes at all, so that a comparison with it fails
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What must hold for a commit: the blob is new (*create_only*), or still has *etag*. By default nothing."""
+def exists_already(url: BlobURL, refused: AzureError | None = None) -> ResourceExistsError:
+    """The error for a blob that was to be created only, and is there."""
+    detail = f": {refused}" if refused is not None else ""
+    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{detail}")
+    error.status_code = 409
+    error.error_code = "BlobAlreadyExists"  # type: ignore[attr-defined]  # the SDK sets it too
+    return portable(error)
 
-    create_only: bool = False
-    etag: str | None = None
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers by which the service checks it."""
-        if self.create_only:
-            return {"If-None-Match": "*"}
-        return {"If-Match": self.etag} if self.etag is not None else {}
-
-    def failure(self, url: BlobURL, refused: AzureError | None = None) -> HttpResponseError:
-        """The error for a blob that does not meet the condition."""
-        detail = f": {refused}" if refused is not None else ""
-        error: HttpResponseError
-        if self.create_only:
-            error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{detail}")
-            status, code = 409, "BlobAlreadyExists"
-        else:
-            error = ResourceModifiedError(f"{url} is not the version {self.etag} any more; it is unchanged{detail}")
-            status, code = 412, "ConditionNotMet"
-        error.status_code = status
-        error.error_code = code  # type: ignore[union-attr]  # the SDK sets it too
-        return portable(error)
+def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
+    """The error for a commit that ended with *error*, if the service does not answer what became of it."""
+    return FatalBlobIOWriteError(
+        f"{url}: the commit was sent, and the service does not say whether it was carried out; look at the blob before "
+        f"writing it again: {error}"
+    )
 
 
 # The answer to a commit can be lost after the service has carried it out, so silence is never taken for a failure.
 #
 # - The request is sent again. Without a condition a second one leads to the same content: Put Blob carries all bytes,
 #   and the block ids of Put Block List exist in this one writer only, so the list means the same bytes or is refused.
-# - With a condition a second request is refused if the first one was carried out. So after a refusal that is not the
-#   answer to the very first request, the blob is looked at: by its block ids, or by length and MD5 for Put Blob, it is
-#   ours (success) or another writer's (the condition failed, and our bytes are not visible). `transport` does not send
-#   a conditional write again by itself, which would hide that there was a first one.
+# - "Create only" is a condition, and a second request is refused if the first one was carried out. So after a refusal
+#   that is not the answer to the very first request, the blob is looked at: by its block ids, or by length and MD5 for
+#   Put Blob, it is ours (success) or another writer's (which stays; our bytes are not visible). `transport` does not
+#   send a conditional write again by itself, which would hide that there was a first one.
 # - After the last try has failed the blob is looked at in the same way.
 # - If that look is not answered either, nobody knows, and the error says so instead of "nothing was committed".
 class Commit:
-    """The one commit of a writer to *url*, under *condition*. Both functions return the ETag of the new content.
+    """The one commit of a writer to *url*; with *create_only* there must not be a blob.
 
-    They raise FatalBlobIOWriteError if the service does not say what became of the request, ResourceExistsError or
-    ResourceModifiedError if the condition does not hold, and AzureError if the service refuses.
+    Both functions raise FatalBlobIOWriteError if the service does not say what became of the request, AzureError if it
+    refuses, and ResourceExistsError if there is a blob that was to be created only.
     """
 
-    def __init__(self, service: Service, url: BlobURL, scope: Scope, condition: Condition) -> None:
+    def __init__(self, service: Service, url: BlobURL, scope: Scope, *, create_only: bool) -> None:
         self._service = service
         self._url = url
         self._scope = scope
-        self._condition = condition
+        self._condition = {"If-None-Match": "*"} if create_only else {}
         self._tries = 0
 
-    def put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> str:
+    def put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> None:
         """Make *pieces*, bytes in order, the content of the blob; *properties* are headers that describe it."""
         headers = {
             "x-ms-blob-type": "BlockBlob",
             "Content-Type": "application/octet-stream",
             **({"Content-MD5": md5_of(pieces)} if self._service.config.validate_content else {}),
-            **self._condition.headers,
+            **self._condition,
             **properties,
         }
         request = Request("PUT", self._url, headers=headers, body=pieces, accept=CREATED, scope=self._scope)
-        return self._once(request, lambda: self._has_content(pieces))
+        self._once(request, lambda: self._has_content(pieces))
 
-    def put_block_list(self, block_ids: Sequence[str], md5: bytes | None, properties: Mapping[str, str]) -> str:
+    def put_block_list(self, block_ids: Sequence[str], md5: bytes | None, properties: Mapping[str, str]) -> None:
         """Make the staged blocks *block_ids* the content of the blob; *md5* is that of all bytes, if it is known."""
         headers = {
             "Content-Type": "application/xml",
             # The service computes the MD5 of a blob that is put whole, and of no other.
             **({"x-ms-blob-content-md5": base64.b64encode(md5).decode()} if md5 is not None else {}),
-            **self._condition.headers,
+            **self._condition,
             **properties,
         }
         listed = "".join(f"<Latest>{block_id}</Latest>" for block_id in block_ids)
         body = f'<?xml version="1.0" encoding="utf-8"?><BlockList>{listed}</BlockList>'.encode()
         request = Request("PUT", self._url, "comp=blocklist", headers, body, CREATED, self._scope, "block list")
-        return self._once(request, lambda: self._has_blocks(block_ids))
+        self._once(request, lambda: self._has_blocks(block_ids))
 
-    def _once(self, request: Request, find: Callable[[], str | None]) -> str:
-        """Send *request* until it is answered; *find* returns the ETag of the blob if it is what is to be committed."""
+    def _once(self, request: Request, is_ours: Callable[[], bool]) -> None:
+        """Send *request* until it is answered; *is_ours* looks whether the blob is what is to be committed."""
         try:
-            return retrying(self._service.config, lambda: self._try(request), self._scope)
+            retrying(self._service.config, lambda: self._try(request), self._scope)
         except (ResourceExistsError, ResourceModifiedError) as error:
-            if not self._condition.headers:
+            if not self._condition:
                 raise
-            etag = self._found(error, find) if self._tries > 1 else None
-            if etag is None:
-                raise self._condition.failure(self._url, error) from error
+            if self._tries == 1 or not self._took_effect(error, is_ours):
+                raise exists_already(self._url, error) from error
         except (AzureError, ClientRequestIdMismatchError) as error:
             is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
-            etag = None if is_refused else self._found(error, find)
-            if etag is None:
+            if is_refused or not self._took_effect(error, is_ours):
                 raise
-        return etag
 
-    def _try(self, request: Request) -> str:
+    def _try(self, request: Request) -> None:
         self._tries += 1
-        with self._service.send(request) as answer:
-            return answer.headers.get("ETag", "")
+        self._service.send(request).close()
 
-    def _found(self, error: Exception, find: Callable[[], str | None]) -> str | None:
-        """What *find* returns after a commit that ended with *error*, as one does whose answer was lost."""
+    def _took_effect(self, error: Exception, is_ours: Callable[[], bool]) -> bool:
+        """What *is_ours* says after a commit that ended with *error*, as one does whose answer was lost."""
         try:
-            return find()
+            return is_ours()
         except ResourceNotFoundError:
-            return None
+            return False
         except (AzureError, ClientRequestIdMismatchError):
-            raise FatalBlobIOWriteError(
-                f"{self._url}: the commit was sent, and the service does not say whether it was carried out; look at "
-                f"the blob before writing it again: {error}"
-            ) from error
+            raise unknown_outcome(self._url, error) from error
 
-    def _has_content(self, pieces: Sequence[memoryview]) -> str | None:
+    def _has_content(self, pieces: Sequence[memoryview]) -> bool:
         found = look(self._service, self._url, self._scope)
-        expected = length_of(pieces), base64.b64decode(md5_of(pieces))
-        return found.version.etag if (found.version.size, found.md5) == expected else None
+        return (found.version.size, found.md5) == (length_of(pieces), base64.b64decode(md5_of(pieces)))
 
-    def _has_blocks(self, block_ids: Sequence[str]) -> str | None:
-        etag, committed = retrying(self._service.config, self._committed_blocks, self._scope)
-        return etag if committed == list(block_ids) else None
+    def _has_blocks(self, block_ids: Sequence[str]) -> bool:
+        return retrying(self._service.config, self._committed_blocks, self._scope) == list(block_ids)
 
-    def _committed_blocks(self) -> tuple[str, list[str]]:
+    def _committed_blocks(self) -> list[str]:
         query = "comp=blocklist&blocklisttype=committed"
         with self._service.send(Request("GET", self._url, query, scope=self._scope, purpose="block list")) as answer:
             raw = answer.read()
         try:
-            return answer.headers.get("ETag", ""), parse_block_list(raw)
+            return parse_block_list(raw)
         except ValueError as error:
             what = f"GET (block list) {self._url}: the service sent a list that cannot be read: {error}"
             raise Transient(portable(ServiceResponseError(what))) from None

@@ -20,11 +20,10 @@ from urllib.parse import quote
 from azure.core.exceptions import (
     ClientAuthenticationError,
     ResourceExistsError,
-    ResourceModifiedError,
     ResourceNotFoundError,
 )
 
-from azstoragetorch._blob.commit import CREATED, Commit, Condition, look, md5_of
+from azstoragetorch._blob.commit import CREATED, Commit, exists_already, look, md5_of
 from azstoragetorch._blob.connection import length_of
 from azstoragetorch._blob.ranges import (
     MAX_BLOCKS,
@@ -96,16 +95,13 @@ class _Held:
 
 
 class BlockWriter:
-    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises.
+    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises."""
 
-    With *create_only* there must not be a blob; with *etag* the blob must still be that version.
-    """
-
-    def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False, etag: str | None = None) -> None:
+    def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False) -> None:
         self._service = service
         self._url = url
         self._config = service.config
-        self._condition = Condition(create_only, etag)
+        self._create_only = create_only
         self._scope = Scope()
         self._process = here()
         # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
@@ -179,36 +175,33 @@ class BlockWriter:
         self._wait_for_all()
 
     @_all_or_nothing
-    def put(self, pieces: Sequence[memoryview]) -> str:
+    def put(self, pieces: Sequence[memoryview]) -> None:
         """Make *pieces*, bytes, and nothing else, the content of the blob, by one request whatever their length.
 
-        Nothing is copied: they are sent from their own memory, which stays as it is until the return. Returns the ETag
-        of the new content.
+        Nothing is copied: they are sent from their own memory, which stays as it is until the return.
 
         Raises:
             FatalBlobIOWriteError: it could not be done; the blob is unchanged.
             ResourceExistsError: the blob exists and was to be created only.
-            ResourceModifiedError: the blob is no longer the version that was to be replaced.
         """
-        return self._put_blob(pieces, {})
+        self._put_blob(pieces, {})
 
     @_all_or_nothing
-    def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> str:
+    def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> None:
         """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
 
-        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``. Returns the
-        ETag of the new content. Raises as `put` does.
+        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``.
+        Raises as `put` does.
         """
         if not self._block_ids:
             pieces = [self._collected[: self._filled]] if self._collected is not None else []
-            etag = self._put_blob(pieces, properties or {})
+            self._put_blob(pieces, properties or {})
         else:
             if self._filled:
                 self._stage_collected()
             self._wait_for_all()
-            etag = self._put_block_list(md5, properties or {})
+            self._put_block_list(md5, properties or {})
         self._free()
-        return etag
 
     def cancel(self) -> None:
         """From another thread, or a finalizer: fail what is in flight, and so the call that waits for it.
@@ -245,9 +238,7 @@ class BlockWriter:
         self._failures.append(error)
         # The frames that the error came through may refer to a loan, a buffer, or the caller's memory.
         _clear_frames(error)
-        is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError)) or (
-            isinstance(error, ResourceModifiedError) and self._condition.etag is not None
-        )
+        is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError))
         return self._fatal(error) if isinstance(error, (Exception, Cancelled)) and not is_clear else error
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
@@ -257,15 +248,15 @@ class BlockWriter:
         return error
 
     @timed("blocked_seconds")
-    def _put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> str:
-        return self._commit().put_blob(pieces, properties)
+    def _put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> None:
+        self._commit().put_blob(pieces, properties)
 
     @timed("blocked_seconds")
-    def _put_block_list(self, md5: bytes | None, properties: Mapping[str, str]) -> str:
-        return self._commit().put_block_list(self._block_ids, md5, properties)
+    def _put_block_list(self, md5: bytes | None, properties: Mapping[str, str]) -> None:
+        self._commit().put_block_list(self._block_ids, md5, properties)
 
     def _commit(self) -> Commit:
-        return Commit(self._service, self._url, self._scope, self._condition)
+        return Commit(self._service, self._url, self._scope, create_only=self._create_only)
 
     def _block(self, pieces: Sequence[memoryview]) -> _Block:
         """The next block of the blob."""
@@ -274,7 +265,7 @@ class BlockWriter:
                 f"{self._url}: {self.written} bytes need more than {MAX_BLOCKS} blocks; raise block_size or "
                 "memory_limit in TransferConfig"
             )
-        if not self._block_ids and self._condition.create_only:
+        if not self._block_ids and self._create_only:
             self._refuse_existing()
         block_id = base64.b64encode(f"{self._nonce}{len(self._block_ids):06d}".encode()).decode()
         self._block_ids.append(block_id)
@@ -289,7 +280,7 @@ class BlockWriter:
             return
         except ClientAuthenticationError:
             return  # a SAS may allow to create and not to look; the commit will say
-        raise self._condition.failure(self._url)
+        raise exists_already(self._url)
 
     def _stage_from_caller(self, data: memoryview) -> None:
         """Stage what is collected and *data* as blocks of about one size, without copying *data*."""
