@@ -31,7 +31,8 @@ def run_page(page: str, container: Container, folder: Path) -> str:
     (folder / "page.py").write_text(program, encoding="utf-8")
     with signed_in(folder) as environment:
         # In the page the host is Azure's, which gets tokens whatever names it.
-        environment |= {"AZSTORAGETORCH_TRUSTED_HOSTS": "127.0.0.1", "PYTHONPATH": str(ROOT), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+        environment |= {"AZSTORAGETORCH_TRUSTED_HOSTS": "127.0.0.1"}
+        environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
         result = subprocess.run(
             [sys.executable, "-W", "default::ResourceWarning:azstoragetorch", "page.py"],
             cwd=folder,
