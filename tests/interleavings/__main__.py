@@ -29,8 +29,8 @@ depend on each other have one effect, and one of them is run. Each is run withou
 at each request of each actor: the answer is lost before or after the request is carried out, or the process is killed
 after it. (Of actors that all clean or delete, up to {fewer} orders with each fault are run.) After every request a
 checkpoint that was committed and not deleted on purpose has to be there, whole; at the end no reported success may be
-false. A first save into a folder that is swept at the same time with a cutoff that
-includes it is checked at the end only, and not if a process was killed: `checkpoint/_commit.py` says why.
+false. A first save into a folder that is swept at the same time with a cutoff that includes it is checked at the end
+only, and not if a process was killed: `checkpoint/_commit.py` says why.
 
 ```sh
 make interleavings
