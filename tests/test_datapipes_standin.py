@@ -95,7 +95,7 @@ def test_chains_and_a_plain_dataloader_work_without_torchs_pipes(tmp_path: Path)
     assert done.stdout.splitlines() == [
         "No module named 'torch.utils.data.datapipes'",
         "This iterator has been invalidated: another one was made from Batcher",
-        "Sharding twice on one branch: ShardingFilter draws from one that shards, too; keep one",
+        "Sharding twice on one branch: ShardingFilter draws from a pipe that shards, too; keep one of them",
         "Unable to add DataPipe function name map as it is already taken",
     ]
 
