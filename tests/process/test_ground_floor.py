@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from azstoragetorch._blob import download, listing, multiplex, readahead, window
-from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.client import Access, BlobClient
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._engine import budget, job, metrics, process, scope, threads
 from azstoragetorch._engine.config import KiB, TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch._samples import prefetch
+from azstoragetorch._samples.fetching import fetch_ahead
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.sources import Access, fetch_ahead
 from tests.faults import FaultService
 from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, blob_client, container_client, content, wait_until
