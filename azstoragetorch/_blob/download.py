@@ -1,7 +1,7 @@
 """Fetch one byte range, by one connection or many, straight into the memory where it is wanted.
 
 Every request after the first carries the first one's ETag, so a read never mixes versions. Status, range and
-length of every answer are checked, and a body that ends early goes on at the byte it reached.
+length of every answer are checked, and a body that ends early is resumed at the byte it reached.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class RangeRead:
         if response.status == 416:
             if self._etag is not None:
                 raise self.changed()  # the pinned version had these bytes
-            # The service tells the length here; where it does not, only an empty blob refuses its first byte.
+            # The answer has the length here; where it does not, only an empty blob refuses its first byte.
             size = int(found.group(3)) if found else 0 if span.start == 0 else None
             if size is None or size > span.start:
                 raise Transient(self._broken("refused the range without telling the blob's size"))
@@ -174,7 +174,9 @@ class RangeRead:
 
     def changed(self) -> BlobChangedError:
         """The error for a blob that is no longer the pinned version."""
-        return BlobChangedError(f"{self._url} was overwritten while it was being read; open it again to read it anew")
+        return BlobChangedError(
+            f"{self._url} was overwritten while it was being read; open it again to read the new version"
+        )
 
     def _broken(self, what: str) -> ServiceResponseError:
         return portable(ServiceResponseError(f"GET {self._url}: the service {what}"))
@@ -183,7 +185,7 @@ class RangeRead:
 def open_range(
     service: Service, url: BlobURL, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None
 ) -> RangeRead:
-    """Ask for *span* and return when the head of the answer is there; the body is still on its way.
+    """Ask for *span* and return when the head of the answer is there; the body is still arriving.
 
     Raises:
         BlobChangedError: the blob is no longer the version *etag*.

@@ -68,7 +68,7 @@ def list_pages(
     too of which there are staged blocks only. *with_modified* fills the column ``modified``.
 
     Raises:
-        AzureError: the service refused, could not be reached, or sent what is no listing.
+        AzureError: the service refused, could not be reached, or sent something that is not a listing.
     """
     query = f"restype=container&comp=list&include=metadata{',uncommittedblobs' if uncommitted else ''}"
     for key, value in (("prefix", prefix), ("delimiter", delimiter)):
@@ -92,7 +92,7 @@ def list_pages(
                 fetching = Job(partial(_fetch, service, container, query, following, scope))
                 engine_for(service.config).submit(fetching.run)
             page = parse_page(raw, container, with_modified=with_modified)
-            # A prefix may come again where the service goes on in the middle of it, a blob never.
+            # A prefix may come again where the service continues in the middle of it, a blob never.
             if not firsts.isdisjoint(page.names[:1]):
                 raise _repeated(container)  # under another marker
             firsts.update(page.names[:1])
@@ -107,7 +107,7 @@ def parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -
     """The page in the XML document *raw*.
 
     Raises:
-        AzureError: *raw* is no listing.
+        AzureError: *raw* is not a listing.
     """
     page = _match_page(raw) if not with_modified else _match_dates(raw)
     return page or _parse_page(raw, container, with_modified=with_modified)
@@ -187,7 +187,7 @@ def _next_marker(raw: bytes) -> str:
 def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
     try:
         root = ET.fromstring(raw.removeprefix(b"\xef\xbb\xbf"))  # noqa: S314 - entities are off in expat's defaults here
-    except (ET.ParseError, LookupError, ValueError) as error:  # the latter two for an encoding that is none
+    except (ET.ParseError, LookupError, ValueError) as error:  # the latter two for an unknown encoding
         raise _malformed(container, f"it is not XML: {error}") from error
     if root.tag != "EnumerationResults":
         raise _malformed(container, f"its root is {root.tag!r}")

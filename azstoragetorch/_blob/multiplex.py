@@ -45,8 +45,8 @@ class Multiplexer:
       registers it if not. The thread, when something arrives on a descriptor without a read (another request of the
       same connection, or its end), first stops watching and then looks once more for a read. So a read that is entered
       meanwhile is seen by one of the two.
-    * `begin` takes the one token of ``_turn`` after that, and whoever has it starts the thread. The thread gives the
-      token back when there was nothing to do for a while, and then looks once more for reads.
+    * `begin` takes the one token of ``_turn`` after that, and with it starts the thread. The thread gives the token back
+      when there was nothing to do for a while, and then looks once more for reads.
 
     A connection belongs to one request at a time, and so does its descriptor: nothing else writes these entries.
     """
@@ -67,7 +67,7 @@ class Multiplexer:
         done: Callable[[BlobVersion, bytes], None],
         failed: Callable[[], None],
     ) -> bool:
-        """Begin to read the first *length* bytes; False if there is no idle connection for it.
+        """Begin to read the first *length* bytes; False without an idle connection.
 
         Exactly one of *done* and *failed* is called, on another thread, unless False was returned.
         """

@@ -210,7 +210,7 @@ class ReadAhead:
         self._add(engine, content, is_kept=False)
 
     def _start(self, engine: Engine, span: ByteRange, *, is_kept: bool) -> bool:
-        """Have *span* fetched; False if there is no memory for it now."""
+        """Have *span* fetched; False without memory for it now."""
         loan = engine.budget.take(window.reserve_for(span, self._config.effective_part_size))
         if loan is None:
             return False

@@ -1,4 +1,4 @@
 """The ground floor: processes, cancellation, the byte budget, threads, and work that is claimed once.
 
-Everything above is written with these and creates no locks of its own.
+Everything above is written with these and creates no locks.
 """

@@ -14,7 +14,7 @@ The one protocol of the package for "this is being fetched". A `Job` is in one o
   leaves through the ``except`` of `run`, which knows by its token whether the work was its own.
 * open -> over: by `give_up`.
 
-No thread holds a lock while it waits, and there is none that a signal handler or a finalizer, which run inside this
+No thread holds a lock while it waits, and no lock exists that a signal handler or a finalizer, which run inside this
 code, could meet: states change by single steps on dicts and lists, which the interpreter does not divide. A thread that
 waits sleeps on a lock that only a `Bell` knows. It enters the lock there, then looks at the state, then sleeps; the
 thread that changes the state does so first and rings after. So either the sleeper sees the change or the bell finds the

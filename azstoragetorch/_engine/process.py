@@ -51,7 +51,7 @@ class PerProcess(Generic[T]):
             _to_drop.add(self)
 
     def get(self) -> T:
-        """The value of this process, made if there is none yet."""
+        """The value of this process, made if it does not exist yet."""
         process = _here[0]
         try:
             return self._values[process]
@@ -63,7 +63,7 @@ class PerProcess(Generic[T]):
             return self._values.setdefault(process, made)
 
     def peek(self) -> T | None:
-        """The value of this process, or None if there is none yet."""
+        """The value of this process, or None if it does not exist yet."""
         return self._values.get(_here[0])
 
     def forget(self) -> T | None:

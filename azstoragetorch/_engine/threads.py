@@ -140,7 +140,7 @@ class Engine:
         else:
             task, is_counted_on = self._tasks.get_nowait()
         if is_counted_on and not is_resting:
-            self._resting.append(None)  # the thread that it counted on goes on resting
+            self._resting.append(None)  # the thread that it counted on keeps resting
         elif is_resting and not is_counted_on:
             _took_one(self._resting)  # this thread rests no more
         return task
@@ -189,7 +189,7 @@ class _Map(Generic[T, R]):
     """One `Engine.map`: calls that several threads take from one list.
 
     Every thread that takes part enters itself in ``_helpers`` before it looks whether the list is closed, and the
-    caller closes the list before it looks whether somebody is left in there. So no call runs when the caller goes on,
+    caller closes the list before it looks whether somebody is left in there. So no call runs when the caller continues,
     and a helper whose turn comes too late takes nothing.
 
     Drawing from the list needs a lock, since a generator cannot be entered twice. Only helpers of this very call wait

@@ -1,7 +1,8 @@
 """Work on many blobs at once, results in order: what keeps datasets, pipes and nodes fed.
 
 What is in flight is bounded by the engine's byte budget and by a count, and never stuck: the next item always goes
-ahead, even while others hold the whole budget, since whoever needs its result does the work if nothing has begun.
+ahead, even while others hold the whole budget, since the thread that needs its result does the work itself if nothing
+has begun.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class OrderedPrefetch(Generic[T, R]):
         self._window = depth if is_eager else 0
         self._scope = Scope()
         self._queue: deque[Prefetched[T, R]] = deque()
-        self._pulled: deque[T] = deque()  # at most one: pulled, but there was no room for it
+        self._pulled: deque[T] = deque()  # at most one: pulled, but without room for it
         self._handed_out: Prefetched[T, R] | None = None
         self._is_unused = False  # what was handed out last
         self._source_error: Exception | None = None
