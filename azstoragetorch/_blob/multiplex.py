@@ -45,8 +45,8 @@ class Multiplexer:
       registers it if not. The thread, when something arrives on a descriptor without a read (another request of the
       same connection, or its end), first stops watching and then looks once more for a read. So a read that is entered
       meanwhile is seen by one of the two.
-    * `begin` takes the one token of ``_turn`` after that, and with it starts the thread. The thread gives the token back
-      when there was nothing to do for a while, and then looks once more for reads.
+    * `begin` takes the one token of ``_turn`` after that, and with it starts the thread. That gives the token
+      back when there was nothing to do for a while, and then looks once more for reads.
 
     A connection belongs to one request at a time, and so does its descriptor: nothing else writes these entries.
     """

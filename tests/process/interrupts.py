@@ -150,7 +150,8 @@ def _visit(
         if tracer.failure is not None:
             raise tracer.failure
         if tracer.raised is not None:
-            tracer.raised.__traceback__ = None  # it has been handled: its frames hold nothing any more
+            # It has been handled: its frames, and those of what it interrupted, hold nothing any more.
+            tracer.raised.__traceback__ = tracer.raised.__context__ = None
         check(state, run)
         del state
     run.result = None
