@@ -13,6 +13,7 @@ import pathlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,49 @@ def many_objects() -> Iterator[None]:
 def dump_metadata(metadata: dcp.Metadata) -> bytes:
     """*metadata* as the content of the blob ``.metadata``."""
     with many_objects():
-        return pickle.dumps(metadata, protocol=4)  # readable by every supported Python
+        return pickle.dumps(_with_equal_parts_once(metadata), protocol=4)  # readable by every supported Python
+
+
+def _with_equal_parts_once(metadata: dcp.Metadata) -> dcp.Metadata:
+    """*metadata* in which equal shapes, properties and names are one object, which a pickle then holds only once."""
+    sizes: dict[Any, Any] = {}
+    properties: dict[Any, Any] = {}
+    steps: dict[Any, Any] = {}
+
+    def once(size: Any) -> Any:
+        return sizes.setdefault(size, size) if type(size) is torch.Size else size
+
+    entries: dict[str, Any] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if type(entry) is dcp.TensorStorageMetadata:
+            made = entry.properties
+            like = (made.dtype, made.layout, made.requires_grad, made.memory_format, made.pin_memory)
+            chunks = [dcp.ChunkStorageMetadata(once(chunk.offsets), once(chunk.sizes)) for chunk in entry.chunks]
+            entry = dcp.TensorStorageMetadata(properties.setdefault(like, made), once(entry.size), chunks)
+        entries[key] = entry
+    storage: Any = metadata.storage_data
+    if isinstance(storage, dict):
+        storage = {_made_index(key.fqn, once(key.offset), key.index): info for key, info in storage.items()}
+    paths: Any = metadata.planner_data
+    if isinstance(paths, dict):
+        paths = {
+            key: tuple([steps.setdefault(step, step) if type(step) is str else step for step in path])
+            if type(path) is tuple
+            else path
+            for key, path in paths.items()
+        }
+    return replace(metadata, state_dict_metadata=entries, planner_data=paths, storage_data=storage)
+
+
+def _made_index(fqn: str, offset: Any, number: int | None) -> dcp.MetadataIndex:
+    """As ``MetadataIndex(fqn, offset, number)``, whose own way takes four times as long."""
+    index = object.__new__(dcp.MetadataIndex)
+    state = vars(index)
+    state["fqn"] = fqn
+    state["index"] = number
+    if offset is not None:
+        state["offset"] = offset
+    return index
 
 
 def load_metadata(data: bytes) -> dcp.Metadata:
@@ -274,7 +317,7 @@ def _index(fqn: Any, offset: Any, number: Any) -> dcp.MetadataIndex:
         raise CheckpointError(f"the metadata has an index of {fqn!r:.200} at {_kind(offset)}", key=fqn)
     if number is not None and not (type(number) is int and 0 <= number <= LARGEST):
         raise CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {shown(number)}", key=fqn)
-    return dcp.MetadataIndex(fqn, offset, number)
+    return _made_index(fqn, offset, number)
 
 
 def _chunk(record: Any, size: torch.Size) -> dcp.ChunkStorageMetadata | None:
