@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ Shell = Callable[..., subprocess.CompletedProcess[bytes]]
 
 def unfinished(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".azstoragetorch*")]
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user can read; pytest's are private, and every run makes them so again."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 class TestSources:
@@ -161,8 +170,8 @@ class TestFolders:
         assert container.names() == ["f"]
 
     @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
-    def test_folders_and_files_that_cannot_be_read_are_named(self, container: Container, tmp_path: Path) -> None:
-        source = tmp_path / "source"
+    def test_folders_and_files_that_cannot_be_read_are_named(self, container: Container, public_folder: Path) -> None:
+        source = public_folder / "source"
         for name in ("closed", "open"):
             (source / name).mkdir(parents=True)
             (source / name / "f").write_bytes(b"1")
@@ -170,8 +179,6 @@ class TestFolders:
         (source / "secret").write_bytes(b"1")
         (source / "secret").chmod(0o600)
         (source / "closed").chmod(0o700)
-        for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
-            folder.chmod(folder.stat().st_mode | 0o055)
         ended = subprocess.run(
             [sys.executable, "-c", AS_NOBODY, str(source), container.url],
             cwd=ROOT,
