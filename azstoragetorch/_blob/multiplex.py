@@ -103,9 +103,12 @@ class Multiplexer:
 
     def _watch(self, descriptor: int, connection: Connection) -> None:
         if self._watched.get(descriptor) is not connection:
-            self._watched[descriptor] = connection
-            with suppress(FileExistsError):  # the thread was faster
-                self._epoll.register(descriptor, select.EPOLLIN)
+            self._register(descriptor, connection)
+
+    def _register(self, descriptor: int, connection: Connection) -> None:
+        self._watched[descriptor] = connection
+        with suppress(FileExistsError):  # the thread was faster
+            self._epoll.register(descriptor, select.EPOLLIN)
 
     def _start(self) -> None:
         """Start the thread unless it runs."""
@@ -149,8 +152,8 @@ class Multiplexer:
         if read is None:  # others are using the connection, or it was closed
             self._unwatch(descriptor)
             read = self._reads.get(descriptor)
-            if read is not None:
-                self._watch(descriptor, read.connection)
+            if read is not None:  # `begin` may have found it registered still, and have noted that
+                self._register(descriptor, read.connection)
             return
         self._last_active = read.last_active = time.monotonic()
         try:
