@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch.checkpoint._format import Item, Payload, envelope, has_payload
 from azstoragetorch.checkpoint._host import Lanes, host_bytes
 from azstoragetorch.checkpoint._planning import contiguous_strides

@@ -83,24 +83,22 @@ LAYOUT = Name("torch.serialization", "_get_layout")
 ORDERED = Name("collections", "OrderedDict")
 MEMBER = Name("builtins", "getattr")  # how Python 3.11.0 to 3.11.3 pickles an enum
 
-_NAMES: dict[tuple[str, str], Any] = {
-    (name.module, name.name): name
-    for name in (
-        METADATA,
-        TENSOR,
-        BYTES,
-        CHUNK,
-        PROPERTIES,
-        INDEX,
-        STORAGE_META,
-        MEMORY_FORMAT,
-        INFO,
-        SIZE,
-        LAYOUT,
-        ORDERED,
-        MEMBER,
-    )
-}
+_ALL = (
+    METADATA,
+    TENSOR,
+    BYTES,
+    CHUNK,
+    PROPERTIES,
+    INDEX,
+    STORAGE_META,
+    MEMORY_FORMAT,
+    INFO,
+    SIZE,
+    LAYOUT,
+    ORDERED,
+    MEMBER,
+)
+_NAMES: dict[tuple[str, str], Any] = {(name.module, name.name): name for name in _ALL}
 _NAMES[_OLD, "TensorProperties"] = PROPERTIES
 _NAMES[_OLD, "MEM_FORMAT_ENCODING"] = MEMORY_FORMAT
 _CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
