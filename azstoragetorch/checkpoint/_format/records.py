@@ -26,10 +26,8 @@ import torch
 
 from azstoragetorch.exceptions import CheckpointError
 
-LARGEST = (1 << 63) - 1
-"""No count, offset or length in a checkpoint is larger."""
-DIMENSIONS = 64
-"""No tensor has more."""
+LARGEST = (1 << 63) - 1  # no count, offset or length in a checkpoint is larger
+DIMENSIONS = 64  # no tensor has more
 
 _BYTES_PER_CONTAINER = 8
 _CONTAINERS = 1024  # in any case
