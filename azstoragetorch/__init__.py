@@ -2,19 +2,28 @@
 
 .. code-block:: text
 
-            torch.save/load   DataLoader      DataPipes / nodes    torch.distributed.checkpoint
-                  |               |                  |                        |
-   public     io.BlobIO       datasets         datapipes, nodes         checkpoint
-                  `---------------'---------.--------'------------------------'
-   core                              _blob.client    one blob or container: size, read, write, list, delete
-                        .------------.------'-----.-----------.
-                    download      upload       listing     readahead
-                        `------------'-----.------'-----------'
-   edge      service, over transport and connection: HTTP    credentials    url
-                                           |
-   ground              engine: threads, byte budget, per process     retry
+   faces      cli
+              checkpoint  datapipes  datasets  nodes
+              io
+   _samples   cache  catalog  fetching  listing  resume  sources  workers
+              tar
+              items  names  once  prefetch  records  sharding  steps  tar_header  unpack
+   _files     partial  record  transfer
+              description  places  walk
+   _blob      client
+              commit  multiplex  readahead  upload
+              download  listing  window
+              service
+              authorizers  connection  credentials  retry  transport
+              errors  secret  url
+   _engine    threads
+              budget  turns
+              job
+              metrics  scope
+              config  memory  process  ranges
 
-Imports point down this picture, and the command line (``cli``) looks down on all of it. Importing the package itself
+Imports point down this picture, one row for each floor; modules of one floor may import each other if they are of one
+package. Importing the package itself
 loads neither torch nor the Azure SDK; each module loads what it needs.
 """
 

@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,40 +20,34 @@ from pathlib import Path
 
 import pytest
 
+import azstoragetorch
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
 FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
 HOUSES = FACES | {"cli"}  # packages or modules whose rooms are their own affair
 
-# The picture in the package's docstring, from the ground up. A module imports from rows below its own;
-# in a row of one package also from its neighbours, as long as no circle forms.
-ROWS = [
-    {"exceptions", "_engine", "_blob", "_files", "_samples"},
-    {"_engine.process", "_engine.config", "_engine.memory"},
-    {"_engine.metrics", "_engine.scope"},
-    {"_engine.job"},
-    {"_engine.budget", "_engine.turns"},
-    {"_engine.threads"},
-    {"_engine.engine"},
-    {"_blob.errors", "_blob.ranges", "_blob.secret", "_blob.url"},
-    {"_blob.authorizers", "_blob.connection", "_blob.credentials", "_blob.retry", "_blob.transport"},
-    {"_blob.service"},
-    {"_blob.download", "_blob.listing", "_blob.window"},
-    {"_blob.commit", "_blob.multiplex", "_blob.readahead", "_blob.upload"},
-    {"_blob.client"},
-    {"_files.places", "_files.description", "_files.walk"},
-    {"_files.record", "_files.partial", "_files.transfer"},
-    {"_samples.items", "_samples.names", "_samples.once", "_samples.prefetch", "_samples.records"}
-    | {"_samples.sharding", "_samples.steps", "_samples.tar_header", "_samples.unpack"},
-    {"_samples.tar"},
-    {"_samples.cache", "_samples.catalog", "_samples.fetching", "_samples.resume", "_samples.sources"}
-    | {"_samples.listing", "_samples.workers"},
-    {"io"},  # the one face that others hand out: Blob.reader() is a BlobIO
-    FACES - {"io"},
-    {"cli"},
-    {"", "__main__"},
-]
+# Rows of the picture in the package's docstring: a floor's name, if it begins there, and modules.
+_ROW = re.compile(r" {3}(\w*) +((?:\w+ *)+)")
+
+
+def rows_of(picture: str) -> list[set[str]]:
+    """The rows of *picture*, from the ground up. A module imports from rows below its own; in a row of one package also
+    from its neighbors, as long as no cycle forms."""
+    rows: list[set[str]] = []
+    floor = ""
+    floors = {"exceptions"}
+    for line in picture.splitlines():
+        if found := _ROW.fullmatch(line):
+            floor = found[1] or floor
+            is_package = floor != "faces"
+            rows.insert(0, {f"{floor}.{name}" if is_package else name for name in found[2].split()})
+            floors |= {floor} if is_package else set()
+    return [floors, *rows, {"", "__main__"}]
+
+
+ROWS = rows_of(azstoragetorch.__doc__ or "")
 
 # What faces may know of the floors below `_samples`; whatever else they need comes through these.
 FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secret", "_blob.url"} | {
@@ -402,6 +397,16 @@ def find_circle(graph: dict[str, set[str]]) -> list[str] | None:
         return None
 
     return next((circle for name in sorted(graph) if (circle := visit(name, []))), None)
+
+
+def test_the_picture_is_one() -> None:
+    """The page on architecture shows the rows that the imports are checked against, and each module has its place."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("```text\n")[2].partition("```")[0]
+    assert rows_of("".join(f"   {line}\n" for line in drawn.splitlines())) == ROWS
+    assert sum(map(len, ROWS)) == len(set().union(*ROWS))
+    placed = {name for row in ROWS for name in row}
+    assert {name for name in placed if name.partition(".")[0] not in HOUSES} <= set(MODULES)
 
 
 def test_no_imports_form_a_circle() -> None:

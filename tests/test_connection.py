@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch._blob.connection import Connection, Origin, is_exception, proxy_for
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.service import Request
 from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.ranges import ByteRange
 from tests.faults import FaultService
 from tests.support import QUICK, blob_client, container_client, content
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.ranges import (
+from azstoragetorch._engine.config import GiB, KiB, MiB, TransferConfig
+from azstoragetorch._engine.ranges import (
     ByteRange,
     block_size_at,
     busy_length,
@@ -21,7 +22,6 @@ from azstoragetorch._blob.ranges import (
     regroup,
     split,
 )
-from azstoragetorch._engine.config import GiB, KiB, MiB, TransferConfig
 
 
 @st.composite

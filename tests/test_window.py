@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch._blob import window
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.window import Pattern
 from azstoragetorch._engine.config import KiB, MiB
+from azstoragetorch._engine.ranges import ByteRange
 
 PART = 8 * MiB
 sizes = st.integers(1, 300 * MiB)

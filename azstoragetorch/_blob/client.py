@@ -20,7 +20,6 @@ from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import Retry, Transient, retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
@@ -29,6 +28,7 @@ from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.exceptions import ClientRequestIdMismatchError

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from azure.core.exceptions import ServiceResponseError
 
 from azstoragetorch._blob.errors import portable
-from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.retry import Retry, Transient
 from azstoragetorch._blob.service import Answer, Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB
+from azstoragetorch._engine.ranges import ByteRange, split
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError

@@ -19,13 +19,13 @@ from ssl import SSLWantReadError
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.transport import give_back, parse_head, take_idle
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.memory import bytes_to_fill
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.process import PerProcess
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Cancelled, Hold, Scope
 from azstoragetorch._engine.threads import Engine, start_thread
 

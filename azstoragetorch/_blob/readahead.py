@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from azstoragetorch._blob import window
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch_parallel, open_range
-from azstoragetorch._blob.ranges import ByteRange, gaps
 from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
+from azstoragetorch._engine.ranges import ByteRange, gaps
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 

@@ -25,14 +25,6 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.commit import CREATED, Commit, exists_already, look, md5_of
 from azstoragetorch._blob.connection import length_of
-from azstoragetorch._blob.ranges import (
-    MAX_BLOCKS,
-    busy_length,
-    collected_block,
-    even_blocks,
-    growing_blocks,
-    regroup,
-)
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -41,6 +33,14 @@ from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.memory import copy
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
+from azstoragetorch._engine.ranges import (
+    MAX_BLOCKS,
+    busy_length,
+    collected_block,
+    even_blocks,
+    growing_blocks,
+    regroup,
+)
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import FatalBlobIOWriteError

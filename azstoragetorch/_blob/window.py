@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from azstoragetorch._blob.ranges import ByteRange, gaps, split
 from azstoragetorch._engine.config import KiB, MiB
+from azstoragetorch._engine.ranges import ByteRange, gaps, split
 
 DIRECT = 1 * MiB  # a gap this large is fetched into the caller's memory; a smaller one joins the window
 MIN_SEGMENT = 4 * MiB

@@ -19,8 +19,8 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._engine.config import MiB
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._files.places import (
     CopyError,
     WrongMD5Error,

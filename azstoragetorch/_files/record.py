@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from azstoragetorch._blob.ranges import ByteRange, coalesce
+from azstoragetorch._engine.ranges import ByteRange, coalesce
 from azstoragetorch._files.places import PARTIAL, CopyError, open_own, own_user, shown
 
 _PART = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{24}}\.part")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.ranges import ByteRange, gaps, split
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.ranges import ByteRange, gaps, split
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._files.description import Description, describe
 from azstoragetorch._files.partial import READ, Partial

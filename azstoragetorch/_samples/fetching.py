@@ -12,10 +12,10 @@ from typing import TypeVar
 from azstoragetorch._blob.client import Access, BlobClient, BlobVersion, Head
 from azstoragetorch._blob.download import fetch_parallel
 from azstoragetorch._blob.errors import not_found
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.memory import copy, filled_bytes
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, plain_url, url_of

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 
 from azstoragetorch._blob.download import open_range
-from azstoragetorch._blob.ranges import ByteRange, split
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.ranges import ByteRange, split
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._planning import Request

@@ -19,10 +19,10 @@ from azstoragetorch import __version__
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.memory import new_buffer
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.cli import _sweep as sweep

@@ -29,10 +29,10 @@ from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
-from azstoragetorch._blob.ranges import ByteRange
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch.exceptions import AZStorageTorchError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
