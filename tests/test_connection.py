@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from azstoragetorch._blob.connection import Connection, Origin, is_exception, proxy_for
 from azstoragetorch._blob.service import Request
-from azstoragetorch._engine.engine import Scope
 from azstoragetorch._engine.ranges import ByteRange
+from azstoragetorch._engine.scope import Scope
 from tests.faults import FaultService
 from tests.support import QUICK, blob_client, container_client, content
 

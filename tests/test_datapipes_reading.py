@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import azstoragetorch.datapipes as pipes
 from azstoragetorch import TransferConfig
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.datapipes._base import IterableWrapper, IterDataPipe, traverse_dps
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container

@@ -16,7 +16,7 @@ from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpRes
 from torch.utils.data import DataLoader
 
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService, Hold, Match, Redirect, Status, Torn
 from tests.support import QUICK, content, in_time, wait_until

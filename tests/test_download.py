@@ -19,8 +19,8 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.download import BlobVersion, fetch_parallel, open_range
 from azstoragetorch._engine.config import KiB, MiB
-from azstoragetorch._engine.engine import Cancelled, Scope
 from azstoragetorch._engine.ranges import ByteRange
+from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import BlobChangedError, ClientRequestIdMismatchError
 from azstoragetorch.io import BlobIO
 from tests.faults import (

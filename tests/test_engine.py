@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,10 @@ from tests.support import in_time, run_python, run_threads, taking, wait_until
 def thread_count() -> int:
     """Threads of this process, also those that the module `threading` does not know."""
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+def run_all(engine: Engine, tasks: Sequence[Callable[[Scope], None]], at_most: int, scope: Scope | None = None) -> None:
+    engine.map(lambda task, inner: task(inner), tasks, at_most, scope)
 
 
 class TestThreads:
@@ -93,7 +97,7 @@ class TestThreads:
         with monkeypatch.context() as patch:
             patch.setattr("azstoragetorch._engine.threads._thread.start_new_thread", refuse)
             engine.submit(lambda: done.append(0))
-            engine.run_all([lambda _: done.append(1), lambda _: done.append(2)], 4)
+            run_all(engine, [lambda _: done.append(1), lambda _: done.append(2)], 4)
             assert done == [0, 1, 2]
         together = threading.Barrier(5)
         for _ in range(4):
@@ -124,12 +128,12 @@ class TestRunAll:
 
             return run
 
-        engine.run_all([task(number) for number in range(40)], 3)
+        run_all(engine, [task(number) for number in range(40)], 3)
         assert sorted(done) == list(range(40))
         assert peak == 3
 
     def test_nothing_to_do(self) -> None:
-        Engine(1, MiB).run_all([], 4)
+        run_all(Engine(1, MiB), [], 4)
 
     def test_the_caller_takes_part(self) -> None:
         """With every thread of the engine busy a transfer goes on all the same."""
@@ -137,7 +141,7 @@ class TestRunAll:
         gate = threading.Event()
         engine.submit(lambda: gate.wait(10) and None)
         who: list[int] = []
-        engine.run_all([lambda _: who.append(threading.get_ident())] * 5, 4)
+        run_all(engine, [lambda _: who.append(threading.get_ident())] * 5, 4)
         assert who == [threading.get_ident()] * 5
         gate.set()
 
@@ -146,9 +150,9 @@ class TestRunAll:
         done = []
 
         def outer(_scope: Scope) -> None:
-            engine.run_all([lambda _: engine.run_all([lambda _: done.append(1)] * 3, 3)] * 3, 3)
+            run_all(engine, [lambda _: run_all(engine, [lambda _: done.append(1)] * 3, 3)] * 3, 3)
 
-        in_time(lambda: engine.run_all([outer] * 4, 4))
+        in_time(lambda: run_all(engine, [outer] * 4, 4))
         assert len(done) == 36
 
     def test_the_first_error_stops_the_rest_and_is_raised_when_all_have_ended(self) -> None:
@@ -168,7 +172,7 @@ class TestRunAll:
             raise KeyError("first")
 
         with pytest.raises(KeyError, match="first"):
-            engine.run_all([slow, fail, *[slow] * 20], 2)
+            run_all(engine, [slow, fail, *[slow] * 20], 2)
         assert len(ended) == len(begun) < 5
 
     def test_a_cancelled_scope_does_not_count_as_done(self) -> None:
@@ -176,7 +180,7 @@ class TestRunAll:
         scope.cancel()
         done: list[int] = []
         with pytest.raises(Cancelled):
-            Engine(2, MiB).run_all([lambda _: done.append(1)], 2, scope)
+            run_all(Engine(2, MiB), [lambda _: done.append(1)], 2, scope)
         assert done == []
 
     def test_cancelling_from_outside_ends_it(self) -> None:
@@ -193,7 +197,7 @@ class TestRunAll:
 
         threading.Thread(target=cancel).start()
         with pytest.raises(Cancelled):
-            Engine(2, MiB).run_all([task] * 3, 2, scope)
+            run_all(Engine(2, MiB), [task] * 3, 2, scope)
 
     def test_nothing_of_a_failed_transfer_stays_in_memory(self) -> None:
         class Payload:
@@ -206,7 +210,7 @@ class TestRunAll:
             raise KeyError
 
         with pytest.raises(KeyError):
-            Engine(2, MiB).run_all([fail] * 2, 2)
+            run_all(Engine(2, MiB), [fail] * 2, 2)
         del payload, fail
         time.sleep(0.05)
         gc.collect()
@@ -536,7 +540,7 @@ while time.monotonic() < end:
     armed = True
     signal.setitimer(signal.ITIMER_REAL, randomness.uniform(0.0001, 0.004), randomness.uniform(0.0001, 0.001))
     try:
-        engine.run_all([task] * 8, 4)
+        engine.map(lambda task, scope: task(scope), [task] * 8, 4)
         armed = False
     except KeyboardInterrupt:
         armed = False
@@ -553,7 +557,7 @@ print(interrupted)
 
 @pytest.mark.untraced
 def test_interrupts_at_any_moment_leave_no_task_running_and_no_thread_stuck() -> None:
-    """Signals rain on the calling thread; each `run_all` returns or raises, and then none of its tasks runs."""
+    """Signals rain on the calling thread; each `map` returns or raises, and then none of its tasks runs."""
     assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "2", timeout=60)) > 20
 
 
@@ -564,7 +568,7 @@ def test_a_storm_of_small_transfers_from_many_threads() -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        counts = run_threads(6, lambda _: [engine.run_all([lambda _: None] * 5, 3) for _ in range(100)], 60)
+        counts = run_threads(6, lambda _: [run_all(engine, [lambda _: None] * 5, 3) for _ in range(100)], 60)
     finally:
         sys.setswitchinterval(interval)
     assert [len(count) for count in counts] == [100] * 6

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from azstoragetorch._blob.listing import Page, _match_page, _parse_page, list_pages, parse_page
 from azstoragetorch._blob.url import parse_container_url
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from tests.azurite.container import Container
 from tests.faults import (
     Chunked,

@@ -13,7 +13,7 @@ from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.transport import close_idle_connections, idle_connections
 from azstoragetorch._blob.url import parse_container_url
-from azstoragetorch._engine.engine import Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults.faults import (
     Chunked,

@@ -18,7 +18,7 @@ from azure.core.exceptions import ResourceNotFoundError
 from torchdata.nodes import BaseNode, Batcher, IterableWrapper, Loader, Mapper, ParallelMapper, Prefetcher
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobRange, BlobReader, BlobSharder, ShuffleBuffer
 from tests.azurite.container import Container

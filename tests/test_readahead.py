@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import Engine, engine_for
+from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService, Match, Reset, Stall, Status, Torn
 from tests.support import QUICK, blob_client, content, in_time, run_python, taking, wait_until

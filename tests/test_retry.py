@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Retry, Transient, is_connection_failure, refusal, retry_after, retrying
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.engine import Cancelled, Scope
+from azstoragetorch._engine.scope import Cancelled, Scope
 from tests.support import taking
 
 BROKEN = ServiceResponseError("broken")

@@ -19,7 +19,7 @@ from azure.core.credentials import AccessToken
 from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
 
 from azstoragetorch._blob import transport
-from azstoragetorch._engine.engine import Cancelled, Scope
+from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.faults import (

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import engine_for
 from azstoragetorch._engine.ranges import MAX_BLOCKS, block_size_at, even_cuts
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container

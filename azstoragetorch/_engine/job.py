@@ -154,11 +154,12 @@ class Job(Generic[R]):
         *start* gets two functions, of which one is to be called later, from any thread: the first with the result, the
         second to open the job again. It returns False if neither will be.
         """
-        token = _Token(0)
+        token = _Token(threading.get_ident())
         try:
             if self._claim.setdefault(None, token) is not token:
                 return True
             is_begun = start(self._succeed, partial(self._reopen, token))
+            token.thread = 0  # from here on this thread may wait for it
         except BaseException:
             self._reopen(token)
             raise

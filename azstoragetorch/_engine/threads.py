@@ -103,10 +103,6 @@ class Engine:
         helpers = (min(at_most, len(items)) if isinstance(items, Sized) else at_most) - 1
         return _Map(function, items, scope or Scope()).run(self, helpers)
 
-    def run_all(self, tasks: Iterable[Callable[[Scope], None]], concurrency: int, scope: Scope | None = None) -> None:
-        """As `map`; gone when nothing uses it any more."""
-        self.map(lambda task, inner: task(inner), tasks, concurrency, scope)
-
     def _put(self, task: Callable[[], object]) -> None:
         is_counted_on = _took_one(self._resting)
         self._tasks.put((task, is_counted_on))

@@ -10,7 +10,8 @@ from azstoragetorch._blob.client import Access, BlobClient, BlockWriter
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import GiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import Scope, engine_for
+from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch._samples.items import pair_of, plain_url
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.tar import END, entry, padding, split_name

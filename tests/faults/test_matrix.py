@@ -11,7 +11,7 @@ import pytest
 
 from azstoragetorch._blob import transport
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from tests.support import wait_until
 
 from .fixtures import LoopbackTls

@@ -31,8 +31,8 @@ from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import MiB
-from azstoragetorch._engine.engine import engine_for
 from azstoragetorch._engine.ranges import ByteRange
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import AZStorageTorchError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
@@ -372,7 +372,7 @@ class TestPickles:
 RAIN = """
 import random, signal, sys, threading, time
 from azstoragetorch import TransferConfig
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 

@@ -20,7 +20,7 @@ from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from azstoragetorch._engine.engine import engine_for
+from azstoragetorch._engine.threads import engine_for
 
 from .work import CACHE_BYTES, TRANSFER, Soak
 
