@@ -83,15 +83,31 @@ class TestJob:
         job = Job(work)
         assert in_time(job.result) == 6
 
-    def test_an_interrupt_of_the_caller_is_raised_and_kept(self) -> None:
-        def interrupt() -> None:
-            raise KeyboardInterrupt
+    def test_an_interrupt_belongs_to_the_thread_that_it_came_to(self) -> None:
+        """Another thread that waits for the job does the work itself."""
+        begun, may_end = threading.Event(), threading.Event()
+        calls: list[int] = []
 
-        job = Job(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            job.run()
-        with pytest.raises(KeyboardInterrupt):
-            job.result()
+        def work() -> int:
+            calls.append(1)
+            if len(calls) == 1:
+                begun.set()
+                may_end.wait(10)
+                raise KeyboardInterrupt
+            return 7
+
+        def act(number: int) -> None:
+            if number:
+                begun.wait(10)
+                threading.Timer(0.05, may_end.set).start()
+                assert job.result() == 7
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    job.run()
+
+        job = Job(work)
+        run_threads(2, act)
+        assert job.result() == 7
 
     def test_a_cancelled_job_ends_without_noise(self) -> None:
         def cancel() -> None:

@@ -18,7 +18,7 @@ from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
 from azstoragetorch._engine.ranges import ByteRange, gaps
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class _Content:
         self.loan = loan
         self._pool = pool
         self.scope = Scope()
+        self.has_begun = False
         self.filled = 0
         self.opened: RangeRead | None = None  # its request, where that was sent already
 
@@ -49,6 +50,9 @@ class _Content:
         """Receive all of it; *bell* rings whenever some bytes have arrived."""
         assert self._pool is not None
         assert self.loan is not None
+        if self.has_begun:
+            raise Cancelled  # an interrupt has ended the first try, which gave the bytes back
+        self.has_begun = True
         with ExitStack() as on_error:
             on_error.callback(self.loan.release)  # now, even if an error's traceback still refers to this
             self.scope.check()
@@ -283,8 +287,12 @@ class ReadAhead:
         """The segment's memory when its first *count* bytes are there."""
         content, job = segment.content, segment.job
         if job is not None and content.filled < count:
-            job.run()  # if its turn has not come, ours has
-            self._bell.wait_until(lambda: content.filled >= count or job.is_over)
+            try:
+                job.run()  # if its turn has not come, ours has
+                self._bell.wait_until(lambda: content.filled >= count or job.is_over)
+            except BaseException:
+                self._forget(segment)  # an interrupt may have ended its receiving
+                raise
             if content.filled < count:
                 raise self._failure(job)
         assert content.buffer is not None

@@ -131,7 +131,8 @@ class Job(Generic[R]):
     def run(self) -> bool:
         """Do the work here if nothing has begun; whether that was so.
 
-        What the work raises is kept for `result`. Only an interrupt of this thread is raised here as well.
+        What the work raises is kept for `result`. An interrupt belongs to the thread that it came to: it is raised
+        here, and the job is open again.
         """
         token = _Token(threading.get_ident())
         try:
@@ -141,11 +142,10 @@ class Job(Generic[R]):
             if work is not None:
                 self._end(_Outcome(work()))
         except BaseException as error:
-            if self._claim.get(None) is token:
-                self._end(_Outcome(error=error))
-                if isinstance(error, (Exception, Cancelled)):
-                    return True
-            raise
+            if self._claim.get(None) is not token or not isinstance(error, (Exception, Cancelled)):
+                self._reopen(token)
+                raise
+            self._end(_Outcome(error=error))
         return True
 
     def hand_over(self, start: Callable[[Callable[[R], None], Callable[[], None]], bool]) -> bool:
