@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.readahead import ReadAhead, _Content
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.io import BlobIO
@@ -388,6 +390,38 @@ class TestWindow:
                     assert piece == content(1 * MiB)[good : good + 10_000]
                     good += 10_000
         assert good >= 60_000
+
+    def test_an_interrupt_of_another_thread_does_not_end_a_read(
+        self, service: FaultService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where no thread can be made, any thread receives for all: if it is interrupted, the reader receives."""
+        data = content(50 * KiB)
+        service.put("c", "b", data)
+        transfer = replace(QUICK, max_connections=1, memory_limit=3 * MiB + 1)
+        client = blob_client(service.blob_url("c", "b"), transfer)
+        reader = ReadAhead(client.service, client.url)
+        arrived, busy = _Content._arrived, threading.Event()
+
+        def interrupt(*_: object) -> None:
+            monkeypatch.setattr(_Content, "_arrived", arrived)
+            reading.append(pool.submit(reader.read, 0))
+            wait_until(lambda: reader._bell._sleepers)
+            raise KeyboardInterrupt
+
+        reading: list[Future[bytes]] = []
+        with ThreadPoolExecutor() as pool:
+            try:
+                engine_for(transfer).submit(busy.wait)  # its only thread
+                assert reader.size() == len(data)
+                (segment,) = reader._segments
+                assert segment.job is not None
+                monkeypatch.setattr(_Content, "_arrived", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    segment.job.run()
+                assert reading[0].result(10) == data
+                reader.close()
+            finally:
+                busy.set()
 
     def test_a_head_that_is_known_is_not_fetched(self, service: FaultService) -> None:
         data = content(200_000)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.ranges import MAX_BLOCKS, block_size_at, even_cuts
 from azstoragetorch._engine.threads import engine_for
@@ -468,6 +470,34 @@ class TestNothingCommitted:
         with pytest.raises(FatalBlobIOWriteError, match="more than 3 blocks"):
             blob.close()
         assert service.get("c", "b") == OLD
+
+    def test_when_an_interrupt_came_to_another_thread(
+        self, service: FaultService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where no thread can be made, any thread stages for all: if it is interrupted, the writer does not wait."""
+        transfer = replace(QUICK, max_connections=1, memory_limit=3 * MiB + 2)
+        writer = blob_client(service.blob_url("c", "b"), transfer).writer()
+        busy, waiting = threading.Event(), []
+
+        def interrupt(*_: object) -> None:
+            monkeypatch.undo()
+            waiting.append(pool.submit(writer.flush))
+            wait_until(lambda: writer._bell._sleepers)
+            raise KeyboardInterrupt
+
+        with ThreadPoolExecutor() as pool:
+            try:
+                engine_for(transfer).submit(busy.wait)  # its only thread
+                writer.write(memoryview(content(transfer.block_size)))
+                (job,) = writer._in_flight
+                monkeypatch.setattr(BlockWriter, "_stage", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    job.run()
+                with pytest.raises(FatalBlobIOWriteError, match="interrupted"):
+                    waiting[0].result(10)
+                writer.abort()
+            finally:
+                busy.set()
 
     @pytest.mark.parametrize("operation", ["put_block", "put_block_list", "put_blob"])
     def test_when_a_write_or_the_commit_is_interrupted(self, service: FaultService, operation: str) -> None:

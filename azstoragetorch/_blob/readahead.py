@@ -18,7 +18,7 @@ from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
 from azstoragetorch._engine.ranges import ByteRange, gaps
-from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class _Content:
         self.loan = loan
         self._pool = pool
         self.scope = Scope()
-        self.has_begun = False
         self.filled = 0
         self.opened: RangeRead | None = None  # its request, where that was sent already
 
@@ -50,20 +49,18 @@ class _Content:
         """Receive all of it; *bell* rings whenever some bytes have arrived."""
         assert self._pool is not None
         assert self.loan is not None
-        if self.has_begun:
-            raise Cancelled  # an interrupt has ended the first try, which gave the bytes back
-        self.has_begun = True
         with ExitStack() as on_error:
             on_error.callback(self.loan.release)  # now, even if an error's traceback still refers to this
             self.scope.check()
             opened, self.opened = self.opened or open_it(self.scope), None
             with closing(opened):
-                self.buffer = self._pool.take(self.loan.amount)
+                # After an interrupt there is a buffer already, and the same bytes come once more.
+                self.buffer = self.buffer or self._pool.take(max(self.loan.amount, len(self.span)))
                 opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
             on_error.pop_all()
 
     def _arrived(self, bell: Bell, count: int) -> None:
-        self.filled = count
+        self.filled = max(self.filled, count)
         bell.ring()
 
     def __del__(self) -> None:
@@ -288,8 +285,9 @@ class ReadAhead:
         content, job = segment.content, segment.job
         if job is not None and content.filled < count:
             try:
-                job.run()  # if its turn has not come, ours has
-                self._bell.wait_until(lambda: content.filled >= count or job.is_over)
+                while content.filled < count and not job.is_over:
+                    job.run()  # if its turn has not come, ours has
+                    self._bell.wait_until(lambda: content.filled >= count or job.is_over or job.is_open)
             except BaseException:
                 self._forget(segment)  # an interrupt may have ended its receiving
                 raise

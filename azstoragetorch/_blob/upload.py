@@ -87,6 +87,11 @@ class _Held:
         self._loan = loan
         self._pool = pool
 
+    def check(self) -> None:
+        """Raise `Cancelled` if both were given back: an interrupt has ended the first try to stage the block."""
+        if not self._buffers:
+            raise Cancelled
+
     def release(self) -> None:
         """Give both back. Never waits."""
         while self._buffers:
@@ -340,7 +345,7 @@ class BlockWriter:
         """
         while len(running := self._still_in_flight()) >= count:
             if not any(job.run() for job in running):
-                self._bell.wait_until(lambda: any(job.is_over for job in running))
+                self._bell.wait_until(lambda: any(job.is_over or job.is_open for job in running))
 
     def _still_in_flight(self) -> list[Job[None]]:
         self._in_flight = [job for job in self._in_flight if not job.is_over]
@@ -350,6 +355,7 @@ class BlockWriter:
         try:
             if not self._failures:
                 self._scope.check()
+                held.check()
                 self._stage(block)
         except BaseException as error:
             self._failures.append(error)  # raised by the next call of the writer

@@ -9,7 +9,7 @@ The one protocol of the package for "this is being fetched". A `Job` is in one o
 * open -> claimed: the first to put its token under the key of ``_claim`` (``dict.setdefault``, one step). A thread of
   an engine does it when its turn comes; a thread that needs the result does it at once. So a job needs no free thread,
   and work that waits for work cannot starve.
-* claimed -> open: only by the claimant, when what it had handed the work to did not do it.
+* claimed -> open: only by the claimant, when what it had handed the work to did not do it, or when it was interrupted.
 * claimed -> over: the first to put an outcome under the key of ``_outcome``. A claimant that is interrupted at any line
   leaves through the ``except`` of `run`, which knows by its token whether the work was its own.
 * open -> over: by `give_up`.
