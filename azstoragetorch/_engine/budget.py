@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import deque
+from contextlib import suppress
 
 from azstoragetorch._engine.job import Bell
 from azstoragetorch._engine.memory import new_buffer
@@ -79,24 +80,20 @@ class Budget:
         Only for borrowers that hold nothing meanwhile which those others need.
         """
         ticket = object()
-        self._queue.append(ticket)
         try:
-            return self._freed.wait_until(lambda: self._lend(amount) if self._queue[0] is ticket else None)  # type: ignore[return-value]
-        finally:
+            try:
+                self._queue.append(ticket)
+                return self._freed.wait_until(lambda: self._lend(amount) if self._queue[0] is ticket else None)  # type: ignore[return-value]
+            finally:
+                self._leave(ticket)
+        except BaseException:
+            self._leave(ticket)  # the interrupt may have come in the line that does it
+            raise
+
+    def _leave(self, ticket: object) -> None:
+        with suppress(ValueError):  # it was not in the queue yet, or is not any more
             self._queue.remove(ticket)
-            self._freed.ring()
-
-    def acquire(self, amount: int) -> None:
-        """As `wait_for`; gone when nothing uses it any more."""
-        self._old = [*getattr(self, "_old", []), self.wait_for(amount)]
-
-    def release(self, amount: int) -> None:
-        """Give back what `acquire` got; gone when nothing uses it any more."""
-        for loan in list(self._old):
-            if loan.amount == amount:
-                self._old.remove(loan)
-                loan.release()
-                return
+        self._freed.ring()
 
     def _lend(self, amount: int) -> Loan | None:
         loan = Loan(self, amount)

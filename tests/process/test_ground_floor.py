@@ -138,12 +138,18 @@ class Listing(Actor):
 class Borrowing(Actor):
     """Loans that are waited for, and buffers."""
 
+    engine: Engine | None = None
+
     def act(self) -> None:
-        engine = Engine(2, 1000)
+        engine = self.engine = Engine(2, 1000)
         with engine.budget.wait_for(800), engine.budget.wait_for(200):
             assert engine.budget.take(1) is None
             engine.buffers.give_back(engine.buffers.take(100))
         assert engine.budget.in_flight == 0
+
+    def close(self) -> None:
+        """Nobody is left in the queue, for whom others would wait."""
+        assert self.engine is None or self.engine.budget.take(1) is not None
 
 
 ACTORS = [Reading, Prefetching, Mapping, Listing, Borrowing]
