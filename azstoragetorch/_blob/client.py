@@ -29,7 +29,7 @@ from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.ranges import ByteRange
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
@@ -156,15 +156,12 @@ class BlobClient(_Client):
             ResourceExistsError: the blob exists and was to be *create_only*.
         """
         writer = self.writer(create_only=create_only)
-        try:
+        with on_error(writer.abort):
             if len(data) <= self.config.block_size:
                 writer.put([memoryview(data)])
             else:
                 writer.write(memoryview(data))
                 writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
 
     def replace(
         self, data: bytes, *, etag: str | None, properties: Mapping[str, str] = MappingProxyType({})

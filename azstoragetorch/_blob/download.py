@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from azure.core.exceptions import ServiceResponseError
 
@@ -20,7 +21,7 @@ from azstoragetorch._blob.service import Answer, Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.ranges import ByteRange, split
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
@@ -121,11 +122,8 @@ class RangeRead:
             headers["x-ms-range-get-content-md5"] = "true"
         request = Request("GET", self._url, headers=headers, accept=_STATUSES, scope=self._scope)
         response = self._service.send(request)
-        try:
+        with on_error(partial(response.close, is_complete=False)):
             return response, self._check(response, span)
-        except BaseException:
-            response.close(is_complete=False)
-            raise
 
     def _check(self, response: Answer, span: ByteRange) -> BlobVersion:
         if response.status == 412:

@@ -26,7 +26,7 @@ from azstoragetorch._engine.memory import bytes_to_fill
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.ranges import ByteRange
-from azstoragetorch._engine.scope import Cancelled, Hold, Scope
+from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
 from azstoragetorch._engine.threads import Engine, start_thread
 
 _WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
@@ -126,14 +126,11 @@ class Multiplexer:
     def _run(self) -> None:
         scratch = memoryview(bytearray(_MOST_OF_A_HEAD))
         self._last_active = time.monotonic()
-        try:
+        with on_error(self._give_back):
             while self._is_wanted():
                 for descriptor, _ in self._epoll.poll(_TICK):
                     self._advance(descriptor, scratch)
                 self._drop_stalled()
-        except BaseException:
-            self._give_back()
-            raise
 
     def _is_wanted(self) -> bool:
         if self._reads or time.monotonic() - self._last_active < _PATIENCE:

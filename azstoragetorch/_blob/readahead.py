@@ -18,7 +18,7 @@ from azstoragetorch._engine.memory import copy, expect_filling, filled_bytes
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
 from azstoragetorch._engine.ranges import ByteRange, gaps
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import Engine, engine_for
 
 if TYPE_CHECKING:
@@ -284,13 +284,10 @@ class ReadAhead:
         """The segment's memory when its first *count* bytes are there."""
         content, job = segment.content, segment.job
         if job is not None and content.filled < count:
-            try:
+            with on_error(partial(self._forget, segment)):  # an interrupt may have ended its receiving
                 while content.filled < count and not job.is_over:
                     job.run()  # if its turn has not come, ours has
                     self._bell.wait_until(lambda: content.filled >= count or job.is_over or job.is_open)
-            except BaseException:
-                self._forget(segment)  # an interrupt may have ended its receiving
-                raise
             if content.filled < count:
                 raise self._failure(job)
         assert content.buffer is not None

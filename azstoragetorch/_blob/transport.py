@@ -25,7 +25,7 @@ from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.process import PerProcess
-from azstoragetorch._engine.scope import Cancelled, Hold, Scope
+from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 log = logging.getLogger("azstoragetorch")
@@ -132,11 +132,8 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
 def _receive_head(connection: Connection, method: str) -> _Answer:
     answer = _Answer(connection.socket, method=method)
     answer.is_head = method == "HEAD"
-    try:
+    with on_error(answer.close):
         answer.begin()
-    except BaseException:
-        answer.close()
-        raise
     return answer
 
 

@@ -38,7 +38,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from azstoragetorch._engine.process import Process, here
-from azstoragetorch._engine.scope import Cancelled
+from azstoragetorch._engine.scope import Cancelled, on_error
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -155,14 +155,11 @@ class Job(Generic[R]):
         second to open the job again. It returns False if neither will be.
         """
         token = _Token(threading.get_ident())
-        try:
+        with on_error(partial(self._reopen, token)):
             if self._claim.setdefault(None, token) is not token:
                 return True
             is_begun = start(self._succeed, partial(self._reopen, token))
             token.thread = 0  # from here on this thread may wait for it
-        except BaseException:
-            self._reopen(token)
-            raise
         if not is_begun:
             self._reopen(token)
         return is_begun

@@ -110,6 +110,22 @@ class Scope:
             hold.cancel()
 
 
+class on_error:  # noqa: N801 - used like a function
+    """Call *undo* if the ``with`` block is left by an error or an interrupt, which is raised on."""
+
+    __slots__ = ("_undo",)
+
+    def __init__(self, undo: Callable[[], object]) -> None:
+        self._undo = undo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._undo()
+
+
 def _open(lock: threading.Lock) -> None:
     with suppress(RuntimeError):  # it is open
         lock.release()

@@ -13,10 +13,12 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from azstoragetorch._engine.scope import on_error
 from azstoragetorch.exceptions import AZStorageTorchError
 
 PARTIAL = ".azstoragetorch-"  # the names of unfinished files begin with it
@@ -179,13 +181,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / unfinished_name()
-    try:
+    with on_error(partial(unfinished.unlink, missing_ok=True)):
         with io.BufferedWriter(open_exclusive(unfinished)) as file:
             yield file
         take_name(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _is_of_the_system(link: Path) -> bool:

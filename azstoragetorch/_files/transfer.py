@@ -19,7 +19,7 @@ from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.ranges import ByteRange, gaps, split
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._files.description import Description, describe
 from azstoragetorch._files.partial import READ, Partial
 from azstoragetorch._files.places import (
@@ -278,12 +278,8 @@ def _pieces(content: _Content, length: int, digest: _Digest, target: str) -> Ite
 def _writing(blob: BlobClient, scope: Scope) -> Iterator[BlockWriter]:
     """A writer that *scope* cancels, and that commits nothing unless the block does."""
     writer = blob.writer()
-    try:
-        with scope.holding(writer.cancel):
-            yield writer
-    except BaseException:
-        writer.abort()
-        raise
+    with on_error(writer.abort), scope.holding(writer.cancel):
+        yield writer
 
 
 def _blocks_at_once(config: TransferConfig) -> int:

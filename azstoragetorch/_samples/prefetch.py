@@ -17,7 +17,7 @@ from azstoragetorch._engine.budget import Loan
 from azstoragetorch._engine.job import Job
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import Engine
 
 T = TypeVar("T")
@@ -55,14 +55,11 @@ class Prefetched(Generic[T, R]):
         if job is None:
             with timed("blocked_seconds"):
                 return self._work(self.item)
-        try:
+        with on_error(self.give_up):
             if job.is_over:
                 return job.result()
             with timed("blocked_seconds"):
                 return job.result()
-        except BaseException:
-            self.give_up()
-            raise
 
     def give_up(self) -> None:
         """Do not begin the work ahead, if it has not begun, and keep no result of it."""
@@ -205,11 +202,8 @@ class OrderedPrefetch(Generic[T, R]):
         return self._work(item, self._scope)
 
     def _do_on_loan(self, item: T, loan: Loan) -> R:
-        try:
+        with on_error(loan.release):  # now, even if the error's traceback still refers to it
             result = self._work(item, self._scope)
-        except BaseException:
-            loan.release()  # now, even if the error's traceback still refers to it
-            raise
         loan.shrink(self._size(result))
         return result
 

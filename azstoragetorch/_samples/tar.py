@@ -15,6 +15,7 @@ from tarfile import ReadError, TarInfo
 from typing import IO, Any
 
 from azstoragetorch._engine.config import MiB
+from azstoragetorch._engine.scope import on_error
 from azstoragetorch._samples import tar_header
 from azstoragetorch._samples.tar_header import BLOCK, DamagedHeaderError, Header, Holes
 from azstoragetorch._samples.unpack import Unpacked, is_packed
@@ -255,7 +256,7 @@ class _Source:
     def spool(self, holes: Holes, what: str) -> IO[bytes]:
         """The same in a temporary file, at its beginning."""
         file = tempfile.TemporaryFile()  # noqa: SIM115 - handed out
-        try:
+        with on_error(file.close):
             try:
                 file.truncate(holes.size)
             except OSError as error:
@@ -266,9 +267,6 @@ class _Source:
                 file.seek(offset)
                 self._copy(file, count, what)
             file.seek(0)
-        except BaseException:
-            file.close()
-            raise
         return file
 
     def _copy(self, file: IO[bytes], count: int, what: str) -> None:

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from torch.futures import Future
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._engine.config import MiB, TransferConfig
-from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._alarm import alarmed
 from azstoragetorch.checkpoint._cleaning import delete_of_rank
@@ -150,7 +151,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             save.metadata_rank = save.rank
         elif not is_coordinator:
             return
-        try:
+        with on_error(partial(self._saves.end, save)):
             if save.is_own and save.folder.is_complete():
                 if not self._overwrite:
                     raise _exists(save)
@@ -164,9 +165,6 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             save.seen = save.folder.see(save.metadata_rank)
             if save.seen.exists and not self._overwrite:
                 raise _exists(save)
-        except BaseException:
-            self._saves.end(save)
-            raise
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to prepare: where items go is decided while they are written."""
@@ -189,11 +187,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         if save is None or save.is_written:
             save = self._saves.begin(self._folder)
         save.is_written = True
-        try:
+        with on_error(partial(self._saves.end, save)):
             written = self._write(save, plan, planner)
-        except BaseException:
-            self._saves.end(save)
-            raise
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
         return future

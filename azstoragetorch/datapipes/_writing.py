@@ -10,7 +10,7 @@ from azstoragetorch._blob.client import Access, BlobClient, BlockWriter
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import GiB, MiB, TransferConfig
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch._samples.items import pair_of, plain_url
 from azstoragetorch._samples.prefetch import OrderedPrefetch
@@ -100,13 +100,10 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
 
     def _copy(self, client: BlobClient, stream: Any) -> None:
         writer = client.writer(create_only=not self.overwrite)
-        try:
+        with on_error(writer.abort):
             while chunk := stream.read(_COPY):
                 writer.write(memoryview(_as_bytes(chunk, str(client.url))))
             writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
 
 
 @functional_datapipe("write_blob_tar_shards")

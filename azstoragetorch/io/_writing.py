@@ -25,6 +25,7 @@ import io
 from collections import deque
 from typing import TYPE_CHECKING, NoReturn
 
+from azstoragetorch._engine.scope import on_error
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io._arguments import InvalidSeekError
 
@@ -101,13 +102,10 @@ class Writer:
 
     def commit(self) -> None:
         """Make everything written the content of the blob; raise, and give up, if that cannot be done."""
-        try:
+        with on_error(self._blocks.abort):
             self._take_what_was_left()
             self._check()
             self._blocks.commit()
-        except BaseException:
-            self._blocks.abort()
-            raise
 
     def leave(self, data: memoryview) -> None:
         """Append *data* later: for finalizers."""
