@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,15 +49,13 @@ class _Content:
         """Receive all of it; *bell* rings whenever some bytes have arrived."""
         assert self._pool is not None
         assert self.loan is not None
-        with ExitStack() as on_error:
-            on_error.callback(self.loan.release)  # now, even if an error's traceback still refers to this
+        with on_error(self.loan.release):  # now, even if the error's traceback still refers to this
             self.scope.check()
             opened, self.opened = self.opened or open_it(self.scope), None
             with closing(opened):
                 # After an interrupt there is a buffer already, and the same bytes come once more.
                 self.buffer = self.buffer or self._pool.take(max(self.loan.amount, len(self.span)))
                 opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
-            on_error.pop_all()
 
     def _arrived(self, bell: Bell, count: int) -> None:
         self.filled = max(self.filled, count)
