@@ -93,13 +93,13 @@ def _cpu() -> float:
 
 
 def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Case]:
-    import torch
-    from torch.utils.data import DataLoader
+    return [*_large_cases(session, place, size), *_small_cases(session, place, count)]
 
-    from azstoragetorch.datasets import BlobDataset, IterableBlobDataset
+
+def _large_cases(session: Session, place: BlobURL, size: int) -> list[_Case]:
+    import torch
 
     credential = session.access.credential(place)
-    container, prefix = str(place.with_blob("")), f"{place.blob}/samples/"
     large, saved = f"{place}/large", f"{place}/saved.pt"
     data = memoryview(bytearray(os.urandom(MiB)) * (size // MiB))
     buffer = bytearray(size)
@@ -125,6 +125,18 @@ def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Cas
         with BlobIO(saved, "rb", credential=credential) as blob:
             torch.load(blob)
 
+    runs = {"write": write, "read": read, "readinto": readinto, "torch.save": save, "torch.load": load}
+    return [_Case(name, "MiB/s", size / MiB, run, size / MiB) for name, run in runs.items()]
+
+
+def _small_cases(session: Session, place: BlobURL, count: int) -> list[_Case]:
+    from torch.utils.data import DataLoader
+
+    from azstoragetorch.datasets import BlobDataset, IterableBlobDataset
+
+    credential = session.access.credential(place)
+    container, prefix = str(place.with_blob("")), f"{place.blob}/samples/"
+
     def put() -> None:
         client = session.access.container(place, TransferConfig())
         sample = os.urandom(_SAMPLE)
@@ -143,14 +155,8 @@ def _cases(session: Session, place: BlobURL, size: int, count: int) -> list[_Cas
         found = len(BlobDataset.from_container_url(container, prefix=prefix, credential=credential))
         assert found == count, f"{found} names, not {count}"
 
-    mebibytes = size / MiB
     small = count * _SAMPLE / MiB
     return [
-        _Case("write", "MiB/s", mebibytes, write, mebibytes),
-        _Case("read", "MiB/s", mebibytes, read, mebibytes),
-        _Case("readinto", "MiB/s", mebibytes, readinto, mebibytes),
-        _Case("torch.save", "MiB/s", mebibytes, save, mebibytes),
-        _Case("torch.load", "MiB/s", mebibytes, load, mebibytes),
         _Case("small blobs written", "blobs/s", count, put, small),
         _Case("dataset", "samples/s", count, samples, small),
         _Case("listing", "names/s", count, listing, 0),
