@@ -17,7 +17,7 @@ from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModif
 
 from azstoragetorch._blob.commit import CREATED, Found, look, md5_of, unknown_outcome
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.download import BlobVersion, fetch, open_range
+from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.readahead import ReadAhead
@@ -33,7 +33,17 @@ from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
-__all__ = ["Access", "BlobClient", "BlobVersion", "BlockWriter", "ContainerClient", "Head", "Page"]
+__all__ = [
+    "Access",
+    "BlobClient",
+    "BlobVersion",
+    "BlockWriter",
+    "ContainerClient",
+    "Found",
+    "Head",
+    "Page",
+    "ReadAhead",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +133,10 @@ class BlobClient(_Client):
         return multiplexer.begin(
             self.service, self.url, length, scope, lambda version, data: done(Head(version, data)), failed
         )
+
+    def open_range(self, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None) -> RangeRead:
+        """Ask for *span*, of the version *etag* if given, and return when the head of the answer is there."""
+        return open_range(self.service, self.url, span, etag=etag, scope=scope)
 
     def fetch(self, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope) -> None:
         """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""

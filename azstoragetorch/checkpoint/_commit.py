@@ -53,7 +53,7 @@ import math
 
 from azure.core.exceptions import ResourceModifiedError
 
-from azstoragetorch._blob.commit import Found
+from azstoragetorch._blob.client import Found
 from azstoragetorch.checkpoint._fence import (
     TOMBSTONE_SIZE,
     cleaned_headers,

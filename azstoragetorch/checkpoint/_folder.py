@@ -11,9 +11,8 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient
+from azstoragetorch._blob.client import BlobClient, ContainerClient, Page
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
-from azstoragetorch._blob.listing import Page
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.process import PerProcess

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 
-from azstoragetorch._blob.download import open_range
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.ranges import ByteRange, split
 from azstoragetorch._engine.scope import Scope
@@ -85,12 +84,12 @@ class _Blob:
             # The first answer tells the version that all others are pinned to.
             read = None
             if self.etag is None:
-                read = open_range(client.service, client.url, span, scope=scope)
+                read = client.open_range(span, scope=scope)
                 self.etag, self._size = read.version.etag, read.version.size
         if read is None:
             if self._size is not None and span.stop > self._size:
                 raise _truncated(self._size, client.url, span, keys)
-            read = open_range(client.service, client.url, span, etag=self.etag, scope=scope)
+            read = client.open_range(span, etag=self.etag, scope=scope)
             self._size = read.version.size
         if read.span != span:
             read.close()

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from azstoragetorch._blob.client import BlobVersion
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 from azstoragetorch._engine.threads import engine_for

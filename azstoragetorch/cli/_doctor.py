@@ -16,9 +16,8 @@ import click
 from azure.core.exceptions import AzureError, ClientAuthenticationError
 
 from azstoragetorch import __version__
-from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.client import BlobClient, BlobVersion
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.memory import new_buffer

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.listing import Page
+from azstoragetorch._blob.client import ContainerClient, Page
 from azstoragetorch._blob.url import BlobURL, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._files.places import printable

@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 
 import click
 
-from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.listing import Page
+from azstoragetorch._blob.client import ContainerClient, Page
 from azstoragetorch._blob.url import BlobURL, parse_url
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
     from typing_extensions import Self
 
-    from azstoragetorch._blob.download import BlobVersion
+    from azstoragetorch._blob.client import BlobVersion
 
     class _BinaryFile(io.BufferedIOBase, BinaryIO):
         """A file of bytes for type checkers, so that `torch.save` and `torch.load` take it."""

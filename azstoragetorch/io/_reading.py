@@ -18,7 +18,7 @@ from azstoragetorch.io._arguments import InvalidSeekError, writable_bytes
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from azstoragetorch._blob.readahead import ReadAhead
+    from azstoragetorch._blob.client import ReadAhead
 
 _BUFFER_SIZE = 64 * KiB  # what lines and small reads are served from
 _LARGE_READ = 1 * MiB  # from here on a read is made in one piece, on huge pages, and never joined

@@ -30,7 +30,7 @@ from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io._arguments import InvalidSeekError
 
 if TYPE_CHECKING:
-    from azstoragetorch._blob.upload import BlockWriter
+    from azstoragetorch._blob.client import BlockWriter
 
 _ADVICE = (
     "a blob is written from start to end; write a format that goes back, such as WAV, TIFF or HDF5, to io.BytesIO or "
