@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +199,25 @@ class TestRunAll:
         threading.Thread(target=cancel).start()
         with pytest.raises(Cancelled):
             run_all(Engine(2, MiB), [task] * 3, 2, scope)
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_helper_whose_turn_comes_late_holds_nothing(self, fails: bool) -> None:
+        """The caller's buffer can be resized, as it can after a read of a local file."""
+        engine, busy = Engine(1, MiB), threading.Event()
+        buffer = bytearray(b"abcd")
+
+        def call(view: memoryview, _scope: Scope) -> None:
+            view[:] = b"xy"
+            if fails:
+                raise ValueError("of the first")
+
+        try:
+            engine.submit(busy.wait)  # its only thread
+            with pytest.raises(ValueError, match="of the first") if fails else nullcontext():
+                engine.map(call, [memoryview(buffer)[:2], memoryview(buffer)[2:]], 8)
+            buffer += b"e"
+        finally:
+            busy.set()
 
     def test_nothing_of_a_failed_transfer_stays_in_memory(self) -> None:
         class Payload:

@@ -221,6 +221,7 @@ class _Map(Generic[T, R]):
             self._errors.clear()
             self._results = {}
             self._function = None
+            self._items = iter(())  # a helper whose turn has not come refers to this, but not to the caller's memory
 
     def _take_part(self, engine: Engine, helpers: int, me: object) -> None:
         try:
