@@ -22,6 +22,7 @@ import threading
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from azstoragetorch._engine.job import Bell
+from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Cancelled
 
 State: TypeAlias = dict[str, Any]
@@ -57,7 +58,7 @@ class Steps(Generic[T, R]):
     def __init__(self) -> None:
         self._plan: Plan[R] = Plan(None)
         self._is_given_up = False
-        self._inside: dict[object, int] = {}  # steps in progress, and their threads
+        self._inside: PerProcess[dict[object, int]] = PerProcess(dict)  # steps in progress, and their threads
         self._bell = Bell()
 
     def _begin(self, state: State | None) -> R:
@@ -78,7 +79,7 @@ class Steps(Generic[T, R]):
         """Begin a run when no step of another thread is in progress."""
         self.give_up()
         me = threading.get_ident()
-        self._bell.wait_until(lambda: all(thread == me for thread in list(self._inside.values())))
+        self._bell.wait_until(lambda: all(thread == me for thread in list(self._inside.get().values())))
         self._replace(Plan(state))
         self._is_given_up = False
         self._begun()
@@ -93,7 +94,7 @@ class Steps(Generic[T, R]):
         before: tuple[Plan[R], State] | None = None
         try:
             try:
-                self._inside[me] = threading.get_ident()
+                self._inside.get()[me] = threading.get_ident()
                 if self._is_given_up:
                     raise StopIteration
                 plan, run = self._begun()
@@ -154,5 +155,5 @@ class Steps(Generic[T, R]):
             old.run.close()
 
     def _leave(self, me: object) -> None:
-        self._inside.pop(me, None)
+        self._inside.get().pop(me, None)
         self._bell.ring()

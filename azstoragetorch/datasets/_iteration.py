@@ -6,6 +6,7 @@ the position, as after an interrupt between any two lines, it is thrown away and
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,27 +81,29 @@ class Samples(Iterator[T_co], Generic[T_co]):
         self._on_error = on_error
         self._position = position
         self._on_end = on_end
-        self._is_running = False
+        self._running: int | None = None  # the process in which a step is in progress
         self._ahead: OrderedPrefetch[Planned, Head] | None = self._fetch_ahead()
 
     def _fetch_ahead(self) -> OrderedPrefetch[Planned, Head]:
         return self._contents.fetch_ahead(self._position.plan(), is_eager=self._transform is None)
 
     def __next__(self) -> T_co:
-        if self._is_running:
+        if self._running == os.getpid():
             raise ValueError("the iterator is already running: a transform or a signal handler asks it for a sample")
+        if self._running is not None:
+            self._drop_ahead()  # forked: a thread of the parent was in the middle of a step
         place = self._position.consumed
         try:
             try:
-                self._is_running = True
+                self._running = os.getpid()
                 return self._next()
             finally:
-                self._is_running = False
+                self._running = None
         except Exception:
             raise
         except BaseException:
             # An interrupt says nothing about the blob, which comes again whenever the iteration is continued.
-            self._is_running = False  # it may have come in the line above
+            self._running = None  # it may have come in the line above
             self._position.consumed = place
             self._drop_ahead()
             raise

@@ -6,8 +6,10 @@ import itertools
 import json
 import multiprocessing
 import sys
+import threading
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import torch.distributed
 from torch.utils.data import DataLoader
 
+from azstoragetorch._samples.steps import State, Steps
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.azurite.container import Container
 from tests.faults import FaultService, Match, Reset, Status, Torn
@@ -314,6 +317,85 @@ def test_a_forked_child_can_take_a_batch_that_its_parent_reads_ahead(
     assert child.exitcode == 0
     assert json.loads((tmp_path / "names").read_text()) == NAMES[4:8]
     assert dataset.__getitems__(range(4, 8)) == NAMES[4:8]
+
+
+def test_a_forked_child_can_continue_while_a_thread_of_its_parent_takes_a_sample(
+    fault_service: FaultService, tmp_path: Path
+) -> None:
+    """The step in progress is the parent's: the child begins with the same blob."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def stop_once(blob: Blob) -> str:
+        if multiprocessing.parent_process() is None and not entered.is_set():
+            entered.set()
+            assert go_on.wait(60)
+        return checked_name(blob)
+
+    samples = iter(make(IterableBlobDataset, url_of_filled(fault_service), transform=stop_once))
+    with ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(next, samples)
+            assert entered.wait(10)
+            child = multiprocessing.get_context("fork").Process(target=finish, args=(samples, str(tmp_path / "names")))
+            child.start()
+            child.join(60)
+        finally:
+            go_on.set()
+    assert child.exitcode == 0
+    assert json.loads((tmp_path / "names").read_text()) == NAMES
+    assert [first.result(), *samples] == NAMES
+
+
+class _Count:
+    """A run that counts its steps."""
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state or {"steps": 0}
+
+    def interrupt(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Counting(Steps[int, _Count]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def _begin(self, state: State | None) -> _Count:
+        return _Count(state)
+
+    def _step(self, run: _Count) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            self.entered.set()
+            assert self.go_on.wait(60)
+        run.state = {"steps": run.state["steps"] + 1}
+        return int(run.state["steps"])
+
+
+def begin_and_step(steps: _Counting) -> None:
+    steps.begin({"steps": 6})
+    assert steps.next() == 7
+
+
+def test_a_forked_child_can_reset_while_a_thread_of_its_parent_takes_a_step() -> None:
+    """The step in progress is the parent's: the child does not wait for it."""
+    steps = _Counting()
+    with ThreadPoolExecutor() as pool:
+        try:
+            step = pool.submit(steps.next)
+            assert steps.entered.wait(10)
+            child = multiprocessing.get_context("fork").Process(target=begin_and_step, args=(steps,))
+            child.start()
+            child.join(20)
+            child.kill()  # if it still waits
+            child.join()
+        finally:
+            steps.go_on.set()
+        assert child.exitcode == 0
+        assert step.result() == 1
 
 
 def take_batch(dataset: Any, into: str) -> None:
