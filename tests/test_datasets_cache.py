@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import stat
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+import azstoragetorch._samples.cache
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._samples.cache import BlobCache
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService
+from tests.process.interrupts import Run, sweep
 from tests.support import QUICK, content
 
 URL = parse_blob_url("https://account.blob.core.windows.net/data/blob?sv=1&sig=secret")
@@ -187,6 +190,34 @@ def test_many_processes_may_use_one_folder(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path, limit)
     kept = [index for index in range(40) if cache.load(URL, str(index)) == content(900 + index, index)]
     assert len(kept) == len(files(tmp_path)) > 5
+
+
+@pytest.mark.untraced
+@pytest.mark.parametrize("is_handler", [True, False])
+def test_a_store_inside_any_line_of_another(tmp_path: Path, is_handler: bool) -> None:
+    """A signal handler's neither waits nor is lost from the count; an interrupt leaves the next one what it needs."""
+    numbers = itertools.count()
+    cache = BlobCache(tmp_path / "none", 0)
+
+    def set_up() -> None:
+        nonlocal cache
+        cache = BlobCache(tmp_path / str(next(numbers)), 20_000)
+
+    def handle() -> None:
+        if not is_handler:
+            raise KeyboardInterrupt
+        cache.store(URL, "handler's", content(200))
+
+    def check(_state: None, run: Run) -> None:
+        cache.store(URL, "after", content(300))
+        names = ["after", *(["handler's"] if is_handler else []), *(["e"] if run.error is None else [])]
+        assert all(cache.load(URL, name) is not None for name in names)
+        on_disk = sum(path.stat().st_size for path in files(cache.folder))
+        assert int((cache.folder / "usage").read_text()) >= on_disk
+
+    sweep(
+        set_up, lambda _: cache.store(URL, "e", content(100)), check, files=[azstoragetorch._samples.cache], do=handle
+    )
 
 
 def test_workers_share_it(fault_service: FaultService, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Blobs kept on a local disk by (URL, ETag), for jobs that read the same ones again and again.
 
 Any number of processes may use one folder at once: files appear whole, by renaming, and are never changed after; the
-count of bytes is kept under a file lock. The least recently used leave. A disk that is full or cannot be written is
-no error: blobs are then read through, which is said once.
+count of bytes is kept under a file lock. Only one call of a process waits for that lock; any other one leaves its bytes
+to that call, since it may be a signal handler inside it. The least recently used leave. A disk that is full or cannot
+be written is no error: blobs are then read through, which is said once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.memory import filled_bytes
+from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Scope
 
 try:
@@ -49,6 +52,8 @@ class BlobCache:
         self.folder = Path(folder).absolute()
         self.limit = limit
         self._is_broken = False
+        self._uncounted: PerProcess[deque[int]] = PerProcess(deque)  # sizes of files that the count is to have
+        self._counting: PerProcess[dict[None, object]] = PerProcess(dict)  # the call that counts them
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self.folder.stat()
@@ -105,10 +110,10 @@ class BlobCache:
                             view = view[file.write(view) :]
                     if len(data) > _READ_WHOLE:
                         os.fsync(file)
-                with self._locked_usage() as usage:
-                    if not path.exists():
-                        usage.add(size)
-                    Path(name).replace(path)
+                if not path.exists():
+                    self._uncounted.get().append(size)
+                    self._count()
+                Path(name).replace(path)
             except BaseException:
                 with suppress(OSError):
                     Path(name).unlink()
@@ -125,6 +130,19 @@ class BlobCache:
         key = f"{url}\n{url.snapshot or ''}\n{url.versionid or ''}\n{etag}"
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / name[:2] / (name[2:] + _SUFFIX)
+
+    def _count(self) -> None:
+        """Count what is new, after room was made for it, unless a call of this process is at it: that looks again."""
+        uncounted, counting, me = self._uncounted.get(), self._counting.get(), object()
+        try:
+            while uncounted and counting.setdefault(None, me) is me:
+                with self._locked_usage() as usage, suppress(IndexError):
+                    while True:
+                        usage.add(uncounted.popleft())
+                _leave(counting, me)
+        except BaseException:
+            _leave(counting, me)
+            raise
 
     @contextmanager
     def _locked_usage(self) -> Iterator[_Usage]:
@@ -167,6 +185,11 @@ class BlobCache:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _leave(counting: dict[None, object], me: object) -> None:
+    if counting.get(None) is me:
+        del counting[None]
 
 
 class _Usage:
