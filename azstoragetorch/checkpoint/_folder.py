@@ -11,8 +11,8 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient, Page
-from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.client import Access, BlobClient, Page
+from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.process import PerProcess
@@ -87,15 +87,14 @@ class Folder:
     """A folder in a container. Cheap, lazy and picklable, as the clients that it hands out."""
 
     def __init__(self, url: str, credential: Credential = None, transfer: TransferConfig | None = None) -> None:
-        if transfer is not None and not isinstance(transfer, TransferConfig):
-            raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
         parsed = parse_url(url)
         if parsed.is_read_only:
             raise ValueError(f"url {str(parsed)!r}: a checkpoint has no snapshot or version")
         self.address = replace(parsed, blob=parsed.blob.strip("/"), sas=None)
-        self.transfer = transfer or TransferConfig()
-        self._credential = CredentialHolder(credential, parsed.sas, named=parsed)
-        self._container = ContainerClient(self.address.with_blob(""), self._credential, self.transfer)
+        self._access = Access(credential, transfer, parsed)
+        self.transfer = self._access.config
+        self._sas = parsed.sas
+        self._container = self._access.container(parsed)
 
     @property
     def url(self) -> str:
@@ -118,15 +117,15 @@ class Folder:
                     f"{url!r} is in another account than {self.url!r}, whose credential is not sent there; make a new "
                     "reader or writer for it"
                 )
-            other._credential = self._credential
-            other._container = ContainerClient(other.address.with_blob(""), self._credential, self.transfer)
+            other._access, other._sas = self._access, self._sas
+            other._container = self._access.container(replace(other.address, sas=self._sas))
         return other
 
     def child(self, name: str) -> Folder:
         """The folder *name* in this one."""
         other = Folder(self.url, False, self.transfer)
         other.address = self.address.with_blob(self.prefix + name.strip("/"))
-        other._credential, other._container = self._credential, self._container
+        other._access, other._sas, other._container = self._access, self._sas, self._container
         return other
 
     def blob(self, name: str) -> BlobClient:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient
-from azstoragetorch._blob.credentials import Credential, CredentialHolder, check_key, is_trusted
+from azstoragetorch._blob.client import Access, BlobClient, ContainerClient
+from azstoragetorch._blob.credentials import Credential, check_key, is_trusted
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TRUSTED_HOSTS, TransferConfig
 
@@ -18,7 +18,7 @@ ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE
 
 
 @dataclass(frozen=True)
-class Access:
+class CredentialOptions:
     """What the options say about credentials."""
 
     warn: Callable[[str], None]
@@ -67,15 +67,11 @@ class Access:
 
     def blob(self, url: BlobURL, config: TransferConfig) -> BlobClient:
         """The blob at *url*."""
-        return BlobClient(url, self._holder(url), config)
+        return Access(self.credential(url), config, url).blob(url)
 
     def container(self, url: BlobURL, config: TransferConfig) -> ContainerClient:
         """The container that *url* is in."""
-        container = replace(url, blob="", snapshot=None, versionid=None)
-        return ContainerClient(container, self._holder(url), config)
-
-    def _holder(self, url: BlobURL) -> CredentialHolder:
-        return CredentialHolder(self.credential(url), url.sas, named=url)
+        return Access(self.credential(url), config, url).container(url)
 
 
 def _account_of(url: BlobURL) -> str:

@@ -19,7 +19,7 @@ from azure.core.exceptions import (
 )
 
 from azstoragetorch._blob.url import BlobURL, parse_url
-from azstoragetorch.cli._access import Access
+from azstoragetorch.cli._access import CredentialOptions
 from azstoragetorch.cli._output import SIGN_IN, Output
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointNotFoundError
 
@@ -30,7 +30,7 @@ FAILED, USAGE, NOT_FOUND, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 class Session:
     """What the common options of a command say."""
 
-    access: Access
+    access: CredentialOptions
     output: Output
 
 
@@ -60,7 +60,7 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(anonymous: bool, sas_env: str | None, is_json: bool, is_quiet: bool, **arguments: Any) -> Any:
         output = Output(is_json=is_json, is_quiet=is_quiet)
         try:
-            return function(Session(Access(output.warn, anonymous, sas_env), output), **arguments)
+            return function(Session(CredentialOptions(output.warn, anonymous, sas_env), output), **arguments)
         except (AzureError, AZStorageTorchError, OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError):
                 raise

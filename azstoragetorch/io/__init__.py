@@ -11,8 +11,8 @@ from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
 
-from azstoragetorch._blob.client import BlobClient
-from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.client import Access, BlobClient
+from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Cancelled
@@ -86,10 +86,7 @@ class BlobIO(_BinaryFile):
             raise ValueError(f"mode must be 'rb', 'wb' or 'xb', not {mode!r}")
         if mode != "rb" and url.is_read_only:
             raise ValueError(f"mode {mode!r}: {url} with a snapshot or versionid can only be read")
-        if transfer is not None and not isinstance(transfer, TransferConfig):
-            raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
-        client = BlobClient(url, CredentialHolder(credential, url.sas, named=url), transfer or TransferConfig())
-        self._set_up(client, mode)
+        self._set_up(Access(credential, transfer, url).blob(url), mode)
 
     @classmethod
     def _of(cls, client: BlobClient, version: BlobVersion | None = None, head: bytes = b"") -> BlobIO:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from azstoragetorch import TransferConfig
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch.cli import _sweep as sweep
-from azstoragetorch.cli._access import Access, TokenSource
+from azstoragetorch.cli._access import CredentialOptions, TokenSource
 from azstoragetorch.cli._doctor import _Diagnosis, _report, _Site
 from azstoragetorch.cli._output import Output
 from azstoragetorch.cli._session import Session
@@ -83,7 +83,7 @@ def test_only_what_is_clearly_and_repeatedly_faster_is_suggested(
 def test_what_it_suggests_can_be_pasted(capfd: pytest.CaptureFixture[str]) -> None:
     """A line of Python that runs, and lines for a shell, with nothing before or behind them."""
     place = parse_url("https://account.blob.core.windows.net/c/b")
-    session = Session(Access(print), Output())
+    session = Session(CredentialOptions(print), Output())
     found = _Diagnosis(_Site(session, place, place, None, 8 * MiB), 1, 0.01, lambda: None)
     found.download = found.small = {1: 1.0}
     found.compared = {"default": {"download": 1.0}, "suggested": {"download": 2.0}}
