@@ -22,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+import azstoragetorch._samples.once
+import azstoragetorch.datasets._contents
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
 from azstoragetorch._samples import listing as listing_module
 from azstoragetorch._samples.catalog import Catalog
@@ -31,6 +33,7 @@ from azstoragetorch.datapipes import AzureBlobFileLister
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from azstoragetorch.nodes import BlobLister
 from tests.faults import EmptyPageWithMarker, FaultService, Hold, Match
+from tests.process.interrupts import Run, sweep
 from tests.support import QUICK, container_client
 
 ROOMY = replace(QUICK, memory_limit=64 << 20)
@@ -247,6 +250,29 @@ def test_one_warning_for_an_empty_prefix(fault_service: FaultService) -> None:
     assert f"no blobs in {url} below the prefix 'nothing/'" in str(warning.message)
 
 
+@pytest.mark.untraced
+def test_a_handler_can_ask_for_what_is_just_being_listed(fault_service: FaultService) -> None:
+    """At any line of a dataset that lists when it is first used."""
+    fault_service.put("c", "b", b"content")
+    url, present = fault_service.container_url("c"), []
+
+    def set_up() -> Any:
+        present[:] = [IterableBlobDataset.from_container_url(url, credential=False, transfer=QUICK)]
+        return present[0]
+
+    def check(dataset: Any, run: Run) -> None:
+        assert run.error is None, repr(run.error)
+        assert run.result == dataset.metadata.count == 1
+
+    sweep(
+        set_up,
+        lambda dataset: dataset.metadata.count,
+        check,
+        files=[azstoragetorch.datasets._contents, azstoragetorch._samples.once],
+        do=lambda: present[0].metadata,
+    )
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 class TestOnceAmongForks:
     def test_children_find_what_the_first_of_them_made(self, tmp_path: Path) -> None:
@@ -280,6 +306,17 @@ class TestOnceAmongForks:
 
         assert run_children([fails, lambda: once.get(die) == b""]) == [0, signal.SIGKILL]
         assert run_children([lambda: once.get(lambda: b"x") == b"x"]) == [0]
+
+    def test_a_call_inside_another_of_its_process(self) -> None:
+        """As a handler's: what it made first is what all get, though it has ended the lock of the process."""
+        once = OnceAmongForks()
+
+        def make() -> bytes:
+            assert once.get(lambda: b"inner") == b"inner"
+            return b"outer"
+
+        assert run_children([lambda: once.get(make) == b"inner"]) == [0]
+        assert once.get(make) == b"inner"
 
     def test_children_that_are_there_already_find_what_their_parent_made(self) -> None:
         once, gate = OnceAmongForks(), multiprocessing.Event()

@@ -38,16 +38,21 @@ class OnceAmongForks:
     def get(self, make: Callable[[], bytes]) -> bytes:
         """The bytes, made by *make* unless a relative has made them; while one is at it, the others wait.
 
-        What *make* raises is raised, and the next to ask tries again.
+        What *make* raises is raised, and the next to ask tries again. Threads of one process do not wait for each
+        other, nor does a signal handler, but they all get the bytes that were made first.
         """
         if self._file is None:
             return make()
         with self._locked():
             descriptor = self._file.fileno()
-            length = int.from_bytes(os.pread(descriptor, _HEADER, 0), "little")
-            if length:
-                return b"".join(_read(descriptor, length))
+            made = _read(descriptor)
+            if made is not None:
+                return made
             data = make()
+            fcntl.lockf(self._file, fcntl.LOCK_EX)  # another call of this process may have ended the lock
+            made = _read(descriptor)
+            if made is not None:
+                return made
             # Children that the parent is yet to have inherit what it made.
             if os.getpid() != self._pid or multiprocessing.active_children():
                 with suppress(OSError):  # no room: whoever does not find it makes it again
@@ -74,14 +79,16 @@ def _nameless_file() -> IO[bytes]:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def _read(descriptor: int, length: int) -> Iterator[bytes]:
-    at = _HEADER
-    while at < _HEADER + length:
-        piece = os.pread(descriptor, _HEADER + length - at, at)
+def _read(descriptor: int) -> bytes | None:
+    """What was made, or None if nothing was."""
+    length = int.from_bytes(os.pread(descriptor, _HEADER, 0), "little")
+    data = bytearray()
+    while len(data) < length:
+        piece = os.pread(descriptor, length - len(data), _HEADER + len(data))
         if not piece:
             raise OSError("what a sibling process made was cut short")
-        at += len(piece)
-        yield piece
+        data += piece
+    return bytes(data) if length else None
 
 
 def _write(descriptor: int, data: bytes) -> None:

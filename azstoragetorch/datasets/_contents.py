@@ -114,21 +114,24 @@ class Contents:
     @property
     def catalog(self) -> Catalog:
         """The blobs."""
-        if self._catalog is None:
-            container = self._containers[0]
-            if self._listed_once is None:
-                self._catalog = self._list()
-            else:
-                made: list[Catalog] = []
+        catalog = self._catalog
+        if catalog is None:
+            once = self._listed_once  # another thread, or a handler, may list meanwhile: the first catalog stays
+            listed = self._list() if once is None else self._list_among_forks(once)
+            catalog = self._catalog = listed if self._catalog is None else self._catalog
+            self._listed_once = None
+        return catalog
 
-                def make() -> bytes:
-                    made.append(self._list())
-                    return made[0].to_bytes()
+    def _list_among_forks(self, once: OnceAmongForks) -> Catalog:
+        made: list[tuple[Catalog, bytes]] = []
 
-                data = self._listed_once.get(make)
-                self._catalog = made[0] if made else Catalog.from_bytes([container.url], data)
-                self._listed_once = None
-        return self._catalog
+        def make() -> bytes:
+            catalog = self._list()
+            made.append((catalog, catalog.to_bytes()))
+            return made[0][1]
+
+        data = once.get(make)
+        return made[0][0] if made and made[0][1] is data else Catalog.from_bytes([self._containers[0].url], data)
 
     def _list(self) -> Catalog:
         container = self._containers[0]
