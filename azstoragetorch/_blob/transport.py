@@ -213,10 +213,12 @@ class Pool:
     def __init__(self) -> None:
         self._idle: dict[Origin, deque[Connection]] = {}
         self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self.distrusted: set[Origin] = set()
+        """Where a used connection has died under a write that is not sent twice: the next ones get new connections."""
 
-    def take(self, origin: Origin) -> Connection:
-        """An idle connection that is still open, or a new one."""
-        connection = self.take_idle(origin)
+    def take(self, origin: Origin, *, is_new: bool = False) -> Connection:
+        """An idle connection that is still open, unless it has to be a new one, or a new one."""
+        connection = None if is_new else self.take_idle(origin)
         if connection is None:
             count("connections")
             connection = Connection(origin)
@@ -290,7 +292,7 @@ def send(
     """
     pool, scope = _pool.get(), scope or Scope()
     while True:
-        connection = pool.take(origin)
+        connection = pool.take(origin, is_new=origin in pool.distrusted and _is_conditional_write(method, headers))
         hold = scope.holding(connection.interrupt)
         try:
             hold.__enter__()
@@ -303,8 +305,10 @@ def send(
             if scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
             is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
-            if connection.was_used and is_dead and not _is_conditional_write(method, headers):
-                continue
+            if connection.was_used and is_dead:
+                if not _is_conditional_write(method, headers):
+                    continue
+                pool.distrusted.add(origin)
             raise
         elapsed = time.perf_counter() - started
         count_answer(elapsed, raw.status, length_of(body))

@@ -21,13 +21,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeVar
 
 from azstoragetorch._engine.budget import Budget, BufferPool
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.job import Bell
 from azstoragetorch._engine.process import PerProcess, here
-from azstoragetorch._engine.scope import Cancelled, Scope
+from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,8 +78,7 @@ class Engine:
 
         Where no thread can be made it runs here.
         """
-        self._put(task)
-        if len(self._spare) == self._limit:
+        if not self._put(task) and len(self._spare) >= self._limit:
             self._run_here()
 
     def retire(self, cleanup: Callable[[], object]) -> None:
@@ -103,21 +103,28 @@ class Engine:
         helpers = (min(at_most, len(items)) if isinstance(items, Sized) else at_most) - 1
         return _Map(function, items, scope or Scope()).run(self, helpers)
 
-    def _put(self, task: Callable[[], object]) -> None:
+    def _put(self, task: Callable[[], object]) -> bool:
+        """Put *task* into the queue; False if it needs another thread, and none could be made."""
         is_counted_on = _took_one(self._resting)
         self._tasks.put((task, is_counted_on))
-        if not is_counted_on:
-            self._start_thread()
+        return is_counted_on or self._start_thread()
 
-    def _start_thread(self) -> None:
-        has_token = False
-        try:
-            has_token = _took_one(self._spare)
-            if has_token and start_thread(self._work):
-                has_token = False  # it is the thread's now
-        finally:
-            if has_token:
-                self._spare.append(None)
+    def _start_thread(self) -> bool:
+        """Make a thread if one more is allowed; False if that failed."""
+        if not _took_one(self._spare):
+            return True
+        # Whoever takes the permit first has the token: the thread, or this one after an interrupt, which says nothing
+        # about whether the thread was made.
+        permit: deque[None] = deque([None])
+        with on_error(partial(self._take_back, permit)):
+            if start_thread(partial(self._work, permit)):
+                return True
+        self._take_back(permit)
+        return False
+
+    def _take_back(self, permit: deque[None]) -> None:
+        if _took_one(permit):
+            self._spare.append(None)
 
     def _run_here(self) -> None:
         with suppress(queue.Empty):
@@ -141,8 +148,10 @@ class Engine:
             _took_one(self._resting)  # this thread rests no more
         return task
 
-    def _work(self) -> None:
+    def _work(self, permit: deque[None]) -> None:
         """What a thread of the engine does: tasks, until none has come for a while."""
+        if not _took_one(permit):
+            return
         try:
             is_resting = False
             while True:

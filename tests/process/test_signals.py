@@ -251,7 +251,7 @@ class CountingTokens:
     def get_token(self, *_scopes: str, **_options: object) -> AccessToken:
         self.asked += 1
         time.sleep(0.1)
-        return AccessToken("the token", int(time.time()) + 3600)
+        return AccessToken("the-token", int(time.time()) + 3600)
 
 
 def test_eight_threads_share_a_dataset_and_a_credential(
@@ -261,7 +261,7 @@ def test_eight_threads_share_a_dataset_and_a_credential(
     service = https_fault_service
     for number in range(24):
         service.put("data", f"{number:02d}", content(1000 * number, number))
-    service.require_token("the token")
+    service.require_token("the-token")
     service.script(Match("get_blob", every=5), [Stall(0.05, 0)], repeat=True)
     credential, whole = CountingTokens(), threading.Lock()
     data = BlobDataset.from_container_url(service.container_url("data"), credential=credential, transfer=QUICK)
