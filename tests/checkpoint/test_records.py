@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import struct
 import time
+import tracemalloc
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -246,6 +247,25 @@ HOSTILE: dict[str, bytes] = {
 }
 
 
+HOSTILE["a description inside of a description, often"] = (
+    b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\n\x94(K\x01h\x00"
+    + b")\x81\x94}\x94(h\x00" * 40
+    + b"ub" * 40
+    + b"u."
+)
+
+
+def without_last_value() -> bytes:
+    """Metadata whose first index has the names of all fields, but not the value of the last."""
+    good = pickle.dumps(metadata(), 4)
+    name = b"\x8c\x06offset\x94"
+    at = good.index(name, good.index(b"MetadataIndex")) + len(name)
+    return good[:at] + good[good.index(b"ub", at) :]
+
+
+HOSTILE["a field without a value"] = without_last_value()
+
+
 def snapshot() -> list[dict[str, Any]]:
     return [dict(vars(value)) if hasattr(value, "__dict__") else {} for value in WATCHED]
 
@@ -276,6 +296,48 @@ def test_fields_that_metadata_cannot_have_are_refused(name: str) -> None:
     at = data.rindex(b"ub.")
     with pytest.raises(CheckpointError):
         load_metadata(data[:at] + entry + data[at:])
+
+
+def test_equal_descriptions_are_read_once_and_given_to_each_key_apart() -> None:
+    """A caller who changes the description of one tensor does not change that of another."""
+    size = torch.Size([4, 6])
+    entries = {
+        f"t{number}": TensorStorageMetadata(
+            TensorProperties(torch.float32), torch.Size([4, 6]), [ChunkStorageMetadata(torch.Size([0, 0]), size)]
+        )
+        for number in range(3)
+    }
+    data = pickle.dumps(metadata(state_dict_metadata=entries), 4)
+    found = load_metadata(data).state_dict_metadata
+    assert found == pickle.loads(data).state_dict_metadata
+    first, second = found["t1"], found["t2"]
+    assert isinstance(first, TensorStorageMetadata)
+    assert isinstance(second, TensorStorageMetadata)
+    assert first is not second
+    assert first.properties is not second.properties
+    assert first.chunks is not second.chunks
+    assert first.chunks[0] is not second.chunks[0]
+
+
+MEMORY = {
+    "lists": b"(" + b"]NaNNNNN" * (1 << 20) + b"t.",
+    "dicts": b"(" + b"}NNsNNNNNNNN" * (1 << 20) + b"t.",
+    "strings": b"(" + "\u0100\u0101".encode().join([b"\x8c\x02"] * (1 << 21)) + b"t.",
+    "constants": b"(" + b"N" * (10 << 20) + b"t.",
+    "constants as a state": b"ctorch\nSize\n)\x81\x94}\x94(" + b"N" * (10 << 20) + b"ub.",
+}
+
+
+@pytest.mark.parametrize("code", MEMORY.values(), ids=MEMORY.keys())
+def test_hostile_metadata_takes_memory_in_proportion(code: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            load_metadata(b"\x80\x04" + code)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(code) + (64 << 20)
 
 
 def test_equal_keys_are_refused() -> None:

@@ -37,7 +37,7 @@ class Item(NamedTuple):
 
 def storage_info(item: Item) -> Any:
     """*item* as an entry of ``Metadata.storage_data``: the stock class, with what else is known as attributes."""
-    info: Any = _StorageInfo(item.path, item.offset, item.length)
+    info: Any = _StorageInfo(_once(item.path), item.offset, item.length)
     if item.transforms:
         info.transform_descriptors = list(item.transforms)
     if item.payload is not None:
@@ -45,6 +45,12 @@ def storage_info(item: Item) -> Any:
     if item.etag is not None:
         info.etag = item.etag
     return info
+
+
+@functools.lru_cache(maxsize=4096)
+def _once(path: str) -> str:
+    """The same object for all paths that are equal, which a pickle then holds only once."""
+    return path
 
 
 @functools.lru_cache(maxsize=16384)

@@ -1,7 +1,7 @@
 """The metadata: what torch's own FileSystemReader reads after a plain download, and FileSystemWriter writes.
 
-It is a pickle that says where each item is, and it comes from a network. ``records`` parses it without executing it;
-here every field of the records is checked, and torch's objects are made from what passed. What refers to something
+It is a pickle that says where each item is, and it comes from a network. ``interpreter`` parses it without executing
+it; here every field of the records is checked, and torch's objects are made from what passed. What refers to something
 that no metadata has is an error that says so, before any tensor is touched or any data blob is asked for.
 """
 
@@ -21,14 +21,16 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from azstoragetorch.checkpoint._format import records
+from azstoragetorch.checkpoint._format.interpreter import parse
 from azstoragetorch.checkpoint._format.items import check_etag, check_facts, check_place, check_transforms, shown
-from azstoragetorch.checkpoint._format.records import LARGEST, Array, Call, Name, Table, parse
+from azstoragetorch.checkpoint._format.records import LARGEST, Array, Call, Name, Table
 from azstoragetorch.exceptions import CheckpointError
 
 VERSION = "1.0.0"  # what FileSystemWriter writes into Metadata.version
 
 _STEPS = 128  # of the path of an entry in the nested state dict
 _NESTED = 16  # levels of what other planners than torch's note
+_BYTES_PER_SHARD = 16  # a shard takes at least 20
 _LONG = 4096  # characters of a field such as the id of a save
 
 
@@ -62,8 +64,9 @@ def _with_equal_parts_once(metadata: dcp.Metadata) -> dcp.Metadata:
     def once(size: Any) -> Any:
         return sizes.setdefault(size, size) if type(size) is torch.Size else size
 
-    entries: dict[str, Any] = {}
-    for key, entry in metadata.state_dict_metadata.items():
+    entries: Any = {}
+    described: Any = metadata.state_dict_metadata
+    for key, entry in described.items() if isinstance(described, dict) else ():
         if type(entry) is dcp.TensorStorageMetadata:
             made = entry.properties
             like = (made.dtype, made.layout, made.requires_grad, made.memory_format, made.pin_memory)
@@ -81,6 +84,8 @@ def _with_equal_parts_once(metadata: dcp.Metadata) -> dcp.Metadata:
             else path
             for key, path in paths.items()
         }
+    if not isinstance(described, dict):
+        entries = described
     return replace(metadata, state_dict_metadata=entries, planner_data=paths, storage_data=storage)
 
 
@@ -111,7 +116,10 @@ class _Maker:
     def __init__(self, length: int) -> None:
         # Objects may be shared, so walking through them takes longer than reading them: this bounds it.
         self._visits = length + 1024
+        self._shards = length // _BYTES_PER_SHARD + 64
         self._facts: dict[int, Any] = {}
+        self._paths: set[str] = set()
+        self._tensors: dict[int, _Tensor] = {}  # by id of the record, which lives as long as this
         self._etags: set[str] = set()
 
     def metadata(self, root: Any) -> dcp.Metadata:
@@ -152,13 +160,26 @@ class _Maker:
         return entries
 
     def _tensor(self, record: Any) -> Any:
-        """The description of a tensor, or None if *record* is not one."""
+        """The description of a tensor, for one key alone, or None if *record* is not one."""
+        checked = self._tensors.get(id(record))
+        if checked is None:
+            checked = self._checked(record)
+            if checked is None:
+                return None
+            self._tensors[id(record)] = checked
+        properties, size, chunks = checked
+        self._shards -= len(chunks)
+        if self._shards < 0:
+            raise CheckpointError("the metadata describes more shards than fit into its size")
+        shards = [dcp.ChunkStorageMetadata(offsets, sizes) for offsets, sizes in chunks]
+        return dcp.TensorStorageMetadata(dcp.TensorProperties(*properties), size, shards)
+
+    def _checked(self, record: Any) -> _Tensor | None:
+        """What *record* says of a tensor, or None if it does not describe one."""
         if type(record) is not list or record[0] is not records.TENSOR:
             return None
-        if len(record) == 2 and isinstance(record[1], dcp.TensorStorageMetadata):
-            return record[1]  # two keys for one tensor
         properties, size, chunks = _values(record, _TENSOR_FIELDS)
-        made = self._properties(properties)
+        made = _properties(properties)
         if type(size) is not torch.Size or type(chunks) is not Array or made is None:
             return None
         numel = math.prod(size) or math.prod(length or 1 for length in size)
@@ -168,32 +189,7 @@ class _Maker:
         if self._visits < 0:
             raise CheckpointError("the metadata describes more shards than fit into its size")
         shards = [shard for chunk in chunks if (shard := _chunk(chunk, size)) is not None]
-        if len(shards) != len(chunks):
-            return None
-        tensor = dcp.TensorStorageMetadata(made, size, shards)
-        record[1:] = [tensor]
-        return tensor
-
-    def _properties(self, record: Any) -> dcp.TensorProperties | None:
-        if type(record) is not list or record[0] is not records.PROPERTIES or len(record) != 2:
-            return None
-        state = record[1]
-        if type(state) is dcp.TensorProperties:
-            return state
-        if type(state) is not tuple or len(state) != 5:
-            return None
-        dtype, layout, requires_grad, memory_format, pin_memory = state
-        layout, memory_format = _layout(layout), _memory_format(memory_format)
-        is_right = (
-            type(dtype) is torch.dtype
-            and type(layout) is torch.layout
-            and type(memory_format) is torch.memory_format
-            and type(requires_grad) is type(pin_memory) is bool
-        )
-        if not is_right:
-            return None
-        record[1] = made = dcp.TensorProperties(dtype, layout, requires_grad, memory_format, pin_memory)
-        return made
+        return (made, size, shards) if len(shards) == len(chunks) else None
 
     # -- where they are stored ----------------------------------------------------------------------------------------
 
@@ -203,20 +199,35 @@ class _Maker:
             if type(key) is not list or key[0] is not records.INDEX:
                 raise CheckpointError(f"the metadata has {_kind(key)} where an index is due")
             fqn, number, offset = _values(key, _INDEX_FIELDS)
-            indices.append(_index(fqn, offset, number))
+            if not (
+                type(fqn) is str
+                and (offset is None or type(offset) is torch.Size)
+                and (number is None or (type(number) is int and 0 <= number <= LARGEST))
+            ):
+                raise _no_index(fqn, offset, number)
+            indices.append(_made_index(fqn, offset, number))
             hashes.append(hash((fqn, offset)))
             if type(value) is not list or value[0] is not records.INFO:
                 raise CheckpointError(f"the checkpoint is not in torch's file format: it has {_kind(value)}", key=fqn)
-            infos.append(self._info(fqn, _values(value, _INFO_FIELDS)))
+            infos.append(self._info(fqn, value))
         # Equal hashes are of equal indices, or chosen to be equal, so that looking them up takes very long.
         if len(set(hashes)) != len(hashes):
             raise CheckpointError("the metadata says twice where an item is stored")
         return dict(zip(indices, infos, strict=True))
 
-    def _info(self, fqn: str, values: list[Any]) -> Any:
-        path, offset, length, facts, etag, transforms = values
+    def _info(self, fqn: str, record: list[Any]) -> Any:
+        path, offset, length, facts, etag, transforms = _values(record, _INFO_FIELDS)
         try:
-            check_place(path, offset, length, fqn)
+            is_placed = (
+                type(path) is str
+                and path in self._paths
+                and type(offset) is type(length) is int
+                and offset >= 0 <= length
+                and offset + length <= LARGEST
+            )
+            if not is_placed:
+                check_place(path, offset, length, fqn)
+                self._paths.add(path)
             info: Any = _StorageInfo(path, offset, length)
             if facts is not None:
                 if self._facts.get(id(facts)) != length:  # the record is alive, so no other has its id
@@ -268,6 +279,7 @@ class _Maker:
         raise CheckpointError(f"the metadata has {_kind(value)} in {name!r:.100}, which is not plain data")
 
 
+_Tensor = tuple[tuple[Any, ...], torch.Size, list[tuple[torch.Size, torch.Size]]]  # properties, size, shards
 _TENSOR_FIELDS = ["properties", "size", "chunks"]
 _CHUNK_FIELDS = ["offsets", "sizes"]
 _INDEX_FIELDS = ["fqn", "index", "offset"]
@@ -291,13 +303,14 @@ def _pairs(table: Any, name: str) -> Iterator[tuple[Any, Any]]:
 
 def _values(record: list[Any], names: list[str]) -> list[Any]:
     """The values of the fields *names* of an instance, None for those it does not have."""
-    if record[1::2] == names:
-        return record[2::2]
+    present, values = record[1::2], record[2::2]
+    if len(values) == len(present) and present == names[: len(present)]:  # the last are missing if they are None
+        return values + [None] * (len(names) - len(present)) if len(present) < len(names) else values
     fields = _fields(record)
-    values = [fields.pop(name, None) for name in names]
+    ordered = [fields.pop(name, None) for name in names]
     if fields:
         raise CheckpointError(f"the metadata has {_kind(record)} with a field {min(fields)!r:.100}, which is not known")
-    return values
+    return ordered
 
 
 def _fields(record: list[Any]) -> dict[str, Any]:
@@ -310,17 +323,37 @@ def _fields(record: list[Any]) -> dict[str, Any]:
     return fields
 
 
-def _index(fqn: Any, offset: Any, number: Any) -> dcp.MetadataIndex:
+def _no_index(fqn: Any, offset: Any, number: Any) -> CheckpointError:
+    """Why these cannot be the fields of an index."""
     if type(fqn) is not str:
-        raise CheckpointError(f"the metadata has an index of {shown(fqn)}, which is not a string")
+        return CheckpointError(f"the metadata has an index of {shown(fqn)}, which is not a string")
     if offset is not None and type(offset) is not torch.Size:
-        raise CheckpointError(f"the metadata has an index of {fqn!r:.200} at {_kind(offset)}", key=fqn)
-    if number is not None and not (type(number) is int and 0 <= number <= LARGEST):
-        raise CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {shown(number)}", key=fqn)
-    return _made_index(fqn, offset, number)
+        return CheckpointError(f"the metadata has an index of {fqn!r:.200} at {_kind(offset)}", key=fqn)
+    return CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {shown(number)}", key=fqn)
 
 
-def _chunk(record: Any, size: torch.Size) -> dcp.ChunkStorageMetadata | None:
+def _properties(record: Any) -> tuple[Any, ...] | None:
+    """The arguments of TensorProperties, or None if *record* is not one."""
+    if type(record) is not list or record[0] is not records.PROPERTIES or len(record) != 2:
+        return None
+    state = record[1]
+    if type(state) is not tuple or len(state) != 5:
+        return None
+    dtype, layout, requires_grad, memory_format, pin_memory = state
+    layout, memory_format = _layout(layout), _memory_format(memory_format)
+    is_right = (
+        type(dtype) is torch.dtype
+        and type(layout) is torch.layout
+        and type(memory_format) is torch.memory_format
+        and type(requires_grad) is type(pin_memory) is bool
+    )
+    if not is_right:
+        return None
+    return dtype, layout, requires_grad, memory_format, pin_memory
+
+
+def _chunk(record: Any, size: torch.Size) -> tuple[torch.Size, torch.Size] | None:
+    """The offsets and sizes of a shard, or None if *record* is not one of a tensor of *size*."""
     if type(record) is not list or record[0] is not records.CHUNK:
         return None
     offsets, sizes = _values(record, _CHUNK_FIELDS)
@@ -329,7 +362,7 @@ def _chunk(record: Any, size: torch.Size) -> dcp.ChunkStorageMetadata | None:
     for first, count, whole in zip(offsets, sizes, size, strict=True):
         if first + count > whole:
             return None
-    return dcp.ChunkStorageMetadata(offsets, sizes)
+    return offsets, sizes
 
 
 def _layout(value: Any) -> Any:
