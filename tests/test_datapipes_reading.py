@@ -355,6 +355,7 @@ def read_shard(rank: int, world: int, store: str, url: str, key: Any, workers: i
     torch.distributed.destroy_process_group()
 
 
+@needs_torchs_pipes  # whose DataLoader gives all ranks one seed for `shuffle`; the stand-in asks for it
 @pytest.mark.timeout(300)  # each worker of each epoch is spawned, and imports torch
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_read_each_sample_once(container: Container, tmp_path: Path, workers: int) -> None:
