@@ -9,7 +9,7 @@
               tar
               items  names  once  prefetch  records  sharding  steps  tar_header  unpack
    _files     partial  record  transfer
-              description  places  walk
+              description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload
               download  listing  window

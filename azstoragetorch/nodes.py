@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from azstoragetorch._blob.client import Access
+from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
@@ -143,7 +143,7 @@ class BlobLister(_Node[BlobInfo, _Listed]):
         roots = [source] if isinstance(source, str) else source
         self._roots: list[BlobURL] = [parse_url(root, argument="source") for root in roots]
         self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
-        self._access = Access(credential, transfer, self._roots[0] if isinstance(source, str) else None)
+        self._clients = ClientFactory(credential, transfer, self._roots[0] if isinstance(source, str) else None)
 
     def _begin(self, state: State | None) -> _Listed:
         run = _Listed({"position": 0, "trace": 0}, self._listed())
@@ -172,7 +172,7 @@ class BlobLister(_Node[BlobInfo, _Listed]):
         return blob
 
     def _listed(self) -> Iterator[BlobInfo]:
-        return (blob for root in self._roots for blob in self._listing.blobs(self._access, root))
+        return (blob for root in self._roots for blob in self._listing.blobs(self._clients, root))
 
 
 @dataclass
@@ -274,16 +274,16 @@ class BlobReader(_Node[tuple[str, bytes], _Reads]):
         transfer: TransferConfig | None = None,
     ) -> None:
         super().__init__(source)
-        config = Access(credential, transfer).config
+        config = ClientFactory(credential, transfer).config
         limits = {"max_connections": concurrency, "memory_limit": memory_limit}
         given = {name: value for name, value in limits.items() if value is not None}
-        self._access = Access(credential, replace(config, **given))  # type: ignore[arg-type]
+        self._clients = ClientFactory(credential, replace(config, **given))  # type: ignore[arg-type]
 
     def _begin(self, state: State | None) -> _Reads:
         self.source.reset(None if state is None else state["source"])
         before = {"source": _state_of(self.source)}
         states: deque[State] = deque()
-        ahead = fetch_ahead(self._access, _noted(self.source, states), depth=self._access.config.max_connections)
+        ahead = fetch_ahead(self._clients, _noted(self.source, states), depth=self._clients.config.max_connections)
         return _Reads(before, states, ahead)
 
     def _step(self, run: _Reads) -> tuple[str, bytes]:

@@ -51,12 +51,12 @@ def content(size: int, seed: int = 0) -> bytes:
 
 def blob_client(url: str, transfer: TransferConfig = QUICK, credential: Credential = False) -> BlobClient:
     parsed = parse_blob_url(url)
-    return BlobClient(parsed, CredentialHolder(credential, parsed.sas, named=parsed), transfer)
+    return BlobClient(parsed, CredentialHolder(credential, parsed.sas, trusted_url=parsed), transfer)
 
 
 def container_client(url: str, transfer: TransferConfig = QUICK, credential: Credential = False) -> ContainerClient:
     parsed = parse_container_url(url)
-    return ContainerClient(parsed, CredentialHolder(credential, parsed.sas, named=parsed), transfer)
+    return ContainerClient(parsed, CredentialHolder(credential, parsed.sas, trusted_url=parsed), transfer)
 
 
 def run_python(program: str, *arguments: str, timeout: float = 60.0, **environment: str) -> str:

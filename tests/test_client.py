@@ -166,6 +166,6 @@ class TestLazy:
         for client in (blob, container):
             copy: BlobClient | ContainerClient = pickle.loads(dump(client))
             assert (copy.url, copy.config) == (client.url, client.config)
-            assert copy._live.peek() is None
+            assert copy._services.peek() is None
         assert pickle.loads(dump(blob)).read()[0] == b"data"
         assert pickle.loads(dump(container)).blob("b").read()[0] == b"data"

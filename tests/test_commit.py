@@ -64,7 +64,7 @@ class TestLostAnswers:
 
     def test_nor_to_replace_a_version_twice(self, service: FaultService) -> None:
         client = blob_client(service.blob_url("c", "b"))
-        found = client.look()
+        found = client.get_properties()
         service.script("put_blob", [LostAnswer()])
         is_ours, now = client.replace(b"new", etag=found.version.etag)
         assert (is_ours, now is not None and now.version.size) == (True, 3)

@@ -443,8 +443,8 @@ class TestHosts:
             with pytest.raises(ValueError, match=rf"{host}.*AZSTORAGETORCH_TRUSTED_HOSTS={host}.*credential=False"):
                 CredentialHolder(credential).authorizer(url)
             with pytest.raises(ValueError, match="TRUSTED_HOSTS"):
-                CredentialHolder(credential, named=parse_url("https://other.example/c")).authorizer(url)
-            assert CredentialHolder(credential, named=url).authorizer(url)
+                CredentialHolder(credential, trusted_url=parse_url("https://other.example/c")).authorizer(url)
+            assert CredentialHolder(credential, trusted_url=url).authorizer(url)
         assert CredentialHolder(False).authorizer(url).is_anonymous
         assert CredentialHolder(None, Secret("sig=x")).authorizer(url).query() == "sig=x"
         monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", f"first.example, {host}")
@@ -513,7 +513,7 @@ class TestHosts:
     def test_a_host_that_was_named_is_known_in_another_process(self) -> None:
         url = parse_url("https://data.example.com/c")
         for credential in (AzureSasCredential("sig=x"), self.KEY, None):
-            CredentialHolder(credential, named=url)
+            CredentialHolder(credential, trusted_url=url)
             pickled = ForkingPickler.dumps(CredentialHolder(credential))
             assert ForkingPickler.loads(pickled).authorizer(url)
 

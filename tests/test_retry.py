@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from azstoragetorch._blob.errors import connection_error, service_error
-from azstoragetorch._blob.retry import Retry, Transient, is_connection_failure, refusal, retry_after, retrying
+from azstoragetorch._blob.retry import Retry, Transient, classify_refusal, is_connection_failure, retry_after, retrying
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope
 from tests.support import taking
@@ -228,13 +228,13 @@ class TestSorting:
 
     @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
     def test_statuses_that_pass(self, status: int) -> None:
-        refused = refusal(error_of(status), {"retry-after": "2"})
+        refused = classify_refusal(error_of(status), {"retry-after": "2"})
         assert isinstance(refused, Transient)
         assert refused.retry_after == 2.0
 
     @pytest.mark.parametrize("status", [307, 400, 401, 403, 404, 409, 412, 416, 501])
     def test_statuses_that_stay(self, status: int) -> None:
-        assert isinstance(refusal(error_of(status), {}), HttpResponseError)
+        assert isinstance(classify_refusal(error_of(status), {}), HttpResponseError)
 
 
 def error_of(status: int, code: str = "", body: bytes = b"", *, anonymous: bool = False) -> HttpResponseError:

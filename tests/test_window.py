@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azstoragetorch._blob import window
-from azstoragetorch._blob.window import Pattern
+from azstoragetorch._blob.window import AccessPattern
 from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch._engine.ranges import ByteRange
 
@@ -46,7 +46,7 @@ def test_what_is_fetched_ahead_lies_behind_the_read_and_is_held_nowhere(
     size, held = layout
     start = min(start, size - 1)
     span = ByteRange(start, min(start + length, size))
-    pieces = window.ahead(span, streak, size, held, PART, read_ahead)
+    pieces = window.segments_ahead(span, streak, size, held, PART, read_ahead)
     assert pieces == sorted(pieces)
     assert all(span.stop <= piece.start < piece.stop <= min(size, span.stop + read_ahead) for piece in pieces)
     assert all(len(piece) <= PART for piece in pieces)
@@ -64,7 +64,7 @@ def test_around_a_small_gap_is_at_least_the_gap_and_held_nowhere(
     gap = ByteRange(start, stop)
     if any(overlap(gap, piece) for piece in held) or not len(gap):
         return
-    wanted = window.around(gap, size, held, end)
+    wanted = window.widen(gap, size, held, end)
     assert wanted.start <= gap.start < gap.stop <= wanted.stop <= size
     assert not any(overlap(wanted, piece) for piece in held)
 
@@ -77,11 +77,11 @@ def test_the_tail_is_the_end_and_small(size: int) -> None:
 
 
 def test_reading_in_sequence_doubles_the_window_and_a_jump_ends_it() -> None:
-    pattern, size, windows = Pattern(), 10_000 * MiB, []
+    pattern, size, windows = AccessPattern(), 10_000 * MiB, []
     for at in range(12):
         span = ByteRange(at * KiB, (at + 1) * KiB)
         pattern = pattern.after(span, PART)
-        windows.append(sum(map(len, window.ahead(span, pattern.streak, size, [], PART, 10_000 * MiB))))
+        windows.append(sum(map(len, window.segments_ahead(span, pattern.streak, size, [], PART, 10_000 * MiB))))
     assert windows[0] == PART
     assert all(later in (earlier, 2 * earlier) for earlier, later in pairwise(windows))
     assert windows[-1] == 256 * PART
@@ -90,16 +90,16 @@ def test_reading_in_sequence_doubles_the_window_and_a_jump_ends_it() -> None:
 
 def test_a_large_read_needs_only_a_few_parts_behind_it() -> None:
     span = ByteRange(0, 64 * MiB)
-    assert sum(map(len, window.ahead(span, 8, 10_000 * MiB, [], PART, 10_000 * MiB))) == 4 * PART
+    assert sum(map(len, window.segments_ahead(span, 8, 10_000 * MiB, [], PART, 10_000 * MiB))) == 4 * PART
 
 
 def test_the_end_after_the_beginning_is_how_archives_are_opened() -> None:
     """The directory of an archive is read after its first bytes: what lies between is needed next."""
-    opened = Pattern().after(ByteRange(0, 30), PART).after_tail()
-    assert opened == Pattern(ByteRange(0, 30), 4)
-    elsewhere = Pattern(ByteRange(50, 60), 3)
+    opened = AccessPattern().after(ByteRange(0, 30), PART).after_tail()
+    assert opened == AccessPattern(ByteRange(0, 30), 4)
+    elsewhere = AccessPattern(ByteRange(50, 60), 3)
     assert elsewhere.after_tail() is elsewhere
-    assert Pattern().after_tail() == Pattern()
+    assert AccessPattern().after_tail() == AccessPattern()
 
 
 def test_a_sequential_reader_leaves_behind_all_but_the_last_segment_it_passed() -> None:

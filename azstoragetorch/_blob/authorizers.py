@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from azure.core.credentials import AccessToken, AzureNamedKeyCredential, TokenCredential
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
-from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.errors import picklable
 from azstoragetorch._blob.retry import RETRYABLE_STATUS
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.job import Bell, Job
@@ -36,7 +36,7 @@ _CLOCK_SKEW = timedelta(minutes=15)
 VISIBLE = re.compile(r"[!-~]*")  # ASCII without spaces and control characters: all that a header or query may hold
 _TENANT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _AUTHORIZATION_URI = re.compile(r"""\bauthorization(?:_uri)?\s*=\s*["']?https://[\w.-]+/([^/"',\s]+)""", re.IGNORECASE)
-_WAYS_IN = (
+_NO_CREDENTIAL_FOUND = (
     "no credential was found: run `az login`; or pass a SAS, in the URL or as AzureSasCredential (command line: "
     "--sas-env); or the account's key, as AzureNamedKeyCredential (command line: AZURE_STORAGE_KEY); or, for public "
     "data, credential=False (command line: --anonymous). What DefaultAzureCredential tried:"
@@ -81,7 +81,7 @@ class SignedBySas:
         return self._signature() != query
 
 
-class _Minted(NamedTuple):
+class _GeneratedSas(NamedTuple):
     named_key: object
     renew_at: float
     sas: str
@@ -92,14 +92,14 @@ class AccountKey:
 
     def __init__(self, credential: AzureNamedKeyCredential) -> None:
         self._key = credential
-        self._minted = _Minted(None, 0.0, "")
+        self._generated = _GeneratedSas(None, 0.0, "")
 
     def sas(self) -> str:
         """A SAS that is valid for half of its lifetime at least."""
-        minted = self._minted
+        generated = self._generated
         named_key = self._key.named_key  # may be updated while running
-        if time.monotonic() < minted.renew_at and named_key == minted.named_key:
-            return minted.sas
+        if time.monotonic() < generated.renew_at and named_key == generated.named_key:
+            return generated.sas
         from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
 
         now = datetime.now(timezone.utc)
@@ -113,11 +113,11 @@ class AccountKey:
             start=now - _CLOCK_SKEW,
             expiry=now + _KEY_SAS_LIFETIME,
         )
-        self._minted = _Minted(named_key, time.monotonic() + _KEY_SAS_LIFETIME.total_seconds() / 2, sas)
+        self._generated = _GeneratedSas(named_key, time.monotonic() + _KEY_SAS_LIFETIME.total_seconds() / 2, sas)
         return sas
 
 
-class _Kept:
+class _CachedToken:
     """A token in the cache."""
 
     def __init__(self, token: AccessToken, renew_at: float) -> None:
@@ -134,7 +134,7 @@ class Tokens:
 
     def __init__(self, credential: TokenCredential | None) -> None:
         self._credential = credential
-        self._kept: dict[_Key, _Kept] = {}
+        self._cached: dict[_Key, _CachedToken] = {}
         # A reader that was opened before a fork signs with this in the child, where no thread of the parent will end.
         self._fetches: PerProcess[dict[_Key, tuple[Job[_Outcome], Bell]]] = PerProcess(dict)
 
@@ -144,9 +144,9 @@ class Tokens:
         Raises:
             Exception: what the credential raised.
         """
-        kept = self._kept.get((audience, tenant))
-        if kept is not None and time.time() < kept.renew_at:
-            return kept.token
+        cached = self._cached.get((audience, tenant))
+        if cached is not None and time.time() < cached.renew_at:
+            return cached.token
         outcome = self._new((audience, tenant))
         if not isinstance(outcome, BaseException):
             return outcome
@@ -180,25 +180,25 @@ class Tokens:
 
     def forget(self, audience: str, tenant: str | None, refused: Mapping[str, str]) -> None:
         """Do not use the token in *refused* again; a newer one stays."""
-        kept = self._kept.get((audience, tenant))
-        if kept is not None and proof(kept.token) == refused:
-            kept.renew_at = 0.0
+        cached = self._cached.get((audience, tenant))
+        if cached is not None and proof(cached.token) == refused:
+            cached.renew_at = 0.0
 
     def _renew(self, key: _Key) -> AccessToken:
-        kept = self._kept.get(key)
-        if kept is not None and time.time() < kept.renew_at:
-            return kept.token  # another thread was faster
+        cached = self._cached.get(key)
+        if cached is not None and time.time() < cached.renew_at:
+            return cached.token  # another thread was faster
         try:
             token = self._fetch(*key)
         except AzureError:
             now = time.time()
-            if kept is None or not kept.renew_at or kept.token.expires_on <= now:
+            if cached is None or not cached.renew_at or cached.token.expires_on <= now:
                 raise
-            kept.renew_at = now + _RENEW_AGAIN
-            return kept.token
+            cached.renew_at = now + _RENEW_AGAIN
+            return cached.token
         # A token that lives shorter than the margin is used for half its life.
         life = token.expires_on - time.time()
-        self._kept[key] = _Kept(token, time.time() + max(life - _RENEW_BEFORE, life / 2))
+        self._cached[key] = _CachedToken(token, time.time() + max(life - _RENEW_BEFORE, life / 2))
         return token
 
     def _fetch(self, audience: str, tenant: str | None) -> AccessToken:
@@ -209,7 +209,7 @@ class Tokens:
             self._credential = credential
         for attempt in range(5):
             try:
-                token = _ask(credential, f"{audience}/.default", tenant)
+                token = _request_token(credential, f"{audience}/.default", tenant)
                 if not VISIBLE.fullmatch(token.token):
                     raise ValueError(f"credential: {type(credential).__name__} gave a token with a space or line break")
                 return token
@@ -217,7 +217,7 @@ class Tokens:
                 # Managed identity throttles when all workers of a node start at once.
                 is_busy = isinstance(error, HttpResponseError) and error.status_code in RETRYABLE_STATUS
                 if not is_busy or attempt == 4:
-                    raise _as_told(error, is_default=is_default) from None
+                    raise _redacted(error, is_default=is_default) from None
             time.sleep(random.uniform(0.1, 1.0) * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -267,14 +267,14 @@ def check_key(key: str, what: str) -> str:
     raise ValueError(f"{what} is not base64, as every account key is: copy it whole, as the portal shows it")
 
 
-def asking(credential: Any) -> Any:
+def token_method(credential: Any) -> Any:
     """How *credential* is asked for a token, or None if it is not one that can be."""
     return getattr(credential, "get_token", None) or getattr(credential, "get_token_info", None)
 
 
-def _ask(credential: Any, scope: str, tenant: str | None) -> AccessToken:
+def _request_token(credential: Any, scope: str, tenant: str | None) -> AccessToken:
     if tenant is None:
-        token: AccessToken = asking(credential)(scope)
+        token: AccessToken = token_method(credential)(scope)
     elif hasattr(credential, "get_token"):
         token = credential.get_token(scope, tenant_id=tenant)
     else:
@@ -290,12 +290,12 @@ def _default_credential() -> TokenCredential:
     return DefaultAzureCredential()
 
 
-def _as_told(error: AzureError, *, is_default: bool) -> AzureError:
+def _redacted(error: AzureError, *, is_default: bool) -> AzureError:
     """A copy of *error* of an identity, without secrets and what cannot be pickled."""
     text = redact(str(error))
     if is_default and isinstance(error, ClientAuthenticationError):
-        text = f"{_WAYS_IN}\n{text}".replace("\t", "  ")
+        text = f"{_NO_CREDENTIAL_FOUND}\n{text}".replace("\t", "  ")
     try:
-        return portable(type(error)(message=text))
+        return picklable(type(error)(message=text))
     except TypeError:  # a type with other arguments
-        return portable(ClientAuthenticationError(message=text))
+        return picklable(ClientAuthenticationError(message=text))

@@ -15,7 +15,7 @@ from typing import Any
 
 from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
-from azstoragetorch._blob.commit import CREATED, Found, look, md5_of, unknown_outcome
+from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties, md5_of, unknown_outcome
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
@@ -24,7 +24,7 @@ from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import Retry, Transient, retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
-from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
+from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
@@ -34,12 +34,12 @@ from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 __all__ = [
-    "Access",
     "BlobClient",
+    "BlobProperties",
     "BlobVersion",
     "BlockWriter",
+    "ClientFactory",
     "ContainerClient",
-    "Found",
     "Head",
     "Page",
     "ReadAhead",
@@ -60,17 +60,17 @@ class _Client:
         url: BlobURL,
         credential: CredentialHolder,
         config: TransferConfig,
-        live: PerProcess[Service] | None = None,
+        services: PerProcess[Service] | None = None,
     ) -> None:
         self.url = url
         self.config = config
         self._credential = credential
-        self._live = PerProcess(partial(Service, url, credential, config)) if live is None else live
+        self._services = PerProcess(partial(Service, url, credential, config)) if services is None else services
 
     @property
     def service(self) -> Service:
         """Signed requests of this process to the account."""
-        return self._live.get()
+        return self._services.get()
 
     @property
     def engine(self) -> Engine:
@@ -85,7 +85,7 @@ class _Client:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._live = PerProcess(partial(Service, self.url, self._credential, self.config))
+        self._services = PerProcess(partial(Service, self.url, self._credential, self.config))
 
 
 class BlobClient(_Client):
@@ -142,24 +142,24 @@ class BlobClient(_Client):
         """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""
         fetch(self.service, self.url, span, targets, etag=etag, scope=scope)
 
-    def look(self, scope: Scope | None = None) -> Found:
+    def get_properties(self, scope: Scope | None = None) -> BlobProperties:
         """The blob as the service describes it.
 
         Raises:
             ResourceNotFoundError: it does not exist.
         """
-        return look(self.service, self.url, scope)
+        return get_properties(self.service, self.url, scope)
 
-    def find(self) -> Found | None:
+    def find_properties(self) -> BlobProperties | None:
         """The blob as the service describes it; None if it does not exist."""
         try:
-            return self.look()
+            return self.get_properties()
         except ResourceNotFoundError:
             return None
 
     def version(self) -> BlobVersion | None:
         """The blob's present version; None if it does not exist."""
-        found = self.find()
+        found = self.find_properties()
         return found.version if found is not None else None
 
     def put(self, data: bytes, *, create_only: bool = False) -> None:
@@ -179,7 +179,7 @@ class BlobClient(_Client):
 
     def replace(
         self, data: bytes, *, etag: str | None, properties: Mapping[str, str] = MappingProxyType({})
-    ) -> tuple[bool, Found | None]:
+    ) -> tuple[bool, BlobProperties | None]:
         """Make *data* the content of the blob if it still has *etag*; with None, if there is no blob.
 
         One request. If its answer is lost or refuses the condition, the blob is looked at before anything is sent
@@ -201,7 +201,7 @@ class BlobClient(_Client):
                 return True, self._put_once(data, condition, properties)
             except (Transient, ResourceExistsError, ResourceModifiedError) as error:
                 failure = error
-            found = self._look_after(failure)
+            found = self._properties_after(failure)
             if (found.version.etag if found is not None else None) != etag:
                 return found is not None and self.has_content(found, data), found
             if isinstance(failure, Transient):
@@ -212,7 +212,7 @@ class BlobClient(_Client):
                 raise failure  # refused although the condition holds
             # The blob that was in the way was deleted before the look.
 
-    def _put_once(self, data: bytes, condition: Mapping[str, str], properties: Mapping[str, str]) -> Found:
+    def _put_once(self, data: bytes, condition: Mapping[str, str], properties: Mapping[str, str]) -> BlobProperties:
         headers = {
             "x-ms-blob-type": "BlockBlob",
             "Content-Type": "application/octet-stream",
@@ -222,15 +222,15 @@ class BlobClient(_Client):
         if self.config.validate_content:
             headers["Content-MD5"] = md5_of([memoryview(data)])
         with self.service.send(Request("PUT", self.url, headers=headers, body=data, accept=CREATED)) as answer:
-            return Found(BlobVersion(len(data), answer.headers.get("ETag", "")), None, properties)
+            return BlobProperties(BlobVersion(len(data), answer.headers.get("ETag", "")), None, properties)
 
-    def _look_after(self, failure: Exception) -> Found | None:
+    def _properties_after(self, failure: Exception) -> BlobProperties | None:
         try:
-            return self.find()
+            return self.find_properties()
         except (AzureError, ClientRequestIdMismatchError) as error:
             raise unknown_outcome(self.url, failure) from error
 
-    def has_content(self, found: Found, data: bytes) -> bool:
+    def has_content(self, found: BlobProperties, data: bytes) -> bool:
         """Whether the blob that was *found* holds *data*; where the service has no MD5 it is read as it is now."""
         if found.version.size != len(data):
             return False
@@ -261,7 +261,7 @@ class ContainerClient(_Client):
 
     def at(self, url: BlobURL) -> BlobClient:
         """The blob at *url*, which is in this container; it may be a snapshot or a version."""
-        return BlobClient(url, self._credential, self.config, self._live)
+        return BlobClient(url, self._credential, self.config, self._services)
 
     def pages(
         self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
@@ -277,7 +277,7 @@ class ContainerClient(_Client):
         )
 
 
-class Access:
+class ClientFactory:
     """The one way from a URL to a client: a credential and a configuration, for any number of URLs.
 
     A SAS in a URL wins over the credential and is used for that URL alone. *named* is the URL that the user gave
@@ -288,12 +288,12 @@ class Access:
     """
 
     def __init__(
-        self, credential: Credential = None, transfer: TransferConfig | None = None, named: BlobURL | None = None
+        self, credential: Credential = None, transfer: TransferConfig | None = None, trusted_url: BlobURL | None = None
     ) -> None:
         if transfer is not None and not isinstance(transfer, TransferConfig):
             raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
         self.config = transfer or TransferConfig()
-        self._holder = CredentialHolder(credential, named=named)
+        self._holder = CredentialHolder(credential, trusted_url=trusted_url)
         self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
         self._last: tuple[str, ContainerClient | None] = ("", None)  # a URL is mostly in the container of the last one
 
@@ -316,7 +316,7 @@ class Access:
         """
         if isinstance(url, str):
             prefix, last = self._last
-            if last is not None and url.startswith(prefix) and is_plain(url, len(prefix)):
+            if last is not None and url.startswith(prefix) and needs_no_parsing(url, len(prefix)):
                 _ = last.service  # made once, for all blobs of the container
                 return last.blob(url[len(prefix) :])
         parsed = parse_blob_url(url) if isinstance(url, str) else url

@@ -19,7 +19,7 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.connection import length_of
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.errors import picklable
 from azstoragetorch._blob.retry import RETRYABLE_STATUS, Transient, retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -30,7 +30,7 @@ CREATED = frozenset({201})
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class BlobProperties:
     """A blob as the service describes it."""
 
     version: BlobVersion
@@ -38,7 +38,7 @@ class Found:
     headers: Mapping[str, str]
 
 
-def look(service: Service, url: BlobURL, scope: Scope | None = None) -> Found:
+def get_properties(service: Service, url: BlobURL, scope: Scope | None = None) -> BlobProperties:
     """Ask the service about the blob at *url*.
 
     Raises:
@@ -46,17 +46,17 @@ def look(service: Service, url: BlobURL, scope: Scope | None = None) -> Found:
         AzureError: the service refused, or could not be reached.
         Cancelled: *scope* was cancelled.
     """
-    return retrying(service.config, lambda: _look(service, url, scope), scope)
+    return retrying(service.config, lambda: _get_properties(service, url, scope), scope)
 
 
-def _look(service: Service, url: BlobURL, scope: Scope | None) -> Found:
+def _get_properties(service: Service, url: BlobURL, scope: Scope | None) -> BlobProperties:
     with service.send(Request("HEAD", url, accept=frozenset({200}), scope=scope)) as answer:
         headers = answer.headers
     length, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
     if not (length.isascii() and length.isdigit() and etag):
         what = f"HEAD {url}: the service told no length and ETag: {length!r}, {etag!r}"
-        raise Transient(portable(ServiceResponseError(what)))
-    return Found(BlobVersion(int(length), etag), _md5(headers.get("Content-MD5")), headers)
+        raise Transient(picklable(ServiceResponseError(what)))
+    return BlobProperties(BlobVersion(int(length), etag), _md5(headers.get("Content-MD5")), headers)
 
 
 def _md5(stored: str | None) -> bytes | None:
@@ -74,7 +74,7 @@ def exists_already(url: BlobURL, refused: AzureError | None = None) -> ResourceE
     error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{detail}")
     error.status_code = 409
     error.error_code = "BlobAlreadyExists"  # type: ignore[attr-defined]  # the SDK sets it too
-    return portable(error)
+    return picklable(error)
 
 
 def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
@@ -119,7 +119,7 @@ class Commit:
             **properties,
         }
         request = Request("PUT", self._url, headers=headers, body=pieces, accept=CREATED, scope=self._scope)
-        self._once(request, lambda: self._has_content(pieces))
+        self._send(request, lambda: self._has_content(pieces))
 
     def put_block_list(self, block_ids: Sequence[str], md5: bytes | None, properties: Mapping[str, str]) -> None:
         """Make the staged blocks *block_ids* the content of the blob; *md5* is that of all bytes, if it is known."""
@@ -133,37 +133,37 @@ class Commit:
         listed = "".join(f"<Latest>{block_id}</Latest>" for block_id in block_ids)
         body = f'<?xml version="1.0" encoding="utf-8"?><BlockList>{listed}</BlockList>'.encode()
         request = Request("PUT", self._url, "comp=blocklist", headers, body, CREATED, self._scope, "block list")
-        self._once(request, lambda: self._has_blocks(block_ids))
+        self._send(request, lambda: self._has_blocks(block_ids))
 
-    def _once(self, request: Request, is_ours: Callable[[], bool]) -> None:
+    def _send(self, request: Request, is_committed: Callable[[], bool]) -> None:
         """Send *request* until it is answered; *is_ours* looks whether the blob is what is to be committed."""
         try:
             retrying(self._service.config, lambda: self._try(request), self._scope)
         except (ResourceExistsError, ResourceModifiedError) as error:
             if not self._condition:
                 raise
-            if self._tries == 1 or not self._took_effect(error, is_ours):
+            if self._tries == 1 or not self._took_effect(error, is_committed):
                 raise exists_already(self._url, error) from error
         except (AzureError, ClientRequestIdMismatchError) as error:
             is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
-            if is_refused or not self._took_effect(error, is_ours):
+            if is_refused or not self._took_effect(error, is_committed):
                 raise
 
     def _try(self, request: Request) -> None:
         self._tries += 1
         self._service.send(request).close()
 
-    def _took_effect(self, error: Exception, is_ours: Callable[[], bool]) -> bool:
+    def _took_effect(self, error: Exception, is_committed: Callable[[], bool]) -> bool:
         """What *is_ours* says after a commit that ended with *error*, as one does whose answer was lost."""
         try:
-            return is_ours()
+            return is_committed()
         except ResourceNotFoundError:
             return False
         except (AzureError, ClientRequestIdMismatchError):
             raise unknown_outcome(self._url, error) from error
 
     def _has_content(self, pieces: Sequence[memoryview]) -> bool:
-        found = look(self._service, self._url, self._scope)
+        found = get_properties(self._service, self._url, self._scope)
         return (found.version.size, found.md5) == (length_of(pieces), base64.b64decode(md5_of(pieces)))
 
     def _has_blocks(self, block_ids: Sequence[str]) -> bool:
@@ -177,7 +177,7 @@ class Commit:
             return parse_block_list(raw)
         except ValueError as error:
             what = f"GET (block list) {self._url}: the service sent a list that cannot be read: {error}"
-            raise Transient(portable(ServiceResponseError(what))) from None
+            raise Transient(picklable(ServiceResponseError(what))) from None
 
 
 def parse_block_list(raw: bytes) -> list[str]:

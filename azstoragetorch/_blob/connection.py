@@ -210,7 +210,7 @@ class Connection:
         if "_http" in vars(self):  # an interrupt can come before
             self._http.close()
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
         sock = self._http.sock
         if sock is not None:

@@ -21,7 +21,7 @@ from azstoragetorch._blob.authorizers import (
     SignedBySas,
     TokenForAccount,
     Tokens,
-    asking,
+    token_method,
 )
 from azstoragetorch._blob.authorizers import (
     check_key as check_key,
@@ -51,12 +51,14 @@ class CredentialHolder:
         named: The URL that the user gave together with *credential*, which may therefore be sent to its host.
     """
 
-    def __init__(self, credential: Credential, sas: Secret | None = None, *, named: BlobURL | None = None) -> None:
+    def __init__(
+        self, credential: Credential, sas: Secret | None = None, *, trusted_url: BlobURL | None = None
+    ) -> None:
         checked = check_credential(credential)
         self._sas = sas
-        self._credential = checked if sas is None else None
-        if named is not None and self._credential is not False and not _is_safe(named, self._credential):
-            _name(self._credential, [_origin(named)])
+        self._credential = kept = checked if sas is None else None
+        if trusted_url is not None and kept is not False and not _is_always_allowed(trusted_url, kept):
+            _allow(kept, [_origin(trusted_url)])
 
     def authorizer(self, url: BlobURL) -> Authorizer:
         """The authorizer for requests to *url*, shared by all of this process that use the same credential.
@@ -76,7 +78,7 @@ class CredentialHolder:
                 f"credential: a token is never sent over plain http ({url.scheme}://{url.host}); use an https URL, "
                 "a SAS, an account key, or credential=False for a public container"
             )
-        if _is_safe(url, credential) or _origin(url) in _origins_named_with(credential) or is_trusted(url):
+        if _is_always_allowed(url, credential) or _origin(url) in _allowed_origins(credential) or is_trusted(url):
             return _authorizer(credential, url)
         raise ValueError(
             f"credential: not sent to the host {url.host!r} of {url}, which is not one of Azure Storage: a list of "
@@ -101,7 +103,7 @@ class CredentialHolder:
             packed = "sas", Secret(credential.signature), _handle_of(credential)
         elif isinstance(credential, AzureNamedKeyCredential):
             packed = "key", credential.named_key.name, Secret(credential.named_key.key), _handle_of(credential)
-        return {"sas": self._sas, "packed": packed, "named": frozenset(_origins_named_with(credential))}
+        return {"sas": self._sas, "packed": packed, "allowed": frozenset(_allowed_origins(credential))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._sas = state["sas"]
@@ -109,8 +111,8 @@ class CredentialHolder:
         # Resolved on use: unpickling in a place that never reads needs no secret.
         makers: dict[str, Callable[..., Any]] = {"sas": _unpickled_sas, "key": _unpickled_key}
         self._credential = makers[kind](*values) if kind in makers else values[0]
-        if state["named"]:
-            _name(self._credential, state["named"])
+        if state["allowed"]:
+            _allow(self._credential, state["allowed"])
 
 
 # -- credentials that processes share ----------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def check_credential(credential: Any) -> Any:
         return _share(credential)
     if credential is None or credential is False or isinstance(credential, AzureNamedKeyCredential):
         return _share(credential)
-    if isinstance(credential, type) or not callable(asking(credential)):
+    if isinstance(credential, type) or not callable(token_method(credential)):
         hint = "; pass an instance" if isinstance(credential, type) else ""
         hint = "; wrap a SAS in AzureSasCredential" if isinstance(credential, str) else hint
         raise TypeError(f"credential must be {_ACCEPTED}, not {type(credential).__name__}{hint}")
@@ -260,22 +262,22 @@ def is_trusted(url: BlobURL) -> bool:
     return False
 
 
-def _is_safe(url: BlobURL, credential: Any) -> bool:
+def _is_always_allowed(url: BlobURL, credential: Any) -> bool:
     """Whether any URL may bring *credential* to its host: Azure's own and, except for tokens, this machine."""
     # Emulators are on this machine, and take keys and SAS. A token opens more than one account.
     is_token = not isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential))
     return url.is_azure or (url.is_loopback and not is_token)
 
 
-_named: dict[int, tuple[object, set[str]]] = {}  # origins that users named, by credential, which is kept alive
+_allowed: dict[int, tuple[object, set[str]]] = {}  # origins that users named, by credential, which is kept alive
 
 
-def _name(credential: Any, origins: Iterable[str]) -> None:
-    _named.setdefault(id(credential), (credential, set()))[1].update(origins)
+def _allow(credential: Any, origins: Iterable[str]) -> None:
+    _allowed.setdefault(id(credential), (credential, set()))[1].update(origins)
 
 
-def _origins_named_with(credential: Any) -> Set[str]:
-    entry = _named.get(id(credential))
+def _allowed_origins(credential: Any) -> Set[str]:
+    entry = _allowed.get(id(credential))
     return frozenset() if entry is None else entry[1]
 
 
@@ -296,13 +298,13 @@ def _signature_of(credential: AzureSasCredential) -> str:
 def _is_async(credential: Any) -> bool:
     from inspect import iscoroutinefunction
 
-    return iscoroutinefunction(asking(credential))
+    return iscoroutinefunction(token_method(credential))
 
 
 # -- what requests of one process share --------------------------------------------------------------------------------
 
 
-class _Shared:
+class _SharedAuthorizers:
     """What all requests with one credential share."""
 
     def __init__(self, credential: Any) -> None:
@@ -314,7 +316,7 @@ class _Shared:
         self.accounts: dict[str, Authorizer] = {}
 
 
-_registry: PerProcess[dict[int, _Shared]] = PerProcess(dict)
+_registry: PerProcess[dict[int, _SharedAuthorizers]] = PerProcess(dict)
 _ANONYMOUS = SignedBySas(str, is_anonymous=True)
 
 
@@ -323,7 +325,7 @@ def _authorizer(credential: Any, url: BlobURL) -> Authorizer:
     if isinstance(credential, AzureSasCredential):
         _signature_of(credential)
         return SignedBySas(partial(_signature_of, credential))
-    shared = _registry.get().setdefault(id(credential), _Shared(credential))
+    shared = _registry.get().setdefault(id(credential), _SharedAuthorizers(credential))
     if shared.key is None:
         return shared.accounts.setdefault(url.account_url, TokenForAccount(shared.tokens, url.audience))
     check_key(credential.named_key.key, f"credential: the account key of {credential.named_key.name!r}")

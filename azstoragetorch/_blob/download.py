@@ -15,9 +15,9 @@ from functools import partial
 
 from azure.core.exceptions import ServiceResponseError
 
-from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.errors import picklable
 from azstoragetorch._blob.retry import Retry, Transient
-from azstoragetorch._blob.service import Answer, Request, Service
+from azstoragetorch._blob.service import Request, Service, ServiceResponse
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.ranges import ByteRange, split
@@ -29,8 +29,6 @@ _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _PROGRESS_STEP = 512 * KiB  # how often a waiting reader hears of what has arrived
 _REAL_PROGRESS = 64 * KiB  # less than this between two failures counts as none
 _STATUSES = frozenset({200, 206, 412, 416})
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class RangeRead:
         self._scope = scope
         self._retry = Retry(service.config)
         self._etag = etag
-        self._response: Answer | None = None
+        self._response: ServiceResponse | None = None
         self.span = span
         self.version = self._open()
 
@@ -69,7 +67,7 @@ class RangeRead:
             self._etag = version.etag
             return version
 
-    def receive(self, targets: Sequence[memoryview], progress: Progress | None = None) -> None:
+    def receive(self, targets: Sequence[memoryview], progress: Callable[[int], None] | None = None) -> None:
         """Receive all of ``span`` into *targets*, which are filled one after the other.
 
         *progress* is called with the number of bytes that have arrived in all.
@@ -111,7 +109,7 @@ class RangeRead:
         if response is not None:
             response.close(is_complete=response.status != 206)  # the rest of a range is not worth receiving
 
-    def _request(self, span: ByteRange) -> tuple[Answer, BlobVersion]:
+    def _request(self, span: ByteRange) -> tuple[ServiceResponse, BlobVersion]:
         """Send the request for *span* and check the head of its answer."""
         if not len(span):
             raise ValueError("an empty range cannot be asked for")
@@ -125,7 +123,7 @@ class RangeRead:
         with on_error(partial(response.close, is_complete=False)):
             return response, self._check(response, span)
 
-    def _check(self, response: Answer, span: ByteRange) -> BlobVersion:
+    def _check(self, response: ServiceResponse, span: ByteRange) -> BlobVersion:
         if response.status == 412:
             raise self.changed()
         etag = response.headers.get("ETag", "")
@@ -160,7 +158,7 @@ class RangeRead:
             raise self.changed()
         return BlobVersion(size, etag)
 
-    def _validate(self, response: Answer, targets: Sequence[memoryview], begin: int) -> None:
+    def _validate(self, response: ServiceResponse, targets: Sequence[memoryview], begin: int) -> None:
         expected = response.headers.get("Content-MD5")
         if expected is None:
             raise Transient(self._broken(f"sent {self.span.header} without the MD5 that was asked for"))
@@ -177,7 +175,7 @@ class RangeRead:
         )
 
     def _broken(self, what: str) -> ServiceResponseError:
-        return portable(ServiceResponseError(f"GET {self._url}: the service {what}"))
+        return picklable(ServiceResponseError(f"GET {self._url}: the service {what}"))
 
 
 def open_range(

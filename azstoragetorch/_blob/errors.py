@@ -104,23 +104,23 @@ def service_error(
     error.status_code = status
     error.reason = reason
     error.error_code = code  # type: ignore[attr-defined]  # the SDK sets it too
-    return portable(error)
+    return picklable(error)
 
 
 def connection_error(verb: str, url: str, cause: BaseException, *, was_sent: bool) -> AzureError:
     """The error for a request that got no answer, or a broken one."""
     kind = ServiceResponseError if was_sent else ServiceRequestError
-    return portable(kind(redact(f"{verb} {url}: {type(cause).__name__}: {cause}")))
+    return picklable(kind(redact(f"{verb} {url}: {type(cause).__name__}: {cause}")))
 
 
 def not_found(what: str) -> ResourceNotFoundError:
     """The error for a blob that a listing or a look at its version did not find."""
     error = ResourceNotFoundError(message=what)
     error.status_code = 404
-    return portable(error)
+    return picklable(error)
 
 
-def portable(error: E) -> E:
+def picklable(error: E) -> E:
     """*error* without what cannot be pickled."""
     error.exc_value = error.exc_traceback = error.inner_exception = None
     error.exc_type = None

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from azure.core.exceptions import ServiceResponseError
 
-from azstoragetorch._blob.errors import portable
+from azstoragetorch._blob.errors import picklable
 from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -224,8 +224,8 @@ def _is_directory(item: ET.Element) -> bool:
 
 
 def _repeated(container: BlobURL) -> ServiceResponseError:
-    return portable(ServiceResponseError(f"GET {container}: the service repeated a page of its listing"))
+    return picklable(ServiceResponseError(f"GET {container}: the service repeated a page of its listing"))
 
 
 def _malformed(container: BlobURL, what: str) -> ServiceResponseError:
-    return portable(ServiceResponseError(f"GET {container}: the service sent a listing that cannot be read: {what}"))
+    return picklable(ServiceResponseError(f"GET {container}: the service sent a listing that cannot be read: {what}"))

@@ -29,10 +29,10 @@ from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
 from azstoragetorch._engine.threads import Engine, start_thread
 
-_WHOLE = re.compile(r"bytes 0-(\d+)/(\d+)")
-_MOST_OF_A_HEAD = 16 << 10
-_TICK = 0.25  # seconds between two looks at what has stalled
-_PATIENCE = 0.5  # seconds for which the thread waits for another read before it ends
+_CONTENT_RANGE = re.compile(r"bytes 0-(\d+)/(\d+)")
+_MAX_HEAD_BYTES = 16 << 10
+_POLL_SECONDS = 0.25  # seconds between two looks at what has stalled
+_IDLE_SECONDS = 0.5  # seconds for which the thread waits for another read before it ends
 
 
 class Multiplexer:
@@ -45,7 +45,7 @@ class Multiplexer:
       registers it if not. The thread, when something arrives on a descriptor without a read (another request of the
       same connection, or its end), first stops watching and then looks once more for a read. So a read that is entered
       meanwhile is seen by one of the two.
-    * `begin` takes the one token of ``_turn`` after that, and with it starts the thread. That gives the token
+    * `begin` takes the one token of ``_thread_token`` after that, and with it starts the thread. That gives the token
       back when there was nothing to do for a while, and then looks once more for reads.
 
     A connection belongs to one request at a time, and so does its descriptor: nothing else writes these entries.
@@ -55,7 +55,7 @@ class Multiplexer:
         self._reads: dict[int, _Read] = {}  # by descriptor
         self._watched: dict[int, Connection] = {}  # whose descriptor is registered, also while others use them
         self._epoll = select.epoll()
-        self._turn: deque[None] = deque([None])
+        self._thread_token: deque[None] = deque([None])
         self._last_active = self._last_sweep = 0.0
 
     def begin(
@@ -77,7 +77,7 @@ class Multiplexer:
         hold = scope.holding(connection.interrupt)
         try:
             hold.__enter__()
-            target, headers = service.signed(url, {"x-ms-range": ByteRange(0, length).header})
+            target, headers = service.sign(url, {"x-ms-range": ByteRange(0, length).header})
             descriptor = connection.begin(target, headers).fileno()
         except BaseException as error:
             hold.leave()
@@ -91,13 +91,13 @@ class Multiplexer:
             self._watch(descriptor, connection)
             self._start()
         except BaseException:
-            if self._took(descriptor, read):
+            if self._claim(descriptor, read):
                 hold.leave()
                 connection.close()
             raise
         return True
 
-    def _took(self, descriptor: int, read: _Read) -> bool:
+    def _claim(self, descriptor: int, read: _Read) -> bool:
         """Whether *read* was still entered; it is taken out. The thread and `begin` may both want to end it."""
         return self._reads.get(descriptor) is read and self._reads.pop(descriptor, None) is read
 
@@ -112,34 +112,34 @@ class Multiplexer:
 
     def _start(self) -> None:
         """Start the thread unless it runs."""
-        if self._turn:
+        if self._thread_token:
             with suppress(IndexError):  # another thread was faster
-                self._turn.pop()
+                self._thread_token.pop()
                 if not start_thread(self._run):
-                    self._give_back()
+                    self._fail_all()
 
-    def _give_back(self) -> None:
+    def _fail_all(self) -> None:
         for descriptor, read in list(self._reads.items()):  # to be made again elsewhere
             self._end(descriptor, read, is_good=False)
-        self._turn.append(None)
+        self._thread_token.append(None)
 
     def _run(self) -> None:
-        scratch = memoryview(bytearray(_MOST_OF_A_HEAD))
+        scratch = memoryview(bytearray(_MAX_HEAD_BYTES))
         self._last_active = time.monotonic()
-        with on_error(self._give_back):
+        with on_error(self._fail_all):
             while self._is_wanted():
-                for descriptor, _ in self._epoll.poll(_TICK):
+                for descriptor, _ in self._epoll.poll(_POLL_SECONDS):
                     self._advance(descriptor, scratch)
                 self._drop_stalled()
 
     def _is_wanted(self) -> bool:
-        if self._reads or time.monotonic() - self._last_active < _PATIENCE:
+        if self._reads or time.monotonic() - self._last_active < _IDLE_SECONDS:
             return True
-        self._turn.append(None)
+        self._thread_token.append(None)
         if not self._reads:
             return False
         try:
-            self._turn.pop()
+            self._thread_token.pop()
         except IndexError:  # for that read another thread was started
             return False
         return True
@@ -156,12 +156,12 @@ class Multiplexer:
         try:
             if read.advance(scratch):
                 self._end(descriptor, read, is_good=True)
-        except (OSError, HTTPException, _UnusualError):
+        except (OSError, HTTPException, _UnexpectedResponseError):
             self._end(descriptor, read, is_good=False)
 
     def _drop_stalled(self) -> None:
         now = time.monotonic()
-        if now - self._last_sweep < _TICK:
+        if now - self._last_sweep < _POLL_SECONDS:
             return
         self._last_sweep = now
         for descriptor, read in list(self._reads.items()):
@@ -169,7 +169,7 @@ class Multiplexer:
                 self._end(descriptor, read, is_good=False)
 
     def _end(self, descriptor: int, read: _Read, *, is_good: bool) -> None:
-        if self._took(descriptor, read):
+        if self._claim(descriptor, read):
             if not is_good:
                 self._unwatch(descriptor)
             read.end(is_good)
@@ -180,7 +180,7 @@ class Multiplexer:
             self._epoll.unregister(descriptor)
 
 
-class _UnusualError(Exception):
+class _UnexpectedResponseError(Exception):
     """The answer is not the plain one; a thread that knows more asks again."""
 
 
@@ -236,21 +236,21 @@ class _Read:
     @staticmethod
     def _receive(received: int) -> int:
         if not received:
-            raise _UnusualError  # the connection was closed
+            raise _UnexpectedResponseError  # the connection was closed
         return received
 
     def _take_head(self, arrived: memoryview) -> None:
         self._head += arrived
         head, end, body = self._head.partition(b"\r\n\r\n")
         if not end:
-            if len(self._head) > _MOST_OF_A_HEAD:
-                raise _UnusualError
+            if len(self._head) > _MAX_HEAD_BYTES:
+                raise _UnexpectedResponseError
             return
         self._version = self._check(head)
         count_answer(time.perf_counter() - self._began, 206, 0)
         size = min(self._length, self._version.size)
         if len(body) > size or size == 1 > len(body):
-            raise _UnusualError
+            raise _UnexpectedResponseError
         self._head = b""
         if len(body) == size:
             self._data = body
@@ -262,14 +262,14 @@ class _Read:
     def _check(self, head: bytes) -> BlobVersion:
         """The version that an answer speaks of which is in every respect the one that was asked for."""
         status, fields, stays_open = parse_head(head)
-        found = _WHOLE.fullmatch(fields.get("content-range", ""))
+        found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
-            raise _UnusualError
+            raise _UnexpectedResponseError
         stop, size = int(found.group(1)) + 1, int(found.group(2))
         if stop != min(self._length, size) or fields.get("content-length") != str(stop):
-            raise _UnusualError
+            raise _UnexpectedResponseError
         if fields.get("x-ms-client-request-id") != self._request_id or not fields.get("etag"):
-            raise _UnusualError  # it may be the answer to another request
+            raise _UnexpectedResponseError  # it may be the answer to another request
         return BlobVersion(size, fields["etag"])
 
 

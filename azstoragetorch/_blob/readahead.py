@@ -118,7 +118,7 @@ class ReadAhead:
         self._process = here()
         self._bell = Bell()  # something has arrived, or will not
         self._segments: list[_Segment] = [_Segment.of(head)] if head else []  # sorted and disjoint
-        self._pattern = window.Pattern()
+        self._pattern = window.AccessPattern()
 
     def size(self) -> int:
         """The length of the blob in bytes; the first bytes are in flight after."""
@@ -157,7 +157,7 @@ class ReadAhead:
         scope = Scope()
         try:
             if self.version is None:
-                if start == 0 and target.nbytes < window.DIRECT:
+                if start == 0 and target.nbytes < window.DIRECT_READ:
                     self._open_first()
                 else:
                     opened = self._open(start, min(target.nbytes, self._config.effective_part_size), scope)
@@ -259,8 +259,8 @@ class ReadAhead:
         engine = engine_for(self._config)
         direct = []
         for gap in gaps(span, self._spans()):
-            if len(gap) < window.DIRECT:
-                wanted = window.around(gap, self.version.size, self._spans(), end)
+            if len(gap) < window.DIRECT_READ:
+                wanted = window.widen(gap, self.version.size, self._spans(), end)
                 if self._start(engine, wanted, is_kept=end is not None):
                     continue
             direct.append(gap)
@@ -271,7 +271,9 @@ class ReadAhead:
         assert self.version is not None
         engine = engine_for(self._config)
         streak, part = self._pattern.streak, self._config.effective_part_size
-        for piece in window.ahead(span, streak, self.version.size, self._spans(), part, self._config.read_ahead):
+        for piece in window.segments_ahead(
+            span, streak, self.version.size, self._spans(), part, self._config.read_ahead
+        ):
             if not self._start(engine, piece, is_kept=False):
                 return
 

@@ -138,7 +138,7 @@ def is_connection_failure(error: BaseException) -> bool:
     return isinstance(error, (OSError, http.client.HTTPException))
 
 
-def refusal(error: HttpResponseError, headers: Mapping[str, str]) -> HttpResponseError | Transient:
+def classify_refusal(error: HttpResponseError, headers: Mapping[str, str]) -> HttpResponseError | Transient:
     """*error*, wrapped if its status is worth another try."""
     if error.status_code in RETRYABLE_STATUS:
         return Transient(error, retry_after(headers))

@@ -26,7 +26,7 @@ from azstoragetorch._blob.authorizers import Authorizer
 from azstoragetorch._blob.connection import Body, Origin, length_of
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.errors import connection_error, service_error
-from azstoragetorch._blob.retry import Transient, is_connection_failure, refusal
+from azstoragetorch._blob.retry import Transient, classify_refusal, is_connection_failure
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.process import PerProcess
@@ -64,7 +64,7 @@ class Request:
         return f"{self.method} ({self.purpose})" if self.purpose else self.method
 
 
-class Answer:
+class ServiceResponse:
     """The answer to a request. Its body is still to be received; leaving its ``with`` block frees the connection."""
 
     __slots__ = ("_request", "_response", "headers", "status")
@@ -90,14 +90,14 @@ class Answer:
         try:
             return self._response.readinto(target)
         except _FAILURES as error:
-            _fail(self._request, error)
+            _raise_translated(self._request, error)
 
     def read(self) -> bytes:
         """The rest of the body. Raises as `readinto` does."""
         try:
             return self._response.read()
         except _FAILURES as error:
-            _fail(self._request, error)
+            _raise_translated(self._request, error)
 
     def close(self, *, is_complete: bool = True) -> None:
         """Free the connection: keep it for another request, or close it if the body is not *is_complete*.
@@ -108,7 +108,7 @@ class Answer:
             self._response.length = None
         self._response.close()
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> ServiceResponse:
         return self
 
     def __exit__(
@@ -125,7 +125,7 @@ class Service:
         self.origin = Origin.of(url.scheme, url.host, config)
         self.authorizer: Authorizer = credential.authorizer(url)
 
-    def send(self, request: Request) -> Answer:
+    def send(self, request: Request) -> ServiceResponse:
         """Send *request*, signed, and return the head of its answer.
 
         Where azure-core's tracing is on it is a span, like the SDK's requests.
@@ -141,22 +141,22 @@ class Service:
         return self._send_traced(request, tracing_attributes=attributes)
 
     @distributed_trace(name_of_span="azstoragetorch.request", kind=SpanKind.CLIENT)
-    def _send_traced(self, request: Request, **_of_the_span: Any) -> Answer:
+    def _send_traced(self, request: Request, **_of_the_span: Any) -> ServiceResponse:
         return self._send(request)
 
-    def _send(self, request: Request) -> Answer:
+    def _send(self, request: Request) -> ServiceResponse:
         try:
             response = self._exchange(request)
         except _FAILURES as error:
-            _fail(request, error)
+            _raise_translated(request, error)
         if response.status not in request.accept:
             self._refuse(request, response)
-        return Answer(request, response)
+        return ServiceResponse(request, response)
 
     def _exchange(self, request: Request) -> transport.Response:
         """Sign and send *request*; once more if the service rejects that and there is another token or SAS."""
-        query = "&".join(filter(None, (request.query, _state(request.url))))
-        headers = {**_own_headers(), **(request.headers or {})}
+        query = "&".join(filter(None, (request.query, _version_query(request.url))))
+        headers = {**_common_headers(), **(request.headers or {})}
         if request.body is not None:
             headers["Content-Length"] = str(length_of(request.body))
         has_renewed = False
@@ -178,14 +178,14 @@ class Service:
             has_renewed = True
             response.close()
 
-    def signed(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    def sign(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """The target and the headers of a signed GET, for callers that send it themselves.
 
         Raises:
             AzureError: a token could not be obtained.
         """
-        target = _target(url.path, _state(url), self.authorizer.query())
-        return target, {**_own_headers(), **headers, **self.authorizer.headers()}
+        target = _target(url.path, _version_query(url), self.authorizer.query())
+        return target, {**_common_headers(), **headers, **self.authorizer.headers()}
 
     def _refuse(self, request: Request, response: transport.Response) -> NoReturn:
         with response:
@@ -195,7 +195,7 @@ class Service:
                 body = repr(error).encode()
         # Not kept in a variable: its traceback refers to this frame, and the reference cycle would keep the memory of
         # every caller that waits for the answer.
-        raise refusal(
+        raise classify_refusal(
             service_error(
                 verb=request.verb,
                 url=str(request.url),
@@ -209,7 +209,7 @@ class Service:
         )
 
 
-def _fail(request: Request, error: Exception) -> NoReturn:
+def _raise_translated(request: Request, error: Exception) -> NoReturn:
     """Raise what *error*, one of `_FAILURES`, means for *request*.
 
     Raises:
@@ -227,18 +227,18 @@ def _fail(request: Request, error: Exception) -> NoReturn:
 
 
 def _target(path: str, query: str, sas: str) -> str:
-    signed = "&".join(filter(None, (query, sas)))
-    return f"{path}?{signed}" if signed else path
+    sign = "&".join(filter(None, (query, sas)))
+    return f"{path}?{sign}" if sign else path
 
 
-def _state(url: BlobURL) -> str:
+def _version_query(url: BlobURL) -> str:
     """The part of the query that chooses an older state of the blob."""
     if url.versionid:
         return f"versionid={quote(url.versionid)}"
     return f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
 
 
-def _own_headers() -> dict[str, str]:
+def _common_headers() -> dict[str, str]:
     return {
         "x-ms-version": API_VERSION,
         "x-ms-client-request-id": f"{_prefix.get()}{next(_numbers):016x}",

@@ -35,7 +35,7 @@ _DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
 _MAX_IDLE = 128  # connections kept for each service
-_MOMENT = 1.0  # seconds for which `take_idle` believes that a connection is open
+_UNCHECKED_SECONDS = 1.0  # seconds for which `take_idle` believes that a connection is open
 
 
 class Headers(Mapping[str, str]):
@@ -59,7 +59,7 @@ class Headers(Mapping[str, str]):
         return isinstance(name, str) and (name in self._values or name.lower() in self._values)
 
 
-class _Answer(http.client.HTTPResponse):
+class _HTTPResponse(http.client.HTTPResponse):
     """http.client's answer with a head that is read at a tenth of the cost: it parses headers as if they were mail."""
 
     is_head = False
@@ -129,8 +129,8 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     return int(found.group(2)), values, stays_open
 
 
-def _receive_head(connection: Connection, method: str) -> _Answer:
-    answer = _Answer(connection.socket, method=method)
+def _receive_head(connection: Connection, method: str) -> _HTTPResponse:
+    answer = _HTTPResponse(connection.socket, method=method)
     answer.is_head = method == "HEAD"
     with on_error(answer.close):
         answer.begin()
@@ -140,7 +140,7 @@ def _receive_head(connection: Connection, method: str) -> _Answer:
 class Response:
     """The answer to one request. Leaving its ``with`` block frees the connection."""
 
-    def __init__(self, pool: Pool, connection: Connection, raw: _Answer, hold: Hold) -> None:
+    def __init__(self, pool: Pool, connection: Connection, raw: _HTTPResponse, hold: Hold) -> None:
         self._pool = pool
         self._connection = [connection]  # taken out in one step: `close` gives it back once, even if it is interrupted
         self._raw = raw
@@ -257,10 +257,10 @@ class Pool:
                 while True:
                     idle.pop().close()
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         """Let go of all connections of a forked parent."""
         for connection in list(self._made):
-            connection.abandon()
+            connection.forget()
 
     @property
     def idle_count(self) -> int:
@@ -268,7 +268,7 @@ class Pool:
         return sum(map(len, list(self._idle.values())))
 
 
-_pool = PerProcess(Pool, Pool.abandon)
+_pool = PerProcess(Pool, Pool.forget)
 
 
 def send(
@@ -340,7 +340,7 @@ def take_idle(origin: Origin) -> Connection | None:
     It was open a moment ago. Whether it still is would take one more system call to know, and the caller has to be
     prepared for a broken connection anyway.
     """
-    return _pool.get().take_idle(origin, _MOMENT)
+    return _pool.get().take_idle(origin, _UNCHECKED_SECONDS)
 
 
 def give_back(connection: Connection) -> None:

@@ -23,7 +23,7 @@ from azure.core.exceptions import (
     ResourceNotFoundError,
 )
 
-from azstoragetorch._blob.commit import CREATED, Commit, exists_already, look, md5_of
+from azstoragetorch._blob.commit import CREATED, Commit, exists_already, get_properties, md5_of
 from azstoragetorch._blob.connection import length_of
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
@@ -79,7 +79,7 @@ class _Block:
     pieces: Sequence[memoryview]
 
 
-class _Held:
+class _BorrowedBuffer:
     """The buffer of a block in the background and its loan, given back once; dropping it ends the loan, too."""
 
     def __init__(self, buffer: memoryview, loan: Loan, pool: BufferPool) -> None:
@@ -280,7 +280,7 @@ class BlockWriter:
     def _refuse_existing(self) -> None:
         """Fail before uploading anything that could not be committed."""
         try:
-            look(self._service, self._url, self._scope)
+            get_properties(self._service, self._url, self._scope)
         except ResourceNotFoundError:
             return
         except ClientAuthenticationError:
@@ -327,7 +327,7 @@ class BlockWriter:
             self._stage(block)
             engine.buffers.give_back(buffer)
             return
-        job = Job(partial(self._stage_in_background, block, _Held(buffer, loan, engine.buffers)), self._bell)
+        job = Job(partial(self._stage_in_background, block, _BorrowedBuffer(buffer, loan, engine.buffers)), self._bell)
         del loan
         self._in_flight.append(job)
         engine.submit(job.run)
@@ -351,7 +351,7 @@ class BlockWriter:
         self._in_flight = [job for job in self._in_flight if not job.is_over]
         return self._in_flight
 
-    def _stage_in_background(self, block: _Block, held: _Held) -> None:
+    def _stage_in_background(self, block: _Block, held: _BorrowedBuffer) -> None:
         try:
             if not self._failures:
                 self._scope.check()

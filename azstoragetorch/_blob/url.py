@@ -192,7 +192,7 @@ def parse_url(url: str, *, argument: str = "url") -> BlobURL:
     what = f"{argument} {f'{scheme}://{hostname}'!r}"
     host, path = f"[{hostname}]" if ":" in hostname else hostname, parts.path.removeprefix("/")
     if scheme not in ("http", "https"):
-        host, path = _of_other_scheme(scheme, host, parts.username, path, what)
+        host, path = _resolve_scheme(scheme, host, parts.username, path, what)
     account_path = ""
     if _names_account_in_path(host, path):
         account, _, path = path.partition("/")
@@ -223,7 +223,7 @@ def _split(url: str, argument: str) -> tuple[str, SplitResult]:
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _SCHEMES:
-        raise ValueError(f"{argument} is not a URL of Azure Blob Storage: {_what_it_is(url)}")
+        raise ValueError(f"{argument} is not a URL of Azure Blob Storage: {_explain_unknown_scheme(url)}")
     try:
         # Fragments do not exist here: an unencoded "#" in a name is part of the name.
         parts = urlsplit("//" + rest.replace("#", "%23"))
@@ -240,7 +240,7 @@ def _split(url: str, argument: str) -> tuple[str, SplitResult]:
     return scheme, parts
 
 
-def _of_other_scheme(scheme: str, host: str, user: str | None, path: str, what: str) -> tuple[str, str]:
+def _resolve_scheme(scheme: str, host: str, user: str | None, path: str, what: str) -> tuple[str, str]:
     """Host and path of a URL that may name the container before an '@'."""
     if user is not None and "." in host:
         return host, f"{user}/{path}"
@@ -323,7 +323,7 @@ def url_of_name(container_url: str, name: str) -> str:
     return f"{container_url}/{_encode_name(name)}"
 
 
-def is_plain(url: str, start: int) -> bool:
+def needs_no_parsing(url: str, start: int) -> bool:
     """Whether what *url* has from *start* on is a blob's name where parsing finds nothing to decode or to refuse."""
     return len(url) - start <= _MAX_NAME and _PLAIN_NAME.fullmatch(url, start) is not None
 
@@ -379,7 +379,7 @@ def _ip_address(hostname: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
         return None
 
 
-def _what_it_is(url: str) -> str:
+def _explain_unknown_scheme(url: str) -> str:
     """What *url*, whose scheme is not known, may be, and what to write instead. Quotes nothing of its query."""
     scheme, separator, _ = url.partition(":")
     shown = url.partition("?")[0]

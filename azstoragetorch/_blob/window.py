@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch._engine.ranges import ByteRange, gaps, split
 
-DIRECT = 1 * MiB  # a gap this large is fetched into the caller's memory; a smaller one joins the window
+DIRECT_READ = 1 * MiB  # a gap this large is fetched into the caller's memory; a smaller one joins the window
 MIN_SEGMENT = 4 * MiB
 _RANDOM = 128 * KiB  # fetched around a small read at an unforeseen place: the cost of one round trip at 6 MB/s
 _REQUESTS = 16  # a window is cut into about this many requests, so that a small blob also comes in parallel
@@ -25,7 +25,7 @@ _NOTHING = ByteRange(0, 0)
 _LONGEST_STREAK = 8  # a window of 256 parts: `read_ahead` limits it long before
 
 
-class Held(Protocol):
+class Segment(Protocol):
     """A segment of the blob that is here or in flight."""
 
     @property
@@ -44,28 +44,28 @@ class Held(Protocol):
         ...
 
 
-H = TypeVar("H", bound=Held)
+S = TypeVar("S", bound=Segment)
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class AccessPattern:
     """How a blob was read so far: the last read that was not of its end, and how many reads in sequence led there."""
 
     previous: ByteRange = _NOTHING
     streak: int = 0
 
-    def after(self, span: ByteRange, part_size: int) -> Pattern:
+    def after(self, span: ByteRange, part_size: int) -> AccessPattern:
         """The pattern when *span* is read next."""
         is_next = self.previous.start <= span.start <= self.previous.stop + part_size
-        return Pattern(span, min(self.streak + 1, _LONGEST_STREAK) if is_next and self.previous.stop else 0)
+        return AccessPattern(span, min(self.streak + 1, _LONGEST_STREAK) if is_next and self.previous.stop else 0)
 
-    def after_tail(self) -> Pattern:
+    def after_tail(self) -> AccessPattern:
         """The pattern when the end of the blob is read next.
 
         The first bytes, then the directory at the end: that opens an archive, which is about to be read.
         """
         if self.previous.start == 0 < self.previous.stop:
-            return Pattern(self.previous, max(self.streak, _ARCHIVE_STREAK))
+            return AccessPattern(self.previous, max(self.streak, _ARCHIVE_STREAK))
         return self
 
 
@@ -74,7 +74,7 @@ def tail(size: int) -> ByteRange:
     return ByteRange(max(0, size - min(max(size >> 9, 256 * KiB), 4 * MiB)), size)
 
 
-def around(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange | None) -> ByteRange:
+def widen(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange | None) -> ByteRange:
     """What to fetch for a small *gap*: all of the *end* of the blob, or some bytes more up to the next segment."""
     wanted = end or ByteRange(gap.start, min(max(gap.stop, gap.start + _RANDOM), size))
     for piece in gaps(wanted, held):
@@ -83,7 +83,7 @@ def around(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange 
     return gap
 
 
-def ahead(
+def segments_ahead(
     span: ByteRange, streak: int, size: int, held: Sequence[ByteRange], part_size: int, read_ahead: int
 ) -> list[ByteRange]:
     """The segments to fetch behind *span*, which is read now, in the order of their need."""
@@ -101,7 +101,7 @@ def ahead(
     return pieces
 
 
-def to_evict(segments: Sequence[H], span: ByteRange, streak: int, limit: int) -> list[H]:
+def to_evict(segments: Sequence[S], span: ByteRange, streak: int, limit: int) -> list[S]:
     """The *segments*, which are sorted, to evict after *span* was read.
 
     What a sequential reader has passed, but for the last segment, to which it may return a little; of what a random one
@@ -110,7 +110,7 @@ def to_evict(segments: Sequence[H], span: ByteRange, streak: int, limit: int) ->
     passed = [segment for segment in segments if segment.span.stop <= span.start and not segment.is_kept]
     if streak:
         return passed[:-1]
-    evicted: list[H] = []
+    evicted: list[S] = []
     excess = sum(segment.reserved for segment in segments) - limit
     later = [segment for segment in segments if segment.span.start >= span.stop and not segment.is_kept]
     for segment in [*passed, *reversed(later)]:

@@ -37,7 +37,7 @@ def describe(blob: BlobClient, scope: Scope) -> Description:
     Raises:
         AzureError: there is no such blob, or the service refused or could not be reached.
     """
-    found = blob.look(scope)
+    found = blob.get_properties(scope)
     return Description(found.version, found.md5, _properties(found.headers))
 
 

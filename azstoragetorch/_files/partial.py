@@ -21,19 +21,19 @@ from types import TracebackType
 
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.ranges import ByteRange
-from azstoragetorch._files.places import (
+from azstoragetorch._files.paths import (
     CopyError,
     WrongMD5Error,
+    current_user_id,
+    display,
     open_exclusive,
     open_own,
-    own_user,
-    shown,
-    take_name,
-    unfinished_name,
+    partial_name,
+    rename_into_place,
 )
-from azstoragetorch._files.record import Kept, Record
+from azstoragetorch._files.record import Record, RecordedDownload
 
-READ = 8 * MiB  # bytes read from a file at once
+READ_SIZE = 8 * MiB  # bytes read from a file at once
 _SYNC_EVERY = 64 * MiB  # bytes that a killed download may have to fetch again
 
 
@@ -51,11 +51,11 @@ class Partial:
         self._is_kept = False  # the record names bytes that the file has
         self._unrecorded: deque[ByteRange] = deque()
         self._pending: list[ByteRange] = []  # out of the queue, not on the disk
-        self._recording = _Turn()
+        self._recording = _TryLock()
         self._unhashed: deque[ByteRange] = deque()
         self._done: dict[int, int] = {}  # start -> stop, beyond the frontier
         self._frontier = 0
-        self._hashing = _Turn()
+        self._hashing = _TryLock()
         self._digest = hashlib.md5(usedforsecurity=False)
         self._hashed = 0
         self.present: list[ByteRange] = []
@@ -66,11 +66,11 @@ class Partial:
         try:
             self._record = Record.of(self._path)
             kept = self._record.read() if self._record is not None else None
-            if kept is None or not self._take_up(kept):
+            if kept is None or not self._resume(kept):
                 self._start()
         except BaseException:
             if not self._is_kept:
-                self._drop()
+                self._discard()
             self._close()
             raise
         self._unhashed.extend(self.present)
@@ -83,7 +83,7 @@ class Partial:
             with suppress(OSError):
                 self._write_record(0)
             if not self._is_kept:
-                self._drop()
+                self._discard()
         self._close()
 
     def write(self, span: ByteRange, data: memoryview) -> None:
@@ -116,16 +116,16 @@ class Partial:
                 os.fsync(self._descriptor)
             if sys.platform == "win32":
                 self._close_file()  # an open file cannot be renamed
-            take_name(self._part, self._path)
+            rename_into_place(self._part, self._path)
         except Exception:
             self._is_over = True
-            self._drop()
+            self._discard()
             raise
         self._is_over = True
         if self._record is not None:
             self._record.forget()  # last: a record without its file is not believed
 
-    def _take_up(self, kept: Kept) -> bool:
+    def _resume(self, kept: RecordedDownload) -> bool:
         """Continue with the file that *kept* names, if it is the very one that was recorded."""
         part = self._path.parent / kept.part
         try:
@@ -133,7 +133,7 @@ class Partial:
         except OSError:
             return False
         found = os.fstat(file.fileno())
-        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == own_user() and found.st_nlink == 1
+        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == current_user_id() and found.st_nlink == 1
         if not is_own or found.st_ino != kept.inode or found.st_mode & stat.S_IWOTH:
             self._close_file()
             return False
@@ -146,7 +146,7 @@ class Partial:
         return True
 
     def _start(self) -> None:
-        self._part = part = self._path.parent / unfinished_name()
+        self._part = part = self._path.parent / partial_name()
         self._file = file = open_exclusive(part)
         file.truncate(self._size)
         if self._record is not None:
@@ -171,13 +171,13 @@ class Partial:
         while self._frontier in self._done:
             self._frontier = self._done.pop(self._frontier)
         while self._hashed < self._frontier:
-            data = self._read_at(min(READ, self._frontier - self._hashed), self._hashed)
+            data = self._read_at(min(READ_SIZE, self._frontier - self._hashed), self._hashed)
             if not data:
-                raise CopyError(f"the unfinished file of {shown(self._path)} was truncated by another program")
+                raise CopyError(f"the unfinished file of {display(self._path)} was truncated by another program")
             self._digest.update(data)
             self._hashed += len(data)
 
-    def _drop(self) -> None:
+    def _discard(self) -> None:
         """Keep nothing."""
         self._close_file()
         if self._part is None:
@@ -225,7 +225,7 @@ class Partial:
             return os.pread(self._descriptor, size, offset)
 
 
-class _Turn:
+class _TryLock:
     """Work that one thread does at a time, and that others leave to it."""
 
     def __init__(self) -> None:

@@ -21,14 +21,14 @@ from io import FileIO
 from pathlib import Path
 
 from azstoragetorch._engine.ranges import ByteRange, coalesce
-from azstoragetorch._files.places import PARTIAL, CopyError, open_own, own_user, shown
+from azstoragetorch._files.paths import PARTIAL_PREFIX, CopyError, current_user_id, display, open_own
 
-_PART = re.compile(rf"{re.escape(PARTIAL)}[0-9a-f]{{24}}\.part")
+_PART = re.compile(rf"{re.escape(PARTIAL_PREFIX)}[0-9a-f]{{24}}\.part")
 _LONGEST = 64 << 20  # bytes of a record; there is a line for each 64 MiB or so
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class RecordedDownload:
     """An unfinished file as it was recorded."""
 
     identity: str
@@ -64,7 +64,7 @@ class Record:
             except BlockingIOError:
                 file.close()
                 raise CopyError(
-                    f"{shown(path)}: another process is downloading to it; wait until it has ended"
+                    f"{display(path)}: another process is downloading to it; wait until it has ended"
                 ) from None
             except BaseException:
                 file.close()
@@ -76,12 +76,12 @@ class Record:
     def kept_bytes(path: Path) -> int:
         """Bytes that the unfinished download to *path* has, as far as they are recorded."""
         place = _place_of(path)
-        kept = _parsed(place) if place is not None else None
+        kept = _parse(place) if place is not None else None
         return sum(map(len, kept.spans)) if kept is not None else 0
 
-    def read(self) -> Kept | None:
+    def read(self) -> RecordedDownload | None:
         """What is recorded, if anything is."""
-        return _parsed(self._place)
+        return _parse(self._place)
 
     def begin(self, identity: str, part: Path, inode: int) -> None:
         """Record a new unfinished file, *part*, that has no bytes yet."""
@@ -128,12 +128,12 @@ def _private_folder() -> Path | None:
         found = folder.lstat()
     except (OSError, RuntimeError):  # the latter without a home directory
         return None
-    if sys.platform != "win32" and (found.st_uid != own_user() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+    if sys.platform != "win32" and (found.st_uid != current_user_id() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         return None
     return folder if stat.S_ISDIR(found.st_mode) else None
 
 
-def _parsed(place: Path) -> Kept | None:
+def _parse(place: Path) -> RecordedDownload | None:
     try:
         if place.lstat().st_size > _LONGEST:
             return None
@@ -151,7 +151,7 @@ def _parsed(place: Path) -> Kept | None:
             return None
         spans.append(ByteRange(int(start), int(stop)))
     end = max((span.stop for span in spans), default=0)
-    return Kept(identity, part, inode, coalesce(sorted(spans), max_gap=0, limit=end))
+    return RecordedDownload(identity, part, inode, coalesce(sorted(spans), max_gap=0, limit=end))
 
 
 def _is_file_at(place: Path, descriptor: int) -> bool:

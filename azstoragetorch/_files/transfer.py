@@ -21,15 +21,15 @@ from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.ranges import ByteRange, gaps, split
 from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._files.description import Description, describe
-from azstoragetorch._files.partial import READ, Partial
-from azstoragetorch._files.places import (
+from azstoragetorch._files.partial import READ_SIZE, Partial
+from azstoragetorch._files.paths import (
     CopyError,
     WrongMD5Error,
+    display,
+    has_unknown_length,
     is_stream_target,
     open_stream,
     open_to_read,
-    reads_without_length,
-    shown,
 )
 
 Advance = Callable[[int], None]
@@ -37,7 +37,7 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class CopyOptions:
     """How a copy is made."""
 
     is_forced: bool = False
@@ -58,12 +58,12 @@ def md5_of(path: Path) -> bytes:
     """The MD5 of a file."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while data := file.read(READ):
+        while data := file.read(READ_SIZE):
             digest.update(data)
     return digest.digest()
 
 
-def get_file(blob: BlobClient, path: Path, hooks: Hooks, rules: Rules = Rules()) -> str:
+def get_file(blob: BlobClient, path: Path, hooks: Hooks, options: CopyOptions = CopyOptions()) -> str:
     """Copy *blob* to the file *path*; returns whether it was ``copied``, ``resumed`` or ``skipped``.
 
     Raises:
@@ -74,11 +74,11 @@ def get_file(blob: BlobClient, path: Path, hooks: Hooks, rules: Rules = Rules())
     """
     if is_stream_target(path):
         with open_stream(path) as stream:
-            get_stream(blob, stream, hooks, rules)
+            get_stream(blob, stream, hooks, options)
         return "copied"
     found = describe(blob, hooks.scope)
     size = found.version.size
-    if not rules.is_forced and found.md5 is not None and _has_size(path, size) and md5_of(path) == found.md5:
+    if not options.is_forced and found.md5 is not None and _has_size(path, size) and md5_of(path) == found.md5:
         hooks.advance(size)
         return "skipped"
     identity = hashlib.sha256(f"{blob.url} {found.version.etag} {size}".encode()).hexdigest()
@@ -86,11 +86,11 @@ def get_file(blob: BlobClient, path: Path, hooks: Hooks, rules: Rules = Rules())
         missing = gaps(ByteRange(0, size), partial.present)
         hooks.advance(size - sum(map(len, missing)))
         _fetch_all(blob, found, missing, partial, hooks)
-        partial.finish(found.md5 if rules.checks_md5 else None, str(blob.url))
+        partial.finish(found.md5 if options.checks_md5 else None, str(blob.url))
         return "resumed" if partial.present else "copied"
 
 
-def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, rules: Rules = Rules()) -> None:
+def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, options: CopyOptions = CopyOptions()) -> None:
     """Write *blob* into *stream*, from its beginning to its end.
 
     Raises:
@@ -102,7 +102,7 @@ def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, rules: Rules = 
     digest = hashlib.md5(usedforsecurity=False)
     reader = blob.reader(found.version)
     try:
-        buffer = memoryview(bytearray(min(READ, max(1, found.version.size))))
+        buffer = memoryview(bytearray(min(READ_SIZE, max(1, found.version.size))))
         at = 0
         while count := reader.readinto(at, buffer[: found.version.size - at]):
             rest = buffer[:count]
@@ -113,11 +113,13 @@ def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, rules: Rules = 
             hooks.advance(count)
     finally:
         reader.close()
-    if rules.checks_md5 and found.md5 is not None and digest.digest() != found.md5:
+    if options.checks_md5 and found.md5 is not None and digest.digest() != found.md5:
         raise WrongMD5Error(f"{blob.url}: the bytes that were written do not have the MD5 that is stored with the blob")
 
 
-def put_file(path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks, rules: Rules = Rules()) -> str:
+def put_file(
+    path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks, options: CopyOptions = CopyOptions()
+) -> str:
     """Copy the file *path* to *blob*; returns whether it was ``copied`` or ``skipped``.
 
     *known_size* is the length of the blob that is there, None if it does not exist. A file that has no length before
@@ -131,11 +133,11 @@ def put_file(path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks,
         before = os.fstat(file.fileno())
         size = before.st_size
         if not stat.S_ISREG(before.st_mode):
-            raise CopyError(f"{shown(path)} is not a file any more")
-        if not rules.is_forced and known_size == size and describe(blob, hooks.scope).md5 == md5_of(path):
+            raise CopyError(f"{display(path)} is not a file any more")
+        if not options.is_forced and known_size == size and describe(blob, hooks.scope).md5 == md5_of(path):
             hooks.advance(size)
             return "skipped"
-        if reads_without_length(path, before):
+        if has_unknown_length(path, before):
             put_stream(file, blob, hooks)
             return "copied"
 
@@ -145,9 +147,9 @@ def put_file(path: Path, blob: BlobClient, known_size: int | None, hooks: Hooks,
         def check(_md5: bytes) -> None:
             after = os.fstat(file.fileno())
             if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
-                raise CopyError(f"{shown(path)} changed while it was being copied; nothing was committed")
+                raise CopyError(f"{display(path)} changed while it was being copied; nothing was committed")
 
-        _send(blob, _Content(size, read, check, {}), hooks)
+        _send(blob, _UploadSource(size, read, check, {}), hooks)
     return "copied"
 
 
@@ -159,7 +161,7 @@ def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
         OSError: the stream cannot be read; nothing was committed.
     """
     digest = hashlib.md5(usedforsecurity=False)
-    buffer = memoryview(bytearray(min(READ, blob.config.block_size)))
+    buffer = memoryview(bytearray(min(READ_SIZE, blob.config.block_size)))
     total = 0
     with _writing(blob, hooks.scope) as writer:
         while count := stream.readinto(buffer):  # type: ignore[attr-defined]  # every binary stream has it
@@ -171,7 +173,7 @@ def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
     return total
 
 
-def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, rules: Rules = Rules()) -> str:
+def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: CopyOptions = CopyOptions()) -> str:
     """Copy a blob, its content headers and its metadata to another by way of this machine.
 
     Returns whether it was ``copied`` or ``skipped``.
@@ -182,7 +184,7 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, rules: Rules
     """
     found = describe(source, hooks.scope)
     size = found.version.size
-    there = target.version() if not rules.is_forced and found.md5 is not None else None
+    there = target.version() if not options.is_forced and found.md5 is not None else None
     if there is not None and there.size == size:
         present = describe(target, hooks.scope)
         if (present.md5, present.properties) == (found.md5, found.properties):
@@ -191,13 +193,13 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, rules: Rules
     reader = source.reader(found.version)
 
     def check(md5: bytes) -> None:
-        if rules.checks_md5 and found.md5 is not None and md5 != found.md5:
+        if options.checks_md5 and found.md5 is not None and md5 != found.md5:
             raise WrongMD5Error(
                 f"{source.url}: the bytes do not have the MD5 that is stored with the blob; nothing was committed"
             )
 
     try:
-        _send(target, _Content(size, reader.readinto, check, found.properties), hooks)
+        _send(target, _UploadSource(size, reader.readinto, check, found.properties), hooks)
     finally:
         reader.close()
     return "copied"
@@ -208,7 +210,7 @@ class _Digest(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
+class _UploadSource:
     """What a blob is to be: *size* bytes that *read* gives in order; *check* gets their MD5, and raises to give up."""
 
     size: int
@@ -234,7 +236,7 @@ def _fetch_all(blob: BlobClient, found: Description, missing: list[ByteRange], p
         engine.map(fetch, parts, config.max_concurrency, inner)
 
 
-def _send(blob: BlobClient, content: _Content, hooks: Hooks) -> None:
+def _send(blob: BlobClient, content: _UploadSource, hooks: Hooks) -> None:
     """Write *content* to *blob*."""
     config, size = blob.config, content.size
     digest = hashlib.md5(usedforsecurity=False)
@@ -258,7 +260,7 @@ def _send(blob: BlobClient, content: _Content, hooks: Hooks) -> None:
             writer.commit(md5=digest.digest(), properties=content.properties)
 
 
-def _pieces(content: _Content, length: int, digest: _Digest, target: str) -> Iterator[memoryview]:
+def _pieces(content: _UploadSource, length: int, digest: _Digest, target: str) -> Iterator[memoryview]:
     """The bytes of *content*, *length* at a time."""
     at = 0
     while at < content.size:

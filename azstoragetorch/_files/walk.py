@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from azstoragetorch._files.places import PARTIAL, shown
+from azstoragetorch._files.paths import PARTIAL_PREFIX, display
 
 Links = Literal["files", "all", "none"]
 """Which links are followed: those to files; those to folders too; none, and they are left out without a complaint."""
@@ -49,7 +49,7 @@ def _walk(folder: Path, prefix: str, links: Links, above: list[tuple[int, int]])
                 continue
             status = entry.stat()
         except OSError as error:
-            yield Entry(path, name, problem=_why(entry, error))
+            yield Entry(path, name, problem=_problem_of(entry, error))
             continue
         if not stat.S_ISDIR(status.st_mode):
             yield _file(path, name, status)
@@ -57,29 +57,29 @@ def _walk(folder: Path, prefix: str, links: Links, above: list[tuple[int, int]])
             yield Entry(
                 path,
                 name,
-                problem=f"{shown(path)} is a link to a folder: --links all enters it, --links none leaves it out",
+                problem=f"{display(path)} is a link to a folder: --links all enters it, --links none leaves it out",
             )
         elif _identity(status) in above:
-            yield Entry(path, name, problem=f"{shown(path)} is a link to a folder that it is in itself")
+            yield Entry(path, name, problem=f"{display(path)} is a link to a folder that it is in itself")
         else:
             try:
                 yield from _walk(path, f"{name}/", links, [*above, _identity(status)])
             except OSError as error:
-                yield Entry(path, name, problem=f"{shown(path)} cannot be read: {error.strerror or error}")
+                yield Entry(path, name, problem=f"{display(path)} cannot be read: {error.strerror or error}")
 
 
 def _file(path: Path, name: str, status: os.stat_result) -> Entry:
-    if path.name.startswith(PARTIAL):
+    if path.name.startswith(PARTIAL_PREFIX):
         return Entry(path, name, is_left_out=True)
     if not stat.S_ISREG(status.st_mode):
         what = "fifo" if stat.S_ISFIFO(status.st_mode) else "socket" if stat.S_ISSOCK(status.st_mode) else "device"
         hint = "" if what == "socket" else ": name it as SOURCE to copy what comes out of it"
-        return Entry(path, name, problem=f"{shown(path)} is a {what}, not a file{hint}")
+        return Entry(path, name, problem=f"{display(path)} is a {what}, not a file{hint}")
     return Entry(path, name, status)
 
 
-def _why(entry: os.DirEntry[str], error: OSError) -> str:
-    path = shown(Path(entry.path))
+def _problem_of(entry: os.DirEntry[str], error: OSError) -> str:
+    path = display(Path(entry.path))
     if entry.is_symlink() and isinstance(error, FileNotFoundError):
         return f"{path} is a link that leads nowhere: --links none leaves links out"
     return f"{path} cannot be read: {error.strerror or error}"

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from azstoragetorch._blob.url import BlobURL, is_plain, parse_blob_url
+from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 
 
 class Catalog:
@@ -66,7 +66,7 @@ class Catalog:
         for url in urls:
             if not isinstance(url, str):
                 raise TypeError(f"blob_urls must be texts, not {type(url).__name__}")
-            if base and url.startswith(base) and is_plain(url, len(base)):
+            if base and url.startswith(base) and needs_no_parsing(url, len(base)):
                 name = url[len(base) :]
             else:
                 parsed = parse_blob_url(url)

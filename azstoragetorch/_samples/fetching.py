@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from azstoragetorch._blob.client import Access, BlobClient, BlobVersion, Head
+from azstoragetorch._blob.client import BlobClient, BlobVersion, ClientFactory, Head
 from azstoragetorch._blob.download import fetch_parallel
 from azstoragetorch._blob.errors import not_found
 from azstoragetorch._blob.url import parse_blob_url
@@ -42,13 +42,13 @@ class Fetched:
 
 
 def fetch_ahead(
-    access: Access, items: Iterable[Item], *, depth: int, whole: bool = True
+    clients: ClientFactory, items: Iterable[Item], *, depth: int, whole: bool = True
 ) -> OrderedPrefetch[Item, Fetched]:
     """The content of *items*, in order, fetched ahead within the memory limit of the configuration.
 
     An item whose size is known is fetched whole; of others, and of all blobs unless *whole*, the first part.
     """
-    part = access.config.effective_part_size
+    part = clients.config.effective_part_size
 
     def cost(item: Item) -> int:
         if isinstance(item, BlobRange):
@@ -58,7 +58,7 @@ def fetch_ahead(
         return part
 
     def work(item: Item, scope: Scope) -> Fetched:
-        client = access.blob(url_of(item))
+        client = clients.blob(url_of(item))
         if isinstance(item, BlobRange):
             return Fetched(client, BlobVersion(item.size, item.etag), _fetch_range(client, item, scope), is_whole=True)
         fetched = _of_head(client, client.head(scope))
@@ -70,11 +70,11 @@ def fetch_ahead(
     def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> bool:
         if isinstance(item, BlobRange) or (whole and isinstance(item, BlobInfo) and item.size > part):
             return False
-        client = access.blob(url_of(item))
+        client = clients.blob(url_of(item))
         return client.start_head(scope, lambda head: done(_of_head(client, head)), failed)
 
     return OrderedPrefetch(
-        engine_for(access.config),
+        engine_for(clients.config),
         iter(items),
         work,
         cost=cost,
@@ -143,20 +143,20 @@ def fetch_heads_ahead(
 
 
 def split_ahead(
-    access: Access, items: Iterable[Item], chunk_size: int, align: bytes | int | None
+    clients: ClientFactory, items: Iterable[Item], chunk_size: int, align: bytes | int | None
 ) -> OrderedPrefetch[Item, list[BlobRange]]:
     """The ranges of the blobs of *items*, in order; see `split_ranges`. The next blobs are looked at ahead."""
     return OrderedPrefetch(
-        engine_for(access.config),
+        engine_for(clients.config),
         iter(items),
-        lambda item, _scope: list(split_ranges(item, access, chunk_size, align)),
+        lambda item, _scope: list(split_ranges(item, clients, chunk_size, align)),
         cost=lambda _item: 0,
         size=lambda _ranges: 0,
-        depth=access.config.max_connections,
+        depth=clients.config.max_connections,
     )
 
 
-def split_ranges(item: Item, access: Access, chunk_size: int, align: bytes | int | None) -> Iterator[BlobRange]:
+def split_ranges(item: Item, clients: ClientFactory, chunk_size: int, align: bytes | int | None) -> Iterator[BlobRange]:
     """Cut the blob of *item* into ranges of about *chunk_size* bytes; see `BlobRange`.
 
     Raises:
@@ -167,7 +167,7 @@ def split_ranges(item: Item, access: Access, chunk_size: int, align: bytes | int
     if isinstance(item, BlobInfo):
         size, etag = item.size, item.etag
     else:
-        version = access.blob(url).version()
+        version = clients.blob(url).version()
         if version is None:
             raise not_found(f"there is no blob {plain_url(url)}")
         size, etag = version.size, version.etag

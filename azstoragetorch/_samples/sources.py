@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from azstoragetorch._blob.client import Access, ContainerClient, Page
+from azstoragetorch._blob.client import ClientFactory, ContainerClient, Page
 from azstoragetorch._blob.errors import not_found
 from azstoragetorch._blob.url import BlobURL, parse_url, url_of_name
 from azstoragetorch._samples.items import BlobInfo, plain_url
@@ -49,7 +49,7 @@ class Listing:
                 raise TypeError(f"masks must be a str or a sequence of them, not of {type(mask).__name__}")
         return cls(tuple(filter(None, chosen)), bool(recursive), NameRules.of(invalid_names, include_folder_markers))
 
-    def blobs(self, access: Access, root: str | BlobURL) -> Iterator[BlobInfo]:
+    def blobs(self, clients: ClientFactory, root: str | BlobURL) -> Iterator[BlobInfo]:
         """The blobs below *root* in the service's order (lexicographic), a page at a time.
 
         Raises:
@@ -59,9 +59,9 @@ class Listing:
         """
         url = parse_url(root, argument="root") if isinstance(root, str) else root
         if url.is_read_only:
-            yield self._snapshot(access, url)
+            yield self._snapshot(clients, url)
             return
-        container = access.container(url)
+        container = clients.container(url)
         base = str(container.url)
         names_filter = NameFilter(container.url, self.rules)
         has_any = is_one = False
@@ -100,8 +100,8 @@ class Listing:
             yield first
             yield from pages
 
-    def _snapshot(self, access: Access, url: BlobURL) -> BlobInfo:
-        version = access.blob(url).version()
+    def _snapshot(self, clients: ClientFactory, url: BlobURL) -> BlobInfo:
+        version = clients.blob(url).version()
         if version is None:
             raise not_found(f"there is no blob {plain_url(url)}")
         return BlobInfo(plain_url(url), version.size, version.etag)

@@ -53,7 +53,7 @@ import math
 
 from azure.core.exceptions import ResourceModifiedError
 
-from azstoragetorch._blob.client import Found
+from azstoragetorch._blob.client import BlobProperties
 from azstoragetorch.checkpoint._fence import (
     TOMBSTONE_SIZE,
     cleaned_headers,
@@ -83,7 +83,7 @@ def commit(
     blob = folder.blob(metadata_name(rank))
     begun = min((at for path in paths if (at := saved_at(path)) is not None), default=math.inf)
     etag = seen.etag
-    found: Found | None = None
+    found: BlobProperties | None = None
     for _ in range(_MOST_FENCES):
         is_ours, found = blob.replace(content, etag=etag)
         if is_ours:
@@ -97,7 +97,7 @@ def commit(
     raise _conflict(folder, rank, found, seen, save_id)
 
 
-def _is_only_fenced(folder: Folder, rank: int | None, found: Found | None, seen: Seen, begun: float) -> bool:
+def _is_only_fenced(folder: Folder, rank: int | None, found: BlobProperties | None, seen: Seen, begun: float) -> bool:
     """Whether what was *found* differs from what was *seen* by fences alone, of which none is against our data."""
     if found is None:
         return not seen.exists
@@ -131,7 +131,7 @@ def _check_kept(folder: Folder, rank: int | None, content: bytes, path: str) -> 
 
 
 def _conflict(
-    folder: Folder, rank: int | None, found: Found | None, seen: Seen, save_id: str
+    folder: Folder, rank: int | None, found: BlobProperties | None, seen: Seen, save_id: str
 ) -> CheckpointConflictError:
     other = None
     if found is None:
@@ -160,7 +160,7 @@ def fence(folder: Folder, rank: int | None, seen: Seen, cutoff: float, *, keeps:
     None if it is no longer what was *seen*. Without *keeps* the checkpoint, if there is one, is no more.
     """
     blob = folder.blob(metadata_name(rank))
-    before = blob.find()
+    before = blob.find_properties()
     if (before.version.etag if before is not None else None) != seen.etag:
         return None
     earlier = cleaned_until(before.headers) if before is not None else None

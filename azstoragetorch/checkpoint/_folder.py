@@ -11,7 +11,7 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from azstoragetorch._blob.client import Access, BlobClient, Page
+from azstoragetorch._blob.client import BlobClient, ClientFactory, Page
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
@@ -91,10 +91,10 @@ class Folder:
         if parsed.is_read_only:
             raise ValueError(f"url {str(parsed)!r}: a checkpoint has no snapshot or version")
         self.address = replace(parsed, blob=parsed.blob.strip("/"), sas=None)
-        self._access = Access(credential, transfer, parsed)
-        self.transfer = self._access.config
+        self._clients = ClientFactory(credential, transfer, parsed)
+        self.transfer = self._clients.config
         self._sas = parsed.sas
-        self._container = self._access.container(parsed)
+        self._container = self._clients.container(parsed)
 
     @property
     def url(self) -> str:
@@ -117,15 +117,15 @@ class Folder:
                     f"{url!r} is in another account than {self.url!r}, whose credential is not sent there; make a new "
                     "reader or writer for it"
                 )
-            other._access, other._sas = self._access, self._sas
-            other._container = self._access.container(replace(other.address, sas=self._sas))
+            other._clients, other._sas = self._clients, self._sas
+            other._container = self._clients.container(replace(other.address, sas=self._sas))
         return other
 
     def child(self, name: str) -> Folder:
         """The folder *name* in this one."""
         other = Folder(self.url, False, self.transfer)
         other.address = self.address.with_blob(self.prefix + name.strip("/"))
-        other._access, other._sas, other._container = self._access, self._sas, self._container
+        other._clients, other._sas, other._container = self._clients, self._sas, self._container
         return other
 
     def blob(self, name: str) -> BlobClient:

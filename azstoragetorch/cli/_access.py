@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 
-from azstoragetorch._blob.client import Access, BlobClient, ContainerClient
+from azstoragetorch._blob.client import BlobClient, ClientFactory, ContainerClient
 from azstoragetorch._blob.credentials import Credential, check_key, is_trusted
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TRUSTED_HOSTS, TransferConfig
@@ -67,11 +67,11 @@ class CredentialOptions:
 
     def blob(self, url: BlobURL, config: TransferConfig) -> BlobClient:
         """The blob at *url*."""
-        return Access(self.credential(url), config, url).blob(url)
+        return ClientFactory(self.credential(url), config, url).blob(url)
 
     def container(self, url: BlobURL, config: TransferConfig) -> ContainerClient:
         """The container that *url* is in."""
-        return Access(self.credential(url), config, url).container(url)
+        return ClientFactory(self.credential(url), config, url).container(url)
 
 
 def _account_of(url: BlobURL) -> str:

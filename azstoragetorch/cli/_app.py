@@ -15,7 +15,7 @@ from click.shell_completion import get_completion_class
 
 from azstoragetorch import __version__
 from azstoragetorch._blob.secret import redact
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._output import in_a_shell, one_line
 from azstoragetorch.cli._session import FAILED, INTERRUPTED, examples
 

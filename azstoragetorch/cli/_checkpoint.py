@@ -11,7 +11,7 @@ import click
 
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import GiB, TransferConfig
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._convert import export, import_, needs_trust, trust
 from azstoragetorch.cli._output import date_of, human
 from azstoragetorch.cli._places import folder_of

@@ -17,7 +17,7 @@ import click
 from azure.core.exceptions import AzureError
 
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
-from azstoragetorch._files.places import is_stream_target, open_to_read, reads_without_length, whole_file
+from azstoragetorch._files.paths import atomic_write, has_unknown_length, is_stream_target, open_to_read
 from azstoragetorch.cli._output import Bar
 from azstoragetorch.cli._places import Standard
 from azstoragetorch.cli._session import Session, Url, common, examples
@@ -133,7 +133,7 @@ def _open_target(session: Session, place: Path | BlobURL | Standard) -> Iterator
         with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
             yield blob
     elif isinstance(place, Path):
-        with whole_file(place) as file:
+        with atomic_write(place) as file:
             yield file
     else:
         with os.fdopen(os.dup(1), "wb") as stream:
@@ -150,7 +150,7 @@ def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool
             session.output.progress("reading", blob.size) as bar,
         ):
             return torch.load(_Watched(blob, bar), map_location="cpu", weights_only=not trust)
-    if isinstance(place, Path) and not reads_without_length(place, place.stat()):
+    if isinstance(place, Path) and not has_unknown_length(place, place.stat()):
         # What releases before 1.6 wrote is not a zip file, and cannot be mapped.
         is_zip = zipfile.is_zipfile(place)
         return torch.load(place, map_location="cpu", mmap=is_zip, weights_only=not trust)

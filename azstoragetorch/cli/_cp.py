@@ -14,12 +14,12 @@ from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch._files.places import CopyError, WrongMD5Error, printable
+from azstoragetorch._files.paths import CopyError, WrongMD5Error, printable
 from azstoragetorch._files.record import Record
-from azstoragetorch._files.transfer import Hooks, Rules
+from azstoragetorch._files.transfer import CopyOptions, Hooks
 from azstoragetorch._files.walk import Links
 from azstoragetorch.cli._output import human
-from azstoragetorch.cli._places import LocalPath, Place, Source, Standard, Target
+from azstoragetorch.cli._places import CopySource, LocalPath, Place, Standard, Target
 from azstoragetorch.cli._plan import Job, Plan
 from azstoragetorch.cli._session import FAILED, INTERRUPTED, Session, common, examples, exit_code
 from azstoragetorch.exceptions import AZStorageTorchError
@@ -58,7 +58,7 @@ class _DiskFull(CopyError):  # noqa: N818 - says what it is
 @common
 def cp(
     session: Session,
-    sources: tuple[Source, ...],
+    sources: tuple[CopySource, ...],
     target: Target,
     recursive: bool,
     force: bool,
@@ -77,7 +77,7 @@ def cp(
     _check(session, sources, target)
     begin = time.monotonic()
     config = TransferConfig()
-    plan = Plan(session, config, Rules(is_forced=force, checks_md5=not no_check_md5), links)
+    plan = Plan(session, config, CopyOptions(is_forced=force, checks_md5=not no_check_md5), links)
     if len(sources) > 1:
         plan.add_many(sources, target, recursive=recursive)
     elif recursive:
@@ -109,7 +109,7 @@ def cp(
         raise click.exceptions.Exit(FAILED)
 
 
-def _check(session: Session, sources: tuple[Source, ...], target: Target) -> None:
+def _check(session: Session, sources: tuple[CopySource, ...], target: Target) -> None:
     """Refuse what cannot be meant."""
     if not isinstance(target, BlobURL) and any(isinstance(source, (LocalPath, Standard)) for source in sources):
         raise click.UsageError("SOURCE or TARGET has to be a URL")

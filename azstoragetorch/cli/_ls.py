@@ -11,7 +11,7 @@ import click
 from azstoragetorch._blob.client import ContainerClient, Page
 from azstoragetorch._blob.url import BlobURL, url_of_name
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._output import date_of, human
 from azstoragetorch.cli._places import Glob, UrlOrGlob
 from azstoragetorch.cli._session import NOT_FOUND, Session, common, examples

@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from azstoragetorch._blob.secret import redact
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 
 SIGN_IN = (
     "Sign in with `az login`, or name the environment variable that has a SAS with --sas-env NAME, or set "

@@ -71,7 +71,7 @@ class Glob:
             yield from (blob for blob in blobs_of(page) if self.matches(blob[0], recursive=recursive))
 
 
-Source: TypeAlias = "BlobURL | Glob | LocalPath | Standard"
+CopySource: TypeAlias = "BlobURL | Glob | LocalPath | Standard"
 Target: TypeAlias = "BlobURL | LocalPath | Standard"
 
 
@@ -84,7 +84,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
         self._is_source = is_source
         self._stream = ("-", "/dev/stdin" if is_source else "/dev/stdout")
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> CopySource:
         """Parse *value*."""
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]

@@ -18,17 +18,17 @@ from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._files.description import describe
-from azstoragetorch._files.places import (
+from azstoragetorch._files.paths import (
     CopyError,
     check_folders,
+    display,
     is_stream_target,
     open_to_read,
     printable,
-    shown,
 )
-from azstoragetorch._files.transfer import Hooks, Rules, copy_blob, get_file, get_stream, put_file, put_stream
+from azstoragetorch._files.transfer import CopyOptions, Hooks, copy_blob, get_file, get_stream, put_file, put_stream
 from azstoragetorch._files.walk import Links, walk
-from azstoragetorch.cli._places import Glob, LocalPath, Source, Standard, Target, blobs_of, folder_of
+from azstoragetorch.cli._places import CopySource, Glob, LocalPath, Standard, Target, blobs_of, folder_of
 from azstoragetorch.cli._session import FAILED, Session
 from azstoragetorch.exceptions import AZStorageTorchError
 
@@ -51,10 +51,10 @@ class Job:
 class Plan:
     """Turns sources and a target into jobs."""
 
-    def __init__(self, session: Session, config: TransferConfig, rules: Rules, links: Links) -> None:
+    def __init__(self, session: Session, config: TransferConfig, options: CopyOptions, links: Links) -> None:
         self._session = session
         self._config = config
-        self._rules = rules
+        self._options = options
         self._links = links
         self._targets: set[str] = set()
         self.jobs: list[Job] = []
@@ -63,7 +63,7 @@ class Plan:
         self.left_out = 0
         """Files that are left out on purpose."""
 
-    def add_one(self, source: Source, target: Target) -> None:
+    def add_one(self, source: CopySource, target: Target) -> None:
         """Copy one file or blob, or what matches a glob."""
         if isinstance(source, Glob):
             self._add_glob(source, target, recursive=False)
@@ -75,7 +75,7 @@ class Plan:
             return
         if isinstance(source, LocalPath):
             if source.path.is_dir():
-                raise click.UsageError(f"{shown(source.path)} is a folder: add --recursive")
+                raise click.UsageError(f"{display(source.path)} is a folder: add --recursive")
             assert isinstance(target, BlobURL)
             url = _below(target, _name_of(source)) if _is_container_or_folder(target) else target
             self._upload(source.path, url, source.path.stat(), self._size_of(url))
@@ -89,14 +89,14 @@ class Plan:
         else:
             self._copy(source, _below(target, _name_of(source)) if _is_container_or_folder(target) else target, size)
 
-    def add_folder(self, source: Source, target: Target) -> None:
+    def add_folder(self, source: CopySource, target: Target) -> None:
         """Copy everything that is in the folder *source* under *target*; of a glob, all that matches."""
         if isinstance(source, Glob):
             self._add_glob(source, target, recursive=True)
         elif isinstance(source, LocalPath):
             if not source.path.is_dir():
                 source.path.stat()
-                raise click.UsageError(f"{shown(source.path)} is not a folder: leave out --recursive")
+                raise click.UsageError(f"{display(source.path)} is not a folder: leave out --recursive")
             assert isinstance(target, BlobURL)
             self._add_local_folder(source.path, target)
         elif isinstance(source, BlobURL):
@@ -108,7 +108,7 @@ class Plan:
         else:
             raise click.UsageError("standard input is not a folder: leave out --recursive")
 
-    def add_many(self, sources: tuple[Source, ...], target: Target, *, recursive: bool) -> None:
+    def add_many(self, sources: tuple[CopySource, ...], target: Target, *, recursive: bool) -> None:
         """Copy each of *sources* into the folder *target*, under its own name."""
         is_folder = _is_local_folder(target) if isinstance(target, LocalPath) else None
         is_folder = _is_container_or_folder(target) if isinstance(target, BlobURL) else is_folder
@@ -192,10 +192,10 @@ class Plan:
         check_folders(root, relative)
         path = root.joinpath(*relative.split("/"))
         if is_stream_target(path):
-            raise CopyError(f"{shown(path)} is a fifo or device: name it as TARGET, with one blob, to write into it")
+            raise CopyError(f"{display(path)} is a fifo or device: name it as TARGET, with one blob, to write into it")
         self._download(url, path, size)
 
-    def _is_folder(self, source: Source) -> bool:
+    def _is_folder(self, source: CopySource) -> bool:
         if isinstance(source, LocalPath):
             return source.path.is_dir()
         if not isinstance(source, BlobURL):
@@ -260,7 +260,7 @@ class Plan:
             return
 
         def copy(hooks: Hooks) -> str:
-            return put_file(path, self._blob(url), known, hooks, self._rules)
+            return put_file(path, self._blob(url), known, hooks, self._options)
 
         self._append(Job(str(path), str(url), status.st_size, copy))
 
@@ -278,20 +278,20 @@ class Plan:
     def _to_standard_output(self, url: BlobURL) -> Callable[[Hooks], str]:
         def run(hooks: Hooks) -> str:
             with os.fdopen(os.dup(1), "wb", buffering=0) as stream:
-                get_stream(self._blob(url), stream, hooks, self._rules)
+                get_stream(self._blob(url), stream, hooks, self._options)
             return "copied"
 
         return run
 
     def _download(self, url: BlobURL, path: Path, size: int, *, is_blocking: bool = False) -> None:
         def run(hooks: Hooks) -> str:
-            return get_file(self._blob(url), path, hooks, self._rules)
+            return get_file(self._blob(url), path, hooks, self._options)
 
         self._append(Job(str(url), str(path), size, run, path, is_blocking))
 
     def _copy(self, source: BlobURL, target: BlobURL, size: int) -> None:
         def run(hooks: Hooks) -> str:
-            return copy_blob(self._blob(source), self._blob(target), hooks, self._rules)
+            return copy_blob(self._blob(source), self._blob(target), hooks, self._options)
 
         self._append(Job(str(source), str(target), size, run))
 
@@ -304,7 +304,7 @@ def _is_local_folder(target: LocalPath) -> bool:
     return target.is_folder or target.path.is_dir()
 
 
-def _name_of(source: Source) -> str:
+def _name_of(source: CopySource) -> str:
     """The name that *source* has in a folder."""
     if isinstance(source, LocalPath):
         return source.path.name if source.path.name not in ("", "..") else source.path.resolve().name
@@ -321,7 +321,7 @@ def _inside(target: Target, name: str) -> Target:
 
 def _local(folder: Path, name: str) -> Path:
     if not _is_path(name):
-        raise ValueError(f"no file in {shown(folder)} can have the name {printable(name)}")
+        raise ValueError(f"no file in {display(folder)} can have the name {printable(name)}")
     return folder / name
 
 
@@ -339,9 +339,9 @@ def _named(url: BlobURL, name: str, path: Path) -> BlobURL:
         name.encode("utf-8")
         return url.with_blob(name)
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(path)}: the name is not UTF-8, and names of blobs are: rename the file") from None
+        raise ValueError(f"{display(path)}: the name is not UTF-8, and names of blobs are: rename the file") from None
     except ValueError as error:
-        raise ValueError(f"{shown(path)}: no blob can have this name: {error}") from None
+        raise ValueError(f"{display(path)}: no blob can have this name: {error}") from None
 
 
 def _slashes(name: str) -> list[int]:
@@ -363,5 +363,5 @@ def _check_root(path: Path) -> None:
     """
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         raise click.UsageError(
-            f"TARGET {shown(path)} is not a folder, and more than one blob is copied: choose another"
+            f"TARGET {display(path)} is not a folder, and more than one blob is copied: choose another"
         )

@@ -14,7 +14,7 @@ from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._output import human
 from azstoragetorch.cli._places import Glob, UrlOrGlob, blobs_of, folder_of
 from azstoragetorch.cli._session import FAILED, NOT_FOUND, Session, common, examples, exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from azstoragetorch._blob.client import Access
+from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
@@ -39,12 +39,12 @@ class _Lister(IterDataPipe[Any]):
         if self.source_datapipe is None:
             self._roots = _Roots([source] if isinstance(source, str) else source)
         self._listing = Listing.of(masks, recursive, invalid_names, include_folder_markers)
-        self._access = Access(credential, transfer, self._roots.urls[0] if isinstance(source, str) else None)
+        self._clients = ClientFactory(credential, transfer, self._roots.urls[0] if isinstance(source, str) else None)
 
     def _blobs(self) -> Iterator[BlobInfo]:
         roots: Iterable[str | BlobURL] = self._roots.urls if self.source_datapipe is None else self.source_datapipe
         for root in roots:
-            yield from self._listing.blobs(self._access, root)
+            yield from self._listing.blobs(self._clients, root)
 
 
 @functional_datapipe("list_files_by_azure")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import closing
 from typing import Any
 
-from azstoragetorch._blob.client import Access
+from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.fetching import Fetched, check_split, fetch_ahead, split_ahead
@@ -41,7 +41,7 @@ class Reading(IterDataPipe[Any]):
             raise ValueError(f"prefetch must not be negative, not {prefetch}")
         self.source_datapipe = source_datapipe
         self.prefetch = prefetch
-        self._access = Access(credential, transfer)
+        self._clients = ClientFactory(credential, transfer)
         self._to_skip = 0
         self.handed_out = 0
         self.trace = 0
@@ -58,7 +58,7 @@ class Reading(IterDataPipe[Any]):
 
     def _depth(self) -> int:
         # Twice what can be under way at once: results wait for their turn while the next are fetched.
-        return 2 * self._access.config.max_connections if self.prefetch is None else 1 + self.prefetch
+        return 2 * self._clients.config.max_connections if self.prefetch is None else 1 + self.prefetch
 
     def _fetched(self, *, whole: bool) -> Iterator[tuple[str, Item, Fetched]]:
         """URL, item and content of each item of the source, fetched ahead."""
@@ -71,7 +71,7 @@ class Reading(IterDataPipe[Any]):
                 break
             self._note(item)
         self.skipped = self.handed_out, self.trace
-        with closing(fetch_ahead(self._access, items, depth=self._depth(), whole=whole)) as ahead:
+        with closing(fetch_ahead(self._clients, items, depth=self._depth(), whole=whole)) as ahead:
             for work in ahead:
                 fetched = work.result()
                 self._note(work.item)
@@ -144,7 +144,7 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
     def _depth(self) -> int:
         if self.prefetch is not None:
             return 1 + self.prefetch
-        config = self._access.config
+        config = self._clients.config
         return max(1, min(config.max_connections, config.memory_limit // _OPEN_SHARE // config.effective_part_size))
 
 
@@ -223,9 +223,9 @@ class BlobRangeSplitterIterDataPipe(IterDataPipe[BlobRange]):
         self.source_datapipe = source_datapipe
         self.chunk_size = chunk_size
         self.align = align
-        self._access = Access(credential, transfer)
+        self._clients = ClientFactory(credential, transfer)
 
     def __iter__(self) -> Iterator[BlobRange]:
-        with closing(split_ahead(self._access, self.source_datapipe, self.chunk_size, self.align)) as ahead:
+        with closing(split_ahead(self._clients, self.source_datapipe, self.chunk_size, self.align)) as ahead:
             for work in ahead:
                 yield from work.result()

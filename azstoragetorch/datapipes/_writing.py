@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from typing import Any
 
-from azstoragetorch._blob.client import Access, BlobClient, BlockWriter
+from azstoragetorch._blob.client import BlobClient, BlockWriter, ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import GiB, MiB, TransferConfig
@@ -57,7 +57,7 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
         self.source_datapipe = source_datapipe
         self.filepath_fn = filepath_fn
         self.overwrite = overwrite
-        self._access = Access(credential, transfer)
+        self._clients = ClientFactory(credential, transfer)
 
     def __len__(self) -> int:
         if isinstance(self.source_datapipe, Sized):
@@ -71,7 +71,7 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
                 client.put(data, create_only=not self.overwrite)
             return plain_url(client.url)
 
-        config = self._access.config
+        config = self._clients.config
         ahead = OrderedPrefetch(
             engine_for(config),
             self._jobs(),
@@ -91,7 +91,7 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
             url = parse_blob_url(name if self.filepath_fn is None else self.filepath_fn(name))
             if url.is_read_only:
                 raise ValueError(f"{plain_url(url)}: a snapshot or version cannot be written")
-            client = self._access.blob(url)
+            client = self._clients.blob(url)
             if hasattr(data, "read"):
                 self._copy(client, data)
                 yield client, None
@@ -152,7 +152,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
             raise ValueError(f"url_pattern may hold {{shard}} and {{worker}}, and no other braces: {error!r}") from None
         if not is_numbered:
             raise ValueError("url_pattern must hold {shard}, or every tar would replace the one before")
-        named = parse_blob_url(url_pattern.format(shard=0, worker=0))
+        trusted_url = parse_blob_url(url_pattern.format(shard=0, worker=0))
         if max_size < 1 or (max_count is not None and max_count < 1):
             raise ValueError(f"max_size and max_count must be at least 1, not {max_size} and {max_count}")
         self.source_datapipe = source_datapipe
@@ -160,7 +160,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
         self.max_count = max_count
         self.overwrite = overwrite
         self._pattern = _Pattern(url_pattern)
-        self._access = Access(credential, transfer, named)
+        self._clients = ClientFactory(credential, transfer, trusted_url)
         self._placement = Placement("rank_and_worker")
 
     def __iter__(self) -> Iterator[str]:
@@ -190,7 +190,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
                 tar.abort()
 
     def _open(self, number: int, worker: int) -> _OpenTar:
-        client = self._access.blob(self._pattern.text.format(shard=number, worker=worker))
+        client = self._clients.blob(self._pattern.text.format(shard=number, worker=worker))
         return _OpenTar(str(client.url), client.writer(create_only=not self.overwrite))
 
 

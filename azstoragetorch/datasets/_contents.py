@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
-from azstoragetorch._blob.client import Access, BlobVersion, ContainerClient, Head
+from azstoragetorch._blob.client import BlobVersion, ClientFactory, ContainerClient, Head
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
@@ -84,8 +84,8 @@ class Contents:
         rules: NameRules = DEFAULT_RULES,
     ) -> None:
         # A list of URLs names many hosts, of which the user may know none; one URL was given with the credential.
-        named = parse_blob_url(urls) if isinstance(urls, str) else container
-        access = Access(credential, transfer, named)
+        trusted_url = parse_blob_url(urls) if isinstance(urls, str) else container
+        clients = ClientFactory(credential, transfer, trusted_url)
         check_count("cache_bytes", cache_bytes, 1)
         if not isinstance(urls, Iterable):
             raise TypeError(f"blob_urls must be a URL or an iterable of URLs, not {type(urls).__name__}")
@@ -93,7 +93,7 @@ class Contents:
             raise TypeError(f"prefix must be a str, not {type(prefix).__name__}")
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {type(progress).__name__}")
-        self.config = access.config
+        self.config = clients.config
         self._prefix = prefix or ""
         self._progress = progress
         self._rules = rules
@@ -105,7 +105,7 @@ class Contents:
             self._catalog = Catalog()
             self._catalog.append_urls([urls] if isinstance(urls, str) else urls)
             addresses = self._catalog.containers
-        self._containers: list[ContainerClient] = [access.container(address) for address in addresses]
+        self._containers: list[ContainerClient] = [clients.container(address) for address in addresses]
 
     def list_lazily(self) -> None:
         """List when the catalog is first asked for, once for this process and the workers that it forks."""

@@ -11,7 +11,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
 
-from azstoragetorch._blob.client import Access, BlobClient
+from azstoragetorch._blob.client import BlobClient, ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
@@ -86,7 +86,7 @@ class BlobIO(_BinaryFile):
             raise ValueError(f"mode must be 'rb', 'wb' or 'xb', not {mode!r}")
         if mode != "rb" and url.is_read_only:
             raise ValueError(f"mode {mode!r}: {url} with a snapshot or versionid can only be read")
-        self._set_up(Access(credential, transfer, url).blob(url), mode)
+        self._set_up(ClientFactory(credential, transfer, url).blob(url), mode)
 
     @classmethod
     def _of(cls, client: BlobClient, version: BlobVersion | None = None, head: bytes = b"") -> BlobIO:

@@ -154,7 +154,7 @@ def test_warnings_do_not_steer_the_terminal() -> None:
         "import logging, sys, warnings\nfrom azstoragetorch.cli import _app, _access\n"
         "def warn(*_):\n    warnings.warn('a\\x1b[2J\\nname')\n"
         "    logging.getLogger('azstoragetorch').warning('b\\x1b[2J')\n    raise ValueError('c')\n"
-        "_access.Access.container = warn\n"
+        "_access.ClientFactory.container = warn\n"
         "sys.exit(_app.run(['ls', 'https://account.blob.core.windows.net/c']))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from azstoragetorch._blob import download, listing, multiplex, readahead, window
-from azstoragetorch._blob.client import Access, BlobClient
+from azstoragetorch._blob.client import BlobClient, ClientFactory
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._engine import budget, job, metrics, process, scope, threads
 from azstoragetorch._engine.config import KiB, TransferConfig
@@ -89,7 +89,7 @@ class Prefetching(Actor):
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         super().__init__(service, transfer)
         urls = [service.blob_url("small", name) for name in NAMES]
-        self.ahead: OrderedPrefetch[Any, Any] = fetch_ahead(Access(False, transfer), urls, depth=6)
+        self.ahead: OrderedPrefetch[Any, Any] = fetch_ahead(ClientFactory(False, transfer), urls, depth=6)
 
     def act(self) -> None:
         assert [item.result().data for item in self.ahead] == [content(2000)] * len(NAMES)

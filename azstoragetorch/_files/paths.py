@@ -21,7 +21,7 @@ from typing import BinaryIO
 from azstoragetorch._engine.scope import on_error
 from azstoragetorch.exceptions import AZStorageTorchError
 
-PARTIAL = ".azstoragetorch-"  # the names of unfinished files begin with it
+PARTIAL_PREFIX = ".azstoragetorch-"  # the names of unfinished files begin with it
 _NO_TERMINAL = getattr(os, "O_NOCTTY", 0)  # opening a terminal must not make it the controlling one
 _SYSTEM = ("/proc/", "/sys/")  # files there have no length before they are read
 
@@ -41,17 +41,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def shown(path: Path) -> str:
+def display(path: Path) -> str:
     """*path* for a message."""
     return printable(str(path))
 
 
-def own_user() -> int:
+def current_user_id() -> int:
     """The user id that this process creates files with; 0 where users have no numbers."""
     return os.geteuid() if sys.platform != "win32" else 0
 
 
-def reads_without_length(path: Path, found: os.stat_result) -> bool:
+def has_unknown_length(path: Path, found: os.stat_result) -> bool:
     """Whether the length of *path*, which has the status *found*, is known only after it was read to its end."""
     return not stat.S_ISREG(found.st_mode) or not found.st_size or os.path.realpath(path).startswith(_SYSTEM)
 
@@ -67,7 +67,7 @@ def is_stream_target(path: Path) -> bool:
         if stat.S_ISLNK(found.st_mode):
             if not _is_of_the_system(path):
                 raise CopyError(
-                    f"{shown(path)} is a link to {shown(path.readlink())}: name the file that it leads to "
+                    f"{display(path)} is a link to {display(path.readlink())}: name the file that it leads to "
                     "as the target, or remove the link"
                 )
             path.stat()
@@ -77,11 +77,13 @@ def is_stream_target(path: Path) -> bool:
     if stat.S_ISREG(found.st_mode):
         return False
     if stat.S_ISDIR(found.st_mode):
-        raise CopyError(f"{shown(path)} is a folder, which a file cannot replace: remove it, or choose another target")
+        raise CopyError(
+            f"{display(path)} is a folder, which a file cannot replace: remove it, or choose another target"
+        )
     if stat.S_ISSOCK(found.st_mode):
-        raise CopyError(f"{shown(path)} is a socket, which a file cannot replace: choose another target")
-    if found.st_uid not in (0, own_user()):
-        raise CopyError(f"{shown(path)} is a fifo or device of another user: choose another target")
+        raise CopyError(f"{display(path)} is a socket, which a file cannot replace: choose another target")
+    if found.st_uid not in (0, current_user_id()):
+        raise CopyError(f"{display(path)} is a fifo or device of another user: choose another target")
     return True
 
 
@@ -96,7 +98,7 @@ def check_folders(root: Path, relative: str) -> None:
         place = place / part
         if place.is_symlink():
             raise CopyError(
-                f"{shown(place)} is a link, and nothing is copied through links below the target: remove it, or name "
+                f"{display(place)} is a link, and nothing is copied through links below the target: remove it, or name "
                 "the folder that it leads to as the target"
             )
 
@@ -146,12 +148,12 @@ def _create_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
-def unfinished_name() -> str:
+def partial_name() -> str:
     """A name for an unfinished file that nobody can guess."""
-    return f"{PARTIAL}{secrets.token_hex(12)}.part"
+    return f"{PARTIAL_PREFIX}{secrets.token_hex(12)}.part"
 
 
-def take_name(unfinished: Path, path: Path) -> None:
+def rename_into_place(unfinished: Path, path: Path) -> None:
     """Rename *unfinished* to *path*; a file that it replaces hands on its permissions.
 
     Raises:
@@ -159,14 +161,16 @@ def take_name(unfinished: Path, path: Path) -> None:
         OSError: it cannot be renamed.
     """
     if is_stream_target(path):
-        raise CopyError(f"{shown(path)} has become a device or fifo while its content was copied; nothing was written")
+        raise CopyError(
+            f"{display(path)} has become a device or fifo while its content was copied; nothing was written"
+        )
     with suppress(OSError):  # no such file, or a file system without permissions
         unfinished.chmod(stat.S_IMODE(path.lstat().st_mode) & 0o777)
     unfinished.replace(path)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write *path*: a file appears, or is replaced, when the block ends without an error.
 
     A device or fifo that is there is written into.
@@ -180,11 +184,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield stream
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / unfinished_name()
+    unfinished = path.parent / partial_name()
     with on_error(partial(unfinished.unlink, missing_ok=True)):
         with io.BufferedWriter(open_exclusive(unfinished)) as file:
             yield file
-        take_name(unfinished, path)
+        rename_into_place(unfinished, path)
 
 
 def _is_of_the_system(link: Path) -> bool:
