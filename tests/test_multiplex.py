@@ -9,6 +9,7 @@ import pytest
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 
 from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._blob import multiplex
 from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.transport import close_idle_connections, idle_connections
@@ -37,6 +38,7 @@ from tests.faults.faults import (
     WrongLength,
 )
 from tests.faults.service import FaultService
+from tests.process.interrupts import Run, interrupt, sweep
 
 QUICK = TransferConfig(max_backoff=0.01, read_timeout=0.5, part_size=64 << 10, max_connections=16)
 COUNT = 60
@@ -233,3 +235,48 @@ def test_forked_child_reads_on_its_own(fault_service: FaultService, blobs: dict[
             os._exit(2)
     assert [head.data for head in read_all(client, list(blobs))] == list(blobs.values())
     assert os.waitpid(child, 0)[1] == 0
+
+
+def start(client: ContainerClient, name: str) -> threading.Event | None:
+    """Start a read; an event that is set when it has ended, or None if it could not be started."""
+    ended = threading.Event()
+    is_started = client.blob(name).start_head(Scope(), lambda _head: ended.set(), ended.set)
+    return ended if is_started else None
+
+
+def test_an_interrupt_anywhere_in_a_start_leaves_the_next_read_working(
+    fault_service: FaultService, blobs: dict[str, bytes]
+) -> None:
+    """Ctrl-C between two lines: the read ends or was never started, and later reads are received."""
+    client = container(fault_service)
+
+    def set_up() -> ContainerClient:
+        multiplex._multiplexers.get().clear()  # a fresh one, whose thread does not run
+        client.blob("001").head()  # leaves an idle connection
+        return client
+
+    def check(client: ContainerClient, run: Run) -> None:
+        if isinstance(run.result, threading.Event):
+            assert run.result.wait(10)
+        client.blob("001").head()
+        ended = start(client, "002")
+        assert ended is not None
+        assert ended.wait(10), "no thread receives the read"
+
+    sweep(set_up, lambda client: start(client, "001"), check, files=[multiplex], do=interrupt)
+
+
+def test_a_read_that_begins_while_no_thread_can_be_made_ends(
+    fault_service: FaultService, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be made every read fails, also one that begins while the others are told so."""
+    client = container(fault_service)
+    warm(client, blobs)
+    multiplex._multiplexers.get().clear()
+    monkeypatch.setattr(multiplex, "start_thread", lambda _work: False)
+    ends: list[threading.Event | None] = []
+    assert client.blob("001").start_head(
+        Scope(), lambda _head: pytest.fail("nobody received it"), lambda: ends.append(start(client, "002"))
+    )
+    assert ends[0] is not None
+    assert ends[0].is_set()

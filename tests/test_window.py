@@ -64,7 +64,7 @@ def test_around_a_small_gap_is_at_least_the_gap_and_held_nowhere(
     gap = ByteRange(start, stop)
     if any(overlap(gap, piece) for piece in held) or not len(gap):
         return
-    wanted = window.widen(gap, size, held, end)
+    wanted = window.extend(gap, size, held, end)
     assert wanted.start <= gap.start < gap.stop <= wanted.stop <= size
     assert not any(overlap(wanted, piece) for piece in held)
 

@@ -1,7 +1,7 @@
-"""The core blob client: one room for each job, no torch in here.
+"""The core blob client. It does not depend on torch.
 
-``client`` is the front door. Below it ``download``, ``readahead``, ``upload``, ``commit`` and ``listing`` plan and run
-transfers on the ``engine`` (threads and bytes in flight of this process); ``retry`` decides what is tried again. At the
-edge ``service`` signs requests and translates errors, ``transport`` and ``connection`` speak HTTP, ``credentials``
-proves who asks, and ``url`` parses addresses.
+``client`` is the public interface. Below it, ``download``, ``readahead``, ``upload``, ``commit`` and ``listing`` plan
+and run transfers on the engine (the threads and memory budget of the process); ``retry`` decides what is retried.
+``service`` signs requests and translates errors, ``transport`` and ``connection`` speak HTTP, ``credentials`` and
+``authorizers`` provide tokens and SAS, and ``url`` parses URLs.
 """

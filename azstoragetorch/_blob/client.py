@@ -1,7 +1,7 @@
-"""The front door of the core: from a URL to one blob or one container, and what can be done with it.
+"""Clients for one blob or one container: the public interface of the core for the packages above it.
 
-A client is cheap and lazy: no connection, token or thread exists before the first call. It pickles without any of
-them and works in a forked child.
+A client is cheap and lazy: it creates no connection, token or thread before the first call. It pickles without them
+and works in a forked child.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first part of one version of a blob: all of it if it fits into a part."""
+    """The first part of one version of a blob; the whole blob if it fits into one part."""
 
     version: BlobVersion
     data: bytes
@@ -69,7 +69,7 @@ class _Client:
 
     @property
     def service(self) -> Service:
-        """Signed requests of this process to the account."""
+        """The service of this process, which signs and sends requests."""
         return self._services.get()
 
     @property
@@ -92,18 +92,18 @@ class BlobClient(_Client):
     """One blob."""
 
     def reader(self, version: BlobVersion | None = None, head: bytes = b"") -> ReadAhead:
-        """Random access with read-ahead; pinned to *version*, or to the one that the first read sees.
+        """A reader with random access and read-ahead, pinned to *version* or to the version that the first read sees.
 
-        *head* is what is known already of the beginning of *version*; it is not fetched again.
+        *head* is the beginning of *version*, if the caller already has it; it is not fetched again.
         """
         return ReadAhead(self.service, self.url, version, head)
 
     def writer(self, *, create_only: bool = False) -> BlockWriter:
-        """A new content for the blob, committed whole or not at all; with *create_only* there must not be a blob."""
+        """A writer that replaces the whole content of the blob; with *create_only* the blob must not exist."""
         return BlockWriter(self.service, self.url, create_only=create_only)
 
     def read(self) -> tuple[bytes, BlobVersion]:
-        """The whole blob and its version; one request if it fits into a part."""
+        """Read the whole blob; return it and its version. Takes one request if the blob fits into one part."""
         reader = self.reader()
         try:
             data = reader.read(0)
@@ -113,7 +113,7 @@ class BlobClient(_Client):
             reader.close()
 
     def head(self, scope: Scope | None = None) -> Head:
-        """Fetch the first part, by one request."""
+        """Fetch the first part with one request."""
         span = ByteRange(0, self.config.effective_part_size)
         opened = open_range(self.service, self.url, span, scope=scope)
         try:
@@ -122,9 +122,10 @@ class BlobClient(_Client):
             opened.close()
 
     def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
-        """Do as `head` on a thread that serves many, and call *done*, or *failed* where `head` itself is needed.
+        """Start to fetch the first part on the multiplexer's thread. Return False if that is not possible now.
 
-        False if that cannot be begun now, which `head` always can.
+        If it returns True, either *done* is called with the result, or *failed*: then the caller has to call `head`,
+        which retries and raises errors.
         """
         multiplexer = None if self.config.validate_content or is_tracing() else multiplexer_for(self.engine)
         if multiplexer is None:
@@ -135,39 +136,39 @@ class BlobClient(_Client):
         )
 
     def open_range(self, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None) -> RangeRead:
-        """Ask for *span*, of the version *etag* if given, and return when the head of the answer is there."""
+        """Request *span*, of the version *etag* if given; return when the response headers have arrived."""
         return open_range(self.service, self.url, span, etag=etag, scope=scope)
 
     def fetch(self, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope) -> None:
-        """Fetch *span* of the version *etag* by one request into *targets*, filled one after the other."""
+        """Fetch *span* of the version *etag* with one request into *targets*, which are filled in order."""
         fetch(self.service, self.url, span, targets, etag=etag, scope=scope)
 
     def get_properties(self, scope: Scope | None = None) -> BlobProperties:
-        """The blob as the service describes it.
+        """The properties of the blob.
 
         Raises:
-            ResourceNotFoundError: it does not exist.
+            ResourceNotFoundError: the blob does not exist.
         """
         return get_properties(self.service, self.url, scope)
 
     def find_properties(self) -> BlobProperties | None:
-        """The blob as the service describes it; None if it does not exist."""
+        """The properties of the blob; None if it does not exist."""
         try:
             return self.get_properties()
         except ResourceNotFoundError:
             return None
 
     def version(self) -> BlobVersion | None:
-        """The blob's present version; None if it does not exist."""
+        """The current version of the blob; None if it does not exist."""
         found = self.find_properties()
         return found.version if found is not None else None
 
     def put(self, data: bytes, *, create_only: bool = False) -> None:
-        """Make *data* the content of the blob, by one request if it fits into a block.
+        """Replace the content of the blob with *data*, with one request if it fits into a block.
 
         Raises:
-            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
-            ResourceExistsError: the blob exists and was to be *create_only*.
+            FatalBlobIOWriteError: the write failed; the blob is unchanged.
+            ResourceExistsError: the blob exists and *create_only* is set.
         """
         writer = self.writer(create_only=create_only)
         with on_error(writer.abort):
@@ -180,16 +181,17 @@ class BlobClient(_Client):
     def replace(
         self, data: bytes, *, etag: str | None, properties: Mapping[str, str] = MappingProxyType({})
     ) -> tuple[bool, BlobProperties | None]:
-        """Make *data* the content of the blob if it still has *etag*; with None, if there is no blob.
+        """Replace the content of the blob with *data* if it still has *etag*; with None, if the blob does not exist.
 
-        One request. If its answer is lost or refuses the condition, the blob is looked at before anything is sent
-        again, and known by its content. *properties* are headers of the request.
+        One request. If its response is lost or says that the condition failed, the properties of the blob are requested
+        before the write is sent again: an earlier attempt may have succeeded, which the content shows. *properties* are
+        sent as headers of the write.
 
         Returns:
-            Whether *data* is the content now, and the blob as it is now.
+            Whether the content is *data* now, and the current properties of the blob.
 
         Raises:
-            FatalBlobIOWriteError: the service does not say whether the request was carried out.
+            FatalBlobIOWriteError: the service did not confirm whether the write was carried out.
             AzureError: the service refused, or could not be reached; the blob is unchanged.
         """
         condition = {"If-Match": etag} if etag is not None else {"If-None-Match": "*"}
@@ -210,7 +212,7 @@ class BlobClient(_Client):
             refusals += 1
             if etag is not None or refusals >= self.config.max_attempts:
                 raise failure  # refused although the condition holds
-            # The blob that was in the way was deleted before the look.
+            # The blob was deleted between the refusal and the request for its properties: try again.
 
     def _put_once(self, data: bytes, condition: Mapping[str, str], properties: Mapping[str, str]) -> BlobProperties:
         headers = {
@@ -231,7 +233,7 @@ class BlobClient(_Client):
             raise unknown_outcome(self.url, failure) from error
 
     def has_content(self, found: BlobProperties, data: bytes) -> bool:
-        """Whether the blob that was *found* holds *data*; where the service has no MD5 it is read as it is now."""
+        """Whether the blob with the properties *found* holds *data*. Without an MD5, its current version is read."""
         if found.version.size != len(data):
             return False
         if found.md5 is not None:
@@ -242,7 +244,7 @@ class BlobClient(_Client):
             return False
 
     def delete(self, *, etag: str | None = None) -> bool:
-        """Delete the blob, if it is *etag*; False if it does not exist."""
+        """Delete the blob, only if it has *etag* where that is given; return False if the blob does not exist."""
         headers = {} if etag is None else {"If-Match": etag}
         request = Request("DELETE", self.url, headers=headers, accept=frozenset({202}))
         try:
@@ -260,13 +262,13 @@ class ContainerClient(_Client):
         return self.at(self.url.with_blob(name))
 
     def at(self, url: BlobURL) -> BlobClient:
-        """The blob at *url*, which is in this container; it may be a snapshot or a version."""
+        """The blob at *url*, which must be in this container; it can be a snapshot or a version."""
         return BlobClient(url, self._credential, self.config, self._services)
 
     def pages(
         self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
     ) -> Iterator[Page]:
-        """The listing, page by page, in the service's order."""
+        """List the blobs, page by page, in the order of the service. See `listing.list_pages`."""
         return list_pages(
             self.service,
             self.url,
@@ -278,13 +280,13 @@ class ContainerClient(_Client):
 
 
 class ClientFactory:
-    """The one way from a URL to a client: a credential and a configuration, for any number of URLs.
+    """Creates clients for any number of URLs, with one credential and one configuration.
 
-    A SAS in a URL wins over the credential and is used for that URL alone. *named* is the URL that the user gave
-    together with the credential, which may therefore be sent to its host.
+    A SAS in a URL takes precedence over the credential and is used for that URL only. *trusted_url* is the URL that the
+    user passed together with the credential, so the credential may be sent to its host.
 
     Raises:
-        TypeError: *credential* or *transfer* has a wrong type.
+        TypeError: *credential* or *transfer* has the wrong type.
     """
 
     def __init__(
@@ -295,10 +297,13 @@ class ClientFactory:
         self.config = transfer or TransferConfig()
         self._holder = CredentialHolder(credential, trusted_url=trusted_url)
         self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
-        self._last: tuple[str, ContainerClient | None] = ("", None)  # a URL is mostly in the container of the last one
+        self._last: tuple[str, ContainerClient | None] = (
+            "",
+            None,
+        )  # most URLs are in the same container as the previous one
 
     def container(self, url: BlobURL) -> ContainerClient:
-        """The container that *url* is in."""
+        """The client for the container of *url*."""
         address = replace(url, blob="", snapshot=None, versionid=None)
         if url.sas is not None:
             return ContainerClient(address, CredentialHolder(None, url.sas), self.config)
@@ -309,7 +314,7 @@ class ClientFactory:
         return client
 
     def blob(self, url: str | BlobURL) -> BlobClient:
-        """The blob at *url*.
+        """The client for the blob at *url*.
 
         Raises:
             ValueError: *url* is not the URL of a blob.
@@ -317,7 +322,7 @@ class ClientFactory:
         if isinstance(url, str):
             prefix, last = self._last
             if last is not None and url.startswith(prefix) and needs_no_parsing(url, len(prefix)):
-                _ = last.service  # made once, for all blobs of the container
+                _ = last.service  # created once here and shared by all blobs of the container
                 return last.blob(url[len(prefix) :])
         parsed = parse_blob_url(url) if isinstance(url, str) else url
         container = self.container(parsed)

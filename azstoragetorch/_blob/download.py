@@ -1,7 +1,7 @@
-"""Fetch one byte range, by one connection or many, straight into the memory where it is wanted.
+"""Fetch one byte range, over one or many connections, directly into the caller's memory.
 
-Every request after the first carries the first one's ETag, so a read never mixes versions. Status, range and
-length of every answer are checked, and a body that ends early is resumed at the byte it reached.
+Every request after the first carries the ETag of the first response, so a read never mixes versions of a blob. The
+status, range and length of every response are checked, and a body that ends early is resumed at the byte it reached.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
-_PROGRESS_STEP = 512 * KiB  # how often a waiting reader hears of what has arrived
-_REAL_PROGRESS = 64 * KiB  # less than this between two failures counts as none
+_PROGRESS_STEP = 512 * KiB  # bytes between two reports of what has arrived
+_REAL_PROGRESS = 64 * KiB  # bytes; less than this between two failures does not reset the retry count
 _STATUSES = frozenset({200, 206, 412, 416})
 
 
 @dataclass(frozen=True, slots=True)
 class BlobVersion:
-    """What one state of a blob is known by: its length in bytes and its ETag."""
+    """One version of a blob: its length in bytes and its ETag."""
 
     size: int
     etag: str
 
 
 class RangeRead:
-    """One ranged read: made by `open_range` when the head of the first answer is there, run by `receive`.
+    """A read of one range. `open_range` returns it when the response headers have arrived; `receive` does the rest.
 
-    ``version`` is that of the blob, ``span`` what of the asked range the blob has.
+    ``version`` is the version of the blob, ``span`` the part of the requested range that lies within the blob.
     """
 
     def __init__(self, service: Service, url: BlobURL, span: ByteRange, etag: str | None, scope: Scope) -> None:
@@ -68,9 +68,9 @@ class RangeRead:
             return version
 
     def receive(self, targets: Sequence[memoryview], progress: Callable[[int], None] | None = None) -> None:
-        """Receive all of ``span`` into *targets*, which are filled one after the other.
+        """Receive all of ``span`` into *targets*, which are filled in order.
 
-        *progress* is called with the number of bytes that have arrived in all.
+        *progress* is called with the total number of bytes that have arrived.
         """
         done = counted = 0
         length = len(self.span)
@@ -94,7 +94,7 @@ class RangeRead:
                     self._validate(response, targets, begin)
             except Transient as failure:
                 if validates:
-                    done = begin  # the MD5 is that of the whole answer
+                    done = begin  # the MD5 covers the whole response, so the response is received again
                 if done - counted >= _REAL_PROGRESS:
                     counted = done
                     self._retry.made_progress()
@@ -104,15 +104,17 @@ class RangeRead:
         self.close()
 
     def close(self) -> None:
-        """Free the connection if nothing was received."""
+        """Release the connection if `receive` was not called."""
         response, self._response = self._response, None
         if response is not None:
-            response.close(is_complete=response.status != 206)  # the rest of a range is not worth receiving
+            response.close(
+                is_complete=response.status != 206
+            )  # the body of a 206 is as long as the range: not worth draining
 
     def _request(self, span: ByteRange) -> tuple[ServiceResponse, BlobVersion]:
-        """Send the request for *span* and check the head of its answer."""
+        """Request *span* and check the response headers."""
         if not len(span):
-            raise ValueError("an empty range cannot be asked for")
+            raise ValueError("cannot request an empty range")
         headers = {"x-ms-range": span.header}
         if self._etag is not None:
             headers["If-Match"] = self._etag
@@ -131,10 +133,10 @@ class RangeRead:
         if response.status == 416:
             if self._etag is not None:
                 raise self.changed()  # the pinned version had these bytes
-            # The answer has the length here; where it does not, only an empty blob refuses its first byte.
+            # Content-Range has the size of the blob. Without it, a refused first byte means that the blob is empty.
             size = int(found.group(3)) if found else 0 if span.start == 0 else None
             if size is None or size > span.start:
-                raise Transient(self._broken("refused the range without telling the blob's size"))
+                raise Transient(self._broken("refused the range without reporting the size of the blob"))
             return BlobVersion(size, etag)
         if response.status != 206 or found is None or found.group(1) is None:
             raise Transient(
@@ -161,15 +163,17 @@ class RangeRead:
     def _validate(self, response: ServiceResponse, targets: Sequence[memoryview], begin: int) -> None:
         expected = response.headers.get("Content-MD5")
         if expected is None:
-            raise Transient(self._broken(f"sent {self.span.header} without the MD5 that was asked for"))
+            raise Transient(self._broken(f"sent {self.span.header} without the requested MD5"))
         digest = hashlib.md5(usedforsecurity=False)
         for piece in _unfilled(targets, begin):
             digest.update(piece)
         if base64.b64encode(digest.digest()).decode() != expected:
-            raise Transient(self._broken(f"sent bytes of {self.span.header} that do not have its own MD5"))
+            raise Transient(
+                self._broken(f"sent bytes of {self.span.header} that do not match the MD5 in the same response")
+            )
 
     def changed(self) -> BlobChangedError:
-        """The error for a blob that is no longer the pinned version."""
+        """The error to raise when the blob no longer has the pinned version."""
         return BlobChangedError(
             f"{self._url} was overwritten while it was being read; open it again to read the new version"
         )
@@ -181,10 +185,10 @@ class RangeRead:
 def open_range(
     service: Service, url: BlobURL, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None
 ) -> RangeRead:
-    """Ask for *span* and return when the head of the answer is there; the body is still arriving.
+    """Request *span*; return when the response headers have arrived, while the body is still in flight.
 
     Raises:
-        BlobChangedError: the blob is no longer the version *etag*.
+        BlobChangedError: the blob no longer has *etag*.
         AzureError: the service refused, or could not be reached.
         Cancelled: *scope* was cancelled.
     """
@@ -194,7 +198,7 @@ def open_range(
 def fetch(
     service: Service, url: BlobURL, span: ByteRange, targets: Sequence[memoryview], *, etag: str, scope: Scope
 ) -> None:
-    """Fetch *span* of the version *etag* into *targets* by one request."""
+    """Fetch *span* of the version *etag* into *targets* with one request."""
     open_range(service, url, span, etag=etag, scope=scope).receive(targets)
 
 
@@ -207,9 +211,9 @@ def fetch_parallel(
     scope: Scope,
     opened: tuple[RangeRead, memoryview] | None = None,
 ) -> None:
-    """Fetch every range of *jobs* into its memory, cut into parts that many connections fetch at once.
+    """Fetch every range of *jobs* into its memory, split into parts that are fetched over several connections.
 
-    *opened* is a read that has begun already, under the same *scope*; it is received first.
+    *opened* is a read that was already opened with the same *scope*; it is received first.
     """
     part_size = service.config.effective_part_size
     reads: list[tuple[ByteRange | RangeRead, memoryview]] = [] if opened is None else [opened]
@@ -229,7 +233,7 @@ def fetch_parallel(
 
 
 def _unfilled(targets: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What of *targets* is left after *done* bytes, in pieces of some size."""
+    """The rest of *targets* after *done* bytes, in pieces of at most `_PROGRESS_STEP` bytes."""
     pieces = []
     for target in targets:
         if done >= target.nbytes:

@@ -1,7 +1,7 @@
-"""List the blobs of a container, page by page, with what a reader needs to know of each: name, size, ETag.
+"""List the blobs of a container page by page, with the name, size and ETag of each.
 
-A page of 5,000 blobs is 3 MB of XML, of which three fields matter. Pages in the shape that the service sends are
-taken apart by regular expressions; any other well-formed page by an XML parser, with the same result.
+A page of 5,000 blobs is 3 MB of XML, of which three fields matter. Pages in the form that the service sends are parsed
+with regular expressions; any other well-formed page with an XML parser, with the same result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
 _MODIFIED = re.compile(rb"<Last-Modified>([^<]*)</Last-Modified>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
 _MARKER = re.compile(rb"<NextMarker>([^<]*)</NextMarker>")
-# What only the parser understands: directory markers, markup that hides text from the expressions above.
+# What only the XML parser handles: directory markers, and markup that hides text from the expressions above.
 _NEEDS_PARSER = (b"hdi_isfolder", b"<resourcetype>directory", b"<!", b"encoded=", b"\r", b"\0")
 _ODD_REFERENCE = re.compile("&(?!amp;|lt;|gt;|quot;|apos;)")
 _REFERENCE = re.compile("&(?:#([0-9]+)|#x([0-9a-fA-F]+)|(amp|lt|gt|quot|apos));")
@@ -38,10 +38,10 @@ _CHARACTERS = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One answer of List Blobs as columns: the same index is the same blob.
+    """One response of List Blobs as columns; the same index is the same blob in each.
 
-    A page may hold few or no blobs and still have a marker. ETags are quoted, as headers have them. Markers of
-    directories are left out. ``modified`` is filled where it was asked for: Last-Modified as the service wrote it.
+    A page can have few or zero blobs and still have a marker. ETags are quoted, as in headers. Directory markers are
+    left out. ``modified`` is filled only on request, with Last-Modified in the format of the service.
     """
 
     names: list[str]
@@ -62,10 +62,10 @@ def list_pages(
     uncommitted: bool = False,
     with_modified: bool = False,
 ) -> Iterator[Page]:
-    """The pages of a listing in the service's order; the next one is fetched while one is read.
+    """The pages of a listing in the order of the service; the next page is fetched while the caller uses one.
 
-    With a *delimiter*, names that have it after *prefix* are rolled up into ``prefixes``. *uncommitted* lists blobs
-    too of which there are staged blocks only. *with_modified* fills the column ``modified``.
+    With a *delimiter*, names that contain it after *prefix* are grouped into ``prefixes``. *uncommitted* also lists
+    blobs that have only staged blocks. *with_modified* fills the column ``modified``.
 
     Raises:
         AzureError: the service refused, could not be reached, or sent something that is not a listing.
@@ -88,13 +88,13 @@ def list_pages(
                 if following in markers:
                     raise _repeated(container)
                 markers.add(following)
-                # Without a free thread it is fetched above: a listing never waits for other transfers.
+                # If no thread is free, `result` above fetches it: a listing never waits for other transfers.
                 fetching = Job(partial(_fetch, service, container, query, following, scope))
                 engine_for(service.config).submit(fetching.run)
             page = parse_page(raw, container, with_modified=with_modified)
-            # A prefix may come again where the service continues in the middle of it, a blob never.
+            # A prefix can be repeated, if a page ends inside it; a blob cannot.
             if not firsts.isdisjoint(page.names[:1]):
-                raise _repeated(container)  # under another marker
+                raise _repeated(container)  # the same page under another marker
             firsts.update(page.names[:1])
             yield page
     finally:
@@ -128,7 +128,7 @@ def _fetch_once(service: Service, container: BlobURL, query: str, marker: str, s
 
 
 def _match_page(raw: bytes) -> Page | None:
-    """The page, if it has the one shape that the expressions are sure about."""
+    """The page, parsed with the expressions; None if it has another form than the one that they are made for."""
     lower = raw.lower()
     if any(mark in lower for mark in _NEEDS_PARSER):
         return None
@@ -148,7 +148,7 @@ def _match_page(raw: bytes) -> Page | None:
 
 
 def _match_dates(raw: bytes) -> Page | None:
-    """Do as `_match_page`, with the dates, if there is one for each blob."""
+    """Like `_match_page`, with the dates; None if a blob has none."""
     page = _match_page(raw)
     if page is None:
         return None
@@ -159,16 +159,16 @@ def _match_dates(raw: bytes) -> Page | None:
 def _texts(values: list[bytes]) -> list[str]:
     if not values:
         return []
-    joined = b"\0".join(values).decode("utf-8")  # a NUL cannot be in XML
+    joined = b"\0".join(values).decode("utf-8")  # XML cannot contain a NUL
     if "&" in joined:
         if _ODD_REFERENCE.search(joined):
-            raise ValueError("a reference that only the parser resolves, or refuses")
+            raise ValueError("a reference that only the XML parser can resolve or reject")
         joined = _unescape(joined)
     return joined.split("\0")
 
 
 def _unescape(text: str) -> str:
-    """*text* of an XML document as it is meant; HTML's rules differ."""
+    """Resolve the references in *text* by the rules of XML, which differ from those of HTML."""
     return _REFERENCE.sub(
         lambda found: _CHARACTERS[found[3]] if found[3] else chr(int(found[1]) if found[1] else int(found[2], 16)), text
     )
@@ -179,7 +179,7 @@ def _quoted(etags: list[str]) -> list[str]:
 
 
 def _next_marker(raw: bytes) -> str:
-    # Behind the blobs, whose metadata may have an entry of that name.
+    # After the blobs, since their metadata can have an entry with that name.
     found = _MARKER.search(raw, max(0, raw.rfind(b"</Blobs>")))
     return _unescape(found.group(1).decode("utf-8", "replace")) if found else ""
 
@@ -187,7 +187,7 @@ def _next_marker(raw: bytes) -> str:
 def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
     try:
         root = ET.fromstring(raw.removeprefix(b"\xef\xbb\xbf"))  # noqa: S314 - entities are off in expat's defaults here
-    except (ET.ParseError, LookupError, ValueError) as error:  # the latter two for an unknown encoding
+    except (ET.ParseError, LookupError, ValueError) as error:  # the last two for an unknown encoding
         raise _malformed(container, f"it is not XML: {error}") from error
     if root.tag != "EnumerationResults":
         raise _malformed(container, f"its root is {root.tag!r}")

@@ -1,9 +1,9 @@
-"""Read many small blobs at once on one thread: the good case of `open_range`, without a thread for each request.
+"""Read many small blobs at once on one thread.
 
-Sixty-four threads that each wait for one answer spend more time handing the interpreter lock around than on their
-answers. Here a request is sent at once on an idle connection, and one thread takes whichever answers arrive. Only a
-plain, complete answer is taken. Whatever else happens, the read is handed back, to be made again by a thread that can
-retry, renew a token, and say what is wrong.
+Sixty-four threads that each wait for one response spend more time passing the interpreter lock around than on the
+responses. Here each request is sent at once on an idle connection, and one thread receives all responses. It handles
+only the common case, a complete 206 response. In every other case it reports that the read failed, and the caller reads
+the blob again with `open_range`, which retries, renews tokens and raises errors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPException
 from ssl import SSLWantReadError
 
@@ -30,32 +31,50 @@ from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
 from azstoragetorch._engine.threads import Engine, start_thread
 
 _CONTENT_RANGE = re.compile(r"bytes 0-(\d+)/(\d+)")
-_MAX_HEAD_BYTES = 16 << 10
-_POLL_SECONDS = 0.25  # seconds between two looks at what has stalled
-_IDLE_SECONDS = 0.5  # seconds for which the thread waits for another read before it ends
+_MAX_HEAD_BYTES = 16 << 10  # of a response: status line and headers
+_POLL_SECONDS = 0.25  # between two checks for stalled reads
+_IDLE_SECONDS = 0.5  # for which the thread waits for another read before it exits
 
 
 class Multiplexer:
-    """The reads of one engine that are in flight on one thread, which is not one of the engine's.
+    """The reads of one engine that are in flight on one thread, which is not one of the engine's threads."""
 
-    Reads begin on any thread and take no lock, since a signal handler may begin one inside another. So both sides keep
-    to an order of single steps:
-
-    * `begin` first enters the read under its descriptor, then looks whether the poller watches that connection, and
-      registers it if not. The thread, when something arrives on a descriptor without a read (another request of the
-      same connection, or its end), first stops watching and then looks once more for a read. So a read that is entered
-      meanwhile is seen by one of the two.
-    * `begin` takes the one token of ``_thread_token`` after that, and with it starts the thread. That gives the token
-      back when there was nothing to do for a while, and then looks once more for reads.
-
-    A connection belongs to one request at a time, and so does its descriptor: nothing else writes these entries.
-    """
+    # `begin` runs on any thread, also in a signal handler that interrupts another `begin`, so neither side takes a
+    # lock. They share four things: `_reads` (descriptor -> read), `_watched` (descriptor -> the connection for which
+    # it was registered), the epoll set, and `_turns`, which says whether the thread runs. A connection is used by one
+    # request at a time, so there is at most one read for a descriptor.
+    #
+    # A read ends once: by whoever removes it from `_reads` (`_claim`). The thread removes it after a complete response,
+    # an error (a cancel of its scope shuts the socket down, which is an error here) or a stall, and calls `done` or
+    # `failed`. An interrupted `begin` removes its own read, closes the connection and raises.
+    #
+    # Registration. A connection stays registered when it goes back to the pool, which saves two system calls for each
+    # read. The price: it can become readable while another request uses it, or when the service closes it, and
+    # level-triggered epoll reports that again and again. So the thread unregisters a descriptor that has no read. A
+    # read that begins just then must not be lost:
+    #
+    #     begin:   1. enter the read in `_reads`        thread:  1. remove it from `_watched`, unregister
+    #              2. look in `_watched`; register               2. look in `_reads`; register if there is a read now
+    #                 if it is not there
+    #
+    # If `begin` finds the descriptor in `_watched`, it entered the read before the thread's step 1, so the thread's
+    # step 2 finds the read. If it registers before the thread has unregistered, the same holds. Both may register: the
+    # second call gets FileExistsError.
+    #
+    # The thread. `_turns` holds the turn of the one thread that runs. `begin` enters its read first and then its own
+    # turn with `setdefault`; if that succeeds, it starts a thread for the turn. A thread that has had no read for
+    # `_IDLE_SECONDS` removes its turn first and then looks for reads. So at least one of the two sees the other. A
+    # thread that finds a read enters its turn again, or exits if another `begin` was faster and has started a thread.
+    # The same holds for a thread that dies, after it has failed all reads.
+    #
+    # An interrupt in `_start` does not show whether a thread was started. So a turn is a deque with one item, and
+    # whoever pops the item first has the turn: the new thread, which runs, or the interrupted `begin`, which ends it.
 
     def __init__(self) -> None:
         self._reads: dict[int, _Read] = {}  # by descriptor
-        self._watched: dict[int, Connection] = {}  # whose descriptor is registered, also while others use them
+        self._watched: dict[int, Connection] = {}  # registered, also while other requests use them
         self._epoll = select.epoll()
-        self._thread_token: deque[None] = deque([None])
+        self._turns: dict[None, deque[None]] = {}  # the turn of the thread that runs, if one does
         self._last_active = self._last_sweep = 0.0
 
     def begin(
@@ -67,9 +86,9 @@ class Multiplexer:
         done: Callable[[BlobVersion, bytes], None],
         failed: Callable[[], None],
     ) -> bool:
-        """Begin to read the first *length* bytes; False without an idle connection.
+        """Start to read the first *length* bytes; return False if no connection is idle or the request cannot be sent.
 
-        Exactly one of *done* and *failed* is called, on another thread, unless False was returned.
+        If it returns True, exactly one of *done* and *failed* is called later, on another thread.
         """
         connection = take_idle(service.origin)
         if connection is None:
@@ -98,7 +117,7 @@ class Multiplexer:
         return True
 
     def _claim(self, descriptor: int, read: _Read) -> bool:
-        """Whether *read* was still entered; it is taken out. The thread and `begin` may both want to end it."""
+        """Remove *read*; return whether it was still there, so that the caller is the one that ends it."""
         return self._reads.get(descriptor) is read and self._reads.pop(descriptor, None) is read
 
     def _watch(self, descriptor: int, connection: Connection) -> None:
@@ -107,49 +126,53 @@ class Multiplexer:
 
     def _register(self, descriptor: int, connection: Connection) -> None:
         self._watched[descriptor] = connection
-        with suppress(FileExistsError):  # the thread was faster
+        with suppress(FileExistsError):  # the thread has registered it
             self._epoll.register(descriptor, select.EPOLLIN)
 
     def _start(self) -> None:
-        """Start the thread unless it runs."""
-        if self._thread_token:
-            with suppress(IndexError):  # another thread was faster
-                self._thread_token.pop()
-                if not start_thread(self._run):
-                    self._fail_all()
+        """Start the thread if it is not running."""
+        turn: deque[None] = deque([None])
+        with on_error(partial(self._end_turn, turn)):
+            if self._turns.setdefault(None, turn) is not turn or start_thread(partial(self._run, turn)):
+                return
+        self._end_turn(turn)
 
-    def _fail_all(self) -> None:
-        for descriptor, read in list(self._reads.items()):  # to be made again elsewhere
-            self._end(descriptor, read, is_good=False)
-        self._thread_token.append(None)
+    def _end_turn(self, turn: deque[None]) -> None:
+        """End *turn* unless a thread has begun it; fail its reads."""
+        if _took_one(turn) and self._turns.get(None) is turn:
+            self._fail_all(turn)
 
-    def _run(self) -> None:
+    def _fail_all(self, turn: deque[None]) -> None:
+        while True:
+            for descriptor, read in list(self._reads.items()):
+                self._end(descriptor, read, is_good=False)
+            if self._has_ended(turn):
+                return
+
+    def _has_ended(self, turn: deque[None]) -> bool:
+        self._turns.pop(None, None)
+        return not self._reads or self._turns.setdefault(None, turn) is not turn
+
+    def _run(self, turn: deque[None]) -> None:
+        if not _took_one(turn):
+            return
         scratch = memoryview(bytearray(_MAX_HEAD_BYTES))
         self._last_active = time.monotonic()
-        with on_error(self._fail_all):
-            while self._is_wanted():
+        with on_error(partial(self._fail_all, turn)):
+            while self._is_wanted() or not self._has_ended(turn):
                 for descriptor, _ in self._epoll.poll(_POLL_SECONDS):
                     self._advance(descriptor, scratch)
                 self._drop_stalled()
 
     def _is_wanted(self) -> bool:
-        if self._reads or time.monotonic() - self._last_active < _IDLE_SECONDS:
-            return True
-        self._thread_token.append(None)
-        if not self._reads:
-            return False
-        try:
-            self._thread_token.pop()
-        except IndexError:  # for that read another thread was started
-            return False
-        return True
+        return bool(self._reads) or time.monotonic() - self._last_active < _IDLE_SECONDS
 
     def _advance(self, descriptor: int, scratch: memoryview) -> None:
         read = self._reads.get(descriptor)
-        if read is None:  # others are using the connection, or it was closed
+        if read is None:  # another request uses the connection, or the service has closed it
             self._unwatch(descriptor)
             read = self._reads.get(descriptor)
-            if read is not None:  # `begin` may have found it registered still, and have noted that
+            if read is not None:  # `begin` may have found it still watched: see above
                 self._register(descriptor, read.connection)
             return
         self._last_active = read.last_active = time.monotonic()
@@ -176,16 +199,24 @@ class Multiplexer:
 
     def _unwatch(self, descriptor: int) -> None:
         self._watched.pop(descriptor, None)
-        with suppress(OSError):  # it is closed, or an interrupt has come before it was registered
+        with suppress(OSError):  # it is closed, or an interrupt came before it was registered
             self._epoll.unregister(descriptor)
 
 
+def _took_one(turn: deque[None]) -> bool:
+    try:
+        turn.pop()
+    except IndexError:
+        return False
+    return True
+
+
 class _UnexpectedResponseError(Exception):
-    """The answer is not the plain one; a thread that knows more asks again."""
+    """The response is not one that this module handles."""
 
 
 class _Read:
-    """One answer in flight."""
+    """One response in flight."""
 
     def __init__(
         self,
@@ -211,7 +242,7 @@ class _Read:
         self._missing = memoryview(b"")
 
     def advance(self, scratch: memoryview) -> bool:
-        """Take what has arrived; whether that was all."""
+        """Receive what has arrived; return whether the response is complete."""
         sock = self._socket
         try:
             while self._version is None:
@@ -223,7 +254,7 @@ class _Read:
         return True
 
     def end(self, is_good: bool) -> None:
-        """Hand over the result, or the wish to try again; the connection is kept only after a complete answer."""
+        """Call *done* or *failed*. The connection goes back to the pool only after a complete response."""
         self._hold.leave()
         if is_good and self._version is not None and not self._hold.was_woken:
             count("bytes_received", len(self._data))
@@ -260,7 +291,7 @@ class _Read:
         self._missing = view[len(body) :]
 
     def _check(self, head: bytes) -> BlobVersion:
-        """The version that an answer speaks of which is in every respect the one that was asked for."""
+        """The version of the blob, from the headers of a response to exactly this request."""
         status, fields, stays_open = parse_head(head)
         found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
@@ -269,7 +300,7 @@ class _Read:
         if stop != min(self._length, size) or fields.get("content-length") != str(stop):
             raise _UnexpectedResponseError
         if fields.get("x-ms-client-request-id") != self._request_id or not fields.get("etag"):
-            raise _UnexpectedResponseError  # it may be the answer to another request
+            raise _UnexpectedResponseError  # possibly the response to another request
         return BlobVersion(size, fields["etag"])
 
 

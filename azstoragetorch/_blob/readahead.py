@@ -1,6 +1,7 @@
-"""Serve reads at any position of one blob: `window` decides what is fetched and kept, this carries it out.
+"""Read one blob at any position, with read-ahead. `window` plans what is fetched and evicted; this module does it.
 
-Large reads go straight into the caller's memory. All reads see the version of the blob that the first one saw.
+Large reads are received directly into the caller's memory. Every read sees the version of the blob that the first one
+saw.
 """
 
 from __future__ import annotations
@@ -27,11 +28,38 @@ if TYPE_CHECKING:
     from azstoragetorch._engine.budget import BufferPool, Loan
 
 
-class _Content:
-    """The bytes of a segment as they arrive: ``filled`` of them are in ``buffer``.
+# The life of a segment
+# ---------------------
+# A segment is a range of the blob with the bytes that have arrived so far. Three parties refer to it: the reader's list
+# (`_segments`), the thread that receives it, and a read that waits for its bytes and copies them.
+#
+#     planned     `window` names a range. The segment is created only if the memory budget lends its bytes at once: a
+#                 reader never waits for memory here, since other readers may hold it until this thread reads further.
+#                 Without memory a requested range is fetched into the caller's memory, and read-ahead is skipped.
+#     in flight   its `Job` was submitted to the engine. If no thread has claimed it when a read needs it, the reading
+#                 thread claims it and receives it itself, so a reader makes progress with every engine thread busy.
+#                 `filled` only grows, and the bell rings when it does, so a read takes its bytes as they arrive.
+#     complete    the job is over without an error; `filled` is the length.
+#     failed      the job is over with an error. The read that needs the bytes raises it, and all failed segments are
+#                 removed, so that the next read starts again. Errors of segments that nobody reads are never raised.
+#     evicted     removed from the list: its job is given up and its request, if one is in flight, is cancelled.
+#
+# A buffer goes back to the pool when the last of the three parties drops its reference (`_Content.__del__`), not when
+# the segment is evicted: the receiving thread may write into it until it notices the cancel. For the same reason the
+# job refers to the content, never to the segment: with a reference cycle the memory would be free only after a garbage
+# collection.
+#
+# An interrupt (Ctrl-C, or an exception from a signal handler) can end `receive` on the reading thread, or its wait for
+# another thread. Either way `_wait` removes the segment while the interrupt propagates, and the next read fetches the
+# bytes again. An interrupt between entering a segment in the list and submitting its job leaves an open job, which the
+# read that needs it runs. `_pattern` may have been updated already, which costs at most some read-ahead.
 
-    Its loan ends, and its buffer returns to the pool, when nothing refers to it any more: neither the reader's list of
-    segments, nor a thread that still receives into it, nor a read that copies from it.
+
+class _Content:
+    """The bytes of a segment: ``buffer`` holds the first ``filled`` of them.
+
+    The loan ends and the buffer returns to the pool when the last reference to this object is dropped: by the reader's
+    list of segments, by the thread that receives, and by a read that copies.
     """
 
     _pool: BufferPool | None = None
@@ -43,17 +71,17 @@ class _Content:
         self._pool = pool
         self.scope = Scope()
         self.filled = 0
-        self.opened: RangeRead | None = None  # its request, where that was sent already
+        self.opened: RangeRead | None = None  # its request, if that was already sent
 
     def receive(self, open_it: Callable[[Scope], RangeRead], bell: Bell) -> None:
-        """Receive all of it; *bell* rings whenever some bytes have arrived."""
+        """Receive all bytes of the segment; ring *bell* whenever some have arrived."""
         assert self._pool is not None
         assert self.loan is not None
-        with on_error(self.loan.release):  # now, even if the error's traceback still refers to this
+        with on_error(self.loan.release):  # at once: the traceback of the error can keep this object alive
             self.scope.check()
             opened, self.opened = self.opened or open_it(self.scope), None
             with closing(opened):
-                # After an interrupt there is a buffer already, and the same bytes come once more.
+                # After an interrupt the buffer exists already, and the same bytes are received again.
                 self.buffer = self.buffer or self._pool.take(max(self.loan.amount, len(self.span)))
                 opened.receive([self.buffer[: len(self.span)]], partial(self._arrived, bell))
 
@@ -67,7 +95,7 @@ class _Content:
 
 
 class _Segment:
-    """A piece of the blob that is here or in flight."""
+    """A range of the blob that is in memory or in flight."""
 
     def __init__(self, content: _Content, job: Job[None] | None, *, is_kept: bool) -> None:
         self.content = content
@@ -76,24 +104,24 @@ class _Segment:
 
     @property
     def span(self) -> ByteRange:
-        """Where it lies."""
+        """The position of the segment in the blob."""
         return self.content.span
 
     @property
     def reserved(self) -> int:
-        """Bytes of the budget that it holds."""
+        """Bytes of the memory budget that it holds."""
         return self.content.loan.amount if self.content.loan is not None else 0
 
     @classmethod
     def of(cls, data: bytes) -> _Segment:
-        """The beginning of the blob, which is here already and costs no budget."""
+        """A segment for *data*, the beginning of the blob, which the caller holds; it needs no loan."""
         content = _Content(ByteRange(0, len(data)), None, None)
         content.buffer = memoryview(data)
         content.filled = len(data)
         return cls(content, None, is_kept=True)
 
-    def drop(self) -> None:
-        """Give up what is in flight. Never waits."""
+    def cancel(self) -> None:
+        """Cancel the request if it is in flight. Never waits."""
         content = self.content
         if self.job is None:
             return
@@ -104,9 +132,9 @@ class _Segment:
 
 
 class ReadAhead:
-    """Random access to one blob, made fast for sequential readers.
+    """Random access to one blob, with read-ahead for sequential readers.
 
-    One reader at a time: the caller serialises. Closing, or fork, drops what is in flight.
+    Not thread-safe: the caller serializes the calls. `close` cancels what is in flight; a forked child forgets it.
     """
 
     def __init__(self, service: Service, url: BlobURL, version: BlobVersion | None = None, head: bytes = b"") -> None:
@@ -114,14 +142,14 @@ class ReadAhead:
         self._url = url
         self._config = service.config
         self.version = version
-        self._head = head  # given by the caller: bytes of the beginning that need not be fetched
+        self._head = head  # the beginning of the blob, which the caller already has
         self._process = here()
-        self._bell = Bell()  # something has arrived, or will not
+        self._bell = Bell()  # rings when bytes have arrived, or a segment has failed
         self._segments: list[_Segment] = [_Segment.of(head)] if head else []  # sorted and disjoint
         self._pattern = window.AccessPattern()
 
     def size(self) -> int:
-        """The length of the blob in bytes; the first bytes are in flight after."""
+        """The length of the blob in bytes. If it is not known, this requests the first part, which stays in flight."""
         self._check_process()
         if self.version is None:
             self._open_first()
@@ -130,7 +158,7 @@ class ReadAhead:
 
     @timed("blocked_seconds")
     def read(self, start: int, size: int | None = None) -> bytes:
-        """Up to *size* bytes, or everything, from *start* on, as bytes that were never copied."""
+        """Read up to *size* bytes, or all, from *start*. Large reads are received into the result without a copy."""
         self._check_process()
         opened: RangeRead | None = None
         scope = Scope()
@@ -149,7 +177,7 @@ class ReadAhead:
 
     @timed("blocked_seconds")
     def readinto(self, start: int, target: memoryview) -> int:
-        """Fill *target* from *start* on, up to the end of the blob; the number of bytes read."""
+        """Read from *start* into *target*; return the number of bytes, which is smaller only at the end of the blob."""
         self._check_process()
         if not target.nbytes:
             return 0
@@ -170,15 +198,15 @@ class ReadAhead:
                 opened.close()
 
     def close(self) -> None:
-        """Give up what is in flight and free the memory. Never waits; a read in progress fails."""
+        """Cancel what is in flight and free the memory. Never waits; a read in progress raises an error."""
         self._check_process()
         segments, self._segments = self._segments, []
         self._head = b""
         for segment in segments:
-            segment.drop()
+            segment.cancel()
 
     def abandon(self) -> None:
-        """`close` on a thread of the engine: for finalizers."""
+        """Close on a thread of the engine. For finalizers, which must not run `close` themselves."""
         if self._segments and self._process is here():
             engine_for(self._config).retire(self.close)
 
@@ -186,7 +214,7 @@ class ReadAhead:
         span = ByteRange(start, start + length)
         opened = open_range(self._service, self._url, span, scope=scope)
         if opened.version.size and not opened.version.etag:
-            # Beyond the end: the refusal has the size, but no version to which later reads could be pinned.
+            # Beyond the end: the response has the size of the blob, but not the ETag to pin later reads to.
             opened.close()
             self._open_first()
             return None
@@ -194,7 +222,7 @@ class ReadAhead:
         return opened
 
     def _open_first(self) -> None:
-        """Learn the version from a request for the first part, whose body keeps arriving meanwhile."""
+        """Request the first part, whose headers have the version. Its body is received in the background."""
         engine = engine_for(self._config)
         span = ByteRange(0, self._config.effective_part_size)
         content = _Content(span, engine.budget.take(len(span)), engine.buffers)
@@ -202,14 +230,14 @@ class ReadAhead:
         assert opened is not None
         content.span = opened.span
         if not len(opened.span) or content.loan is None:
-            opened.close()  # without memory to read ahead into, what is asked for comes directly
+            opened.close()  # there is no memory for a segment: the read is received directly
             return
         content.loan.shrink(window.reserve_for(opened.span, self._config.effective_part_size))
         content.opened = opened
         self._add(engine, content, is_kept=False)
 
     def _start(self, engine: Engine, span: ByteRange, *, is_kept: bool) -> bool:
-        """Have *span* fetched; False without memory for it now."""
+        """Start to fetch *span*; return False if the budget has no memory for it now."""
         loan = engine.budget.take(window.reserve_for(span, self._config.effective_part_size))
         if loan is None:
             return False
@@ -218,14 +246,14 @@ class ReadAhead:
 
     def _add(self, engine: Engine, content: _Content, *, is_kept: bool) -> None:
         assert self.version is not None
-        # The job refers to the content and not to the segment: nothing here refers back to the job.
+        # The job refers to the content, not to the segment, which refers to the job: no reference cycle.
         open_it = partial(_open_pinned, self._service, self._url, content.span, self.version.etag)
         job = Job(partial(content.receive, open_it, self._bell), self._bell)
         bisect.insort(self._segments, _Segment(content, job, is_kept=is_kept), key=lambda s: s.span.start)
         engine.submit(job.run)
 
     def _read(self, start: int, target: memoryview, opened: RangeRead | None, scope: Scope) -> None:
-        """Fill *target*, all of which lies within the blob."""
+        """Fill *target*, which must lie within the blob. *opened* is a request for its first bytes, if one was sent."""
         assert self.version is not None
         if not target.nbytes:
             return
@@ -251,23 +279,23 @@ class ReadAhead:
         if not is_tail:
             limit = max(self._config.read_ahead, part)
             for segment in window.to_evict(self._segments, span, self._pattern.streak, limit):
-                self._forget(segment)
+                self._remove(segment)
 
     def _fetch_missing(self, span: ByteRange, end: ByteRange | None) -> list[ByteRange]:
-        """Have fetched what of *span* is neither here nor in flight, but for what is returned: that comes directly."""
+        """Start to fetch the gaps of *span* as segments; return those that are to be received directly."""
         assert self.version is not None
         engine = engine_for(self._config)
         direct = []
         for gap in gaps(span, self._spans()):
             if len(gap) < window.DIRECT_READ:
-                wanted = window.widen(gap, self.version.size, self._spans(), end)
+                wanted = window.extend(gap, self.version.size, self._spans(), end)
                 if self._start(engine, wanted, is_kept=end is not None):
                     continue
             direct.append(gap)
         return direct
 
     def _fetch_ahead(self, span: ByteRange) -> None:
-        """Have fetched what comes behind *span*, as far as there is memory for it."""
+        """Start to read ahead after *span*, as far as the budget has memory."""
         assert self.version is not None
         engine = engine_for(self._config)
         streak, part = self._pattern.streak, self._config.effective_part_size
@@ -281,12 +309,12 @@ class ReadAhead:
         return [segment.span for segment in self._segments]
 
     def _wait(self, segment: _Segment, count: int) -> memoryview:
-        """The segment's memory when its first *count* bytes are there."""
+        """Wait until the first *count* bytes of *segment* have arrived; return its buffer."""
         content, job = segment.content, segment.job
         if job is not None and content.filled < count:
-            with on_error(partial(self._forget, segment)):  # an interrupt may have ended its receiving
+            with on_error(partial(self._remove, segment)):  # an interrupt may have stopped the receiver
                 while content.filled < count and not job.is_over:
-                    job.run()  # if its turn has not come, ours has
+                    job.run()  # receive it here if no thread has started
                     self._bell.wait_until(lambda: content.filled >= count or job.is_over or job.is_open)
             if content.filled < count:
                 raise self._failure(job)
@@ -294,22 +322,24 @@ class ReadAhead:
         return content.buffer
 
     def _failure(self, job: Job[None]) -> BaseException:
-        """What to raise for *job*. Segments that have failed are forgotten, so that another try begins without them."""
+        """The error to raise for *job*. All failed segments are removed, so that the next read fetches them again."""
         error = job.error
         for segment in [s for s in self._segments if s.job is not None and s.job.error is not None]:
-            self._forget(segment)
+            self._remove(segment)
         return error or ValueError(f"{self._url} was closed while it was being read")
 
     def _overlapping(self, span: ByteRange) -> list[_Segment]:
         return [s for s in self._segments if s.span.start < span.stop and span.start < s.span.stop]
 
-    def _forget(self, segment: _Segment) -> None:
+    def _remove(self, segment: _Segment) -> None:
         if segment in self._segments:
             self._segments.remove(segment)
-        segment.drop()
+        segment.cancel()
 
     def _check_process(self) -> None:
-        if self._process is not here():  # forked: the threads that filled our segments are the parent's
+        if (
+            self._process is not here()
+        ):  # in a forked child: the threads that fill these segments exist only in the parent
             self._process = here()
             self._bell = Bell()
             self._segments = [_Segment.of(self._head)] if self._head else []

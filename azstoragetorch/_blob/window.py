@@ -1,9 +1,11 @@
-"""What to fetch, and what to keep, of a blob that is read at any position: pure functions over byte ranges.
+"""Plan which segments of a blob to fetch, keep and evict as it is read: pure functions over byte ranges.
 
-Sequential reading doubles the window until many parts are in flight; a jump ends it, and then only what is asked for is
-fetched, with some bytes around it. The end of a blob, where archives keep their directory, is fetched whole once it is
-asked for, and kept. Reading it in the middle of something else changes nothing about the rest, since an archive's
-reader goes there and comes back.
+Each sequential read doubles the read-ahead window, up to ``read_ahead`` bytes; skipping less than a part still counts
+as sequential. A jump closes the window: then only the requested bytes are fetched, and for a small read up to
+`RANDOM_READ` bytes from its start. The last bytes of a blob, its tail, hold the directory of most archive formats (zip,
+and so ``torch.save``). The first small read that begins there fetches the whole tail, which is kept until the reader is
+closed. A read of the tail does not count as a jump, since the reader of an archive looks something up there and returns
+to where it was.
 """
 
 from __future__ import annotations
@@ -15,32 +17,32 @@ from typing import Protocol, TypeVar
 from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch._engine.ranges import ByteRange, gaps, split
 
-DIRECT_READ = 1 * MiB  # a gap this large is fetched into the caller's memory; a smaller one joins the window
+DIRECT_READ = 1 * MiB  # bytes; a read this large is fetched into the caller's memory, a smaller one becomes a segment
 MIN_SEGMENT = 4 * MiB
-_RANDOM = 128 * KiB  # fetched around a small read at an unforeseen place: the cost of one round trip at 6 MB/s
-_REQUESTS = 16  # a window is cut into about this many requests, so that a small blob also comes in parallel
-_LARGE_READ_WINDOW = 4  # parts; large reads bring their own parallelism and need to hide only one round trip
-_ARCHIVE_STREAK = 4  # reads in sequence that opening an archive counts for
+RANDOM_READ = 128 * KiB  # fetched for a small random read: takes as long as one round trip at 6 MB/s
+_REQUESTS = 16  # a blob is cut into at least about this many segments, so that a small one is also fetched in parallel
+_LARGE_READ_WINDOW = 4  # parts; large reads run in parallel already, and read-ahead has to hide only one round trip
+_ARCHIVE_STREAK = 4  # opening an archive counts as this many sequential reads
 _NOTHING = ByteRange(0, 0)
-_LONGEST_STREAK = 8  # a window of 256 parts: `read_ahead` limits it long before
+_LONGEST_STREAK = 8  # a window of 256 parts; `read_ahead` limits it long before that
 
 
 class Segment(Protocol):
-    """A segment of the blob that is here or in flight."""
+    """A segment of the blob that is in memory or in flight."""
 
     @property
     def span(self) -> ByteRange:
-        """Where it lies."""
+        """The position of the segment in the blob."""
         ...
 
     @property
     def is_kept(self) -> bool:
-        """Whether it stays until the reader is closed."""
+        """Whether it is kept until the reader is closed."""
         ...
 
     @property
     def reserved(self) -> int:
-        """Bytes of the budget that it holds."""
+        """Bytes of the memory budget that it holds."""
         ...
 
 
@@ -49,20 +51,20 @@ S = TypeVar("S", bound=Segment)
 
 @dataclass(frozen=True, slots=True)
 class AccessPattern:
-    """How a blob was read so far: the last read that was not of its end, and how many reads in sequence led there."""
+    """How a blob has been read so far: the last read outside the tail, and the number of sequential reads before it."""
 
     previous: ByteRange = _NOTHING
     streak: int = 0
 
     def after(self, span: ByteRange, part_size: int) -> AccessPattern:
-        """The pattern when *span* is read next."""
+        """The pattern after a read of *span*."""
         is_next = self.previous.start <= span.start <= self.previous.stop + part_size
         return AccessPattern(span, min(self.streak + 1, _LONGEST_STREAK) if is_next and self.previous.stop else 0)
 
     def after_tail(self) -> AccessPattern:
-        """The pattern when the end of the blob is read next.
+        """The pattern after a read of the tail.
 
-        The first bytes, then the directory at the end: that opens an archive, which is about to be read.
+        A reader that reads the first bytes and then the tail opens an archive, and is about to read all of it.
         """
         if self.previous.start == 0 < self.previous.stop:
             return AccessPattern(self.previous, max(self.streak, _ARCHIVE_STREAK))
@@ -70,13 +72,13 @@ class AccessPattern:
 
 
 def tail(size: int) -> ByteRange:
-    """The end of a blob of *size* bytes, where an archive has its directory: 1/512 of it, 256 KiB to 4 MiB."""
+    """The tail of a blob of *size* bytes, where an archive has its directory: 1/512 of the blob, 256 KiB to 4 MiB."""
     return ByteRange(max(0, size - min(max(size >> 9, 256 * KiB), 4 * MiB)), size)
 
 
-def widen(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange | None) -> ByteRange:
-    """What to fetch for a small *gap*: all of the *end* of the blob, or some bytes more up to the next segment."""
-    wanted = end or ByteRange(gap.start, min(max(gap.stop, gap.start + _RANDOM), size))
+def extend(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange | None) -> ByteRange:
+    """The range to fetch for a small *gap*: the rest of the tail *end* if given, else some bytes more than *gap*."""
+    wanted = end or ByteRange(gap.start, min(max(gap.stop, gap.start + RANDOM_READ), size))
     for piece in gaps(wanted, held):
         if piece.start <= gap.start and gap.stop <= piece.stop:
             return piece
@@ -86,7 +88,7 @@ def widen(gap: ByteRange, size: int, held: Sequence[ByteRange], end: ByteRange |
 def segments_ahead(
     span: ByteRange, streak: int, size: int, held: Sequence[ByteRange], part_size: int, read_ahead: int
 ) -> list[ByteRange]:
-    """The segments to fetch behind *span*, which is read now, in the order of their need."""
+    """The segments to read ahead after *span*, which is being read now, in the order of their positions."""
     window = min(read_ahead, part_size << streak)
     if len(span) >= part_size:
         window = min(window, part_size * _LARGE_READ_WINDOW)
@@ -96,16 +98,17 @@ def segments_ahead(
     for gap in gaps(wanted, held):
         for piece in split(gap, limit):
             if len(piece) < limit and piece.stop == wanted.stop < size:
-                return pieces  # too little to be worth a request; the next read will see more
+                return pieces  # too small for a request of its own: the next read extends it
             pieces.append(piece)
     return pieces
 
 
 def to_evict(segments: Sequence[S], span: ByteRange, streak: int, limit: int) -> list[S]:
-    """The *segments*, which are sorted, to evict after *span* was read.
+    """Which of the sorted *segments* to evict after *span* was read.
 
-    What a sequential reader has passed, but for the last segment, to which it may return a little; of what a random one
-    has collected, the first ones, as long as all hold more than *limit* bytes.
+    For a sequential reader, all segments before *span* except the last one, since it may seek back a little. For a
+    random reader, segments from the start of the blob and then from its end, until the others hold at most *limit*
+    bytes.
     """
     passed = [segment for segment in segments if segment.span.stop <= span.start and not segment.is_kept]
     if streak:
@@ -122,5 +125,5 @@ def to_evict(segments: Sequence[S], span: ByteRange, streak: int, limit: int) ->
 
 
 def reserve_for(span: ByteRange, part_size: int) -> int:
-    """Bytes to borrow for a segment: few different amounts, so that buffers of one size can be reused."""
+    """Bytes to borrow for a segment. Most segments borrow a whole part, so that their buffers can be reused."""
     return part_size if MIN_SEGMENT <= len(span) <= part_size else len(span)
