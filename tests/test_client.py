@@ -125,7 +125,7 @@ class TestFaults:
         assert version.size == 4
         assert len(service.log) == 2
         service.script("head", [MissingHeader(header)], repeat=True)
-        with pytest.raises(ServiceResponseError, match=r"HEAD .*/c/b: the service told no length and ETag"):
+        with pytest.raises(ServiceResponseError, match=r"HEAD .*/c/b: the service sent no valid length and ETag"):
             blob.version()
 
     def test_a_deletion_whose_answer_is_lost_has_happened(self, service: FaultService) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from azstoragetorch._blob.commit import parse_block_list
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults import FaultService, LostAnswer, Reset, StaleConnection, Status, Torn
+from tests.faults import FaultService, LostAnswer, Reset, StaleConnection, Status, Torn, WrongHeader
 from tests.faults.wire import Answer
 from tests.support import QUICK, blob_client, content
 
@@ -69,6 +69,26 @@ class TestLostAnswers:
         is_ours, now = client.replace(b"new", etag=found.version.etag)
         assert (is_ours, now is not None and now.version.size) == (True, 3)
         assert len(service.requests("put_blob")) == 1
+
+    @SIZES
+    @pytest.mark.parametrize("status", [400, 403, 409, 412])
+    def test_a_refusal_after_a_lost_response_does_not_hide_the_commit(
+        self, service: FaultService, size: int, status: int
+    ) -> None:
+        """The SAS expires, or the blob is leased, after an attempt whose response was unusable and that took effect."""
+        service.script(commits(size), [WrongHeader("x-ms-client-request-id", "another's"), Status(status)])
+        write(service.blob_url("c", "b"), content(size))
+        assert service.get("c", "b") == content(size)
+        assert service.unused_faults() == []
+
+    @SIZES
+    def test_a_refusal_after_an_attempt_that_was_not_carried_out_is_raised(
+        self, service: FaultService, size: int
+    ) -> None:
+        service.script(commits(size), [Reset(), Status(403)], repeat=True)
+        with pytest.raises(FatalBlobIOWriteError, match=r"nothing was committed.* 403"):
+            write(service.blob_url("c", "b"), content(size))
+        assert service.get("c", "b") == OLD
 
     @SIZES
     def test_a_lease_is_a_refusal(self, service: FaultService, size: int) -> None:

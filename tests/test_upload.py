@@ -591,7 +591,7 @@ class TestTwoWriters:
 class TestCreateOnly:
     @pytest.mark.parametrize("size", [100, 300_000])
     def test_a_blob_that_is_there_stays(self, service: FaultService, size: int) -> None:
-        with pytest.raises(ResourceExistsError, match=r"/c/b exists already"), open_writer(service, "xb") as blob:
+        with pytest.raises(ResourceExistsError, match=r"/c/b already exists"), open_writer(service, "xb") as blob:
             blob.write(content(size))
         assert service.get("c", "b") == OLD
         assert service.requests("put_block") == []
@@ -602,7 +602,7 @@ class TestCreateOnly:
         blob.write(content(size))
         service.put("c", "new", b"somebody else's")
         with pytest.raises(
-            ResourceExistsError, match=r"exists already.*PUT.* 409 .*BlobAlreadyExists.*request id"
+            ResourceExistsError, match=r"already exists.*PUT.* 409 .*BlobAlreadyExists.*request id"
         ) as caught:
             blob.close()
         assert service.get("c", "new") == b"somebody else's"
@@ -623,7 +623,7 @@ class TestCreateOnly:
             with BlobIO(container.blob_sas_url("b", "w"), mode, transfer=QUICK) as blob:  # type: ignore[arg-type]
                 blob.write(data)
             assert container.get("b") == data
-        refused = pytest.raises(ResourceExistsError, match="exists already")
+        refused = pytest.raises(ResourceExistsError, match="already exists")
         with refused, BlobIO(container.blob_sas_url("b", "w"), "xb", transfer=QUICK) as blob:
             blob.write(content(size, 2))
         assert container.get("b") == content(size, 1)

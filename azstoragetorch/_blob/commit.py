@@ -1,4 +1,4 @@
-"""Make uploaded bytes the content of a blob, once, and find out what became of a commit whose answer was lost."""
+"""Commit a write exactly once, and find out whether a commit took effect when its response was lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CREATED = frozenset({201})
 
 @dataclass(frozen=True, slots=True)
 class BlobProperties:
-    """A blob as the service describes it."""
+    """The properties of a blob: its version, stored MD5 and response headers."""
 
     version: BlobVersion
     md5: bytes | None
@@ -39,10 +39,10 @@ class BlobProperties:
 
 
 def get_properties(service: Service, url: BlobURL, scope: Scope | None = None) -> BlobProperties:
-    """Ask the service about the blob at *url*.
+    """Request the properties of the blob at *url*.
 
     Raises:
-        ResourceNotFoundError: it does not exist.
+        ResourceNotFoundError: the blob does not exist.
         AzureError: the service refused, or could not be reached.
         Cancelled: *scope* was cancelled.
     """
@@ -54,7 +54,7 @@ def _get_properties(service: Service, url: BlobURL, scope: Scope | None) -> Blob
         headers = answer.headers
     length, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
     if not (length.isascii() and length.isdigit() and etag):
-        what = f"HEAD {url}: the service told no length and ETag: {length!r}, {etag!r}"
+        what = f"HEAD {url}: the service sent no valid length and ETag: {length!r}, {etag!r}"
         raise Transient(picklable(ServiceResponseError(what)))
     return BlobProperties(BlobVersion(int(length), etag), _md5(headers.get("Content-MD5")), headers)
 
@@ -65,41 +65,54 @@ def _md5(stored: str | None) -> bytes | None:
     try:
         return base64.b64decode(stored, validate=True)
     except ValueError:
-        return b""  # the MD5 of no bytes at all, so that a comparison with it fails
+        return b""  # invalid: no MD5 is equal to it
 
 
 def exists_already(url: BlobURL, refused: AzureError | None = None) -> ResourceExistsError:
-    """The error for a blob that was to be created only, and is there."""
+    """The error to raise when a blob that must not be overwritten exists."""
     detail = f": {refused}" if refused is not None else ""
-    error = ResourceExistsError(f"{url} exists already, and was to be created only; it is unchanged{detail}")
+    error = ResourceExistsError(f"{url} already exists, and overwriting it was not allowed; it is unchanged{detail}")
     error.status_code = 409
     error.error_code = "BlobAlreadyExists"  # type: ignore[attr-defined]  # the SDK sets it too
     return picklable(error)
 
 
 def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
-    """The error for a commit that ended with *error*, if the service does not answer what became of it."""
+    """The error to raise when a commit ended with *error* and the service does not say whether it took effect."""
     return FatalBlobIOWriteError(
-        f"{url}: the commit was sent, and the service does not say whether it was carried out; look at the blob before "
+        f"{url}: the commit was sent, but the service does not say whether it was carried out; check the blob before "
         f"writing it again: {error}"
     )
 
 
-# The answer to a commit can be lost after the service has carried it out, so silence is never taken for a failure.
+# When the response to a commit is lost, the service may have carried it out or not. A retry must not hide a commit that
+# took effect, and an error must not say "nothing was committed" unless that is true. By the outcome of an attempt:
 #
-# - The request is sent again. Without a condition a second one leads to the same content: Put Blob carries all bytes,
-#   and the block ids of Put Block List exist in this one writer only, so the list means the same bytes or is refused.
-# - "Create only" is a condition, and a second request is refused if the first one was carried out. So after a refusal
-#   that is not the answer to the very first request, the blob is looked at: by its block ids, or by length and MD5 for
-#   Put Blob, it is ours (success) or another writer's (which stays; our bytes are not visible). `transport` does not
-#   send a conditional write again by itself, which would hide that there was a first one.
-# - After the last try has failed the blob is looked at in the same way.
-# - If that look is not answered either, nobody knows, and the error says so instead of "nothing was committed".
+#     201                         committed
+#     refused, first attempt      not committed: raise. With "create only" a refusal by 409 or 412 means that the blob
+#                                 existed before, and becomes ResourceExistsError.
+#     no response, or 5xx         unknown: try again, as `retry` allows
+#     refused, later attempt      unknown: an earlier attempt may have taken effect (with "create only" its blob makes
+#                                 this attempt fail; or the SAS has expired in between). Check.
+#     last attempt failed         unknown. Check.
+#
+# To check means to compare the blob with what was to be committed: its block ids for Put Block List, which exist in
+# this writer only; its length and MD5 for Put Blob. If they match, an attempt took effect, and the commit succeeded. If
+# not, the blob is the old one or another writer's, and the error is raised. If the check fails as well, the outcome
+# stays unknown, and the error says that (`unknown_outcome`).
+#
+# Sending an attempt again is harmless. Without a condition it produces the same content: Put Blob carries all bytes,
+# and Put Block List names the same blocks or is refused because they are gone. With "create only" (If-None-Match: *)
+# the service refuses it if the first one took effect. `transport` sends a request again by itself when a pooled
+# connection turns out to be dead, which is not counted here. It does not do that with a conditional write: the service
+# would refuse the second request because of the first, and that would be taken for another writer's blob.
+#
+# `BlobClient.replace` follows the same rules for a commit under If-Match.
 class Commit:
-    """The one commit of a writer to *url*; with *create_only* there must not be a blob.
+    """The commit of one writer to *url*; with *create_only* the blob must not exist.
 
-    Both functions raise FatalBlobIOWriteError if the service does not say what became of the request, AzureError if it
-    refuses, and ResourceExistsError if there is a blob that was to be created only.
+    Both methods raise FatalBlobIOWriteError if the service does not say whether the request was carried out, AzureError
+    if it refuses the request, and ResourceExistsError if the blob exists and *create_only* is set.
     """
 
     def __init__(self, service: Service, url: BlobURL, scope: Scope, *, create_only: bool) -> None:
@@ -110,7 +123,7 @@ class Commit:
         self._tries = 0
 
     def put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> None:
-        """Make *pieces*, bytes in order, the content of the blob; *properties* are headers that describe it."""
+        """Replace the content of the blob with *pieces*; *properties* are headers that describe it."""
         headers = {
             "x-ms-blob-type": "BlockBlob",
             "Content-Type": "application/octet-stream",
@@ -122,10 +135,10 @@ class Commit:
         self._send(request, lambda: self._has_content(pieces))
 
     def put_block_list(self, block_ids: Sequence[str], md5: bytes | None, properties: Mapping[str, str]) -> None:
-        """Make the staged blocks *block_ids* the content of the blob; *md5* is that of all bytes, if it is known."""
+        """Replace the content of the blob with the staged blocks *block_ids*; *md5* is that of all bytes, if known."""
         headers = {
             "Content-Type": "application/xml",
-            # The service computes the MD5 of a blob that is put whole, and of no other.
+            # The service itself computes the MD5 for Put Blob only.
             **({"x-ms-blob-content-md5": base64.b64encode(md5).decode()} if md5 is not None else {}),
             **self._condition,
             **properties,
@@ -136,25 +149,23 @@ class Commit:
         self._send(request, lambda: self._has_blocks(block_ids))
 
     def _send(self, request: Request, is_committed: Callable[[], bool]) -> None:
-        """Send *request* until it is answered; *is_ours* looks whether the blob is what is to be committed."""
+        """Send *request* until it has a response; *is_committed* checks whether the blob has the committed content."""
         try:
             retrying(self._service.config, lambda: self._try(request), self._scope)
-        except (ResourceExistsError, ResourceModifiedError) as error:
-            if not self._condition:
-                raise
-            if self._tries == 1 or not self._took_effect(error, is_committed):
-                raise exists_already(self._url, error) from error
         except (AzureError, ClientRequestIdMismatchError) as error:
             is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
-            if is_refused or not self._took_effect(error, is_committed):
-                raise
+            if not (is_refused and self._tries == 1) and self._took_effect(error, is_committed):
+                return
+            if self._condition and isinstance(error, (ResourceExistsError, ResourceModifiedError)):
+                raise exists_already(self._url, error) from error
+            raise
 
     def _try(self, request: Request) -> None:
         self._tries += 1
         self._service.send(request).close()
 
     def _took_effect(self, error: Exception, is_committed: Callable[[], bool]) -> bool:
-        """What *is_ours* says after a commit that ended with *error*, as one does whose answer was lost."""
+        """Whether an attempt took effect although the last one ended with *error*."""
         try:
             return is_committed()
         except ResourceNotFoundError:
@@ -181,10 +192,10 @@ class Commit:
 
 
 def parse_block_list(raw: bytes) -> list[str]:
-    """The ids of the committed blocks in an answer to Get Block List.
+    """The ids of the committed blocks in a response to Get Block List.
 
     Raises:
-        ValueError: *raw* is not such a list.
+        ValueError: *raw* is not a block list.
     """
     text = raw.decode("utf-8-sig")
     if "<!" in text:
@@ -199,7 +210,7 @@ def parse_block_list(raw: bytes) -> list[str]:
 
 
 def md5_of(pieces: Sequence[memoryview]) -> str:
-    """The MD5 of *pieces*, bytes in order, as headers carry it."""
+    """The MD5 of *pieces* in base64, as headers carry it."""
     digest = hashlib.md5(usedforsecurity=False)
     for piece in pieces:
         digest.update(piece)

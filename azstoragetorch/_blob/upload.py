@@ -1,9 +1,8 @@
-"""Write a block blob: blocks staged in parallel, committed once, or nothing at all.
+"""Write a block blob: stage blocks in parallel, then commit all of them with one request, or none.
 
-What is written is collected into blocks that are staged in the background; a write that is large enough to keep all
-connections busy by itself is staged straight from the caller's memory before it returns. Until `commit` the blob in
-the service is untouched; an abandoned writer leaves uncommitted blocks, which the service discards after a week or at
-the next commit.
+Small writes are collected into blocks, which are staged in the background. A write that is large enough to keep all
+connections busy is staged from the caller's memory before it returns. The blob does not change before `commit`. A
+writer that never commits leaves uncommitted blocks, which the service discards after a week or at the next commit.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ T = TypeVar("T")
 
 
 def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callable[Concatenate[BlockWriter, P], T]:
-    """An error or an interrupt in *method* ends the writer: it may have less than it was given.
+    """Make an error or an interrupt in *method* end the writer, which may have lost bytes that it was given.
 
-    The writer counts as broken from before the call until after it. So it stays broken wherever an interrupt comes,
-    also while another error is being handled.
+    The writer is marked as incomplete before the call and as complete after it. So wherever an interrupt comes, also
+    while another error is being handled, the writer stays incomplete and never commits.
     """
 
     @wraps(method)
@@ -64,7 +63,7 @@ def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callabl
             result = method(writer, *arguments, **options)
             writer._is_whole = True  # noqa: SLF001
             return result
-        except BaseException as error:  # noqa: BLE001 - raised with what it means
+        except BaseException as error:  # noqa: BLE001 - raised as a FatalBlobIOWriteError
             failed = writer._failed(error)  # noqa: SLF001
             raise failed from failed.__cause__
 
@@ -73,34 +72,34 @@ def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callabl
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Bytes to stage, in one or several pieces."""
+    """The bytes of one block, in one or more pieces."""
 
     block_id: str
     pieces: Sequence[memoryview]
 
 
 class _BorrowedBuffer:
-    """The buffer of a block in the background and its loan, given back once; dropping it ends the loan, too."""
+    """The buffer and the loan of a block that is staged in the background. They are returned once."""
 
     def __init__(self, buffer: memoryview, loan: Loan, pool: BufferPool) -> None:
-        self._buffers = [buffer]  # taken out in one step
+        self._buffers = [buffer]  # `pop` is one step, so only one caller returns it
         self._loan = loan
         self._pool = pool
 
     def check(self) -> None:
-        """Raise `Cancelled` if both were given back: an interrupt has ended the first try to stage the block."""
+        """Raise `Cancelled` if the buffer was returned: an interrupt has ended the first attempt to stage the block."""
         if not self._buffers:
             raise Cancelled
 
     def release(self) -> None:
-        """Give both back. Never waits."""
+        """Return the buffer and end the loan. Never waits."""
         while self._buffers:
             self._pool.give_back(self._buffers.pop())
         self._loan.release()
 
 
 class BlockWriter:
-    """Collects, stages and commits the bytes of one blob. One writer at a time: the caller serialises."""
+    """Collects, stages and commits the bytes of one blob. Not thread-safe: the caller serializes the calls."""
 
     def __init__(self, service: Service, url: BlobURL, *, create_only: bool = False) -> None:
         self._service = service
@@ -109,28 +108,28 @@ class BlockWriter:
         self._create_only = create_only
         self._scope = Scope()
         self._process = here()
-        # Unique to this writer, so that blocks of two writers of one blob never mix; all ids have one length.
+        # Unique to this writer, so that blocks of two writers to one blob never mix. All ids must have the same length.
         self._nonce = os.urandom(9).hex()
         self._block_ids: list[str] = []
         self._collected: memoryview | None = None
         self._filled = 0
         self._staged = 0
-        self._in_flight: list[Job[None]] = []  # blocks that were given to the background
-        self._bell = Bell()  # rings when one of them has ended
-        self._failures: list[BaseException] = []  # the first one ended the writer
-        self._is_whole = True  # it has all bytes that it was given
+        self._in_flight: list[Job[None]] = []  # blocks that are staged in the background
+        self._bell = Bell()  # rings when one of them is over
+        self._failures: list[BaseException] = []  # the first one has ended the writer
+        self._is_whole = True  # it has all bytes that it was given, see `_all_or_nothing`
 
     @property
     def written(self) -> int:
-        """Bytes taken so far."""
+        """The number of bytes written so far."""
         return self._staged + self._filled
 
     @_all_or_nothing
     def write(self, data: memoryview) -> None:
-        """Take *data*, bytes in one contiguous piece; its memory is not used after the return.
+        """Write *data*, a contiguous view of bytes, which is not used after the call returns.
 
         Raises:
-            FatalBlobIOWriteError: this or an earlier block failed; nothing will be committed.
+            FatalBlobIOWriteError: staging this or an earlier block failed; nothing will be committed.
         """
         while data.nbytes:
             if data.nbytes >= busy_length(self._staged, self._config):
@@ -156,14 +155,14 @@ class BlockWriter:
         concurrency: int,
         staged: Callable[[int], None] | None = None,
     ) -> None:
-        """Take all of *pieces*, bytes, one after the other, in blocks that are cut across them and staged in parallel.
+        """Write all of *pieces* in order, in blocks of *block_size* that can span pieces, *concurrency* at once.
 
-        Nothing is copied: a piece is sent from its own memory, which stays as it is until the return. Pieces are
-        drawn as blocks of *block_size* go out, *concurrency* at once, by one thread at a time but not always the same.
-        *staged* is called, from any thread, with the length of each block that has arrived.
+        Nothing is copied: the bytes are sent from the memory of the pieces, which must not change until the call
+        returns. Pieces are drawn as blocks are sent, by one thread at a time, but not always the same thread.
+        *staged* is called from any thread with the length of each block that was staged.
 
         Raises:
-            FatalBlobIOWriteError: a block failed, or *pieces* raised; nothing will be committed.
+            FatalBlobIOWriteError: staging a block failed, or *pieces* raised; nothing will be committed.
         """
         if self._filled:
             self._stage_collected()
@@ -172,31 +171,32 @@ class BlockWriter:
 
     @_all_or_nothing
     def flush(self) -> None:
-        """Wait until the blocks in flight have arrived; makes no small block of what is collected.
+        """Wait until the blocks in flight are staged. Bytes that do not fill a block yet stay in memory.
 
         Raises:
-            FatalBlobIOWriteError: a block failed.
+            FatalBlobIOWriteError: staging a block failed.
         """
         self._wait_for_all()
 
     @_all_or_nothing
     def put(self, pieces: Sequence[memoryview]) -> None:
-        """Make *pieces*, bytes, and nothing else, the content of the blob, by one request whatever their length.
+        """Replace the content of the blob with *pieces*, with one request whatever their length.
 
-        Nothing is copied: they are sent from their own memory, which stays as it is until the return.
+        Nothing is copied: the bytes are sent from the memory of the pieces, which must not change until the call
+        returns.
 
         Raises:
-            FatalBlobIOWriteError: it could not be done; the blob is unchanged.
-            ResourceExistsError: the blob exists and was to be created only.
+            FatalBlobIOWriteError: the write failed; the blob is unchanged.
+            ResourceExistsError: the blob exists and *create_only* is set.
         """
         self._put_blob(pieces, {})
 
     @_all_or_nothing
     def commit(self, *, md5: bytes | None = None, properties: Mapping[str, str] | None = None) -> None:
-        """Make everything written the content of the blob, at once, with *md5* as its Content-MD5.
+        """Replace the content of the blob with everything written, atomically, and store *md5* as its Content-MD5.
 
-        *properties* are headers of the request: ``x-ms-blob-content-type`` and the like, ``x-ms-meta-*``.
-        Raises as `put` does.
+        *properties* are request headers such as ``x-ms-blob-content-type`` and ``x-ms-meta-*``. Raises the same errors
+        as `put`.
         """
         if not self._block_ids:
             pieces = [self._collected[: self._filled]] if self._collected is not None else []
@@ -209,18 +209,18 @@ class BlockWriter:
         self._free()
 
     def cancel(self) -> None:
-        """From another thread, or a finalizer: fail what is in flight, and so the call that waits for it.
+        """Make the requests in flight fail, and with them the call that waits for them.
 
-        `abort` still has to be called.
+        For other threads and finalizers. The owner of the writer still has to call `abort`.
         """
         if self._process is here():
             self._scope.cancel()
 
     def abort(self) -> None:
-        """Give up: stop what is in flight, commit nothing."""
+        """Cancel the requests in flight and free the memory; nothing is committed."""
         if self._process is not here():
-            return  # forked: it is the parent's to finish
-        self._scope.cancel()  # a block that is being staged ends by itself, with its buffer and its loan
+            return  # in a forked child: the blocks and threads belong to the parent
+        self._scope.cancel()  # a block that is being staged fails, and its thread returns the buffer and the loan
         for job in self._in_flight:
             job.give_up()
         self._free()
@@ -228,10 +228,10 @@ class BlockWriter:
     def _check(self) -> None:
         if self._process is not here():
             raise FatalBlobIOWriteError(
-                f"{self._url}: a writer cannot be used in a forked child; open the blob for writing there"
+                f"{self._url}: a writer cannot be used in a forked child process; open the blob in the child"
             )
         if not self._is_whole and not self._failures:
-            self._failures.append(KeyboardInterrupt())  # it came where nothing could note it
+            self._failures.append(KeyboardInterrupt())  # an interrupt came where no handler could record it
         self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -239,15 +239,15 @@ class BlockWriter:
             raise self._fatal(self._failures[0])
 
     def _failed(self, error: BaseException) -> BaseException:
-        """Remember that *error* ended this writer; what to raise for it."""
+        """Record that *error* has ended this writer; return the error to raise."""
         self._failures.append(error)
-        # The frames that the error came through may refer to a loan, a buffer, or the caller's memory.
+        # The frames in the traceback can keep a loan, a buffer or the caller's memory alive.
         _clear_frames(error)
         is_clear = isinstance(error, (FatalBlobIOWriteError, ResourceExistsError))
         return self._fatal(error) if isinstance(error, (Exception, Cancelled)) and not is_clear else error
 
     def _fatal(self, cause: BaseException) -> FatalBlobIOWriteError:
-        why = cause if isinstance(cause, Exception) else "it was given up or interrupted"
+        why = cause if isinstance(cause, Exception) else "it was aborted or interrupted"
         error = FatalBlobIOWriteError(f"{self._url}: writing failed and nothing was committed: {why}")
         error.__cause__ = cause
         return error
@@ -264,7 +264,7 @@ class BlockWriter:
         return Commit(self._service, self._url, self._scope, create_only=self._create_only)
 
     def _block(self, pieces: Sequence[memoryview]) -> _Block:
-        """The next block of the blob."""
+        """Make *pieces* the next block of the blob."""
         if len(self._block_ids) >= MAX_BLOCKS:
             raise FatalBlobIOWriteError(
                 f"{self._url}: {self.written} bytes need more than {MAX_BLOCKS} blocks; raise block_size or "
@@ -278,17 +278,17 @@ class BlockWriter:
         return _Block(block_id, pieces)
 
     def _refuse_existing(self) -> None:
-        """Fail before uploading anything that could not be committed."""
+        """Raise before anything is uploaded that could not be committed."""
         try:
             get_properties(self._service, self._url, self._scope)
         except ResourceNotFoundError:
             return
         except ClientAuthenticationError:
-            return  # a SAS may allow to create and not to look; the commit will say
+            return  # a SAS can allow creating but not reading; the commit will find out
         raise exists_already(self._url)
 
     def _stage_from_caller(self, data: memoryview) -> None:
-        """Stage what is collected and *data* as blocks of about one size, without copying *data*."""
+        """Stage the collected bytes and *data* as blocks of about the same size, without copying *data*."""
         held, filled = self._collected, self._filled
         self._collected, self._filled = None, 0
         pieces = [data] if held is None else [held[:filled], data]
@@ -302,7 +302,7 @@ class BlockWriter:
     def _stage_all(
         self, blocks: Iterable[_Block], concurrency: int, staged: Callable[[int], None] | None = None
     ) -> None:
-        """Stage *blocks*, which are drawn as threads become free, before the return."""
+        """Stage *blocks*, which are drawn as threads become free, and wait for all of them."""
 
         def stage(block: _Block, _scope: Scope) -> None:
             self._stage(block)
@@ -312,9 +312,9 @@ class BlockWriter:
         engine_for(self._config).map(stage, blocks, concurrency, self._scope)
 
     def _stage_collected(self) -> None:
-        """Stage the collected block: in the background if the budget has room for it now, else here.
+        """Stage the collected block: in the background if the budget has memory for it now, otherwise on this thread.
 
-        It never waits for the budget: readers may hold all of it until this very thread reads on.
+        This never waits for the budget: readers can hold all of it until this very thread reads further.
         """
         buffer, length = self._collected, self._filled
         assert buffer is not None
@@ -340,8 +340,8 @@ class BlockWriter:
     def _wait_for_fewer_than(self, count: int) -> None:
         """Wait until fewer than *count* blocks are in flight in the background.
 
-        A block that no thread has begun is staged here. So a writer needs no free thread, and does not wait for one
-        that itself waits for this writer.
+        A block that no thread has claimed is staged here. So a writer makes progress without a free thread, and never
+        waits for a thread that itself waits for this writer.
         """
         while len(running := self._still_in_flight()) >= count:
             if not any(job.run() for job in running):
@@ -376,7 +376,7 @@ class BlockWriter:
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Drop the local variables of all functions that *error*, and the errors that led to it, came out of."""
+    """Clear the local variables in the tracebacks of *error* and of the errors that caused it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
