@@ -13,6 +13,10 @@ A save
   5. if nothing was seen, checks that one of its data blobs is still there, or else takes its metadata back;
   6. deletes the data that what was seen referred to.
 
+A save of one rank alone writes the metadata blob of that rank, which readers use only if there is no checkpoint of all
+ranks. After (4) it looks for one, and if there is one it deletes its metadata and fails: so it does not succeed with a
+checkpoint that is not loaded. A save of all ranks that commits later replaces it.
+
 Cleaning deletes data that no metadata refers to. It
   a. lists the folder; what began after a cutoff is left alone;
   b. reads the metadata blob, and leaves what that refers to alone;
@@ -75,7 +79,8 @@ def commit(
     """Make *content*, which refers to the data blobs *paths*, the metadata in the place of what was *seen*.
 
     Raises:
-        CheckpointConflictError: there is something else by now; it is unchanged.
+        CheckpointConflictError: something else is there by now, or the checkpoint of all ranks, which readers prefer to
+            that of one; it is unchanged.
         CheckpointError: the data was deleted, and the metadata was taken back.
         FatalBlobIOWriteError: the service does not say whether it was done.
         AzureError: the service refused, or could not be reached.
@@ -90,6 +95,8 @@ def commit(
             folder.remember(content, paths)
             if not seen.exists and paths:
                 _check_kept(folder, rank, content, min(paths))
+            if rank is not None:
+                _check_preferred(folder, rank, content, save_id)
             return
         if not _is_only_fenced(folder, rank, found, seen, begun):
             break
@@ -111,23 +118,43 @@ def _is_only_fenced(folder: Folder, rank: int | None, found: BlobProperties | No
 
 def _check_kept(folder: Folder, rank: int | None, content: bytes, path: str) -> None:
     """Take the metadata *content* back if the data blob *path*, which it refers to, is gone."""
-    if folder.blob(path).version() is not None:
-        return
+    if folder.blob(path).version() is None and _take_back(folder, rank, content):
+        raise CheckpointError(
+            f"{folder.url}: {path} was deleted while the save was in progress, so the save has no effect. Clean with a "
+            "min_age that is longer than a save takes",
+            checkpoint=folder.url,
+            rank=rank,
+        )
+
+
+def _check_preferred(folder: Folder, rank: int, content: bytes, save_id: str) -> None:
+    """Take the metadata *content* of *rank* back if there is a checkpoint of all ranks."""
+    if folder.is_complete():
+        _take_back(folder, rank, content)
+        other = folder.save_id()
+        raise CheckpointConflictError(
+            f"{folder.url}: while this save ({save_id}) of rank {rank} alone was in progress, a save of all ranks "
+            f"({other or 'of an unknown id'}) was committed, which readers prefer. This save has no effect, and the "
+            "other checkpoint is unchanged. Use separate folders for saves with and without collectives",
+            checkpoint=folder.url,
+            rank=rank,
+            save_id=save_id,
+            other_save_id=other,
+        )
+
+
+def _take_back(folder: Folder, rank: int | None, content: bytes) -> bool:
+    """Delete the metadata *content*; False if it was replaced or deleted since."""
     for _ in range(_MOST_FENCES):
         now = folder.see(rank)
         if now.content != content:
-            return  # this checkpoint was replaced or deleted since, and its data after it
+            return False
         try:
             folder.blob(metadata_name(rank)).delete(etag=now.etag)
             break
         except ResourceModifiedError:
             continue
-    raise CheckpointError(
-        f"{folder.url}: {path} was deleted while the save was in progress, so the save has no effect. Clean with a "
-        "min_age that is longer than a save takes",
-        checkpoint=folder.url,
-        rank=rank,
-    )
+    return True
 
 
 def _conflict(

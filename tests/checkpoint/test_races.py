@@ -87,6 +87,31 @@ def test_of_two_saves_at_once_the_later_commit_fails_and_changes_nothing(
     assert loaded(url) == 3
 
 
+def test_a_save_of_one_rank_alone_fails_if_all_ranks_have_saved_meanwhile(
+    fault_service: FaultService, url: str
+) -> None:
+    """Readers prefer the checkpoint of all ranks, so success would be a lie."""
+    with pytest.raises(CheckpointConflictError, match="of rank 0 alone") as caught:
+        save(
+            state(2),
+            writer(url),
+            planner=Meanwhile(lambda: save(state(3), writer(url))),
+            use_collectives=False,
+        )
+    assert caught.value.other_save_id == save_id(fault_service)
+    assert loaded(url) == 3
+    assert not any(name.endswith("__0.metadata") for name in fault_service.names("data"))
+
+
+def test_a_save_of_all_ranks_replaces_one_of_a_rank_alone_that_came_before(url: str) -> None:
+    save(
+        state(2),
+        writer(url),
+        planner=Meanwhile(lambda: save(state(3), writer(url), use_collectives=False)),
+    )
+    assert loaded(url) == 2
+
+
 def test_a_checkpoint_that_is_deleted_while_it_is_to_be_replaced_fails_the_save(url: str) -> None:
     save(state(1), writer(url))
     with pytest.raises(dcp.CheckpointException, match="was deleted"):

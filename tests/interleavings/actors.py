@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from azstoragetorch import TransferConfig
 from azstoragetorch.checkpoint import (
     BlobStorageReader,
     BlobStorageWriter,
+    _cleaning,
     _fence,
     _folder,
     clean,
@@ -24,7 +25,7 @@ from azstoragetorch.checkpoint import (
 )
 from azstoragetorch.checkpoint._format import names
 
-from .explorer import Actor, Fault, Run
+from .explorer import Actor, Program, begin, current_actor
 from .memory import Memory
 
 BASE = "http://127.0.0.1:1/devstoreaccount1/c/run"
@@ -131,38 +132,69 @@ DELETE = Kind(
 KINDS = (SAVE, ASYNC, OWN, LOAD, CLEAN, CLEAN_ALL, KEEP, DELETE)
 
 
-def make(kinds: tuple[Kind, ...], folder: str, start: Memory) -> Callable[[Fault | None], Run]:
-    """Runs of *kinds* at the same time on *folder*, beginning with what is in *start*."""
-
-    def run(fault: Fault | None) -> Run:
-        forget()
-        writer = BlobStorageWriter(f"{BASE}/{folder}", blobs_per_rank=2, **OPTIONS)
-        actors = [
-            Actor(number, lambda kind=kind, number=number: kind.work(folder, number, writer))  # type: ignore[misc]
-            for number, kind in enumerate(kinds)
-        ]
-        return Run(start.copy(), actors, fault)
-
-    return run
+NOW = 1_790_000_000  # seconds since 1970; the clocks of all actors agree and stand still
 
 
-def forget(first: int = 1000) -> None:
-    """Begin as a new process does: nothing is known of any checkpoint, and ids count from *first*."""
+class Programs:
+    """Programs by what they do, so that what was found out about one serves all combinations that it is part of."""
+
+    def __init__(self) -> None:
+        self._made: dict[object, Program] = {}
+
+    def of(self, kinds: tuple[Kind, ...], folder: str) -> list[Program]:
+        """Programs that do *kinds* in *folder*: one each, but the savers with one writer share theirs."""
+        together = tuple((number, kind) for number, kind in enumerate(kinds) if kind.same_writer)
+        apart = [((number, kind),) for number, kind in enumerate(kinds) if not kind.same_writer]
+        return [self._get(members, folder) for members in ([together] if together else []) + apart]
+
+    def _get(self, members: tuple[tuple[int, Kind], ...], folder: str) -> Program:
+        key = (members, folder)
+        if key not in self._made:
+            self._made[key] = Program(lambda: _actors(members, folder), _known)
+        return self._made[key]
+
+
+def _actors(members: tuple[tuple[int, Kind], ...], folder: str) -> list[Actor]:
+    """The actors of a new process."""
     _folder._known.forget()
-    numbers = itertools.count(first)
-    shim = SimpleNamespace(urandom=lambda size: next(numbers).to_bytes(size, "big"))
-    names.os = shim  # type: ignore[attr-defined]
-    _fence.os = shim  # type: ignore[attr-defined]
+    writer = BlobStorageWriter(f"{BASE}/{folder}", blobs_per_rank=2, **OPTIONS)
+    return [
+        Actor(number, lambda kind=kind, number=number: kind.work(folder, number, writer))  # type: ignore[misc]
+        for number, kind in members
+    ]
+
+
+def _known() -> object:
+    """What the actors of the last process share."""
+    known = _folder._known.get()
+    return tuple(known.metadata), tuple(known.paths)
+
+
+def _random_bytes(size: int) -> bytes:
+    actor = current_actor()
+    actor.ids += 1
+    return ((actor.number + 1) * 1000 + actor.ids).to_bytes(size, "big")
 
 
 @contextmanager
-def forgetting() -> Iterator[None]:
-    """Undo what `forget` does to ids."""
-    real = names.os, _fence.os
+def predictable() -> Iterator[None]:
+    """Have ids count, for each actor, and clocks stand still."""
+    randomness = SimpleNamespace(urandom=_random_bytes)
+    clock = SimpleNamespace(time=lambda: float(NOW), gmtime=lambda: time.gmtime(NOW), strftime=time.strftime)
+    replaced = {
+        (names, "os"): randomness,
+        (_fence, "os"): randomness,
+        (names, "time"): clock,
+        (_cleaning, "time"): clock,
+    }
+    real = {place: getattr(*place) for place in replaced}
+    for place, value in replaced.items():
+        setattr(*place, value)
     try:
         yield
     finally:
-        names.os, _fence.os = real  # type: ignore[attr-defined]
+        for place, value in real.items():
+            setattr(*place, value)
         _folder._known.forget()
 
 
@@ -172,26 +204,26 @@ OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
 def started(name: str) -> Memory:
     """The blobs at the beginning: nothing, a checkpoint, a newer one in another folder, or leftovers of dead saves."""
     memory = Memory()
-    forget(0)
     if name in ("a checkpoint", "a checkpoint and leftovers"):
-        _run_alone(memory, lambda: save("step-1", 1))
+        memory = _run_alone(memory, 7, lambda: save("step-1", 1))
     if name in ("leftovers", "a checkpoint and leftovers"):
-        _run_alone(memory, lambda: _put(f"step-1/{OLD}"))
+        memory = _run_alone(memory, 8, lambda: _put(f"step-1/{OLD}"))
     if name == "two checkpoints":
-        _run_alone(memory, lambda: save("step-1", 1))
-        _run_alone(memory, lambda: save("step-2", 2))
+        memory = _run_alone(memory, 7, lambda: save("step-1", 1))
+        memory = _run_alone(memory, 8, lambda: save("step-2", 2))
     return memory
+
+
+def _run_alone(memory: Memory, number: int, work: Callable[[], Any]) -> Memory:
+    _folder._known.forget()
+    state = begin([Program(lambda: [Actor(number, work)], _known)], memory)
+    while state.enabled:
+        state = state.step(0, number)
+    error = state.outcomes[number].error
+    if error is not None:
+        raise error
+    return state.memory
 
 
 def _put(name: str) -> None:
     _folder.Folder(BASE, False, SERIAL).blob(name).put(b"of an interrupted save")
-
-
-def _run_alone(memory: Memory, work: Callable[[], Any]) -> None:
-    run = Run(memory, [Actor(0, work)])
-    run.start()
-    while run.enabled():
-        run.step(0)
-    error = run.actors[0].error
-    if error is not None:
-        raise error

@@ -12,7 +12,7 @@ from azstoragetorch.checkpoint._format import load_metadata
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointConflictError
 
 from .actors import Kind
-from .explorer import Killed, Run
+from .explorer import State
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -44,23 +44,23 @@ class Rules:
         """A first save while its folder is swept: see the last point of the argument in `_commit`."""
         return not self.had_one and any(kind.sweeps for kind in self.kinds) and any(kind.saves for kind in self.kinds)
 
-    def _current(self, run: Run) -> dict[str, bytes]:
+    def _current(self, state: State) -> dict[str, bytes]:
         """The metadata that is there, by name."""
-        found = {name: run.memory.blobs[name].data for name in run.memory.blobs if name.endswith(".metadata")}
+        found = {name: state.memory.blobs[name].data for name in state.memory.blobs if name.endswith(".metadata")}
         return {name: data for name, data in found.items() if not is_tombstone(data)}
 
-    def after_step(self, run: Run) -> list[str]:
+    def after_step(self, state: State) -> list[str]:
         """A checkpoint that is there loads whole, and is there as long as nobody deletes it on purpose."""
         if self._is_exposed:
             return []
-        return self._broken(run)
+        return self._broken(state)
 
-    def _broken(self, run: Run) -> list[str]:
+    def _broken(self, state: State) -> list[str]:
         wrong = []
-        current = self._current(run)
+        current = self._current(state)
         for name, content in current.items():
             for path, size, etag in _needs(content)[1]:
-                stored = run.memory.blobs.get(name.rpartition("/")[0] + "/" + path)
+                stored = state.memory.blobs.get(name.rpartition("/")[0] + "/" + path)
                 if stored is None or len(stored.data) < size or stored.etag != etag:
                     wrong.append(f"{name} does not load: {path} is {'missing' if stored is None else 'another'}")
         is_kept = self.had_one and not any(kind.deletes for kind in self.kinds)
@@ -68,49 +68,60 @@ class Rules:
             wrong.append("there is no checkpoint any more")
         return wrong
 
-    def at_end(self, run: Run) -> list[str]:
+    def at_end(self, state: State) -> list[str]:
         """No success is false, errors are clear, and who is not in the way of others succeeds."""
-        died = any(actor.is_killed for actor in run.actors)
-        wrong = [] if self._is_exposed and died else self._broken(run)
+        died = any(outcome.is_killed for outcome in state.outcomes.values())
+        wrong = [] if self._is_exposed and died else self._broken(state)
         committed = {
             _needs(content)[0]: number
-            for number, (name, content) in enumerate(run.memory.history)
+            for number, (name, content) in enumerate(state.memory.history)
             if content is not None and name.startswith(self._prefix) and not is_tombstone(content)
         }
-        current = {_needs(content)[0] for content in self._current(run).values()}
-        for actor, kind in zip(run.actors, self.kinds, strict=True):
-            if actor.is_killed:
+        current = {_needs(content)[0] for content in self._current(state).values()}
+        for number, kind in enumerate(self.kinds):
+            outcome = state.outcomes[number]
+            if outcome.is_killed:
                 continue
-            error = actor.error
+            error = outcome.error
             if error is not None and not isinstance(error, (AZStorageTorchError, AzureError)):
-                wrong.append(f"{kind.name} {actor.number} failed with {error!r}")
+                wrong.append(f"{kind.name} {number} failed with {error!r}")
             if error is None and kind.saves:
-                if actor.result not in committed:
-                    wrong.append(f"{kind.name} {actor.number} succeeded and never was the checkpoint")
-                elif actor.result not in current and not self._was_superseded(run, committed[actor.result]):
-                    wrong.append(f"{kind.name} {actor.number} succeeded and its checkpoint is lost")
+                if outcome.result not in committed:
+                    wrong.append(f"{kind.name} {number} succeeded and never was the checkpoint")
+                elif outcome.result not in current and not _was_superseded(state, committed[outcome.result]):
+                    wrong.append(f"{kind.name} {number} succeeded and its checkpoint is lost")
+                elif self._is_hidden(state, committed[outcome.result]):
+                    wrong.append(f"{kind.name} {number} succeeded and another checkpoint is loaded")
             if isinstance(error, CheckpointConflictError) and error.save_id in current:
-                wrong.append(f"{kind.name} {actor.number} says that it has no effect and is the checkpoint")
-        return wrong + self._unfair(run)
+                wrong.append(f"{kind.name} {number} says that it has no effect and is the checkpoint")
+        return wrong + self._unfair(state)
 
-    def _was_superseded(self, run: Run, number: int) -> bool:
-        """Whether a later save or deletion took the place of the metadata that was written as the change *number*."""
-        name = run.memory.history[number][0]
-        return any(later == name for later, _ in run.memory.history[number + 1 :])
+    def _is_hidden(self, state: State, number: int) -> bool:
+        """Whether readers prefer a checkpoint of all ranks that was there before the change *number*."""
+        of_all = f"{self._prefix}.metadata"
+        before = [content for name, content in state.memory.history[:number] if name == of_all]
+        is_other = state.memory.history[number][0] != of_all
+        return is_other and bool(before) and before[-1] == self._current(state).get(of_all, b"")
 
-    def _unfair(self, run: Run) -> list[str]:
-        if run.fault is not None and run.has_struck:
+    def _unfair(self, state: State) -> list[str]:
+        if state.has_struck:
             return []
-        results = list(zip(run.actors, self.kinds, strict=True))
-        saves = [actor for actor, kind in results if kind.saves]
+        results = [(state.outcomes[number], kind) for number, kind in enumerate(self.kinds)]
+        saves = [outcome for outcome, kind in results if kind.saves]
         wrong = []
-        if saves and not any(kind.sweeps for kind in self.kinds) and all(actor.error is not None for actor in saves):
+        if saves and not any(kind.sweeps for kind in self.kinds) and all(save.error is not None for save in saves):
             wrong.append(f"no save succeeded: {saves[0].error!r}")
-        for actor, kind in results:
+        for outcome, kind in results:
             alone = not any(other.deletes or other.saves for other in self.kinds if other is not kind)
-            if kind.loads and self.had_one and alone and actor.error is not None:
-                wrong.append(f"the load failed: {actor.error!r}")
-            is_fine = actor.error is None or isinstance(actor.error, (Killed, CheckpointConflictError))
+            if kind.loads and self.had_one and alone and outcome.error is not None:
+                wrong.append(f"the load failed: {outcome.error!r}")
+            is_fine = outcome.error is None or isinstance(outcome.error, CheckpointConflictError)
             if not kind.saves and not kind.loads and not is_fine:
-                wrong.append(f"{kind.name} failed: {actor.error!r}")
+                wrong.append(f"{kind.name} failed: {outcome.error!r}")
         return wrong
+
+
+def _was_superseded(state: State, number: int) -> bool:
+    """Whether a later save or deletion replaced the metadata that was written as the change *number*."""
+    name = state.memory.history[number][0]
+    return any(later == name for later, _ in state.memory.history[number + 1 :])

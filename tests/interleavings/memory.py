@@ -21,7 +21,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Wire:
-    """One request: what it is of, and what it depends on."""
+    """One request."""
 
     method: str
     name: str  # of the blob, or the prefix of a listing
@@ -36,15 +36,6 @@ class Wire:
     @property
     def is_write(self) -> bool:
         return self.method in ("PUT", "DELETE")
-
-    def depends_on(self, other: Wire) -> bool:
-        """Whether the order of both matters."""
-        if not (self.is_write or other.is_write):
-            return False
-        for one, two in ((self, other), (other, self)):
-            if one.is_listing:
-                return two.is_write and two.name.startswith(one.name)
-        return self.name == other.name
 
     def __str__(self) -> str:
         return f"{'LIST' if self.is_listing else self.method} {self.name}"
@@ -106,55 +97,85 @@ def wire(method: str, target: str, headers: Mapping[str, str], body: object) -> 
     return Wire(method, name, parsed, {key.lower(): value for key, value in headers.items()}, data)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What the service answers to one request; without a status the answer is lost. Equal replies have one effect."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    is_head: bool = False
+
+    def answer(self) -> Answer:
+        """The answer for the client, which consumes it."""
+        if not self.status:
+            raise ConnectionResetError("the answer was lost")
+        found = Answer(self.status, dict(self.headers), self.body)
+        if self.is_head:
+            found.length = 0
+        return found
+
+
+LOST = Reply(0)
+
+
 @dataclass
 class Memory:
-    """The blobs of one container, and every change of them."""
+    """The blobs of one container, and every change of metadata.
+
+    Nothing in it depends on the order of writes to different data blobs, so orders that differ in that alone lead to
+    equal memories.
+    """
 
     blobs: dict[str, Stored] = field(default_factory=dict)
-    history: list[tuple[str, bytes | None]] = field(default_factory=list)  # of metadata blobs
-    writes: int = 0
+    history: tuple[tuple[str, bytes | None], ...] = ()  # of metadata blobs
+    writes: dict[str, int] = field(default_factory=dict)  # of each blob
 
     def copy(self) -> Memory:
-        return Memory(dict(self.blobs), list(self.history), self.writes)
+        return Memory(dict(self.blobs), self.history, dict(self.writes))
 
-    def serve(self, request: Wire) -> Answer:
+    @property
+    def key(self) -> object:
+        """Equal for equal memories."""
+        return frozenset(self.blobs.items()), self.history, frozenset(self.writes.items())
+
+    def serve(self, request: Wire) -> Reply:
         if request.is_listing:
-            return Answer(200, {}, self._page(request))
+            return Reply(200, (), self._page(request))
         stored = self.blobs.get(request.name)
         is_new_only = request.headers.get("if-none-match") == "*"
         wanted = request.headers.get("if-match")
         if request.method == "PUT":
             if is_new_only and stored is not None:
-                return Answer(409, {"x-ms-error-code": "BlobAlreadyExists"})
+                return _refusal(409, "BlobAlreadyExists")
             if wanted is not None and (stored is None or stored.etag != wanted):
-                return Answer(412, {"x-ms-error-code": "ConditionNotMet"})
-            self.writes += 1
+                return _refusal(412, "ConditionNotMet")
+            number = self.writes[request.name] = self.writes.get(request.name, 0) + 1
             notes = tuple((key, value) for key, value in request.headers.items() if key.startswith("x-ms-meta-"))
-            self._set(request.name, Stored(request.body, f'"0x{self.writes}"', notes))
-            return Answer(201, {"ETag": f'"0x{self.writes}"'})
+            stored = Stored(request.body, f'"0x{number}"', notes)
+            self._set(request.name, stored)
+            return Reply(201, (("ETag", stored.etag),))
         if stored is None:
-            return Answer(404, {"x-ms-error-code": "BlobNotFound"})
+            return _refusal(404, "BlobNotFound")
         if wanted is not None and stored.etag != wanted:
-            return Answer(412, {"x-ms-error-code": "ConditionNotMet"})
+            return _refusal(412, "ConditionNotMet")
         if request.method == "DELETE":
             self._set(request.name, None)
-            return Answer(202, {})
-        headers = {"ETag": stored.etag, **dict(stored.notes)}
+            return Reply(202)
+        headers = (("ETag", stored.etag), *stored.notes)
         if request.method == "HEAD":
-            answer = Answer(200, {**headers, "Content-Length": str(len(stored.data))})
-            answer.length = 0
-            return answer
+            return Reply(200, (*headers, ("Content-Length", str(len(stored.data)))), is_head=True)
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["x-ms-range"])
         assert found is not None
         start, stop = int(found[1]), min(int(found[2]) + 1, len(stored.data))
         if start >= len(stored.data):
-            return Answer(416, {"Content-Range": f"bytes */{len(stored.data)}"})
-        told = {"Content-Range": f"bytes {start}-{stop - 1}/{len(stored.data)}"}
-        return Answer(206, {**headers, **told}, stored.data[start:stop])
+            return Reply(416, (("Content-Range", f"bytes */{len(stored.data)}"),))
+        span = f"bytes {start}-{stop - 1}/{len(stored.data)}"
+        return Reply(206, (*headers, ("Content-Range", span)), stored.data[start:stop])
 
     def _set(self, name: str, stored: Stored | None) -> None:
         if name.endswith(".metadata"):
-            self.history.append((name, stored.data if stored is not None else None))
+            self.history += ((name, stored.data if stored is not None else None),)
         if stored is None:
             self.blobs.pop(name, None)
         else:
@@ -180,3 +201,7 @@ class Memory:
             f'<?xml version="1.0" encoding="utf-8"?><EnumerationResults><Blobs>{"".join(entries.values())}</Blobs>'
             "<NextMarker /></EnumerationResults>"
         ).encode()
+
+
+def _refusal(status: int, code: str) -> Reply:
+    return Reply(status, (("x-ms-error-code", code),))

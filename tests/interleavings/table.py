@@ -8,15 +8,12 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, KEEP, KINDS, OWN, Kind, forgetting, make, started
+from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, KEEP, KINDS, OWN, Kind, Programs, predictable, started
 from .checks import Rules
-from .explorer import Fault, Tally, explore, replaced_transport, wander
+from .explorer import FAULTS, Fault, Tally, explore, replaced_transport, wander
 from .memory import Memory
 
-FAULTS = ("lost before", "lost after", "killed")
 STARTS = ("nothing", "a checkpoint", "leftovers", "a checkpoint and leftovers", "two checkpoints")
-MOST = 3_000  # orders of one combination with one fault; those with a save or a load have fewer
-FEWER = 150  # where all actors clean or delete, so that nothing loads but what they leave alone
 
 
 @dataclass(frozen=True)
@@ -64,45 +61,38 @@ def _makes_sense(kinds: tuple[Kind, ...], beginning: str) -> bool:
     return "leftovers" not in beginning or bool({CLEAN, CLEAN_ALL, DELETE} & set(kinds))
 
 
-def explore_all(pair: Combination, *, faults: bool, most: int = MOST) -> Tally:
+def explore_all(
+    pair: Combination, *, faults: bool, fault: Fault | None = None, programs: Programs | None = None
+) -> Tally:
     """Every order of *pair*; with *faults* also with each fault at each request of each actor."""
-    rules, run = pair.rules, make(pair.kinds, pair.folder, pair.start)
-    total = explore(run, rules.after_step, rules.at_end, None, most)
-    if not faults:
-        return total
-    for number in range(len(pair.kinds)):
-        if pair.kinds[number] in pair.kinds[:number]:
-            continue  # the same as for the first of them
-        for nth, kind in itertools.product(range(total.longest.get(number, 0)), FAULTS):
-            total.add(explore(run, rules.after_step, rules.at_end, Fault(number, nth, kind), most))
-    return total
+    rules = pair.rules
+    found = (programs or Programs()).of(pair.kinds, pair.folder)
+    return explore(found, pair.start, rules.after_step, rules.at_end, faults=FAULTS if faults else (), fault=fault)
 
 
 THREES = combinations(3)
 
 
-def wander_once(randomness: random.Random) -> Tally:
+def wander_once(randomness: random.Random, programs: Programs) -> Tally:
     """One random order of three random actors, with a random fault half of the time."""
     three = randomness.choice(THREES)
     rules = three.rules
-    return wander(make(three.kinds, three.folder, three.start), rules.after_step, rules.at_end, randomness, FAULTS)
+    return wander(programs.of(three.kinds, three.folder), three.start, rules.after_step, rules.at_end, randomness)
 
 
 def explore_pair(number: int) -> Tally:
     """Everything about the pair *number*."""
-    pair = combinations(2)[number]
-    with replaced_transport(), forgetting():
-        has_user = any(kind.saves or kind.loads for kind in pair.kinds)
-        return explore_all(pair, faults=True, most=MOST if has_user else FEWER)
+    with replaced_transport(), predictable():
+        return explore_all(combinations(2)[number], faults=True)
 
 
 def wander_often(seed: int, count: int) -> Tally:
     """*count* random orders of three."""
-    total = Tally()
+    total, programs = Tally(), Programs()
     randomness = random.Random(seed)
-    with replaced_transport(), forgetting():
+    with replaced_transport(), predictable():
         for _ in range(count):
-            total.add(wander_once(randomness))
+            total.add(wander_once(randomness, programs))
     return total
 
 
@@ -112,6 +102,6 @@ def rows(found: Mapping[Combination, Tally]) -> list[str]:
     for pair, tally in found.items():
         totals.setdefault(tuple(kind.name for kind in pair.kinds), Tally()).add(tally)
     return [
-        f"| {first} | {second} | {total.runs:,} | {total.steps:,} | {len(total.violations)} |"
+        f"| {first} | {second} | {total.runs:,} | {total.states:,} | {total.steps:,} | {len(total.violations)} |"
         for (first, second), total in totals.items()
     ]
