@@ -21,7 +21,7 @@ from azstoragetorch.checkpoint._folder import Version, describe, plain
 from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
 from azstoragetorch.checkpoint._progress import Progress
-from azstoragetorch.checkpoint._sharing import SHARING, Sharing, plan_sharing, this_node
+from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing, this_node
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
@@ -163,6 +163,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say which version this rank has read, and where it runs."""
         plan.storage_data = _Seat(self._version, this_node())
+        expect_exchange(self._group)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:

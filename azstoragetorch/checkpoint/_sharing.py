@@ -1,16 +1,24 @@
 """Fetch once, broadcast to the others: what all ranks of a node or of the job need alike, such as replicated weights.
 
-The coordinator decides from the plans of all ranks who fetches what; every rank then takes part in the same
-broadcasts in the same order. Before the first one, all ranks tell each other whether they succeeded, so that the
-failure of one is the failure of all. A rank that cannot use what it gets after that raises when all is sent: nobody
-waits for a broadcast that never comes.
+The coordinator decides from the plans of all ranks which of them fetches what; every rank then takes part in the same
+broadcasts in the same order. Before the first one, all ranks gather a `_Report` of each, so that the failure of one is
+the failure of all. A rank that cannot use what it receives after that raises when everything is sent: no rank waits
+for a broadcast that never comes.
+
+A rank may fail before it gets here: in the planner's ``finish_plan``, or by an interrupt. Then it is already in torch's
+next step, which gathers the errors of all ranks over the same group. So its call meets that of the others here: they
+receive its error in the place of a report, and it receives reports. The others raise that error and go to torch's
+step, for which the failed rank would be missing, since it has left. Therefore a report, when it is unpickled by a rank
+that has not reached `Sharing.exchange`, makes that rank take part in one more gathering: that of torch on the others.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +34,8 @@ from azstoragetorch._engine.config import MiB
 from azstoragetorch.checkpoint._host import select
 from azstoragetorch.checkpoint._planning import boxes
 from azstoragetorch.exceptions import CheckpointError
+
+log = logging.getLogger("azstoragetorch")
 
 SHARING = ("rank", "node", "world")
 
@@ -56,6 +66,44 @@ class Loaded(Protocol):
     def accept(self, wanted: ReadItem, value: torch.Tensor | bytes) -> None:
         """*wanted* is loaded: its target has the content *value*, or these are its bytes."""
         ...
+
+
+class _Pending(threading.local):
+    """Whether the load in progress on this thread, over *group*, has not reached its exchange."""
+
+    is_expected = False
+    group: Any = None
+
+
+_pending = _Pending()
+
+
+def expect_exchange(group: Any) -> None:
+    """Note that a load over *group* begins on this thread, and may fail before its exchange."""
+    _pending.is_expected, _pending.group = True, group
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank reports before the broadcasts: its failure, the ranks that it shares with, the forms of the owned."""
+
+    failure: str | None
+    ranks: tuple[int, ...]
+    forms: list[Form | None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.failure, self.ranks, self.forms)
+
+
+def _received(failure: str | None, ranks: tuple[int, ...], forms: list[Form | None]) -> _Report:
+    """Unpickle a report. In a rank that has failed before its exchange, join the gathering that follows there."""
+    if _pending.is_expected:
+        _pending.is_expected = False
+        try:
+            dist.all_gather_object([None] * dist.get_world_size(_pending.group), None, group=_pending.group)
+        except Exception as error:  # noqa: BLE001 - this rank raises what made it fail
+            log.debug("the ranks that share with this one, which has failed, are not there any more: %s", error)
+    return _Report(failure, ranks, forms)
 
 
 def this_node() -> str:
@@ -103,15 +151,18 @@ class Sharing:
             except Exception as error:  # noqa: BLE001 - raised when the others know
                 failure = error
         told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, (None if failure is None else str(failure), self.group, forms), group=group)
+        _pending.is_expected = False
+        report = _Report(None if failure is None else str(failure), self.group, forms)
+        dist.all_gather_object(told, report, group=group)
         if failure is not None:
             raise failure
-        failed = {rank: error for rank, (error, _, _) in enumerate(told) if error is not None}
-        if failed:
-            first = min(failed)
-            raise CheckpointError(f"rank {first}, which shares what it fetches, failed: {failed[first]}")
-        for rank, (_, ranks, theirs) in enumerate(told):
-            if ranks == self.group and theirs != forms:
+        for rank, theirs in enumerate(told):
+            if not isinstance(theirs, _Report):
+                raise _absent(rank, theirs)
+            if theirs.failure is not None:
+                raise CheckpointError(f"rank {rank}, which shares what it fetches, failed: {theirs.failure}")
+        for rank, theirs in enumerate(told):
+            if theirs.ranks == self.group and theirs.forms != forms:
                 raise CheckpointError(
                     f"load_once_per: ranks {self.rank} and {rank} want the same entries in different types or shapes; "
                     "load them with load_once_per='rank'"
@@ -238,6 +289,19 @@ def plan_sharing(plans: Sequence[LoadPlan], *, by_node: bool, size_of: Callable[
         for rank in ranks:
             shared[rank] = Sharing(rank, tuple(ranks), tuple(owners))
     return [sharing for sharing in shared if sharing is not None]
+
+
+def _absent(rank: int, sent: Any) -> CheckpointError:
+    """The error for *rank*, which sent something else than a report: torch's pair of an error and its traceback."""
+    if isinstance(sent, tuple) and sent and isinstance(sent[0], BaseException):
+        return CheckpointError(
+            f"rank {rank} failed before it loaded what it shares: {type(sent[0]).__name__}: {sent[0]}", rank=rank
+        )
+    return CheckpointError(
+        f"rank {rank} does not share what it loads, though load_once_per plans it: a finish_plan of the planner has to "
+        "keep storage_data of the plan",
+        rank=rank,
+    )
 
 
 def _form_of(item: ReadItem, load: Loaded) -> Form | None:

@@ -352,6 +352,44 @@ def load_once_with_a_picky_planner(rank: int, url: str, credential: Any, what: s
     return "no error"
 
 
+class EarlyFailure(dcp.DefaultLoadPlanner):
+    """Fails on some *ranks* in the method *where*, before the reader is asked for data."""
+
+    def __init__(self, ranks: tuple[int, ...], where: str, how: str) -> None:
+        super().__init__()
+        self._where = where if dist.get_rank() in ranks else ""
+        self._how = how
+
+    def create_local_plan(self) -> Any:
+        if self._where == "create_local_plan":
+            raise ValueError("no create_local_plan today")
+        return super().create_local_plan()
+
+    def finish_plan(self, central_plan: Any) -> Any:
+        if self._where != "finish_plan":
+            return super().finish_plan(central_plan)
+        if self._how == "forgets":
+            return dcp.LoadPlan(central_plan.items)
+        raise (KeyboardInterrupt if self._how == "interrupt" else ValueError)("no finish_plan today")
+
+
+def load_once_and_fail_early(
+    rank: int, url: str, credential: Any, ranks: tuple[int, ...], where: str, how: str
+) -> dict[int, str]:
+    """What torch raised on this rank, by rank; after that a load by the same ranks, which has to work."""
+    reader = BlobStorageReader(url, credential=credential, load_once_per="world")
+    try:
+        dcp.load(unloaded(), storage_reader=reader, planner=EarlyFailure(ranks, where, how))
+    except dcp.CheckpointException as error:
+        told = {rank: str(failure) for rank, (failure, _) in error.failures.items()}
+    else:
+        told = {}
+    state = unloaded()
+    dcp.load(state, storage_reader=reader)
+    same(replicated(), state)
+    return told
+
+
 def load_once_in_every_layout(rank: int, url: str, credential: Any) -> None:
     """Tensors that do not travel as the bare elements, and targets that do not lie in memory as they are sent."""
 

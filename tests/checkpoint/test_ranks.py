@@ -189,6 +189,31 @@ def test_a_planner_that_fails_while_ranks_share_ends_all_of_them(container: Cont
         assert f"no {what} today" in told
 
 
+@pytest.mark.parametrize(
+    ("ranks", "where", "how"),
+    [
+        ((1,), "create_local_plan", "error"),
+        ((1,), "finish_plan", "error"),
+        ((0, 2), "finish_plan", "error"),
+        ((0, 1, 2), "finish_plan", "error"),
+        ((1,), "finish_plan", "interrupt"),
+        ((1,), "finish_plan", "forgets"),
+    ],
+)
+def test_a_rank_that_fails_before_it_shares_ends_all_of_them(
+    container: Container, base: str, ranks: tuple[int, ...], where: str, how: str
+) -> None:
+    """No rank waits for one that has left: every rank raises its error, and the group can be used for the next load."""
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    results = run_ranks(3, jobs.load_once_and_fail_early, base, container.key, ranks, where, how)
+    for rank, told in enumerate(results):
+        if how == "forgets":
+            assert rank in ranks or "rank 1 does not share" in told[rank]
+        else:
+            assert told
+            assert all(f"no {where} today" in text for text in told.values())
+
+
 def test_sharing_ranks_fail_together(container: Container, base: str) -> None:
     run_ranks(2, jobs.save_replicated, base, container.key)
     for told in run_ranks(2, jobs.load_once_and_fail, base, container.key, "big"):
