@@ -15,7 +15,7 @@ from typing import Any
 from azstoragetorch.checkpoint._folder import Folder, Seen
 from azstoragetorch.checkpoint._format import new_save_id
 
-_MOST_OPEN = 8  # saves of one thread that neither ended nor began to write; older ones have failed
+_MOST_OPEN = 8  # saves of one thread that have not ended; older ones have failed
 
 
 @dataclass(eq=False)
@@ -36,6 +36,8 @@ class Save:
         return self.metadata_rank is not None
 
 
+# A signal handler may run a whole save with the same writer between any two steps here. It leaves the list with the
+# same saves as before, so each change of the list is one assignment, computed from what the list held.
 class Saves(threading.local):
     """The saves of one writer that are in progress on this thread, the innermost last. Pickles empty."""
 
@@ -47,17 +49,25 @@ class Saves(threading.local):
 
     def begin(self, folder: Folder) -> Save:
         """Begin a save into *folder*."""
-        self._open = [save for save in self._open if save.is_set_up][-_MOST_OPEN:]
-        self._open.append(Save(folder))
-        return self._open[-1]
+        save = Save(folder)
+        # A save that is not set up may have failed before that, or may be the one that a handler has interrupted.
+        self._open = [*self._open, save][-_MOST_OPEN:]
+        return save
+
+    def begin_again(self, prepared: Save) -> Save:
+        """Begin the save *prepared* anew: with another id, so that it begins now."""
+        save = Save(prepared.folder)
+        self._open = [save if other is prepared else other for other in self._open]
+        return save
 
     def prepared(self) -> Save | None:
         """The save that was begun and is not set up yet, if that is the innermost."""
-        return self._open[-1] if self._open and not self._open[-1].is_set_up else None
+        save = self.innermost()
+        return save if save is not None and not save.is_set_up else None
 
     def innermost(self) -> Save | None:
         """The save that was begun last."""
-        return self._open[-1] if self._open else None
+        return next(reversed(self._open), None)
 
     def to_write(self) -> Save | None:
         """The innermost save that is set up and has written nothing."""

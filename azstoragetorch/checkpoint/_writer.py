@@ -69,7 +69,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists. ``checkpoint_id`` of
-            ``dcp.save`` names another one in the same account.
+            ``dcp.save`` names another one in the same account; later saves that name none go there too, as with
+            torch's writers. Pass it to every save if a signal handler may save with the same writer.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content`` the service
             checks an MD5 of every block.
@@ -126,13 +127,14 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             TypeError: *checkpoint_id* is not a str; a path object loses one of the slashes after the scheme.
             ValueError: it is not a URL, or it is one in another account.
         """
-        super().reset(checkpoint_id)
-        self._saves.begin(self._folder if checkpoint_id is None else self._folder.at(checkpoint_id))
+        folder = self._folder if checkpoint_id is None else self._folder.at(checkpoint_id)
+        self._folder = folder
+        self._saves.begin(folder)
 
     def storage_meta(self) -> StorageMeta:
         """What identifies the save that begins; torch asks for it first."""
         prepared = self._saves.prepared()
-        save = self._saves.begin(prepared.folder if prepared is not None else self._folder)  # it begins now
+        save = self._saves.begin(self._folder) if prepared is None else self._saves.begin_again(prepared)
         return StorageMeta(checkpoint_id=save.folder.url, save_id=save.save_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:
