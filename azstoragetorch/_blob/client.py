@@ -261,6 +261,15 @@ class ContainerClient(_Client):
         """The blob *name* in this container."""
         return self.at(self.url.with_blob(name))
 
+    def create(self) -> None:
+        """Create the container.
+
+        Raises:
+            ResourceExistsError: it exists.
+        """
+        request = Request("PUT", self.url, query="restype=container", accept=CREATED)
+        retrying(self.config, lambda: self.service.send(request).close())
+
     def at(self, url: BlobURL) -> BlobClient:
         """The blob at *url*, which must be in this container; it can be a snapshot or a version."""
         return BlobClient(url, self._credential, self.config, self._services)

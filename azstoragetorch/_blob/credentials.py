@@ -27,7 +27,7 @@ from azstoragetorch._blob.authorizers import (
     check_key as check_key,
 )
 from azstoragetorch._blob.secret import Secret, SharedString
-from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._blob.url import EMULATOR_ACCOUNT, BlobURL
 from azstoragetorch._engine.config import TRUSTED_HOSTS, trusted_hosts
 from azstoragetorch._engine.process import PerProcess
 
@@ -73,6 +73,8 @@ class CredentialHolder:
         credential = self._credential
         if credential is False:
             return _ANONYMOUS
+        if credential is None and url.is_emulator:
+            return _authorizer(_EMULATOR_KEY, url)
         if not isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential)) and url.scheme != "https":
             raise ValueError(
                 f"credential: a token is never sent over plain http ({url.scheme}://{url.host}); use an https URL, "
@@ -318,6 +320,11 @@ class _SharedAuthorizers:
 
 _registry: PerProcess[dict[int, _SharedAuthorizers]] = PerProcess(dict)
 _ANONYMOUS = SignedBySas(str, is_anonymous=True)
+# Microsoft publishes it for every emulator, so it is not a secret and opens nothing but data on this machine. It stands
+# in where DefaultAzureCredential cannot work at all, because a token is never sent over plain HTTP.
+_EMULATOR_KEY = AzureNamedKeyCredential(
+    EMULATOR_ACCOUNT, "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 
 
 def _authorizer(credential: Any, url: BlobURL) -> Authorizer:

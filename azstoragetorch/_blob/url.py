@@ -37,6 +37,7 @@ _SOVEREIGN_CLOUDS = (
     ".blob.core.sovcloud-api.sg",
 )
 
+EMULATOR_ACCOUNT = "devstoreaccount1"
 _MAX_NAME = 1024  # characters that the service allows
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -116,6 +117,11 @@ class BlobURL:
         """Whether the host is this machine, where emulators are."""
         hostname = self.hostname
         return hostname == "localhost" or ((address := _ip_address(hostname)) is not None and address.is_loopback)
+
+    @property
+    def is_emulator(self) -> bool:
+        """Whether this is the account that Azurite has by default, on this machine, over plain HTTP."""
+        return self.scheme == "http" and self.account_path == f"/{EMULATOR_ACCOUNT}" and self.is_loopback
 
     @property
     def audience(self) -> str:

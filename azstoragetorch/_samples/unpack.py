@@ -85,7 +85,7 @@ class Unpacked:
             self._codec = make_codec()
         except ImportError as error:
             remedy = (
-                "pip install 'azstoragetorch[zstd]'"
+                "pip install backports.zstd"
                 if self._name == "zstd"
                 else f"use a Python that was built with the module {error.name}"
             )

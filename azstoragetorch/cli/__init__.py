@@ -1,4 +1,4 @@
-"""The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | bench | completion``.
+"""The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | bench | azurite | completion``.
 
 The top of the house: it uses everything and nothing uses it. What it needs beyond the package itself, click and rich,
 is the extra ``cli`` and is imported in here only.
@@ -18,8 +18,7 @@ def main() -> None:
         import rich  # noqa: F401
     except ImportError as error:
         print(  # noqa: T201
-            f"azstoragetorch: the command line needs {error.name}, which is not installed: "
-            "pip install 'azstoragetorch[cli]'",
+            f"azstoragetorch: the command line needs {error.name}, which is not installed: pip install click rich",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -47,7 +47,7 @@ class CredentialOptions:
             return AzureSasCredential(token), f"SAS in {self.sas_variable}"
         key, token = os.environ.get(KEY), os.environ.get(SAS)
         if not key and not token:
-            return None, "DefaultAzureCredential"
+            return None, "the published key of Azurite" if url.is_emulator else "DefaultAzureCredential"
         account = _account_of(url)
         named = os.environ.get(ACCOUNT) or account
         if named == account:

@@ -35,7 +35,7 @@ class _Commands(click.Group):
     """Finds commands when they are asked for: `ls` should not wait for what `checkpoint` imports."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return ["doctor", "ls", "cp", "rm", "checkpoint", "bench", "completion"]
+        return ["doctor", "ls", "cp", "rm", "checkpoint", "bench", "azurite", "completion"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name == "doctor":
@@ -62,6 +62,10 @@ class _Commands(click.Group):
             from azstoragetorch.cli._bench import bench
 
             return bench
+        if cmd_name == "azurite":
+            from azstoragetorch.cli._azurite import azurite
+
+            return azurite
         return completion if cmd_name == "completion" else None
 
 

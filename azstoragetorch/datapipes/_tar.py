@@ -41,7 +41,7 @@ class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
     they are stored: check them before you use them as local paths.
 
     Tars may have ustar, PAX or GNU headers; holes of sparse files are filled with zeros. They may be compressed by
-    gzip, bzip2, xz, lzma or zstd (before Python 3.14, zstd needs ``pip install 'azstoragetorch[zstd]'``).
+    gzip, bzip2, xz, lzma or zstd (before Python 3.14, zstd needs ``pip install backports.zstd``).
 
     Args:
         source_datapipe: Yields ``(url, stream)`` as `open_files_by_azure` does, or ``(url, bytes)``. A stream is closed

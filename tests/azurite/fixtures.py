@@ -11,6 +11,7 @@ from azure.storage.blob import BlobServiceClient
 
 from recipes.azurite import Azurite, run_azurite
 from tests.azurite.container import Container, open_service
+from tests.azurite.emulator import run_emulator
 from tests.azurite.token import AzuriteTokenCredential
 
 
@@ -61,6 +62,20 @@ def https_container(
     """A fresh private container over https; this process and its children trust its authority meanwhile."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(azurite_https.ca_path))
     with _fresh_container(azurite_https, azurite_https_client) as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    """The service as the command ``azstoragetorch azurite`` runs it, with the published key."""
+    with run_emulator(tmp_path_factory.mktemp("emulator")) as service:
+        yield service
+
+
+@pytest.fixture
+def emulator_container(emulator: Azurite) -> Iterator[Container]:
+    """A fresh private container in an emulator, which takes no credential but the published key."""
+    with open_service(emulator) as client, _fresh_container(emulator, client) as fresh:
         yield fresh
 
 

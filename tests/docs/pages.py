@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.azurite.container import Container
@@ -13,9 +14,12 @@ from tests.docs.identity import signed_in
 
 ROOT = Path(__file__).parents[2]
 CONTAINER = "https://<account>.blob.core.windows.net/<container>"
+EMULATOR = "http://127.0.0.1:10000/devstoreaccount1/scratch"
 
 # A line "% not run: why" before a block keeps it from being run.
-BLOCK = re.compile(r"(?:^% not run: *(?P<reason>.*)\n\n?)?^ *```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^% not run: *(?P<reason>[^\n]*)\n\n?)?^ *```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL
+)
 
 
 def program_of(page: str) -> str:
@@ -24,24 +28,33 @@ def program_of(page: str) -> str:
 
 
 def run_page(page: str, container: Container, folder: Path) -> str:
-    """Run *page* against *container*, signed in; returns what it prints. Only names in angle brackets are filled in."""
-    program = program_of(page).replace(CONTAINER, container.url).replace("<sas>", container.sas())
-    program = program.replace("<account>", container.service.account_name)
-    program = program.replace("<key>", container.service.account_key)
-    (folder / "page.py").write_text(program, encoding="utf-8")
+    """Run *page* against *container* of the emulator, without a credential; returns what it prints."""
+    return _run(page, container, folder, {})
+
+
+def run_page_signed_in(page: str, container: Container, folder: Path) -> str:
+    """Run *page* against *container*, which stands for one of Azure's, signed in; returns what it prints."""
     with signed_in(folder) as environment:
         # In the page the host is Azure's, which gets tokens whatever names it.
-        environment |= {"AZSTORAGETORCH_TRUSTED_HOSTS": "127.0.0.1"}
-        environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-        result = subprocess.run(
-            [sys.executable, "-W", "default::ResourceWarning:azstoragetorch", "page.py"],
-            cwd=folder,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
+        return _run(page, container, folder, {**environment, "AZSTORAGETORCH_TRUSTED_HOSTS": "127.0.0.1"})
+
+
+def _run(page: str, container: Container, folder: Path, environment: Mapping[str, str]) -> str:
+    """Only the emulator's address and names in angle brackets are filled in."""
+    program = program_of(page).replace(CONTAINER, container.url).replace(EMULATOR, container.url)
+    program = program.replace("<sas>", container.sas()).replace("<account>", container.service.account_name)
+    program = program.replace("<key>", container.service.account_key)
+    (folder / "page.py").write_text(program, encoding="utf-8")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "AZSTORAGETORCH_"))}
+    result = subprocess.run(
+        [sys.executable, "-W", "default::ResourceWarning:azstoragetorch", "page.py"],
+        cwd=folder,
+        env={**clean, "PYTHONPATH": str(ROOT), "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
     assert "was dropped without close()" not in result.stderr
     return result.stdout

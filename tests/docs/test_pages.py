@@ -14,19 +14,49 @@ import pytest
 
 from azstoragetorch.cli._app import app
 from tests.azurite.container import Container
-from tests.docs.pages import BLOCK, ROOT, program_of, run_page
+from tests.docs.pages import BLOCK, ROOT, program_of, run_page, run_page_signed_in
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 
 WITH_PYTHON = [name for name, text in PAGES.items() if program_of(text)]
+SIGNED_IN = {"start/credentials.md", "start/install.md"}  # these show how to sign in to an account
+WIDTH = 76  # columns of code that fit on the page; longer lines would have to be scrolled
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("page", WITH_PYTHON)
-def test_its_python_runs(page: str, https_container: Container, tmp_path: Path) -> None:
-    run_page(PAGES[page], https_container, tmp_path)
+@pytest.mark.parametrize("page", [page for page in WITH_PYTHON if page not in SIGNED_IN])
+def test_its_python_runs(page: str, emulator_container: Container, tmp_path: Path) -> None:
+    """On the emulator, by a reader who has no account."""
+    run_page(PAGES[page], emulator_container, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", sorted(SIGNED_IN))
+def test_its_python_runs_signed_in(page: str, https_container: Container, tmp_path: Path) -> None:
+    run_page_signed_in(PAGES[page], https_container, tmp_path)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "../README.md"])
+def test_its_code_does_not_scroll(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:python|sh|\{doctest\}|\{code-block\} \w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > WIDTH] == []
+
+
+GUIDES = [page for page in WITH_PYTHON if page.startswith(("guide/", "coming-from/"))]
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_a_guide_begins_with_code_that_runs(page: str) -> None:
+    """After its title and one paragraph."""
+    text = PAGES[page]
+    before = text[: text.index("```python\n")]
+    assert "% not run" not in before
+    assert before.count("\n\n") <= 2
+    assert "\n## " not in before
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -55,7 +85,8 @@ def test_the_commands_that_are_shown_are_understood() -> None:
     seen = set()
     for words in shell_lines(start="azstoragetorch"):
         arguments = [
-            re.sub(r"<\w+>", "name", word).replace("$run", "https://name.blob.core.windows.net/c/r") for word in words
+            re.sub(r"\$[a-z]+", "https://name.blob.core.windows.net/c/r", re.sub(r"<\w+>", "name", word))
+            for word in words
         ]
         command: click.Command | None = app
         while isinstance(command, click.Group) and not arguments[0].startswith("-"):

