@@ -202,13 +202,13 @@ class TestOneRequest:
 
     def test_the_error_names_the_header_and_shows_no_value(self) -> None:
         connection = Connection(Origin.of("http", "127.0.0.1:1", QUICK))
-        with pytest.raises(ValueError, match=r"'GET' '/c/b' was not sent: If-Match has a line break") as caught:
+        with pytest.raises(ValueError, match=r"'GET' '/c/b' was not sent: If-Match contains a line break") as caught:
             connection._head("GET", "/c/b?sig=topsecret", {"x-ms-version": "1", "If-Match": "topsecret\n"})
         assert "topsecret" not in str(caught.value)
 
     @pytest.mark.parametrize("host", ["exa\r\nmple.com", "exa\x00mple.com", "exa mple.com", "example.com\x7f"])
     def test_hosts(self, host: str) -> None:
-        with pytest.raises(ValueError, match="a host cannot have"):
+        with pytest.raises(ValueError, match="the host has a space or"):
             Connection(Origin.of("http", host, QUICK))
 
     def test_a_host_in_a_url(self) -> None:

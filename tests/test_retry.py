@@ -168,7 +168,7 @@ class TestThrottling:
         def operation() -> None:
             raise Transient(error)
 
-        with pytest.raises(HttpResponseError, match=r"503.*\(after 3 tries in \d+\.\d s\)$") as caught:
+        with pytest.raises(HttpResponseError, match=r"503.*\(after 3 attempts in \d+\.\d s\)$") as caught:
             retrying(TransferConfig(max_attempts=3, max_backoff=0.01), operation)
         assert caught.value is error
         assert str(pickle.loads(pickle.dumps(error))) == str(error) == error.message
@@ -176,7 +176,7 @@ class TestThrottling:
     def test_one_try_is_not_counted(self) -> None:
         with pytest.raises(HttpResponseError) as caught:
             Retry(TransferConfig(max_attempts=1)).pause_after(Transient(self.busy()))
-        assert "tries" not in str(caught.value)
+        assert "attempts" not in str(caught.value)
 
     def test_a_warning_once_a_minute_counts(
         self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -196,14 +196,16 @@ class TestThrottling:
             fail(1, error_of(500, "InternalError"))
             assert caplog.messages == []
             fail(3, self.busy())
-            assert ["in the last 60 s: 1 (1 x 503 ServerBusy)" in message for message in caplog.messages] == [True]
+            assert ["refused 1 in the last 60 s (1 x 503 ServerBusy)" in message for message in caplog.messages] == [
+                True
+            ]
             now += 59
             fail(1, error_of(429, "TooManyRequests"))
             assert len(caplog.messages) == 1
             now += 2
             fail(1, self.busy())
         assert len(caplog.messages) == 2
-        assert "in the last 61 s: 4 (3 x 503 ServerBusy, 1 x 429" in caplog.messages[1]
+        assert "refused 4 in the last 61 s (3 x 503 ServerBusy, 1 x 429" in caplog.messages[1]
 
 
 class TestSorting:

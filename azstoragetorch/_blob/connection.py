@@ -1,7 +1,7 @@
-"""One connection to a service: the way there, and sending a request.
+"""One connection to a service: open it, directly or through a proxy, and send requests.
 
-The way, a proxy and the authorities that certificates need, is read from the environment variables that requests and
-curl honor, so that a machine set up for other clients needs nothing more.
+The proxy and the certificate authorities come from the environment variables that requests and curl read, so a machine
+that is set up for other clients needs no further configuration.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.process import PerProcess
 
-_SEND_SLICE = 1 * MiB  # a socket's timeout covers one call of sendall, so a call sends no more than this
-MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after some minutes, load balancers sooner
+_SEND_SLICE = 1 * MiB  # bytes; the timeout of a socket is per call of sendall, so a call must not send too much
+MAX_IDLE_SECONDS = 100.0  # the service closes idle connections after a few minutes, load balancers earlier
 _PORTS = {"http": 80, "https": 443}
 _CONTROL_BYTES = bytes([*range(0x20), 0x7F])
-_CONTROL = re.compile(r"[\x00-\x20\x7f]")  # in hosts and URLs, which cannot have a space either
-_UNSENDABLE = re.compile(r"[^\x20-\x7e\x80-\xff]")  # in the rest of a request's head
+_CONTROL = re.compile(r"[\x00-\x20\x7f]")  # or a space: neither is allowed in hosts and URLs
+_UNSENDABLE = re.compile(r"[^\x20-\x7e\x80-\xff]")  # in the method, the target and the headers
 
 Body = bytes | memoryview | Sequence[memoryview] | None
 _IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -44,7 +44,7 @@ def length_of(body: Body) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where connections lead; connections of one origin are interchangeable."""
+    """The server and the timeouts of a connection. Connections of the same origin are interchangeable."""
 
     scheme: str
     host: str
@@ -53,7 +53,7 @@ class Origin:
 
     @classmethod
     def of(cls, scheme: str, host: str, config: TransferConfig) -> Origin:
-        """The origin for requests to *host* (with port) under *config*."""
+        """The origin for requests to *host*, with its port, under *config*."""
         return cls(scheme, host, config.connect_timeout, config.read_timeout)
 
 
@@ -63,12 +63,12 @@ class Connection:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.was_used = False
-        self._has_timeout = False  # of answers; else that of connecting, or none because it does not block
+        self._has_timeout = False  # has the read timeout; otherwise the connect timeout, or non-blocking after `begin`
         self._is_interrupted = False
-        self._was_left = False  # closed by its request
-        self._wakers: dict[object, None] = {}  # cancels that are using the socket
+        self._was_closed = False  # `close` was called by the request that owns the connection
+        self._wakers: dict[object, None] = {}  # calls of `interrupt` that may be using the socket
         self.idle_since = 0.0
-        self._prefix = ""  # of the request target: a proxy for plain HTTP wants the whole URL
+        self._prefix = ""  # of the request target: a proxy for plain HTTP needs the whole URL
         self.proxy_headers: Mapping[str, str] = {}
         self._http = self._make()
 
@@ -77,7 +77,9 @@ class Connection:
         kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
         options: dict[str, object] = {"timeout": origin.connect_timeout}
         if _CONTROL.search(origin.host):
-            raise ValueError(f"{origin.scheme}://{origin.host!r}: a host cannot have a control character in it")
+            raise ValueError(
+                f"{origin.scheme}://{origin.host!r}: the host has a space or a control character; remove it"
+            )
         if origin.scheme == "https":
             kind = http.client.HTTPSConnection
             options["context"] = _tls_context()
@@ -94,11 +96,11 @@ class Connection:
         return through
 
     def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> None:
-        """Send a request, on a new connection if there is not an open one.
+        """Send a request; connect first if the connection is not open.
 
         Raises:
-            ValueError: a part of it has a control character in it.
-            OSError: it could not be sent.
+            ValueError: a part of the request has a control character or another character that HTTP cannot carry.
+            OSError: connecting or sending failed.
         """
         head = self._head(method, self._prefix + target, headers)
         connection = self._http
@@ -107,7 +109,7 @@ class Connection:
         if not self._has_timeout:
             self.socket.settimeout(self.origin.read_timeout)
             self._has_timeout = True
-        if self._is_interrupted:  # before there was a socket to shut down
+        if self._is_interrupted:  # by an interrupt that came before there was a socket to shut down
             raise ConnectionAbortedError("interrupted")
         try:
             pieces = [memoryview(body)] if isinstance(body, (bytes, memoryview)) else body or ()
@@ -121,7 +123,7 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             if body is None:
                 raise
-            # A service that refuses a large body answers before it has read it all: the answer may be there.
+            # A service that refuses a request responds before it has read a large body: receive that response.
 
     def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
@@ -129,18 +131,18 @@ class Connection:
         lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
         text = "\r\n".join(lines)
         head = text.encode("latin-1", "ignore")
-        # Line breaks between the lines are the only control characters in a head that is sent. One that came with a
-        # value, an ETag from a checkpoint's metadata for example, could end this request and begin another one.
+        # The only control characters allowed are the line breaks between these lines. One in a value, for example in an
+        # ETag from the metadata of a checkpoint, could end this request and start another one.
         lost = len(text) - len(head.translate(None, _CONTROL_BYTES))
         if lost != 2 * (len(lines) - 1) or lines[0].count(" ") != 2 or not target.isascii():
             raise _unsendable(method, target, headers)
         return head + b"\r\n\r\n"
 
     def begin(self, target: str, headers: Mapping[str, str]) -> socket.socket:
-        """Send a GET on an open connection without waiting for anything; its socket does not block until `send`.
+        """Send a GET on an open connection without blocking. The socket stays non-blocking until the next `send`.
 
         Raises:
-            OSError: it could not be sent at once.
+            OSError: the request could not be sent at once.
         """
         sock = self.socket
         head = self._head("GET", self._prefix + target, headers)
@@ -158,9 +160,9 @@ class Connection:
         return sock
 
     def is_stale(self, unchecked: float) -> bool:
-        """Whether the other side has closed this idle connection, or sent what nobody asked for.
+        """Whether this idle connection is unusable: too old, closed by the peer, or with unexpected bytes to read.
 
-        It is not asked if the connection was used less than *unchecked* seconds ago.
+        The socket is not checked if the connection was used less than *unchecked* seconds ago.
         """
         sock = self._http.sock
         idle = time.monotonic() - self.idle_since
@@ -174,52 +176,53 @@ class Connection:
         poll.register(sock, select.POLLIN)
         return bool(poll.poll(0))
 
-    # A cancel shuts the socket down while a request blocks on it. If the request closed the socket at that moment, the
-    # system could give its descriptor to another connection, and the cancel would shut down that one. So the later of
-    # the two closes it. Either side first makes its step known and then looks for the other's:
+    # A cancel shuts down the socket while a request blocks on it. If the request closed the socket at the same moment,
+    # the system could give its descriptor to another connection, and the cancel would shut down that one. So whichever
+    # of the two comes later closes the socket. Each side first announces its step and then checks for the other's:
     #
-    # - A cancel enters itself in `_wakers`, then touches the socket only if the request has not left.
-    # - The request marks that it has left, then closes the socket only if nobody is in `_wakers`.
+    #     interrupt:   1. add itself to `_wakers`         close:   1. set `_was_closed`
+    #                  2. shut down, unless closed                 2. close the socket, unless `_wakers` has an entry
+    #                  3. leave `_wakers`; close the socket if `_was_closed` and no other entry is left
     #
-    # If the cancel does not see that the request has left, the request sees the cancel and leaves closing to it. If
-    # several cancels come at once, the last one to leave `_wakers` closes. Closing twice is harmless: a socket object
-    # that is closed has no descriptor. No step waits, so either side may be a signal handler inside the other.
+    # If the interrupt does not see `_was_closed` in step 2, the request sees the entry in `_wakers` and leaves the
+    # closing to the interrupt. Closing twice is harmless: a closed socket object has no descriptor. No step waits, so
+    # either side can be a signal handler that interrupts the other.
     def interrupt(self) -> None:
-        """Make a thread that blocks on this connection fail at once, or as soon as it is established."""
+        """Make the thread that blocks on this connection fail at once, or as soon as it is connected."""
         me = object()
         self._wakers[me] = None
         try:
             self._is_interrupted = True
             sock = self._http.sock
-            if sock is not None and not self._was_left:
-                with suppress(OSError):  # the other side has closed it
-                    # Not SSLSocket's shutdown, which would pull the TLS state from under the blocked thread.
+            if sock is not None and not self._was_closed:
+                with suppress(OSError):  # the peer has closed it
+                    # Not SSLSocket.shutdown, which drops the TLS state that the blocked thread is using.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
         finally:
             self._wakers.pop(me, None)
-            if self._was_left and not self._wakers:
+            if self._was_closed and not self._wakers:
                 self._http.close()
 
     def close(self) -> None:
-        """Close the socket, or leave that to a cancel which is using it. For the request that has the connection."""
-        self._was_left = True
+        """Close the socket, or leave that to an `interrupt` that is using it. Called by the request that owns it."""
+        self._was_closed = True
         if not self._wakers:
             self._http.close()
 
     def __del__(self) -> None:
-        if "_http" in vars(self):  # an interrupt can come before
+        if "_http" in vars(self):  # an interrupt can prevent that
             self._http.close()
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's socket, even in the middle of an answer, and send nothing."""
+        """In a forked child: close the copy of the parent's socket, without sending anything, even in mid-response."""
         sock = self._http.sock
         if sock is not None:
-            with suppress(OSError):  # closed already
+            with suppress(OSError):  # already closed
                 os.close(sock.detach())
 
 
 def _unsendable(method: str, target: str, headers: Mapping[str, str]) -> ValueError:
-    """The error for a head that would be another request on the wire. It shows no value: that may be a secret."""
+    """The error for a request that HTTP cannot carry. It does not show values, which can be secrets."""
     parts = {"the method": method, "the path": target.partition("?")[0], "the SAS": target.partition("?")[2], **headers}
     bad = [
         name if name.isprintable() else repr(name)
@@ -228,15 +231,15 @@ def _unsendable(method: str, target: str, headers: Mapping[str, str]) -> ValueEr
         or (name in ("the path", "the SAS") and (" " in value or not value.isascii()))
     ]
     return ValueError(
-        f"{method!r} {parts['the path']!r} was not sent: {' and '.join(bad) or 'a header for the proxy'} has a line "
-        "break, another control character, a space or a character that HTTP cannot carry in it; pass a credential, "
-        "name or ETag without it"
+        f"{method!r} {parts['the path']!r} was not sent: {' and '.join(bad) or 'a header for the proxy'} contains a "
+        "line break, another control character, a space or a character that HTTP cannot carry; pass a credential, name "
+        "or ETag without it"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy, and the header that carries its login."""
+    """An HTTP proxy and the header with its user name and password."""
 
     host: str
     port: int
@@ -244,29 +247,29 @@ class Proxy:
 
 
 def proxy_for(scheme: str, host: str) -> Proxy | None:
-    """The proxy for *scheme* requests to *host*, which may have a port; None to connect directly.
+    """The proxy for *scheme* requests to *host*, which can include a port; None to connect directly.
 
     Raises:
-        ValueError: the variable does not name an HTTP proxy, or has a control character in it.
+        ValueError: the environment variable does not name an HTTP proxy, or contains a control character.
     """
     settings = urllib.request.getproxies()
     url = (settings.get(scheme) or settings.get("all") or "").strip()
-    # The standard library also knows the exceptions that macOS and Windows keep in their own settings.
+    # proxy_bypass also knows the exceptions in the system settings of macOS and Windows.
     if not url or is_exception(scheme, host, settings.get("no", "")) or urllib.request.proxy_bypass(host):
         return None
     url = url if "://" in url else f"http://{url}"
     variable = f"{scheme.upper()}_PROXY or ALL_PROXY"
     kind = url.partition("://")[0].lower()
-    if kind != "http":  # the connection to the proxy; what goes through it is TLS all the same
+    if kind != "http":  # this is the connection to the proxy; https requests through it still use TLS
         raise ValueError(f"{variable} must name an http:// proxy, not {kind}://")
     if _CONTROL.search(url):  # urlsplit drops line breaks and tabs
-        raise ValueError(f"{variable} has a space or a control character in its URL: remove it")
+        raise ValueError(f"{variable} contains a space or a control character: remove it")
     try:
         parts = urlsplit(url)
         hostname, port = parts.hostname, parts.port or _PORTS["http"]
         if not hostname:
-            raise ValueError("it names no host")
-    except ValueError:  # its message may show the password
+            raise ValueError("it has no host")
+    except ValueError:  # the original message can show the password
         raise ValueError(f"{variable} is not a valid URL: expected http://[user:password@]host:port") from None
     return Proxy(hostname, port, _login(parts, variable))
 
@@ -276,15 +279,16 @@ def _login(parts: SplitResult, variable: str) -> dict[str, str]:
         return {}
     login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     if _CONTROL.search(login.replace(" ", "")):
-        raise ValueError(f"{variable} has a control character in its user name or password: remove it")
+        raise ValueError(f"{variable} contains a control character in its user name or password: remove it")
     return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
 
 
 def is_exception(scheme: str, host: str, entries: str) -> bool:
-    """Whether *entries*, the value of ``NO_PROXY``, names *host*, which may have a port.
+    """Whether *host*, which can include a port, matches *entries*, the value of ``NO_PROXY``.
 
-    An entry is ``*`` for all hosts, an address (IPv6 with or without brackets), a network (``10.0.0.0/8``), or a domain
-    with or without a leading dot, which stands for the names below it too. An entry with a port is for that port only.
+    An entry is ``*`` for all hosts, an IP address (IPv6 with or without brackets), a network (``10.0.0.0/8``), or a
+    domain, with or without a leading dot, which also matches its subdomains. An entry with a port matches only that
+    port.
     """
     target = urlsplit(f"//{host}")
     name = (target.hostname or "").rstrip(".")
@@ -301,7 +305,7 @@ def _names(entry: str, name: str, address: _IPAddress | None, port: int) -> bool
             return address in ipaddress.ip_network(entry, strict=False)
         except ValueError:
             return False
-    if _address(entry) is None:  # an IPv6 address without brackets has colons, but not a port
+    if _address(entry) is None:  # an IPv6 address without brackets has colons, but it has no port
         host, colon, number = entry.rpartition(":")
         if colon and number.isdecimal():
             if int(number) != port:
@@ -322,18 +326,18 @@ def _address(text: str) -> _IPAddress | None:
 
 
 def authorities() -> str:
-    """The file or folder with the authorities to trust; empty for the system's.
+    """The file or folder with the certificate authorities to trust; empty for those of the system.
 
-    The variables that requests, and so the SDK, honors come before OpenSSL's, which OpenSSL reads itself.
+    The variables that requests (and so the Azure SDK) reads take precedence over those that OpenSSL reads itself.
     """
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
 
 
 def make_tls_context(trusted: str) -> ssl.SSLContext:
-    """A context that trusts the authorities in the file or folder *trusted*, or the system's if it is empty.
+    """A TLS context that trusts the authorities in the file or folder *trusted*, or those of the system if it is empty.
 
     Raises:
-        ValueError: there is nothing at *trusted*.
+        ValueError: *trusted* does not exist.
     """
     if trusted and not os.path.exists(trusted):  # noqa: PTH110 - a string from the environment
         raise ValueError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names {trusted!r}, which does not exist")
@@ -342,7 +346,7 @@ def make_tls_context(trusted: str) -> ssl.SSLContext:
     else:
         context = ssl.create_default_context(cafile=trusted or None)
     if not trusted and not context.cert_store_stats()["x509_ca"] and "SSL_CERT_DIR" not in os.environ:
-        import certifi  # systems without a store need it
+        import certifi  # for systems without a certificate store
 
         context.load_verify_locations(certifi.where())
     context.set_alpn_protocols(["http/1.1"])

@@ -1,4 +1,4 @@
-"""What is tried again, and when: exponential backoff with full jitter, honouring what the service asks for."""
+"""Decide what is retried and when: exponential backoff with full jitter, and ``Retry-After`` of the service."""
 
 from __future__ import annotations
 
@@ -26,12 +26,31 @@ log = logging.getLogger("azstoragetorch")
 
 RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BASE = 0.4  # seconds; the first pause is 0.2 s on average
-_WARN_EVERY = 60.0  # seconds between two warnings that the service throttles
-_LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a server that asks for more is as good as down
+_WARN_EVERY = 60.0  # seconds between two warnings about throttling
+_LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a service that asks for more is treated as unavailable
+
+
+# What is retried, and by whom
+# ----------------------------
+# Every failed request is of one of three kinds (`service._raise_translated`, `classify_refusal`):
+#
+#     transient   the connection failed or timed out, the response was incomplete or belongs to another request, or its
+#                 status is in RETRYABLE_STATUS. Raised as `Transient`, which is never seen outside of `_blob`.
+#     refused     any other status: the service would answer the same again. Raised at once.
+#     impossible  a retry cannot help: a certificate that is not trusted, for example. Raised at once.
+#
+# The operation has the loop, since only it knows where to resume: a ranged read continues at the byte that it reached,
+# a page of a listing or a block is sent again from its start (`retrying`), and a commit has to find out whether an
+# attempt without a response took effect (`commit`). `Retry` counts. A read that made real progress since its last
+# failure starts counting from zero: a long download may fail many times without being stuck.
+#
+# A timeout or a failed connection is transient for writes too, although the service may have carried out the request,
+# because every request of this package can be sent twice: reads and staged blocks are idempotent, the delete of a
+# missing blob is not an error, and commits check. A new operation must keep that property.
 
 
 class Transient(Exception):  # noqa: N818 - it carries an error and is not one
-    """Wraps an error that is worth another try; *error* is raised when no try is left."""
+    """A failure that may be retried. *error* is raised if no attempt is left."""
 
     def __init__(self, error: AzureError | ClientRequestIdMismatchError, retry_after: float | None = None) -> None:
         super().__init__(str(error))
@@ -40,22 +59,22 @@ class Transient(Exception):  # noqa: N818 - it carries an error and is not one
 
 
 class Retry:
-    """Counts the tries of one operation."""
+    """Counts the attempts of one operation."""
 
     def __init__(self, config: TransferConfig) -> None:
         self._config = config
         self.made_progress()
 
     def made_progress(self) -> None:
-        """Count from 0 again: an operation that gets further is not stuck."""
+        """Start counting from zero: an operation that makes progress is not stuck."""
         self._failures = 0
         self._began = time.monotonic()
 
     def pause_after(self, failure: Transient) -> float:
-        """Seconds to wait before the next try.
+        """Seconds to wait before the next attempt.
 
         Raises:
-            AzureError: no try is left.
+            AzureError: no attempt is left.
         """
         self._failures += 1
         if isinstance(failure.error, HttpResponseError) and failure.error.status_code in THROTTLED:
@@ -65,33 +84,33 @@ class Retry:
             try:
                 raise failure.error from failure.__cause__
             finally:
-                # A circle would keep all that waits for the answer: the error's traceback refers to this frame, and
-                # its context, the failure, to the error.
+                # Break a reference cycle, which would keep the memory of every waiting caller alive: the traceback of
+                # the error refers to this frame, and the failure, which is its context, refers to the error.
                 failure.error.__context__ = None
                 del failure
         pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
         if failure.retry_after is not None:
             pause += min(failure.retry_after, _LONGEST_REQUESTED_PAUSE)
         count("retries")
-        log.debug("try %d failed, next in %.2f s: %s", self._failures, pause, failure)
+        log.debug("attempt %d failed, retrying in %.2f s: %s", self._failures, pause, failure)
         return pause
 
 
 def _add_tries(error: AzureError | ClientRequestIdMismatchError, tries: int, seconds: float) -> None:
-    """Say in *error* how often it was met."""
+    """Add the number of attempts to the message of *error*."""
     if tries > 1:
-        message = f"{error} (after {tries} tries in {seconds:.1f} s)"
+        message = f"{error} (after {tries} attempts in {seconds:.1f} s)"
         error.args = message, *error.args[1:]
         if isinstance(error, AzureError):
             error.message = message
 
 
-_throttled: deque[str] = deque(maxlen=100_000)  # answers since the last warning
+_throttled: deque[str] = deque(maxlen=100_000)  # responses since the last warning
 _warned: dict[str, float] = {}
 
 
 def _note_throttling(error: HttpResponseError) -> None:
-    """Warn that the service throttles, at once and then once a minute, with how often it did."""
+    """Warn that the service throttles, at once and then at most once a minute, with the number of responses."""
     _throttled.append(f"{error.status_code} {getattr(error, 'error_code', '') or error.reason}")
     now = time.monotonic()
     since = now - _warned.get("at", now - _WARN_EVERY)
@@ -99,28 +118,28 @@ def _note_throttling(error: HttpResponseError) -> None:
         return
     _warned["at"] = now
     answers: Counter[str] = Counter()
-    with suppress(IndexError):  # another thread takes from it, too
+    with suppress(IndexError):  # another thread also takes from it
         while _throttled:
             answers[_throttled.popleft()] += 1
 
     def warn() -> None:
         log.warning(
-            "the service throttles. Requests that it refused in the last %.0f s: %d (%s). They are tried again; fewer "
-            "max_connections (TransferConfig) or fewer processes at once may be faster",
-            max(since, _WARN_EVERY),
+            "the service is throttling requests: it refused %d in the last %.0f s (%s). They are retried; a lower "
+            "max_connections in TransferConfig, or fewer processes, can be faster",
             sum(answers.values()),
+            max(since, _WARN_EVERY),
             ", ".join(f"{number} x {answer}" for answer, number in answers.most_common()),
         )
 
-    # A handler of the logging package may hold a lock that this thread, which others wait for, must not wait for.
+    # On another thread: a logging handler can hold a lock, and this thread must not wait, since others wait for it.
     start_thread(warn)
 
 
 def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | None = None) -> T:
-    """Run *operation* until it succeeds, fails for good, or has used up its tries.
+    """Run *operation* until it succeeds, raises something other than `Transient`, or no attempt is left.
 
     Raises:
-        Cancelled: *scope* was cancelled between two tries.
+        Cancelled: *scope* was cancelled between two attempts.
     """
     retry = Retry(config)
     while True:
@@ -132,21 +151,21 @@ def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | 
 
 
 def is_connection_failure(error: BaseException) -> bool:
-    """Whether *error* says that a connection broke: another one may work."""
+    """Whether *error* means that the connection failed, so that another connection may work."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return False
     return isinstance(error, (OSError, http.client.HTTPException))
 
 
 def classify_refusal(error: HttpResponseError, headers: Mapping[str, str]) -> HttpResponseError | Transient:
-    """*error*, wrapped if its status is worth another try."""
+    """*error*, as a `Transient` if its status is retryable."""
     if error.status_code in RETRYABLE_STATUS:
         return Transient(error, retry_after(headers))
     return error
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the service asks to wait, from the headers of its answer."""
+    """The seconds that the service asks to wait, from its response headers; None if it does not."""
     for name, scale in (("retry-after-ms", 1000.0), ("x-ms-retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name)
         if text is None:

@@ -1,8 +1,8 @@
-"""Signed requests to one account, and the meaning of its answers.
+"""Sign and send requests to one account, and translate the errors.
 
-Every verb of this package is a `Request`, and `Service.send` signs and sends it. Failures are translated here and
-nowhere else: one that is worth another try is raised as `Transient`, a refusal of the service as the azure-core error
-that it stands for. Retrying is left to the caller, who knows how far an operation got.
+Every request of this package is a `Request` that `Service.send` signs and sends. Errors are translated here and nowhere
+else: a failure that may be retried is raised as `Transient`, a refusal of the service as the matching azure-core error.
+The caller retries, since it knows how far the operation got.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
-# The oldest version with the features used here: versions, large blocks, encoded names in listings. The version that a
-# release of azure-storage-blob sends plays no part, so an older service works with every release.
+# The oldest version with the features used here: versions, large blocks, encoded names in listings. It does not depend
+# on the installed azure-storage-blob, so a service that does not know newer versions works with every release.
 API_VERSION = "2023-11-03"
 
 _OK = frozenset({200, 206})
@@ -43,29 +43,29 @@ _FAILURES = (OSError, HTTPException, ClientRequestIdMismatchError)  # what `tran
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request to the service, without its proof of identity."""
+    """One request to the service, without its credential."""
 
     method: str
     url: BlobURL
     query: str = ""
-    """Percent-encoded, without a snapshot or version, which *url* has."""
+    """Percent-encoded, without the snapshot or version, which are part of *url*."""
     headers: Mapping[str, str] | None = None
     body: Body = None
     accept: frozenset[int] = _OK
-    """The statuses that are returned; any other one is raised."""
+    """The statuses to return; any other status is raised as an error."""
     scope: Scope | None = None
     """Cancelling it interrupts the request."""
     purpose: str = ""
-    """What errors add to the method where several operations share it."""
+    """Named in errors after the method, if several operations use the same method."""
 
     @property
     def verb(self) -> str:
-        """The operation as errors name it."""
+        """The name of the operation in errors."""
         return f"{self.method} ({self.purpose})" if self.purpose else self.method
 
 
 class ServiceResponse:
-    """The answer to a request. Its body is still to be received; leaving its ``with`` block frees the connection."""
+    """The response to a request, before its body is received. Leaving its ``with`` block releases the connection."""
 
     __slots__ = ("_request", "_response", "headers", "status")
 
@@ -77,14 +77,14 @@ class ServiceResponse:
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body that are still to be received, if the service declared them."""
+        """The number of bytes of the body still to be received, if the service has declared it."""
         return self._response.length
 
     def readinto(self, target: memoryview) -> int:
-        """Receive up to ``len(target)`` bytes; fewer, or 0, only at the end of the body.
+        """Receive up to ``len(target)`` bytes; fewer, or zero, only at the end of the body.
 
         Raises:
-            Transient: the connection broke.
+            Transient: the connection failed.
             Cancelled: the scope of the request was cancelled.
         """
         try:
@@ -93,16 +93,16 @@ class ServiceResponse:
             _raise_translated(self._request, error)
 
     def read(self) -> bytes:
-        """The rest of the body. Raises as `readinto` does."""
+        """Receive the rest of the body. Raises the same errors as `readinto`."""
         try:
             return self._response.read()
         except _FAILURES as error:
             _raise_translated(self._request, error)
 
     def close(self, *, is_complete: bool = True) -> None:
-        """Free the connection: keep it for another request, or close it if the body is not *is_complete*.
+        """Release the connection: return it to the pool, or close it if *is_complete* is false.
 
-        The rest of a complete body is received first if it is small.
+        If the rest of the body is small, it is received first, so that the connection can be reused.
         """
         if not is_complete:
             self._response.length = None
@@ -118,7 +118,7 @@ class ServiceResponse:
 
 
 class Service:
-    """Requests to the account of *url* with one credential."""
+    """Sends requests to the account of *url* with one credential."""
 
     def __init__(self, url: BlobURL, credential: CredentialHolder, config: TransferConfig) -> None:
         self.config = config
@@ -126,13 +126,13 @@ class Service:
         self.authorizer: Authorizer = credential.authorizer(url)
 
     def send(self, request: Request) -> ServiceResponse:
-        """Send *request*, signed, and return the head of its answer.
+        """Sign and send *request*; return when the response headers have arrived.
 
-        Where azure-core's tracing is on it is a span, like the SDK's requests.
+        If azure-core's tracing is enabled, the request is a span, like the requests of the SDK.
 
         Raises:
-            Transient: worth another try.
-            AzureError: the service refused.
+            Transient: the request failed and may be retried.
+            AzureError: the service refused the request.
             Cancelled: the scope of *request* was cancelled.
         """
         if not is_tracing():
@@ -154,7 +154,7 @@ class Service:
         return ServiceResponse(request, response)
 
     def _exchange(self, request: Request) -> transport.Response:
-        """Sign and send *request*; once more if the service rejects that and there is another token or SAS."""
+        """Sign and send *request*. If the credential is rejected, renew it and send the request once more."""
         query = "&".join(filter(None, (request.query, _version_query(request.url))))
         headers = {**_common_headers(), **(request.headers or {})}
         if request.body is not None:
@@ -170,7 +170,7 @@ class Service:
                 body=request.body,
                 scope=request.scope,
             )
-            # A token is refused by 401; a SAS that has expired, by 403.
+            # A token is rejected with 401, an expired SAS with 403.
             if has_renewed or response.status not in ((401,) if proof else (401, 403)):
                 return response
             if not self.authorizer.renew(proof, sas, response.headers.get("WWW-Authenticate", "")):
@@ -179,10 +179,10 @@ class Service:
             response.close()
 
     def sign(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        """The target and the headers of a signed GET, for callers that send it themselves.
+        """The request target and headers of a signed GET, for a caller that sends it itself.
 
         Raises:
-            AzureError: a token could not be obtained.
+            AzureError: the credential did not provide a token.
         """
         target = _target(url.path, _version_query(url), self.authorizer.query())
         return target, {**_common_headers(), **headers, **self.authorizer.headers()}
@@ -191,10 +191,10 @@ class Service:
         with response:
             try:
                 body = response.read()
-            except Exception as error:  # noqa: BLE001 - the status alone has to do
+            except Exception as error:  # noqa: BLE001 - the status is enough for an error
                 body = repr(error).encode()
-        # Not kept in a variable: its traceback refers to this frame, and the reference cycle would keep the memory of
-        # every caller that waits for the answer.
+        # Not stored in a variable: its traceback refers to this frame, and the reference cycle would keep the memory of
+        # every waiting caller alive.
         raise classify_refusal(
             service_error(
                 verb=request.verb,
@@ -210,12 +210,12 @@ class Service:
 
 
 def _raise_translated(request: Request, error: Exception) -> NoReturn:
-    """Raise what *error*, one of `_FAILURES`, means for *request*.
+    """Translate *error*, one of `_FAILURES`, and raise it.
 
     Raises:
-        Transient: a connection broke, or the answer belongs to another request.
-        Cancelled: the connection broke because the scope was cancelled.
-        AzureError: the request cannot be made, now or later.
+        Transient: the connection failed, or the response belongs to another request.
+        Cancelled: the connection failed because the scope was cancelled.
+        AzureError: the request failed and a retry cannot help.
     """
     if isinstance(error, ClientRequestIdMismatchError):
         raise Transient(error) from None
@@ -232,7 +232,7 @@ def _target(path: str, query: str, sas: str) -> str:
 
 
 def _version_query(url: BlobURL) -> str:
-    """The part of the query that chooses an older state of the blob."""
+    """The part of the query that selects a snapshot or version."""
     if url.versionid:
         return f"versionid={quote(url.versionid)}"
     return f"snapshot={quote(url.snapshot)}" if url.snapshot else ""
@@ -250,15 +250,15 @@ def _new_prefix() -> str:
     return os.urandom(8).hex()
 
 
-_prefix = PerProcess(_new_prefix)  # with a number it names a request: that costs no system call each time
+_prefix = PerProcess(_new_prefix)  # a prefix and a number identify a request without a system call for each
 _numbers = itertools.count()
 
 
 class _Tracing:
-    """Whether azure-core's tracing is on, looked up once a second: a look costs as much as the rest of a request."""
+    """Whether azure-core's tracing is enabled, checked once a second: a check costs as much as sending a request."""
 
     def __init__(self) -> None:
-        self._found = (float("-inf"), False)  # when it was looked up, and what was found
+        self._found = (float("-inf"), False)  # time and result of the last check
 
     def is_on(self) -> bool:
         looked_up, is_on = self._found
@@ -272,5 +272,5 @@ _tracing = _Tracing()
 
 
 def is_tracing() -> bool:
-    """Whether requests are spans of azure-core's tracing."""
+    """Whether azure-core's tracing is enabled, so that requests are spans."""
     return _tracing.is_on()

@@ -1,8 +1,8 @@
-"""HTTP/1.1 over `http.client`, with pooled connections and bodies received straight into the caller's memory.
+"""HTTP/1.1 over `http.client`, with pooled connections and bodies received directly into the caller's memory.
 
-A connection belongs to one request at a time and returns to the pool only when its answer was read to the end.
-Redirects are not followed, so a credential never reaches another host. Sockets are closed after fork in the
-child, which makes its own.
+A connection is used by one request at a time and returns to the pool only after the whole response was received.
+Redirects are not followed, so a credential never reaches another host. A forked child closes its copies of the sockets
+and creates new connections.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from azstoragetorch.exceptions import ClientRequestIdMismatchError
 log = logging.getLogger("azstoragetorch")
 
 USER_AGENT = f"azstoragetorch/{__version__}"
-_DRAIN_LIMIT = 64 * KiB  # reading this much of an unwanted body is cheaper than a new connection
+_DRAIN_LIMIT = 64 * KiB  # receiving this much of an unwanted body is cheaper than a new connection
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
-_MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of an answer's head
-_MAX_IDLE = 128  # connections kept for each service
-_UNCHECKED_SECONDS = 1.0  # seconds for which `take_idle` believes that a connection is open
+_MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of a response: headers, and bytes of one
+_MAX_IDLE = 128  # connections kept for each origin
+_UNCHECKED_SECONDS = 1.0  # how long `take_idle` assumes that a connection is still open
 
 
 class Headers(Mapping[str, str]):
-    """The headers of an answer, whatever their case."""
+    """Response headers; names are case-insensitive."""
 
     __slots__ = ("_values",)
 
     def __init__(self, values: dict[str, str]) -> None:
-        self._values = values  # by lower-case name; those of metadata as they came
+        self._values = values  # by lower-case name; names of metadata keep their case
 
     def __getitem__(self, name: str) -> str:
         return self._values[name if name in self._values else name.lower()]
@@ -60,7 +60,7 @@ class Headers(Mapping[str, str]):
 
 
 class _HTTPResponse(http.client.HTTPResponse):
-    """http.client's answer with a head that is read at a tenth of the cost: it parses headers as if they were mail."""
+    """http.client's response with its own header parser: the email parser of http.client takes ten times as long."""
 
     is_head = False
     fields: Headers
@@ -69,7 +69,7 @@ class _HTTPResponse(http.client.HTTPResponse):
         """Read the status line and the headers."""
         while True:
             self.code, values, stays_open = parse_head(self._read_head())
-            if self.code >= 200:  # below are interim answers
+            if self.code >= 200:  # lower statuses are interim responses
                 break
         self.status = self.code
         self.reason = values.pop("", "")
@@ -97,21 +97,21 @@ class _HTTPResponse(http.client.HTTPResponse):
                 return b"".join(lines)
             if not line.endswith(b"\n"):
                 if not lines and not line:
-                    raise http.client.RemoteDisconnected("no answer came")
+                    raise http.client.RemoteDisconnected("the connection was closed without a response")
                 raise http.client.IncompleteRead(line) if lines else http.client.BadStatusLine(repr(line))
             lines.append(line)
-        raise http.client.HTTPException(f"more than {_MAX_FIELDS} headers")
+        raise http.client.HTTPException(f"the response has more than {_MAX_FIELDS} headers")
 
 
 def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
-    """Status, headers by lower-case name (and the reason by no name), and whether the connection stays open.
+    """The status, the headers by lower-case name, and whether the connection stays open.
 
-    Metadata keeps the case of its names.
+    The reason phrase is the value for the empty name. Names of metadata keep their case.
 
     Raises:
-        http.client.HTTPException: this is not the head of an answer.
+        http.client.HTTPException: *head* is not a valid status line with headers.
     """
-    # Not splitlines, to which some bytes of a UTF-8 file name are ends of lines too.
+    # Not splitlines: it also splits at some bytes of UTF-8 names.
     first, *lines = head.decode("latin-1").rstrip("\r\n").replace("\r\n", "\n").split("\n")
     found = _STATUS_LINE.fullmatch(first)
     if found is None:
@@ -120,10 +120,10 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon:
-            raise http.client.HTTPException(f"not a header: {line[:80]!r}")
+            raise http.client.HTTPException(f"{line[:80]!r} is not a header")
         name = name.strip()
         lower = name.lower()
-        values[name if lower.startswith("x-ms-meta-") else lower] = value.strip()  # names of metadata have a case
+        values[name if lower.startswith("x-ms-meta-") else lower] = value.strip()  # case matters in names of metadata
     connection = values.get("connection", "").lower()
     stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
     return int(found.group(2)), values, stays_open
@@ -138,11 +138,11 @@ def _receive_head(connection: Connection, method: str) -> _HTTPResponse:
 
 
 class Response:
-    """The answer to one request. Leaving its ``with`` block frees the connection."""
+    """The response to one request. Leaving its ``with`` block releases the connection."""
 
     def __init__(self, pool: Pool, connection: Connection, raw: _HTTPResponse, hold: Hold) -> None:
         self._pool = pool
-        self._connection = [connection]  # taken out in one step: `close` gives it back once, even if it is interrupted
+        self._connection = [connection]  # `pop` is one step, so `close` releases it once, even if interrupted
         self._raw = raw
         self._hold = hold
         self.status = raw.status
@@ -150,10 +150,10 @@ class Response:
         self.headers: Mapping[str, str] = raw.fields
         self._received = 0
         self.length = raw.length
-        """Bytes of the body that are still to come, where the service said so."""
+        """The number of bytes of the body still to be received; None if the service has not declared it."""
 
     def readinto(self, target: memoryview) -> int:
-        """Receive up to ``len(target)`` bytes; fewer, or 0, only if the body ends."""
+        """Receive up to ``len(target)`` bytes; fewer, or zero, only at the end of the body."""
         received = self._raw.readinto(target)
         self._received += received
         if self.length is not None:
@@ -161,14 +161,14 @@ class Response:
         return received
 
     def read(self) -> bytes:
-        """The rest of the body."""
+        """Receive the rest of the body."""
         data = self._raw.read()
         self._received += len(data)
         self.length = 0
         return data
 
     def close(self) -> None:
-        """Return the connection to the pool if the body was read to its end, else close it; once is enough."""
+        """Return the connection to the pool if the whole body was received, otherwise close it. Idempotent."""
         try:
             connection = self._connection.pop()
         except IndexError:
@@ -196,28 +196,45 @@ class Response:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.length = None  # what is left of the body is not trusted
+            self.length = None  # after an error the rest of the body cannot be trusted
         self.close()
 
 
-# A connection is in one place at a time: in the pool, or with the one request that took it out. Both ways are single
-# steps on a deque (`pop`, `append`), which take no lock: other threads, and a signal handler that sends requests
-# from any line here, get other connections. An interrupt between two lines can drop a connection, never share one.
+# Connection reuse
+# ----------------
+# A connection is in exactly one place: in the pool, or owned by one request. It moves by single steps on a deque
+# (`pop`, `append`) that take no lock, so another thread, or a signal handler that sends requests from any line here,
+# gets another connection. An interrupt between two lines can lose a connection (its finalizer closes the socket) but
+# never share one.
 #
-# A cancel may come from another thread while a request gives its connection back. The request first ends its hold, and
-# only if that came before the cancel (`was_woken` is false for good) the connection goes to the pool; a cancel that
-# comes later finds the hold ended and touches nothing. Otherwise the connection is closed, see `Connection.close`.
+#     idle -> in use    `take`. A socket that is readable while idle was closed by the service, or has bytes that belong
+#                       to no request: it is closed. The check cannot be complete, since the service may close the
+#                       connection just after it. Then sending fails, or the response ends before its first byte, and
+#                       `send` repeats the request on another connection. It does that only for a connection that was
+#                       used before, so a service that closes every connection is an error at once.
+#     in use -> idle    `Response.close`, only if the whole body was received, the service did not send "Connection:
+#                       close", and no error was raised. Otherwise the rest of the body would be read as the beginning
+#                       of the next response. A short rest is received and dropped first.
+#     in use -> closed  in every other case.
+#
+# A conditional write is not repeated (`_is_conditional_write`): if the first one was carried out, the service would
+# refuse the second one, and the caller, which checks what happened (see `commit`), would not know that there were two.
+# The next attempt of the caller gets a new connection (`distrusted`): all idle connections may have died together.
+#
+# A cancel can come from another thread while a request returns its connection. The request first leaves its hold. If
+# that happened before the cancel, `was_woken` stays false, the connection goes to the pool, and the cancel, which finds
+# the hold ended, does not touch it. Otherwise the connection is closed; `Connection` says who closes it.
 class Pool:
-    """Idle connections of this process, most recently used first."""
+    """The idle connections of this process; the most recently used one is taken first."""
 
     def __init__(self) -> None:
         self._idle: dict[Origin, deque[Connection]] = {}
         self._made: weakref.WeakSet[Connection] = weakref.WeakSet()
         self.distrusted: set[Origin] = set()
-        """Where a used connection has died under a write that is not sent twice: the next ones get new connections."""
+        """Origins where a pooled connection failed during a conditional write: such writes then get new connections."""
 
     def take(self, origin: Origin, *, is_new: bool = False) -> Connection:
-        """An idle connection that is still open, unless it has to be a new one, or a new one."""
+        """An open idle connection, or a new one if none is idle or *is_new* is set."""
         connection = None if is_new else self.take_idle(origin)
         if connection is None:
             count("connections")
@@ -226,12 +243,12 @@ class Pool:
         return connection
 
     def take_idle(self, origin: Origin, unchecked: float = 0.0) -> Connection | None:
-        """An idle connection that is still open, as far as is known of those used *unchecked* seconds ago; or None."""
+        """An open idle connection, or None. One that was used in the last *unchecked* seconds is assumed to be open."""
         idle = self._idle.get(origin)
         while idle:
             try:
                 connection = idle.pop()
-            except IndexError:  # another thread took it
+            except IndexError:  # another thread has taken the last one
                 break
             if not connection.is_stale(unchecked):
                 return connection
@@ -247,7 +264,7 @@ class Pool:
         try:
             if len(idle) > _MAX_IDLE or connection.idle_since - idle[0].idle_since > MAX_IDLE_SECONDS:
                 idle.popleft().close()
-        except IndexError:  # other threads took them all
+        except IndexError:  # other threads have taken all of them
             pass
 
     def close(self) -> None:
@@ -258,13 +275,13 @@ class Pool:
                     idle.pop().close()
 
     def forget(self) -> None:
-        """Let go of all connections of a forked parent."""
+        """In a forked child: close the copies of the parent's sockets."""
         for connection in list(self._made):
             connection.forget()
 
     @property
     def idle_count(self) -> int:
-        """Connections that wait for a request."""
+        """The number of idle connections."""
         return sum(map(len, list(self._idle.values())))
 
 
@@ -280,14 +297,14 @@ def send(
     body: Body = None,
     scope: Scope | None = None,
 ) -> Response:
-    """Send one request and read the head of its answer.
+    """Send one request and receive the response headers.
 
-    A pooled connection that turns out to be dead is replaced at once and the request sent again, which does not count
-    as a failure; conditional writes are not sent twice.
+    If a pooled connection turns out to be closed, the request is sent again on another connection, which does not count
+    as a failure. Conditional writes are not sent again.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
-        ClientRequestIdMismatchError: the answer belongs to another request.
+        ClientRequestIdMismatchError: the response belongs to another request.
         Cancelled: *scope* was cancelled.
     """
     pool, scope = _pool.get(), scope or Scope()
@@ -317,44 +334,44 @@ def send(
             log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed * 1000)
         sent_id, echoed_id = headers.get("x-ms-client-request-id", ""), raw.fields.get("x-ms-client-request-id")
         if not echoed_id and raw.status >= 300:
-            raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error's message
+            raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error message
         response = Response(pool, connection, raw, hold)
         if sent_id and echoed_id and sent_id != echoed_id:
             response.length = None
             response.close()
             raise ClientRequestIdMismatchError(
-                f"{method} {redact(f'{origin.scheme}://{origin.host}{target}')}: the answer is for client request id "
+                f"{method} {redact(f'{origin.scheme}://{origin.host}{target}')}: the response is for client request id "
                 f"{echoed_id}, not {sent_id} (request id {raw.fields.get('x-ms-request-id', '-')})"
             )
         return response
 
 
 def _is_conditional_write(method: str, headers: Mapping[str, str]) -> bool:
-    """Whether a second request would be refused because of the first one, which is for the caller to find out."""
+    """Whether the service would refuse a second request if the first one was carried out."""
     return method != "GET" and any(name.lower() in ("if-none-match", "if-match") for name in headers)
 
 
 def take_idle(origin: Origin) -> Connection | None:
-    """An idle connection for the caller to give back or close; None if all are in use.
+    """An idle connection, which the caller must return with `give_back` or close; None if no connection is idle.
 
-    It was open a moment ago. Whether it still is would take one more system call to know, and the caller has to be
-    prepared for a broken connection anyway.
+    If it was used within the last second it is not checked, which saves a system call: the caller has to handle a
+    connection that fails anyway.
     """
     return _pool.get().take_idle(origin, _UNCHECKED_SECONDS)
 
 
 def give_back(connection: Connection) -> None:
-    """Return to the pool a connection that `take_idle` gave, after an answer that was received whole."""
+    """Return a connection from `take_idle` to the pool, after the whole response was received."""
     _pool.get().give_back(connection)
 
 
 def idle_connections() -> int:
-    """Connections of this process that wait in the pool."""
+    """The number of idle connections of this process."""
     return _pool.get().idle_count
 
 
 def close_idle_connections() -> None:
-    """Close the connections that wait in the pool; the next request opens a new one."""
+    """Close all idle connections; the next request opens a new one."""
     _pool.get().close()
 
 

@@ -71,7 +71,7 @@ def check_pool(client: BlobClient) -> None:
     """Every idle connection is in the pool once, was not woken, and the next one works."""
     idle = [each for connections in transport._pool.get()._idle.values() for each in connections]
     assert len(set(map(id, idle))) == len(idle)
-    assert not any(each._is_interrupted or each._was_left for each in idle)
+    assert not any(each._is_interrupted or each._was_closed for each in idle)
     assert client.head().data == DATA
 
 
