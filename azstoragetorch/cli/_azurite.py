@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
-from azstoragetorch._blob.client import Access
+from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.url import EMULATOR_ACCOUNT, parse_url
-from azstoragetorch._files.places import printable
+from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._session import examples
 
 _LISTENING = "Azurite Blob service successfully listens on "
@@ -44,7 +44,7 @@ def azurite(port: int, container: str) -> None:
             output.append(line.strip())
             if line.startswith(_LISTENING):
                 url = f"{line.removeprefix(_LISTENING).strip()}/{EMULATOR_ACCOUNT}/{container}"
-                Access().container(parse_url(url)).create()
+                ClientFactory().container(parse_url(url)).create()
                 click.echo("Azurite is running until Ctrl-C. It keeps everything in memory.\n")
                 click.echo(f'container = "{url}"')
         said = printable(" ".join(output)) or "it printed nothing"

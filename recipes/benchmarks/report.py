@@ -21,57 +21,61 @@ WHAT = {
     "load": "torch.load, {size} in 318 tensors",
     "samples": "dataset of {count} blobs of 110 KB",
     "names": "list {count} blobs",
-    "latency": "read 4 KiB, one after the other",
+    "latency": "read 4 KiB, sequentially",
     "checkpoint-save": "distributed checkpoint saved, {size}",
     "checkpoint-load": "distributed checkpoint loaded, {size}",
 }
 
 INTRODUCTION = """\
-What the same work takes with the libraries that a user would pick. Measured on {date} on {cpus} CPUs ({cpu}, {system},
-Python {python}) against {where}. Versions: {versions_of}."""
+The same tasks with azstoragetorch and with the libraries that you might use instead. Measured on {date} on {cpus}
+CPUs ({cpu}, {system}, Python {python}) against {where}. Versions: {versions_of}."""
 
 HOW = """\
-Figures are medians. The libraries took turns, run by run, in processes of their own; the first run of each warmed up
-and does not count unless it took long. A dash means that a library has no such function. *Ratio* is azstoragetorch over
-the published azstoragetorch 0.2, or over the best of the others where that has none.
+Each figure is the median of several runs. The libraries took turns, run by run, each in a separate process. The first
+run of each library is a warm-up, and is not counted if it was short. A dash means that a library has no such
+function. *Ratio* is azstoragetorch divided by the published azstoragetorch 0.2, or by the best of the others if 0.2
+has no such function.
 
 ```{note}
-Only ratios within a row mean something: absolute figures are those of one machine and one server.
+Compare figures within a row only: the absolute values are those of one machine and one server.
 ```
 
 ## Throughput
 """
 
 MEMORY = """\
-Memory on top of what the process had before, at its peak over all runs, in MiB. Reading includes the bytes that are
-read. What an allocator kept from the cases before does not show, so this is of the server that came first:"""
+Peak memory over all runs, in addition to the memory of the process before, in MiB. Reading includes the data that is
+read. Memory that an allocator kept from earlier cases is not visible, so the table shows the server that was measured
+first:"""
 
 AGAIN = """\
-Every run is a line of JSON in [results.jsonl]({results}). `make bench` makes the virtual environments, runs all of it
-and writes this page; without options it runs on Azurite, which is then the limit. On your own account:
+Every run is a line of JSON in [results.jsonl]({results}). `make bench` creates the virtual environments, runs all
+cases, and writes this page. Without options it runs on Azurite, which then limits the results. To run it on your
+account:
 
 ```sh
 export AZURE_STORAGE_SAS_TOKEN='...'
-make bench BENCH="--base region=https://<account>.blob.core.windows.net --container <container>"
+url=https://<account>.blob.core.windows.net
+make bench BENCH="--base region=$url --container <container>"
 ```
 
-It writes some 2 GiB into a folder of the container and deletes it again. `azstoragetorch bench` measures this package
-alone, and `azstoragetorch doctor` finds the settings for a place.
+The run writes about 2 GiB into a folder of the container and deletes it at the end. `azstoragetorch bench` measures
+only this package, and `azstoragetorch doctor` suggests settings.
 """
 
 LIMITS = """\
-## What this does not show
+## Limitations
 
-- **A real account.** Throttling, tail latency and what the network does are missing from a server on loopback; a server
-  on the same CPUs as the client takes its share of them.
-- **GPUs and large machines.** There is no copy to a device in these figures, and few CPUs.
-- **Tuning.** All run with their defaults, but for 16 requests at once where a library asks, and 32 samples at once
-  where the loop around it is the user's. Each may do better with care.
-- **Equal work.** obstore's read leaves the bytes in 16 pieces. The SDK, adlfs and obstore have no dataset: theirs is a
-  loop over a thread pool or a batch call, without a DataLoader. Checkpoints with adlfs are torch's own FsspecWriter and
-  FsspecReader.
-- **Safety.** That a torn write commits nothing, or that a read never mixes versions, shows as nothing here.
-- **Several ranks or workers.** Every case is one process.
+- **No real account.** A server on loopback does not throttle and has neither the tail latency nor the network of the
+  service. It also shares the CPUs with the client.
+- **No GPUs or large machines.** The figures include no copy to a device, and the machine has few CPUs.
+- **No tuning.** All libraries run with their defaults, except for 16 concurrent requests where a library requires a
+  number, and 32 concurrent samples where the user writes the loop. Each may be faster when tuned.
+- **Unequal work.** Reading with obstore leaves the data in 16 pieces. The SDK, adlfs, and obstore have no dataset:
+  theirs is a loop over a thread pool or a batch call, without a DataLoader. Checkpoints with adlfs use torch's
+  FsspecWriter and FsspecReader.
+- **No safety.** The figures do not show that a failed write commits nothing, or that a read never mixes versions.
+- **One process.** No case uses several ranks or workers.
 """
 
 
@@ -156,7 +160,7 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     ]
     if is_azurite:
         parts += [
-            "**Azurite was the limit here**, not the libraries: it serves some tens of MiB/s. Give an account.",
+            "**Azurite limited these results**, not the libraries: it serves tens of MiB/s. Run this on an account.",
             "",
         ]
     parts += [HOW]
@@ -173,7 +177,7 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     )
     parts += [""]
     parts += table(found, found.cases("latency"), lambda run: 1000 / run["rate"], "ms a read", is_more_better=False)
-    parts += ["", "## What it costs", "", "CPU seconds of the client for each GiB that was moved:", ""]
+    parts += ["", "## What it costs", "", "CPU seconds of the client per GiB transferred:", ""]
     moved = found.cases("read", "write", "save", "load", "checkpoint-save", "checkpoint-load")
     moved = [case for case in moved if case.get("size", 0) >= 32 * MiB or setup.get("tiny")]
     moved = moved or found.cases("read", "write", "save", "load")
@@ -191,7 +195,7 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     if len(plots) > 2:
         caption = "Rate by requests at once, by size of the blob and by number of blobs"
         parts += figure(plots[2], caption, found, "concurrency", "read", "samples")
-    parts += ["", *scaling(found), "", "## Made with", "", "```sh", setup["command"], "```", ""]
+    parts += ["", *scaling(found), "", "## How it was run", "", "```sh", wrapped(setup["command"]), "```", ""]
     parts += [AGAIN.format(results=results), LIMITS]
     failures = sorted(
         {
@@ -201,11 +205,16 @@ def describe(found: Results, plots: list[str], results: str) -> str:
         }
     )
     if failures:
-        parts += ["Failed, and so without a figure:", "", *(f"- {text}" for text in failures), ""]
+        parts += ["These cases failed and have no figure:", "", *(f"- {text}" for text in failures), ""]
     if found.left_out:
         names = sorted({f"{name_of(case)} ({case['base']})" for case in found.left_out})
-        parts += ["Left out for lack of time:", "", *(f"- {name}" for name in names), ""]
+        parts += ["These cases were skipped for lack of time:", "", *(f"- {name}" for name in names), ""]
     return "\n".join(parts)
+
+
+def wrapped(command: str) -> str:
+    """*command* with a line for each option, as a shell accepts it."""
+    return command.replace(" --", " \\\n  --")
 
 
 def figure(path: str, caption: str, found: Results, *cases: str) -> list[str]:

@@ -76,7 +76,8 @@ def shell_lines(*, start: str) -> Iterator[list[str]]:
     """The commands that begin with *start* in the pages and the README, as words."""
     for text in [*PAGES.values(), (ROOT / "README.md").read_text(encoding="utf-8")]:
         for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            for line in re.findall(rf"(?:^|\$\(){start} ([^\n)]+)", block, re.MULTILINE):
+            joined = block.replace("\\\n", " ")
+            for line in re.findall(rf"(?:^|\$\(){start} ([^\n)]+)", joined, re.MULTILINE):
                 yield shlex.split(line.partition(" > ")[0], comments=True)
 
 

@@ -226,23 +226,23 @@ def count(found: Found, operations: list[str]) -> dict[str, int]:
 _INTRODUCTION = """\
 # Reliability
 
-What becomes of a read or a save when the service or the network fails. This page is written from a run:
+This page shows how reads and saves behave when the service or the network fails. It is generated from a test run:
 
 ```sh
 make reliability
 ```
 
-A blob service on loopback fails as it is told, every operation meets every fault, and each cell of the tables is
-checked for exact bytes or the error named, for the time that the retries allow, for what is left in the container (the
-old content or the new one, whole, as torch itself reads it), and for connections and memory that were not given back.
-{runs} runs, all as they have to be, with torch {torch} and azure-storage-blob {sdk}.
+A blob service on loopback injects faults, and every operation is run with every fault. Each cell of the tables is
+verified: the data is exact or the named error is raised; the operation ends within the time that its retries allow;
+the container holds the old content or the new content, complete, as torch reads it; and all connections and memory
+are released. {runs} runs, all with the expected result, with torch {torch} and azure-storage-blob {sdk}.
 
-- *Now and then*: the fault befalls a few requests, about every other one. `right` means the exact bytes.
-- *Always*: it befalls every request of a kind. What cannot succeed ends with the error that the last column names, and
-  soon.
-- A cell with several outcomes stands for several kinds of requests, such as listing and reading.
-- Behind `torch.save` the error named is the cause of a `FatalBlobIOWriteError`; behind `torch.distributed.checkpoint`
-  it is in the `CheckpointException` that torch raises. `AssertionError` is torch's for metadata that cannot be read.
+- *Now and then*: the fault hits a few requests, about every other one. `right` means that the data is exact.
+- *Always*: the fault hits every request of one kind. An operation that cannot succeed soon raises the error in the
+  last column.
+- A cell with several results covers several kinds of requests, such as listing and reading.
+- For `torch.save`, the error is the cause of a `FatalBlobIOWriteError`. For `torch.distributed.checkpoint`, it is
+  part of the `CheckpointException` that torch raises. torch raises `AssertionError` for metadata that cannot be read.
 
 ## Now and then
 
@@ -254,11 +254,11 @@ old content or the new one, whole, as torch itself reads it), and for connection
 
 ## The published connector with the same faults
 
-azstoragetorch 0.2.0 against the same server, in those operations that it has. Its retries cannot be configured: it
-waits 15 s before the first, so its times are longer by nature; they are given from 5 s on. `WRONG BYTES` are bytes
-that the blob never held, or not all of them, returned without an error. `no end` means that it was ended after
-{patience:.0f} s, stuck or not. Where the published connector is `right` and this package ends with an error, it does
-not look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
+azstoragetorch 0.2.0 with the same server, in the operations that it has. Its retries cannot be configured, and it
+waits 15 s before the first, so it takes longer by design. Times are given from 5 s on. `WRONG BYTES` means that it
+returned data that the blob never held, or only part of the data, without an error. `no end` means that it was stopped
+after {patience:.0f} s. Where the published connector is `right` and this package raises an error, the published
+connector does not check what is wrong (Content-Range, ETag), or waits longer (a stall).
 
 {counts}
 
@@ -274,10 +274,11 @@ not look at what is wrong (Content-Range, ETag) or waits for longer (a stall).
 
 {several_jobs}## Soak
 
-`make soak` uses everything at once, epoch after epoch, against a service that keeps failing: 10,000 blobs through one
-dataset, workers, pipes, nodes, tars, a disk cache that is too small, files written and read, checkpoints saved, loaded
-and cleaned, two ranks. Every byte is checked. What an epoch leaves in use has to be flat: resident memory and cache
-(MiB), threads, processes, sockets, open files, temporary files, segments of shared memory, bytes in flight.
+`make soak` uses everything at once, epoch after epoch, with a service that keeps failing: 10,000 blobs through one
+dataset, workers, pipes, nodes, tars, a disk cache that is too small, files written and read, checkpoints saved,
+loaded, and cleaned, and two ranks. Every byte is verified. Resources in use after an epoch must not grow: resident
+memory and cache (MiB), threads, processes, sockets, open files, temporary files, shared memory segments, and bytes in
+flight.
 
 {soak}
 """

@@ -23,14 +23,14 @@ HEADING, NEXT = "## Several jobs at once\n", "## Soak\n"
 _SECTION = """\
 ## Several jobs at once
 
-Saves, loads, cleaning and deleting in one folder, by the package's own code over a service in memory where each request
-is one step. Two actors run in every order, without a fault and with each of these at each request of each actor: the
-answer is lost before or after the request is carried out, or the process is killed after it. Orders that lead to the
-same state of the service and of all actors have the same future, so that is run once; the table counts the orders, the
-different states and the requests that were carried out. After every request a checkpoint that was committed and not
-deleted on purpose has to be there, whole; at the end no reported success may be false. A first save into a folder that
-is swept at the same time with a cutoff that includes it is checked at the end only, and not if a process was killed:
-`checkpoint/_commit.py` says why.
+Saves, loads, cleaning, and deleting run in one folder, with the package's code and an in-memory service where each
+request is one step. Two actors run in every order, without a fault, and with each of these faults at each request of
+each actor: the response is lost before or after the request is carried out, or the process is killed after it. Orders
+that lead to the same state of the service and of all actors continue alike, so they are continued once. The table
+counts the orders, the different states, and the requests that were carried out. After every request, each checkpoint
+that was committed and not deleted on purpose must be complete. At the end, no reported success may be false. A first
+save into a folder that is cleaned at the same time with a cutoff that includes the save is checked at the end only,
+and not if a process was killed: `checkpoint/_commit.py` explains why.
 
 ```sh
 make interleavings
@@ -40,7 +40,7 @@ make interleavings
 |---|---|---|---|---|---|
 {rows}
 
-Three actors at once, of all these kinds, in random orders, with a random fault half of the time: {random:,} orders,
+Three actors of any of these kinds at once, in random orders, half of them with a random fault: {random:,} orders,
 {random_steps:,} requests, 0 violations.
 
 """
