@@ -360,7 +360,7 @@ def test_the_rule_sees_its_breach(rule: Callable[[Module], Iterator[str]], name:
         (imports_pointing_up, "_blob.readahead", "from .download import fetch"),
         (imports_pointing_up, "cli._bench", "from azstoragetorch.datasets import BlobDataset"),
         (misplaced_dependencies, "_blob.authorizers", "from azure.storage.blob import BlobClient\nimport json"),
-        (reaching_past_the_front_doors, "datapipes", "from azstoragetorch._blob.client import Access"),
+        (reaching_past_the_front_doors, "datapipes", "from azstoragetorch._blob.client import ClientFactory"),
         (reaching_past_the_front_doors, "datasets", "from azstoragetorch._samples.prefetch import OrderedPrefetch"),
         (reaching_past_the_front_doors, "_blob.client", "from azstoragetorch._blob.transport import Connection"),
         (misplaced_dependencies, "checkpoint.writer", "import torch.distributed.checkpoint as dcp"),

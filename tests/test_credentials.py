@@ -869,7 +869,7 @@ def test_somebody_who_is_not_signed_in_reads_what_to_do(monkeypatch: pytest.Monk
 class TestPickling:
     def test_a_key_that_was_left_out_is_missed_when_it_is_used(self) -> None:
         holder = pickle.loads(pickle.dumps(CredentialHolder(AzureNamedKeyCredential("account", "a2V5"))))
-        with pytest.raises(ValueError, match="make the object again with its credential"):
+        with pytest.raises(ValueError, match="create the object again with its credential"):
             holder.authorizer(HTTP).query()
 
     def test_whatever_came_out_of_pickles_shares_one_signature(self) -> None:
@@ -882,7 +882,7 @@ class TestPickling:
 
     def test_a_sas_that_was_left_out_too(self) -> None:
         holder = pickle.loads(pickle.dumps(CredentialHolder(AzureSasCredential("sig=x"))))
-        with pytest.raises(ValueError, match="make the object again with its credential"):
+        with pytest.raises(ValueError, match="create the object again with its credential"):
             holder.authorizer(HTTP)
 
     @pytest.mark.parametrize("credential", [None, False], ids=["default", "anonymous"])

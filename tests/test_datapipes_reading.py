@@ -239,7 +239,7 @@ def test_what_names_no_blob_is_refused_in_its_turn(fault_service: FaultService, 
     transfer = replace(SMALL, max_connections=31)  # an engine of its own
     for wrong, error, message in (
         (7, TypeError, "URL of a blob"),
-        (fault_service.container_url("data"), ValueError, "names a container but no blob"),
+        (fault_service.container_url("data"), ValueError, "is the URL of a container, not of a blob"),
     ):
         samples = iter(getattr(IterableWrapper([*urls, wrong]), reader)(credential=False, transfer=transfer))
         assert [data_of(next(samples)[1]) for _ in urls] == [content(number) for number in range(5)]

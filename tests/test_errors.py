@@ -29,7 +29,7 @@ def refusal(code: str, detail: str = "", status: int = 403) -> str:
         ("Lifetime validation failed. The token is expired.", ["token has expired", "clock"]),
         ("Audience validation failed. Audience did not match.", ["another cloud"]),
         ("Issuer validation failed. Issuer did not match.", ["another tenant"]),
-        ("Signature did not match. String to sign used was r\n2024\n/blob/account/c\n", ["does not fit", "copied"]),
+        ("Signature did not match. String to sign used was r\n2024\n/blob/account/c\n", ["does not match", "copied"]),
         (FRAME.format("a", "b", "c"), ["[b]", "has expired, is for another account"]),
         ("", ["has expired, is for another account"]),
     ],

@@ -49,7 +49,7 @@ def test_it_is_in_no_text_and_no_plain_pickle() -> None:
 
 
 def test_out_of_a_plain_pickle_it_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="make the object again with its credential"):
+    with pytest.raises(ValueError, match="create the object again with its credential"):
         pickle.loads(pickle.dumps(Secret(TEXT))).reveal()
 
 

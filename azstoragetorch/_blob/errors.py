@@ -1,7 +1,7 @@
-"""Errors that say what, where and why, without secrets, and that survive pickling.
+"""Errors that say what failed, where and why, without secrets, and that can be pickled.
 
-azure-core's own errors keep the traceback and the response, neither of which can be pickled; a worker that
-raises one has hung jobs. The errors made here have the same types and attributes and none of these.
+azure-core's errors refer to the traceback and the response, which cannot be pickled: a DataLoader worker that raises
+one can hang the job. The errors created here have the same types and attributes, without these references.
 """
 
 from __future__ import annotations
@@ -45,29 +45,30 @@ _HINTS_OF_CODES = {
     "characters when it was copied.",
     "AuthorizationPermissionMismatch": "The credential is valid but lacks the permission: a SAS needs it in sp=, an "
     "identity needs the role Storage Blob Data Reader or, to write, Contributor.",
-    "AuthorizationFailure": "Mostly a firewall: the network rules of the account do not admit this machine. A SAS may "
-    "also lack the permission for this operation.",
-    "AuthorizationSourceIPMismatch": "The SAS is for other IP addresses (sip=) than this machine's.",
-    "AuthorizationProtocolMismatch": "The SAS is for https alone (spr=): use an https URL.",
+    "AuthorizationFailure": "Usually a firewall: the network rules of the account do not allow this machine. Or the "
+    "SAS lacks the permission for this operation.",
+    "AuthorizationSourceIPMismatch": "The SAS allows other IP addresses (sip=) than that of this machine.",
+    "AuthorizationProtocolMismatch": "The SAS allows only https (spr=): use an https URL.",
     "AuthorizationResourceTypeMismatch": "The SAS is for another kind of resource (sr= or srt=).",
-    "AuthorizationServiceMismatch": "The SAS is for another service than blobs (ss=).",
-    "KeyBasedAuthenticationNotPermitted": "The account accepts neither its keys nor a SAS that was made with one: use "
-    "an identity.",
-    "UnauthorizedBlobOverwrite": "The SAS may create blobs, not overwrite them: it needs the permission write (w).",
+    "AuthorizationServiceMismatch": "The SAS is for another service than Blob Storage (ss=).",
+    "KeyBasedAuthenticationNotPermitted": "The account accepts neither account keys nor a SAS signed with one: use an "
+    "identity.",
+    "UnauthorizedBlobOverwrite": "The SAS allows creating blobs but not overwriting them: it needs the "
+    "permission write (w).",
 }
 _HINTS_OF_DETAILS = {  # a part of AuthenticationErrorDetail
-    "token is expired": "The token has expired: look at this machine's clock.",
-    "not valid yet": "The token is not valid yet: look at this machine's clock.",
+    "token is expired": "The token has expired: check the clock of this machine.",
+    "not valid yet": "The token is not valid yet: check the clock of this machine.",
     "Audience validation failed": "The token is for another service or another cloud.",
-    "Issuer validation failed": "The identity is of another tenant than the account.",
-    "did not match": "The signature does not fit: the SAS or key is for another account, the key was replaced, or it "
-    "was changed when it was copied.",
-    "not the same as any computed": "The signature does not fit: the key is for another account, or was replaced.",
+    "Issuer validation failed": "The identity belongs to another tenant than the account.",
+    "did not match": "The signature does not match: the SAS or key is for another account, the key was rotated, or "
+    "characters were lost when it was copied.",
+    "not the same as any computed": "The signature does not match: the key is for another account, or it was rotated.",
 }
 _TIME_FRAME = re.compile(r"Start \[(.*?)\] - Expiry \[(.*?)\] - Current \[(.*?)\]")
 _EXPIRED_WITHOUT_START = re.compile(r"Signed expiry time \[(.*?)\] must be after signed start time \[(.*?)\]")
-_LONG_CODE = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")  # a signature or a part of a token, however it is marked
-_HEAD_OF_BODY = 16 << 10  # bytes of an answer in which its code and message are looked for
+_LONG_CODE = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")  # possibly a signature or a part of a token
+_HEAD_OF_BODY = 16 << 10  # bytes of a response that are searched for the error code and message
 _ANONYMOUS_HINT = "No credential was sent: pass credential=, or a URL with a SAS."
 
 
@@ -81,7 +82,7 @@ def service_error(
     body: bytes = b"",
     anonymous: bool = False,
 ) -> HttpResponseError:
-    """The error for an answer that refuses the request."""
+    """The error for a response that refuses the request."""
     code = headers.get("x-ms-error-code") or _tag(body, b"Code") or ""
     message = _line(_tag(body, b"Message"))
     detail = _LONG_CODE.sub("[redacted]", _line(_tag(body, b"AuthenticationErrorDetail")))
@@ -108,27 +109,27 @@ def service_error(
 
 
 def connection_error(verb: str, url: str, cause: BaseException, *, was_sent: bool) -> AzureError:
-    """The error for a request that got no answer, or a broken one."""
+    """The error for a request without a complete response."""
     kind = ServiceResponseError if was_sent else ServiceRequestError
     return picklable(kind(redact(f"{verb} {url}: {type(cause).__name__}: {cause}")))
 
 
 def not_found(what: str) -> ResourceNotFoundError:
-    """The error for a blob that a listing or a look at its version did not find."""
+    """The error for a blob that does not exist, with the message *what*."""
     error = ResourceNotFoundError(message=what)
     error.status_code = 404
     return picklable(error)
 
 
 def picklable(error: E) -> E:
-    """*error* without what cannot be pickled."""
+    """Remove the attributes of *error* that cannot be pickled; return it."""
     error.exc_value = error.exc_traceback = error.inner_exception = None
     error.exc_type = None
     return error
 
 
 def _hint_of(detail: str) -> str:
-    """What to do about *detail*, which says why a signature or token was not accepted."""
+    """A hint for *detail*, the reason of the service for rejecting a signature or token."""
     frame, expired = _TIME_FRAME.search(detail), _EXPIRED_WITHOUT_START.search(detail)
     if frame is not None:
         start, expiry, current = frame.groups()
@@ -140,8 +141,8 @@ def _hint_of(detail: str) -> str:
     if now is not None and begin is not None and now < begin:
         return (
             f"The SAS is not valid yet: it starts at {start}, and the clock of the service says {current}. Wait, or "
-            "make one with an earlier start (st=). If this is a matter of minutes, the machine that made the SAS "
-            "has a clock that is fast."
+            "create a SAS with an earlier start (st=). If the difference is a few minutes, the clock of the machine "
+            "that created the SAS is fast."
         )
     if now is not None and end is not None and now >= end:
         return f"The SAS has expired: it was valid until {expiry}, and the clock of the service says {current}."

@@ -1,8 +1,8 @@
-"""Secrets that are used but never shown: not in a repr, not in a plain pickle.
+"""Secrets that are never shown: neither in a repr nor in a pickle that can end up in a file.
 
-A secret travels to a child process (spawn, forkserver, multiprocessing queues and pipes), where it is needed.
-In any other pickle, which may end up in a file, its place is taken by a marker that says what to do. One that is
-updated later reaches child processes through memory that they share.
+A secret is passed on to child processes (spawn, forkserver, multiprocessing queues and pipes), which need it. In any
+other pickle it is replaced by a marker, and using that raises an error that says what to do. Updates of a secret reach
+child processes through shared memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BEARER = re.compile(r"(?i)\b(bearer|sharedkey(?:lite)?)\s+[a-z0-9._~+/:=-]{8,}"
 
 
 def redact(text: str) -> str:
-    """*text* without signatures and tokens."""
+    """Replace signatures and tokens in *text*."""
     return _BEARER.sub(r"\1 [redacted]", _SIGNATURE.sub(r"\1\2[redacted]", text))
 
 
 class Secret:
-    """A text that is kept out of sight. ``reveal()`` gives it."""
+    """A string that is not shown in reprs and pickles. ``reveal()`` returns it."""
 
     __slots__ = ("_value",)
 
@@ -41,12 +41,12 @@ class Secret:
         """The secret.
 
         Raises:
-            ValueError: this object came out of a plain pickle, which never holds secrets.
+            ValueError: this object was unpickled from a plain pickle, which never contains secrets.
         """
         if self._value is None:
             raise ValueError(
-                "the SAS or key of this object was left out when it was pickled, since a pickle may be kept in a file: "
-                "make the object again with its credential"
+                "the SAS or key of this object was left out when it was pickled, since a pickle can end up in a file: "
+                "create the object again with its credential"
             )
         return self._value
 
@@ -63,10 +63,10 @@ class Secret:
         return self
 
     def __deepcopy__(self, _memo: object) -> Secret:
-        return self  # a copy stays in this process
+        return self  # a copy in the same process can share it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # While a child process is being started its arguments may hold plain pickles: DataLoader wraps a pipe in one.
+        # The arguments of a child process that is being started can contain plain pickles, as DataLoader wraps a pipe.
         return Secret, (self._value if get_spawning_popen() is not None else None,)
 
 
@@ -78,11 +78,11 @@ ForkingPickler.register(Secret, _to_other_process)
 
 
 class SharedString:
-    """A string that this process shares with those that it starts: after `set` in one, `get` returns it in all.
+    """A string that this process shares with its child processes: after `set` in one, `get` returns it in all.
 
-    It is in memory that no file has a name for, in two slots. A setter fills the slot of the older version, so that a
-    reader always finds a whole one; a digest shows which is. Nobody waits for anybody. A process made by fork has the
-    same memory; where memory can be passed on by a descriptor (Linux), one made by spawn or forkserver gets it by
+    It is stored in anonymous shared memory with two slots. `set` writes to the slot with the older version, so `get`
+    always finds a complete one, which it recognizes by its digest. Neither waits. A forked child has the same memory.
+    Where memory can be passed on by a file descriptor (Linux), a child made by spawn or forkserver attaches to it with
     `handle`.
     """
 
@@ -104,17 +104,17 @@ class SharedString:
 
     @classmethod
     def attach(cls, handle: Any) -> SharedString:
-        """In a child process: what the parent's *handle* stands for."""
+        """In a child process: the string of the parent's *handle*."""
         return _attached(handle.detach())
 
     def handle(self) -> Any:
-        """What a child process that is being started attaches to; None where only a fork passes memory on."""
+        """A handle for a child process that is being started; None if only a forked child can share the memory."""
         child: Any = get_spawning_popen()
         if self._fd is None or child is None:
             return None
         from multiprocessing.reduction import DupFd
 
-        # A descriptor can be passed to a child once, however often a credential is in what the child gets.
+        # A descriptor can be passed to a child only once, but the child can get the same credential several times.
         of, handle = self._handed
         if of() is not child:
             handle = DupFd(self._fd)
@@ -122,7 +122,7 @@ class SharedString:
         return handle
 
     def get(self) -> str:
-        """The string that was set last."""
+        """Return the string that was set last, in any of the processes."""
         versions = [self._HEADER.unpack_from(self._memory, slot * self._SLOT) for slot in (0, 1)]
         version, known = self._known
         if version != max(versions)[0]:
@@ -135,20 +135,20 @@ class SharedString:
         return known
 
     def set(self, value: str) -> None:
-        """Make *value* the string, in all processes that share it.
+        """Set the string in all processes that share it.
 
         Raises:
-            ValueError: it is too long.
+            ValueError: *value* is too long.
         """
         data = value.encode()
         if len(data) > self._SLOT - self._HEADER.size:
-            raise ValueError(f"a SAS or key of {len(data)} bytes is too long")
+            raise ValueError(f"the SAS or key has {len(data)} bytes, which is too long: check that it is one")
         while True:
             version = max(self._HEADER.unpack_from(self._memory, slot * self._SLOT)[0] for slot in (0, 1)) + 1
             start = (version % 2) * self._SLOT
             self._memory[start + self._HEADER.size : start + self._HEADER.size + len(data)] = data
             self._HEADER.pack_into(self._memory, start, version, len(data), _digest(version, data))
-            if self.get() == value:  # else another thread wrote at the same time
+            if self.get() == value:  # otherwise another thread has written at the same time: try again
                 return
 
     def __del__(self) -> None:
@@ -163,7 +163,7 @@ def _digest(version: int, data: bytes) -> bytes:
 
 @cache
 def _attached(fd: int) -> SharedString:
-    # Several objects of one pickle may come with the same descriptor, so it stays open.
+    # Several objects of one pickle can have the same descriptor, so it stays open.
     shared = SharedString.__new__(SharedString)
     shared._fd = fd  # noqa: SLF001 - a second constructor
     shared._map()  # noqa: SLF001

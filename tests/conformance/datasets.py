@@ -93,7 +93,7 @@ class DatasetSuite(ABC):
         self.samples(dataset)
         data = pickle.dumps(dataset)
         assert filled.service.account_key.encode() not in data
-        with pytest.raises(ValueError, match="make the object again with its credential"):
+        with pytest.raises(ValueError, match="create the object again with its credential"):
             self.samples(pickle.loads(data))
 
     def test_a_sas_credential_is_enough_and_shows_nowhere(self, filled: Container) -> None:
