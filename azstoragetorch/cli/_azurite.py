@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
+from azure.core.exceptions import AzureError
 
 from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.url import EMULATOR_ACCOUNT, parse_url
@@ -44,11 +45,19 @@ def azurite(port: int, container: str) -> None:
             output.append(line.strip())
             if line.startswith(_LISTENING):
                 url = f"{line.removeprefix(_LISTENING).strip()}/{EMULATOR_ACCOUNT}/{container}"
-                ClientFactory().container(parse_url(url)).create()
+                _create(url)
                 click.echo("Azurite is running until Ctrl-C. It keeps everything in memory.\n")
                 click.echo(f'container = "{url}"')
         said = printable(" ".join(output)) or "it printed nothing"
-        raise click.ClickException(f"Azurite ended with exit code {process.wait()}: {said}")
+        hint = f". Port {port} is in use: end the process that uses it, or pass --port" if "EADDRINUSE" in said else ""
+        raise click.ClickException(f"Azurite ended with exit code {process.wait()}: {said}{hint}")
+
+
+def _create(url: str) -> None:
+    try:
+        ClientFactory().container(parse_url(url)).create()
+    except (AzureError, ValueError) as error:
+        raise click.ClickException(f"the container was not created: {error}") from error
 
 
 def _program() -> list[str]:

@@ -19,8 +19,10 @@ PUBLISHED_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/
 
 
 @contextmanager
-def run_emulator(folder: Path) -> Iterator[Azurite]:
-    """Run ``azstoragetorch azurite`` on a free port, with a container ``scratch``; *folder* gets its commands."""
+def run_emulator(
+    folder: Path, *, container: str = "scratch", end_with: signal.Signals = signal.SIGTERM
+) -> Iterator[Azurite]:
+    """Run ``azstoragetorch azurite`` on a free port, and end it by *end_with*; *folder* gets Azurite's command."""
     program = folder / "azurite-blob"
     program.write_text(f'#!/bin/sh\nexec "{find_node()}" "{find_azurite()}" "$@"\n')
     program.chmod(0o755)
@@ -29,7 +31,7 @@ def run_emulator(folder: Path) -> Iterator[Azurite]:
     # What a caller may have in its environment and Azurite must not take over.
     environment |= {"AZURITE_ACCOUNTS": "another:a2V5"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "azstoragetorch", "azurite", "--port", "0"],
+        [sys.executable, "-m", "azstoragetorch", "azurite", "--port", "0", "--container", container],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -39,11 +41,11 @@ def run_emulator(folder: Path) -> Iterator[Azurite]:
     try:
         assert process.stdout is not None
         said = ""
-        while (found := re.search(r'^container = "(http://\S+)/scratch"$', said, re.MULTILINE)) is None:
+        while (found := re.search(r'^container = "(http://\S+)/\w+"$', said, re.MULTILINE)) is None:
             line = process.stdout.readline()
             assert line, f"the command ended: {said}"
             said += line
         yield Azurite(found[1], found[1].rpartition("/")[2], PUBLISHED_KEY, None, process.pid)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(end_with)
         process.communicate()

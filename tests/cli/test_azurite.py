@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -29,11 +31,23 @@ def test_the_other_commands_need_none_either(emulator_container: Container) -> N
     assert (ended.code, ended.out) == (0, "a.txt\n"), ended.err
 
 
-def test_azurite_ends_with_the_command(tmp_path: Path) -> None:
-    with run_emulator(tmp_path) as service:
-        port = int(service.account_url.split(":")[2].split("/")[0])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_azurite_ends_with_the_command(tmp_path: Path, end: signal.Signals) -> None:
+    """As with Ctrl-C: the process that listens is a child, or a grandchild of npx."""
+    with run_emulator(tmp_path, end_with=end) as service:
+        port = urlsplit(service.account_url).port
+        assert port is not None
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def test_a_container_that_is_refused_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"ended: azstoragetorch: the container was not created: PUT http\S+: 400 "),
+        run_emulator(tmp_path, container="a_b"),
+    ):
+        pass
 
 
 def test_without_node_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +67,4 @@ def test_a_port_that_is_taken_is_reported(emulator: Azurite, tmp_path: Path) -> 
     assert ended.code == 1
     assert "exit code 1" in ended.err
     assert "EADDRINUSE" in ended.err
+    assert "Port 10000 is in use" in ended.err
