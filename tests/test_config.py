@@ -80,14 +80,43 @@ def test_it_is_a_value() -> None:
         config.part_size = 1  # type: ignore[misc]
 
 
+class TestTrustedHosts:
+    def test_a_list_becomes_a_value(self) -> None:
+        config = TransferConfig(trusted_hosts=["Data.Example.com:8443", "*.example.org"])
+        assert config.trusted_hosts == ("data.example.com:8443", ".example.org")
+        assert pickle.loads(pickle.dumps(config)) == config
+        assert config != TransferConfig()
+        assert hash(config) == hash(TransferConfig(trusted_hosts=config.trusted_hosts))
+
+    @pytest.mark.parametrize("hosts", ["data.example.com", None, [1], b"a", {"a.example": 1}, ""])
+    def test_a_string_is_not_a_list(self, hosts: object) -> None:
+        with pytest.raises(TypeError, match="trusted_hosts must be a list or tuple of strings"):
+            TransferConfig(trusted_hosts=hosts)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("host", ["https://data.example.com", "*", "", "a b@c", "example.com/c", "a,b", "a\nb"])
+    def test_what_names_no_host_is_refused(self, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match=r"trusted_hosts: .* is not a host"):
+            TransferConfig(trusted_hosts=[host])
+        if host and not {" ", ",", "\n"} & set(host):
+            monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", host)
+            with pytest.raises(ValueError, match=r"AZSTORAGETORCH_TRUSTED_HOSTS: .* is not a host"):
+                TransferConfig()
+
+    def test_the_argument_replaces_the_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_TRUSTED_HOSTS", "a.example, b.example")
+        assert TransferConfig().trusted_hosts == ("a.example", "b.example")
+        assert TransferConfig(trusted_hosts=()).trusted_hosts == ()
+
+
 class TestEnvironment:
     def test_every_default_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
         base = TransferConfig()
         for setting in fields(TransferConfig):
             value = getattr(base, setting.name)
-            other = (not value) if isinstance(value, bool) else value + 1
+            other = (not value) if isinstance(value, bool) else value + 1 if value != () else ("a.example", "b.example")
             with monkeypatch.context() as patch:
-                patch.setenv(f"AZSTORAGETORCH_{setting.name.upper()}", str(other))
+                text = ", ".join(other) if isinstance(other, tuple) else str(other)
+                patch.setenv(f"AZSTORAGETORCH_{setting.name.upper()}", text)
                 assert TransferConfig() == replace(base, **{setting.name: other})
 
     def test_a_misspelt_variable_is_warned_about_once(self) -> None:

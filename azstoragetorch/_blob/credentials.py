@@ -7,7 +7,7 @@ a request needs it and does not survive fork or pickling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -28,7 +28,7 @@ from azstoragetorch._blob.authorizers import (
 )
 from azstoragetorch._blob.secret import Secret, SharedString
 from azstoragetorch._blob.url import EMULATOR_ACCOUNT, BlobURL
-from azstoragetorch._engine.config import TRUSTED_HOSTS, trusted_hosts
+from azstoragetorch._engine.config import TRUSTED_HOSTS
 from azstoragetorch._engine.process import PerProcess
 
 Credential: TypeAlias = "TokenCredential | AzureSasCredential | AzureNamedKeyCredential | bool | None"
@@ -60,8 +60,10 @@ class CredentialHolder:
         if trusted_url is not None and kept is not False and not _is_always_allowed(trusted_url, kept):
             _allow(kept, [_origin(trusted_url)])
 
-    def authorizer(self, url: BlobURL) -> Authorizer:
+    def authorizer(self, url: BlobURL, trusted_hosts: Sequence[str] = ()) -> Authorizer:
         """The authorizer for requests to *url*, shared by all of this process that use the same credential.
+
+        *trusted_hosts* are those of the `TransferConfig`.
 
         Raises:
             ValueError: a token would be sent over plain HTTP, or a credential to a host that is neither Azure's nor
@@ -80,12 +82,15 @@ class CredentialHolder:
                 f"credential: a token is never sent over plain http ({url.scheme}://{url.host}); use an https URL, "
                 "a SAS, an account key, or credential=False for a public container"
             )
-        if _is_always_allowed(url, credential) or _origin(url) in _allowed_origins(credential) or is_trusted(url):
+        if _is_always_allowed(url, credential) or _origin(url) in _allowed_origins(credential):
+            return _authorizer(credential, url)
+        if is_trusted(url, trusted_hosts):
             return _authorizer(credential, url)
         raise ValueError(
             f"credential: not sent to the host {url.host!r} of {url}, which is not one of Azure Storage: a list of "
-            "URLs, a listing or a checkpoint names it, and you did not. If you trust it, set the environment variable "
-            f"{TRUSTED_HOSTS}={url.host} (commas between several); for public data pass credential=False"
+            "URLs, a listing or a checkpoint names it, and you did not. If you trust it, pass "
+            f'transfer=TransferConfig(trusted_hosts=["{url.host}"]) or set the environment variable '
+            f"{TRUSTED_HOSTS}={url.host}; for public data pass credential=False"
         )
 
     def __repr__(self) -> str:
@@ -252,10 +257,10 @@ def check_credential(credential: Any) -> Any:
     return credential
 
 
-def is_trusted(url: BlobURL) -> bool:
-    """Whether the user trusts the host of *url* with any credential."""
+def is_trusted(url: BlobURL, trusted_hosts: Sequence[str]) -> bool:
+    """Whether the host of *url* is one of *trusted_hosts*, which may get any credential."""
     port = urlsplit(f"//{url.host}").port or {"http": 80, "https": 443}[url.scheme]
-    for entry in trusted_hosts():
+    for entry in trusted_hosts:
         parts = urlsplit(f"//{entry}")
         name = (parts.hostname or "").removesuffix(".")
         is_host = url.hostname == name or (name.startswith(".") and url.hostname.endswith(name))

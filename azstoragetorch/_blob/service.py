@@ -123,7 +123,7 @@ class Service:
     def __init__(self, url: BlobURL, credential: CredentialHolder, config: TransferConfig) -> None:
         self.config = config
         self.origin = Origin.of(url.scheme, url.host, config)
-        self.authorizer: Authorizer = credential.authorizer(url)
+        self.authorizer: Authorizer = credential.authorizer(url, config.trusted_hosts)
 
     def send(self, request: Request) -> ServiceResponse:
         """Sign and send *request*; return when the response headers have arrived.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -42,26 +43,30 @@ def _setting(name: str, default: Any) -> Any:
     return field(default_factory=resolve)
 
 
-def trusted_hosts() -> tuple[str, ...]:
-    """The hosts in ``AZSTORAGETORCH_TRUSTED_HOSTS``: ``data.example.com``, with a port, or ``.example.com``.
+def _hosts_of_environment() -> tuple[str, ...]:
+    text = os.environ.get(TRUSTED_HOSTS, "")
+    names = [name for name in re.split(r"[\s,]+", text) if name] if text else []
+    return _checked_hosts(names, f"environment variable {TRUSTED_HOSTS}") if names else ()
 
-    Raises:
-        ValueError: one of them is not a host.
-    """
-    names = re.split(r"[\s,]+", os.environ.get(TRUSTED_HOSTS, "").lower())
-    hosts = tuple(name.removeprefix("*") for name in names if name)
-    if wrong := [host for host in hosts if not _HOST.fullmatch(host)]:
-        raise ValueError(
-            f"environment variable {TRUSTED_HOSTS}: {wrong[0]!r} is not a host: write data.example.com, "
-            "data.example.com:8443 or, for all hosts of a domain, .example.com; commas go between them"
-        )
+
+def _checked_hosts(names: Sequence[str], source: str) -> tuple[str, ...]:
+    """*names* of hosts in the form in which they are compared; errors begin with *source*."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'{source} must be a list or tuple of strings such as ["data.example.com"], not {names!r}')
+    hosts = tuple(name.lower().removeprefix("*") for name in names)
+    for name, host in zip(names, hosts, strict=True):
+        if not _HOST.fullmatch(host):
+            raise ValueError(
+                f"{source}: {name!r} is not a host: write data.example.com, data.example.com:8443 or, for all hosts of "
+                "a domain, .example.com"
+            )
     return hosts
 
 
 @lru_cache(maxsize=1)
 def _warn_about_misspelt_variables() -> None:
     """Warn about each ``AZSTORAGETORCH_*`` variable that nothing reads, once for each process."""
-    known = {TRUSTED_HOSTS} | {f"{_PREFIX}{setting.name.upper()}" for setting in fields(TransferConfig)}
+    known = {f"{_PREFIX}{setting.name.upper()}" for setting in fields(TransferConfig)}
     for name in sorted({name for name in os.environ if name.startswith(_PREFIX)} - known):
         from difflib import get_close_matches
 
@@ -95,10 +100,14 @@ class TransferConfig:
         max_backoff: Longest pause between two tries in seconds; a longer ``Retry-After`` is honoured.
         validate_content: Check an MD5 of every part read and have the service check one of every block written.
             Parts are then at most 4 MiB. TLS already protects bytes in flight.
+        trusted_hosts: Hosts outside Azure that may get the credential although only a list of URLs, a listing or a
+            checkpoint names them: ``"data.example.com"``, ``"data.example.com:8443"``, or ``".example.com"`` for all
+            hosts of a domain. Commas separate them in the environment variable. The host of a URL that is passed
+            together with the credential gets it anyway.
 
     Raises:
-        ValueError: a value is out of range; the message names it.
-        TypeError: a value is not a number.
+        ValueError: a value is out of range or not a host; the message names it.
+        TypeError: a value has the wrong type.
     """
 
     part_size: int = _setting("part_size", 8 * MiB)
@@ -112,9 +121,12 @@ class TransferConfig:
     max_attempts: int = _setting("max_attempts", 6)
     max_backoff: float = _setting("max_backoff", 20.0)
     validate_content: bool = _setting("validate_content", False)
+    trusted_hosts: Sequence[str] = field(default_factory=_hosts_of_environment)
 
     def __post_init__(self) -> None:
         _warn_about_misspelt_variables()
+        if self.trusted_hosts != ():
+            object.__setattr__(self, "trusted_hosts", _checked_hosts(self.trusted_hosts, "trusted_hosts"))
         limits: dict[str, tuple[float, float]] = {
             "part_size": (64 * KiB, 4 * GiB),
             "block_size": (64 * KiB, MAX_BLOCK_SIZE),
@@ -127,19 +139,16 @@ class TransferConfig:
             "max_attempts": (1, 1000),
             "max_backoff": (0, 86_400),
         }
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name == "validate_content":
-                if not isinstance(value, bool):
-                    raise TypeError(f"validate_content must be True or False, not {value!r}")
-                continue
-            is_count = setting.name not in ("connect_timeout", "read_timeout", "max_backoff")
+        if not isinstance(self.validate_content, bool):
+            raise TypeError(f"validate_content must be True or False, not {self.validate_content!r}")
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            is_count = name not in ("connect_timeout", "read_timeout", "max_backoff")
             if isinstance(value, bool) or not isinstance(value, int if is_count else (int, float)):
                 kind = "an integer" if is_count else "a number of seconds"
-                raise TypeError(f"{setting.name} must be {kind}, not {value!r}")
-            low, high = limits[setting.name]
+                raise TypeError(f"{name} must be {kind}, not {value!r}")
             if not low <= value <= high:
-                raise ValueError(f"{setting.name} must be between {low:g} and {high:g}, not {value!r}")
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
 
     @property
     def effective_part_size(self) -> int:

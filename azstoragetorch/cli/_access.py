@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
@@ -24,6 +24,7 @@ class CredentialOptions:
     warn: Callable[[str], None]
     is_anonymous: bool = False
     sas_variable: str | None = None
+    trusted_hosts: Sequence[str] = ()
 
     def choose(self, url: BlobURL) -> tuple[Credential, str]:
         """The credential for *url* and, in words, where it comes from.
@@ -48,7 +49,7 @@ class CredentialOptions:
         key, token = os.environ.get(KEY), os.environ.get(SAS)
         if not key and not token:
             return None, "the published key of Azurite" if url.is_emulator else "DefaultAzureCredential"
-        account = _account_of(url)
+        account = self._account_of(url)
         named = os.environ.get(ACCOUNT) or account
         if named == account:
             if key:
@@ -73,19 +74,20 @@ class CredentialOptions:
         """The container that *url* is in."""
         return ClientFactory(self.credential(url), config, url).container(url)
 
+    def _account_of(self, url: BlobURL) -> str:
+        """The account that *url* leads to.
 
-def _account_of(url: BlobURL) -> str:
-    """The account that *url* leads to."""
-    if url.account_name:
-        return url.account_name
-    account = os.environ.get(ACCOUNT)
-    if not account or not is_trusted(url):
+        A path names any account on any host, so what a host that is not Azure's gets depends on the user's trust.
+        """
+        account = url.account_name or os.environ.get(ACCOUNT)
+        if account and (url.is_azure or url.is_loopback or is_trusted(url, self.trusted_hosts)):
+            return account
+        set_account = "" if url.account_name else f"set {ACCOUNT} to the account and "
         raise ValueError(
             f"{url.host!r} is not a host of Azure Storage, so the key or SAS in the environment is not sent to it. If "
-            f"it is your account's, set {ACCOUNT} to the account and {TRUSTED_HOSTS}={url.host}; else unset {KEY} and "
-            f"{SAS}, or pass --anonymous"
+            f"it is your account's, {set_account}pass --trusted-host {url.host} (or set {TRUSTED_HOSTS}); else unset "
+            f"{KEY} and {SAS}, or pass --anonymous"
         )
-    return account
 
 
 class TokenSource(logging.Handler):

@@ -19,6 +19,7 @@ from azure.core.exceptions import (
 )
 
 from azstoragetorch._blob.url import BlobURL, parse_url
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.cli._access import CredentialOptions
 from azstoragetorch.cli._output import SIGN_IN, Output
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointNotFoundError
@@ -54,13 +55,24 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option("--anonymous", is_flag=True, help="Send no credential: public containers.")
     @click.option("--sas-env", metavar="NAME", help="Use the SAS in the environment variable NAME.")
+    @click.option(
+        "--trusted-host",
+        "trusted",
+        metavar="HOST",
+        multiple=True,
+        help="Send the key or SAS of the environment to HOST too: data.example.com, or .example.com for a domain.",
+    )
     @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object a line, and no progress.")
     @click.option("--quiet", "-q", "is_quiet", is_flag=True, help="No progress and no remarks.")
     @functools.wraps(function)
-    def wrapped(anonymous: bool, sas_env: str | None, is_json: bool, is_quiet: bool, **arguments: Any) -> Any:
+    def wrapped(
+        anonymous: bool, sas_env: str | None, trusted: tuple[str, ...], is_json: bool, is_quiet: bool, **arguments: Any
+    ) -> Any:
         output = Output(is_json=is_json, is_quiet=is_quiet)
         try:
-            return function(Session(CredentialOptions(output.warn, anonymous, sas_env), output), **arguments)
+            hosts = (*TransferConfig().trusted_hosts, *TransferConfig(trusted_hosts=trusted).trusted_hosts)
+            options = CredentialOptions(output.warn, anonymous, sas_env, hosts)
+            return function(Session(options, output), **arguments)
         except (AzureError, AZStorageTorchError, OSError, ValueError) as error:
             if isinstance(error, BrokenPipeError):
                 raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,8 +181,40 @@ def test_a_key_goes_to_no_host_that_begins_like_the_account(
     secrets = {"AZURE_STORAGE_KEY": "", "AZURE_STORAGE_SAS_TOKEN": "", name: "a2V5", **account}
     ended = command("ls", "https://account.evil.example/c", **secrets)
     assert ended.code == 2
-    for part in ("account.evil.example", "AZSTORAGETORCH_TRUSTED_HOSTS", "AZURE_STORAGE_ACCOUNT", "--anonymous"):
+    for part in ("--trusted-host account.evil.example", "TRUSTED_HOSTS", "AZURE_STORAGE_ACCOUNT", "--anonymous"):
         assert part in ended.err
+
+
+@pytest.mark.parametrize("account", [{}, {"AZURE_STORAGE_ACCOUNT": "devstoreaccount1"}])
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_a_host_that_names_the_account_in_its_path_gets_the_key_if_the_user_trusts_it(
+    command: Command, fault_service: FaultService, monkeypatch: pytest.MonkeyPatch, way: str, account: dict[str, str]
+) -> None:
+    """Any host can have the account's name in its paths: that proves nothing."""
+    fault_service.put("c", "name", b"data")
+    resolve = socket.getaddrinfo
+    asked: list[str] = []
+
+    def resolve_here(host: str, *more: Any, **options: Any) -> Any:
+        asked.append(host)
+        return resolve("127.0.0.1", *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_here)
+    url = fault_service.container_url("c").replace("127.0.0.1", "gateway.example")
+    refused = command("ls", url, **account)
+    assert (refused.code, asked) == (2, [])
+    assert "--trusted-host gateway.example" in refused.err
+    options = ["--trusted-host", ".example"] if way == "option" else []
+    hosts = {"AZSTORAGETORCH_TRUSTED_HOSTS": ".example"} if way == "variable" else {}
+    ended = command("ls", url, *options, **account, **hosts)
+    assert (ended.code, ended.out) == (0, "name\n"), ended.err
+    assert all("sig" in entry.query for entry in fault_service.log)
+
+
+def test_a_host_that_is_none_is_refused(command: Command) -> None:
+    ended = command("ls", "https://account.blob.core.windows.net/c", "--trusted-host", "https://a.example")
+    assert ended.code == 2
+    assert "'https://a.example' is not a host" in ended.err
 
 
 def test_a_key_that_is_not_base64_is_named(command: Command) -> None:
