@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -760,6 +761,14 @@ print(done)
             gc.enable()
 
 
+def sign_twice(holder: CredentialHolder, pipe: Any) -> None:
+    """In a child process: sign, wait, and sign again; sends what has changed, and the key."""
+    before = holder.authorizer(HTTP).query()
+    pipe.send("signed")
+    pipe.recv()
+    pipe.send((holder.authorizer(HTTP).query() != before, tuple(holder._credential.named_key)))
+
+
 class TestUpdates:
     """An update of a SAS or key in the main process reaches workers that live."""
 
@@ -794,25 +803,46 @@ class TestUpdates:
         loader._iterator._shutdown_workers()
         assert {entry.query["sig"] for entry in fault_service.log if entry.status in (200, 206)} == {"old", "new"}
 
-    def test_of_a_key(self) -> None:
+    @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+    def test_of_a_key(self, method: str) -> None:
         credential = AzureNamedKeyCredential("account", "a2V5")
         holder = CredentialHolder(credential)
         before = holder.authorizer(HTTP).query()
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        go_on = multiprocessing.get_context("fork").Event()
-
-        def child() -> None:
-            go_on.wait(20)
-            sender.send(credential.named_key)
-
-        process = multiprocessing.get_context("fork").Process(target=child)
+        context: Any = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=sign_twice, args=(holder, theirs), daemon=True)
         process.start()
+        theirs.close()
+        assert ours.poll(60)
+        assert ours.recv() == "signed"
         credential.update("account", "b3RoZXI=")
-        go_on.set()
-        assert receiver.poll(20)
-        assert receiver.recv() == ("account", "b3RoZXI=")
-        process.join(20)
-        assert holder.authorizer(HTTP).query() != before
+        after = holder.authorizer(HTTP).query()
+        ours.send("again")
+        assert ours.poll(60)
+        changed, of_child = ours.recv()
+        process.join(60)
+        assert changed
+        assert after != before
+        assert of_child == ("account", "b3RoZXI=")
+
+    @pytest.mark.parametrize("kind", ["sas", "key"])
+    def test_a_system_that_cannot_share_memory_says_so(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on macOS and Windows: a process made by spawn has a copy. One made by fork shares the memory anyway."""
+        monkeypatch.delattr("os.memfd_create")
+        credential: Any = AzureSasCredential("sig=x") if kind == "sas" else AzureNamedKeyCredential("account", "a2V5")
+        value = ["sig=y"] if kind == "sas" else ["account", "b3RoZXI="]
+        holder = CredentialHolder(credential)
+        pickle.dumps(holder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            credential.update(*value)
+        process = multiprocessing.get_context("spawn").Process(target=repr, args=(holder,))
+        process.start()
+        process.join(60)
+        with pytest.warns(RuntimeWarning, match="does not reach processes that were started .* by spawn") as caught:
+            credential.update(*value)
+        assert caught[0].filename == __file__
+        assert "sig=y" in holder.authorizer(HTTP).query() or kind == "key"
 
     def test_the_object_stays_what_it_is(self) -> None:
         sas, key = AzureSasCredential("sig=x"), AzureNamedKeyCredential("account", "a2V5")

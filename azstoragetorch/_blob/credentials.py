@@ -7,6 +7,7 @@ a request needs it and does not survive fork or pickling.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence, Set
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
@@ -139,6 +140,7 @@ class SharedSas(AzureSasCredential):
         """Set the SAS in all processes."""
         super().update(signature)
         self.shared.set(signature)
+        _warn_of_copies(self.shared)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AzureSasCredential, (self.signature,)
@@ -161,9 +163,21 @@ class SharedKey(AzureNamedKeyCredential):
         """Set name and key in all processes."""
         super().update(name, key)
         self.shared.set(f"{name}\0{key}")
+        _warn_of_copies(self.shared)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AzureNamedKeyCredential, tuple(self.named_key)
+
+
+def _warn_of_copies(shared: SharedString) -> None:
+    if shared.was_copied:
+        warnings.warn(
+            "credential: this update does not reach processes that were started with the credential by spawn or "
+            "forkserver, since this system cannot share memory with them: start them again, with a new DataLoader for "
+            "example, or use fork",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _share(credential: Any) -> Any:

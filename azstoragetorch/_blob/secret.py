@@ -90,6 +90,7 @@ class SharedString:
     _SLOT = 16 << 10  # bytes; no URL is that long
 
     def __init__(self, value: str) -> None:
+        self.was_copied = False  # into a child process that `set` does not reach
         self._fd: int | None = None
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("azstoragetorch")
@@ -111,6 +112,7 @@ class SharedString:
         """A handle for a child process that is being started; None if only a forked child can share the memory."""
         child: Any = get_spawning_popen()
         if self._fd is None or child is None:
+            self.was_copied |= child is not None
             return None
         from multiprocessing.reduction import DupFd
 
@@ -165,6 +167,7 @@ def _digest(version: int, data: bytes) -> bytes:
 def _attached(fd: int) -> SharedString:
     # Several objects of one pickle can have the same descriptor, so it stays open.
     shared = SharedString.__new__(SharedString)
+    shared.was_copied = False
     shared._fd = fd  # noqa: SLF001 - a second constructor
     shared._map()  # noqa: SLF001
     return shared
