@@ -90,8 +90,8 @@ newest: setup  ## run the tests of the core with the newest releases and pre-rel
 	$(NEWEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
 
 frameworks: setup  ## run the tests of recipes for other frameworks (Lightning) in a venv that has them; ARGS= goes to pytest
-	$(call beside,$(FRAMEWORKS),lightning)
-	$(FRAMEWORKS)/bin/python -m pytest -m frameworks tests/recipes $(ARGS)
+	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning)
+	$(FRAMEWORKS)/bin/python -m pytest -m frameworks --numprocesses=2 --dist=worksteal tests/recipes $(ARGS)
 
 audit: $(DEV)  ## check that dependencies fit together, and ask PyPI for known vulnerabilities of those that users get
 	$(BIN)/python -m pip --disable-pip-version-check check
