@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -169,7 +168,7 @@ def prune(
     doomed = keep_last(place, keep, dry_run=True, credential=credential) if keep is not None else []
     leftovers = clean(place, min_age=min_seconds, dry_run=True, credential=credential) if incomplete else []
     if (doomed or leftovers) and not dry_run and not yes:
-        _confirm(session, [*doomed, *leftovers])
+        session.output.confirm("Delete for good?", [*doomed, *leftovers])
     with session.output.progress("deleting", len(doomed), unit="checkpoints") as advance:
         for folder in doomed:
             if not dry_run:
@@ -183,20 +182,6 @@ def prune(
         _say_deleted(session, blob, dry_run)
     if not doomed and not leftovers:
         session.output.note("there is nothing to delete")
-
-
-def _confirm(session: Session, places: list[str]) -> None:
-    """Show what would be deleted, and ask.
-
-    Raises:
-        UsageError: nobody can be asked.
-        Abort: the answer is no.
-    """
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise click.UsageError("this deletes for good: add --yes")
-    for place in places:
-        session.output.note(place)
-    click.confirm("Delete for good?", abort=True, err=True)
 
 
 def _say_deleted(session: Session, place: str, is_planned: bool) -> None:

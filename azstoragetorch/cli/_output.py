@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timezone
 from email.utils import parsedate_to_datetime
@@ -43,6 +43,7 @@ _IN_A_SHELL = (
     (re.compile(r"\bcredential=False( for a public container)?"), "--anonymous if the container is public"),
     (re.compile(r"\bcredential=(?!\w)"), "a credential"),
 )
+_SHOWN = 10  # places that a question shows
 _BREAK = re.compile(r"\s*[\r\n\t]+\s*")
 
 
@@ -146,6 +147,21 @@ class Output:
             click.echo(json.dumps({"warning": message}), err=True)
         else:
             click.echo(f"azstoragetorch: warning: {printable(message)}", err=True)
+
+    def confirm(self, question: str, places: Sequence[str]) -> None:
+        """Ask *question* about *places*, the first of which are shown.
+
+        Raises:
+            UsageError: nobody can be asked.
+            Abort: the answer is no.
+        """
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise click.UsageError("this deletes for good, and standard input is not a terminal to ask on: add --yes")
+        for place in places[:_SHOWN]:
+            self.note(place)
+        if len(places) > _SHOWN:
+            self.note(f"... and {len(places) - _SHOWN:,} more; --dry-run shows all")
+        click.confirm(question, abort=True, err=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, *, unit: str = "bytes") -> Iterator[Bar]:

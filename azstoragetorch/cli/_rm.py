@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from azstoragetorch.cli._output import human
 from azstoragetorch.cli._places import Glob, UrlOrGlob, blobs_of, folder_of
 from azstoragetorch.cli._session import FAILED, NOT_FOUND, Session, common, examples, exit_code
 from azstoragetorch.exceptions import AZStorageTorchError
-
-_SHOWN = 10  # names that the question names
 
 _EXAMPLES = """
 rm https://ACCOUNT.blob.core.windows.net/CONTAINER/old.pt
@@ -68,7 +65,9 @@ def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_
             session.output.line(f"would delete {printable(str(blob.url))}  ({human(blob.size)})")
     elif doomed:
         if not yes:
-            _confirm(session, doomed)
+            size = human(sum(blob.size for blob in doomed))
+            question = f"Delete {len(doomed):,} blobs ({size}) for good?"
+            session.output.confirm(question, [str(blob.url) for blob in doomed])
         if _delete(session, config, doomed):
             raise click.exceptions.Exit(FAILED)
     if missing:
@@ -89,23 +88,6 @@ def _find(session: Session, config: TransferConfig, url: BlobURL | Glob, recursi
         raise click.UsageError(f"{url} is a folder or container: add --recursive")
     version = session.access.blob(url, config).version()
     return [_Blob(url, version.size, version.etag)] if version is not None else []
-
-
-def _confirm(session: Session, doomed: list[_Blob]) -> None:
-    """Ask, if there is anybody to ask.
-
-    Raises:
-        UsageError: nobody can be asked.
-        Abort: the answer is no.
-    """
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise click.UsageError("this deletes for good, and standard input is not a terminal to ask on: add --yes")
-    for blob in doomed[:_SHOWN]:
-        session.output.note(str(blob.url))
-    if len(doomed) > _SHOWN:
-        session.output.note(f"... and {len(doomed) - _SHOWN:,} more")
-    size = human(sum(blob.size for blob in doomed))
-    click.confirm(f"Delete {len(doomed):,} blobs ({size}) for good?", abort=True, err=True)
 
 
 def _delete(session: Session, config: TransferConfig, doomed: list[_Blob]) -> int:

@@ -26,8 +26,11 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def on_terminal(container: Container, *commands: list[str]) -> str:
-    """Run *commands* with a terminal as their stderr; returns what it shows, less what moves the cursor."""
+def on_terminal(container: Container, *commands: list[str], answer: str = "", fails: bool = False) -> str:
+    """Run *commands* with a terminal as their stderr, on which *answer* is typed; returns what it shows.
+
+    What moves the cursor is left out.
+    """
     ours, theirs = pty.openpty()
     shown: list[bytes] = []
 
@@ -44,17 +47,18 @@ def on_terminal(container: Container, *commands: list[str]) -> str:
         [sys.executable, "-c", DRIVER, json.dumps(commands)],
         cwd=ROOT,
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=theirs if answer else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=theirs,
     )
     os.close(theirs)
+    os.write(ours, answer.encode())
     reader.start()
     process.wait(timeout=90)
     reader.join()
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode())
-    assert process.returncode == 0, text
+    assert (process.returncode != 0) is fails, text
     return text
 
 
@@ -90,3 +94,23 @@ def test_long_actions_show_amount_rate_and_time_left(container: Container, tmp_p
         assert is_shown(what, text), (what, text)
     assert re.search(r"listing .* 3/\?", text)
     assert torch.equal(torch.load(tmp_path / "exported.pt")["weight"], torch.ones(1 << 18))
+
+
+@pytest.mark.timeout(120)
+def test_a_deletion_shows_what_would_go_and_asks(container: Container) -> None:
+    names = [f"run/step-{number:02}/.metadata" for number in range(13)]
+    for name in names:
+        container.put(name, b"x")
+    for command in (
+        ["rm", "-r", f"{container.url}/run"],
+        ["checkpoint", "prune", f"{container.url}/run", "--keep", "1"],
+    ):
+        text = on_terminal(container, command, answer="n\n", fails=True)
+        assert "step-09" in text
+        assert "step-10" not in text
+        assert f"... and {3 if command[0] == 'rm' else 2} more; --dry-run shows all" in text
+        assert "for good? [y/N]" in text
+        assert container.names() == names
+    text = on_terminal(container, ["rm", "-r", f"{container.url}/run"], answer="y\n")
+    assert "Delete 13 blobs (13 B) for good?" in text
+    assert container.names() == []
