@@ -15,7 +15,7 @@ from typing import Any
 
 from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
-from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties, md5_of, unknown_outcome
+from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties, md5_of, read_tags, unknown_outcome
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
@@ -150,6 +150,14 @@ class BlobClient(_Client):
             ResourceNotFoundError: the blob does not exist.
         """
         return get_properties(self.service, self.url, scope)
+
+    def tags(self, scope: Scope | None = None) -> dict[str, str]:
+        """The index tags of the blob.
+
+        Raises:
+            AzureError: the service refused, or cannot be reached. Reading tags needs a separate permission.
+        """
+        return read_tags(self.service, self.url, scope)
 
     def find_properties(self) -> BlobProperties | None:
         """The properties of the blob; None if it does not exist."""

@@ -59,6 +59,24 @@ def _get_properties(service: Service, url: BlobURL, scope: Scope | None) -> Blob
     return BlobProperties(BlobVersion(int(length), etag), _md5(headers.get("Content-MD5")), headers)
 
 
+def read_tags(service: Service, url: BlobURL, scope: Scope | None = None) -> dict[str, str]:
+    """The index tags of the blob at *url*. Raises as `get_properties` does.
+
+    Reading tags needs a separate permission.
+    """
+    request = Request("GET", url, "comp=tags", scope=scope, purpose="tags")
+
+    def ask() -> bytes:
+        with service.send(request) as answer:
+            return answer.read()
+
+    try:
+        root = ET.fromstring(retrying(service.config, ask, scope))  # noqa: S314 - as in `listing`
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise portable(ServiceResponseError(f"GET (tags) {url}: the answer is not XML: {error}")) from error
+    return {tag.findtext("Key") or "": tag.findtext("Value") or "" for tag in root.iter("Tag")}
+
+
 def _md5(stored: str | None) -> bytes | None:
     if not stored:
         return None

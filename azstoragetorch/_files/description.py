@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote, urlencode
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._blob.download import BlobVersion
@@ -11,6 +12,7 @@ from azstoragetorch._engine.scope import Scope
 
 _CONTENT = ("Content-Type", "Content-Encoding", "Content-Language", "Content-Disposition", "Cache-Control")
 _METADATA = "x-ms-meta-"
+_TIERS = ("Hot", "Cool", "Cold")  # the tiers of block blobs that can be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,10 @@ class Description:
     md5: bytes | None
     properties: Mapping[str, str]
     """Content headers and metadata, as headers of the request that commits a copy."""
+    tier: str | None
+    """The access tier, unless it is the default of the account."""
+    tag_count: int
+    """The number of index tags."""
 
     @property
     def is_folder(self) -> bool:
@@ -38,7 +44,32 @@ def describe(blob: BlobClient, scope: Scope) -> Description:
         AzureError: there is no such blob, or the service refused or could not be reached.
     """
     found = blob.get_properties(scope)
-    return Description(found.version, found.md5, _properties(found.headers))
+    tier = found.headers.get("x-ms-access-tier")
+    is_set = tier in _TIERS and found.headers.get("x-ms-access-tier-inferred", "").lower() != "true"
+    count = found.headers.get("x-ms-tag-count", "")
+    return Description(
+        found.version,
+        found.md5,
+        _properties(found.headers),
+        tier if is_set else None,
+        int(count) if count.isascii() and count.isdigit() else 0,
+    )
+
+
+def headers_of_copy(
+    blob: BlobClient, found: Description, scope: Scope, *, keeps_tier: bool, keeps_tags: bool
+) -> dict[str, str]:
+    """The headers of the request that commits a copy of *blob*, which is described by *found*.
+
+    Raises:
+        AzureError: the tags cannot be read.
+    """
+    headers = dict(found.properties)
+    if keeps_tier and found.tier is not None:
+        headers["x-ms-access-tier"] = found.tier
+    if keeps_tags and found.tag_count:
+        headers["x-ms-tags"] = urlencode(blob.tags(scope), quote_via=quote)
+    return headers
 
 
 def _properties(headers: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -20,7 +21,7 @@ from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.ranges import ByteRange, gaps, split
 from azstoragetorch._engine.scope import Scope, on_error
-from azstoragetorch._files.description import Description, describe
+from azstoragetorch._files.description import Description, describe, headers_of_copy
 from azstoragetorch._files.partial import READ_SIZE, Partial
 from azstoragetorch._files.paths import (
     CopyError,
@@ -44,6 +45,10 @@ class CopyOptions:
     """Copy what is there already, too."""
     checks_md5: bool = True
     """Compare with the MD5 that is stored with the source."""
+    keeps_tier: bool = True
+    """Give the copy of a blob the access tier that was set for the source."""
+    keeps_tags: bool = False
+    """Give the copy of a blob the index tags of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
 
 
 def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: CopyOptions = CopyOptions()) -> str:
-    """Copy a blob, its content headers and its metadata to another by way of this machine.
+    """Copy a blob to another through this machine, with its content headers and metadata, and what *options* add.
 
     Returns whether it was ``copied`` or ``skipped``.
 
@@ -184,10 +189,12 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: Cop
     """
     found = describe(source, hooks.scope)
     size = found.version.size
+    kept = partial(headers_of_copy, keeps_tier=options.keeps_tier, keeps_tags=options.keeps_tags, scope=hooks.scope)
+    headers = kept(source, found)
     there = target.version() if not options.is_forced and found.md5 is not None else None
     if there is not None and there.size == size:
         present = describe(target, hooks.scope)
-        if (present.md5, present.properties) == (found.md5, found.properties):
+        if present.md5 == found.md5 and kept(target, present) == headers:
             hooks.advance(size)
             return "skipped"
     reader = source.reader(found.version)
@@ -199,7 +206,7 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: Cop
             )
 
     try:
-        _send(target, _UploadSource(size, reader.readinto, check, found.properties), hooks)
+        _send(target, _UploadSource(size, reader.readinto, check, headers), hooks)
     finally:
         reader.close()
     return "copied"

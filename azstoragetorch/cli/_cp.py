@@ -48,6 +48,8 @@ class _DiskFull(CopyError):  # noqa: N818 - says what it is
 @click.option("--force", is_flag=True, help="Copy also what is there already.")
 @click.option("--dry-run", is_flag=True, help="Print what would be copied.")
 @click.option("--no-check-md5", is_flag=True, help="Do not compare with the MD5 that is stored with a blob.")
+@click.option("--no-tier", is_flag=True, help="From blob to blob: do not keep the access tier.")
+@click.option("--tags", is_flag=True, help="From blob to blob: keep index tags, which needs a separate permission.")
 @click.option(
     "--links",
     type=click.Choice(get_args(Links)),
@@ -64,6 +66,8 @@ def cp(
     force: bool,
     dry_run: bool,
     no_check_md5: bool,
+    no_tier: bool,
+    tags: bool,
     links: Links,
 ) -> None:
     """Copy between files and blobs, or blobs and blobs.
@@ -73,11 +77,14 @@ def cp(
 
     What the target has already, by length and MD5, is skipped. A download that was interrupted resumes where it
     stopped. No target is ever seen in part.
+
+    From blob to blob, content headers, metadata and an access tier that was set are kept, and index tags with --tags.
+    Snapshots, older versions, leases and immutability policies are not copied.
     """
     _check(session, sources, target)
     begin = time.monotonic()
     config = TransferConfig()
-    plan = Plan(session, config, CopyOptions(is_forced=force, checks_md5=not no_check_md5), links)
+    plan = Plan(session, config, CopyOptions(force, not no_check_md5, not no_tier, tags), links)
     if len(sources) > 1:
         plan.add_many(sources, target, recursive=recursive)
     elif recursive:

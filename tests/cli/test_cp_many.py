@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from azure.storage.blob import ContentSettings
+from azure.storage.blob import ContentSettings, StandardBlobTier
 
 from azstoragetorch._files.record import Record
 from tests.azurite.container import Container
@@ -179,6 +179,31 @@ class TestWhatACopyKeeps:
         container.client.get_blob_client("b").set_blob_metadata({"Key": "other"})
         assert command("cp", container.blob_url("a"), container.blob_url("b")).code == 0
         assert container.client.get_blob_client("b").get_blob_properties().metadata == {"Key": "value"}
+
+    @pytest.mark.parametrize("size", [100, 3 * MiB])
+    def test_the_access_tier_and_index_tags(self, container: Container, command: Command, size: int) -> None:
+        """The tier unless --no-tier says otherwise, the tags if --tags asks for them."""
+        tags = {"set": "train + test", "a b": "x=y:z/1", "empty": ""}
+        container.client.upload_blob("a", content(size), tags=tags, standard_blob_tier=StandardBlobTier.COOL)
+        small = {"AZSTORAGETORCH_BLOCK_SIZE": str(MiB)}
+        a, b, c = (container.client.get_blob_client(name) for name in ("a", "b", "c"))
+        assert command("cp", a.url, b.url, **small).code == 0
+        assert (b.get_blob_properties().blob_tier, b.get_blob_tags()) == ("Cool", {})
+        assert command("cp", a.url, c.url, "--no-tier", "--tags", **small).code == 0
+        assert (c.get_blob_properties().blob_tier_inferred, c.get_blob_tags()) == (True, tags)
+        for options, skipped in (([], 1), (["--tags"], 0), (["--tags"], 1)):
+            ended = command("cp", a.url, b.url, *options, "--json", **small)
+            assert ended.records[-1]["summary"]["skipped"] == skipped, options
+        assert (b.get_blob_properties().blob_tier, b.get_blob_tags()) == ("Cool", tags)
+
+    def test_tags_that_may_not_be_read_fail_the_copy(self, container: Container, command: Command) -> None:
+        container.client.upload_blob("a", b"data", tags={"key": "value"})
+        may_not = f"{container.blob_url('a')}?{container.sas('r')}"
+        ended = command("cp", "--tags", may_not, container.blob_url("b"))
+        assert ended.code != 0
+        assert "GET (tags)" in ended.err
+        assert container.names() == ["a"]
+        assert command("cp", may_not, container.blob_url("b")).code == 0
 
     def test_a_wrong_stored_md5_can_be_passed(self, container: Container, command: Command, tmp_path: Path) -> None:
         container.put("blob", content(300_000))
