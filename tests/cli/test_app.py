@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.cli.conftest import Command, run_command
 from tests.faults.faults import Stall
 from tests.faults.service import FaultService
 from tests.support import ROOT, run_python
+from tests.test_control_characters import NAMES, is_plain
 
 
 def test_without_its_extra_it_says_what_to_install() -> None:
@@ -152,6 +154,28 @@ def test_every_command_has_examples(command: Command) -> None:
     for name in groups:
         shown = command(*name, "--help").out.partition("Examples:\n")[2]
         assert f"azstoragetorch {' '.join(name)} " in shown
+
+
+def test_the_command_line_shows_them_escaped(command: Command, fault_service: FaultService, tmp_path: Path) -> None:
+    for name in NAMES:
+        fault_service.put("c", f"d/{name}", b"x")
+    url, options = fault_service.container_url("c"), ["--anonymous"]
+    for arguments in (
+        ["ls", url, "-r"],
+        ["ls", url, "-l", "-r"],
+        ["cp", "-r", "--dry-run", url, f"{url}/copy"],
+        ["cp", "-r", f"{url}/d", f"{tmp_path}/files"],
+        ["rm", "-r", "--dry-run", url],
+        ["checkpoint", "prune", url, "--incomplete", "--min-age", "-1", "--dry-run"],
+        ["checkpoint", "ls", f"{url}/{quote(NAMES[0])}"],
+        ["cp", f"{url}/{quote(NAMES[4])}", f"{tmp_path}/missing"],
+        ["rm", "-r", "--yes", url],
+    ):
+        for more in ([], ["--json"]):
+            ended = command(*arguments, *more, *options)
+            assert is_plain(ended.out), (arguments, ended.out)
+            assert is_plain(ended.err), (arguments, ended.err)
+    assert fault_service.names("c") == []
 
 
 def test_warnings_do_not_steer_the_terminal() -> None:
