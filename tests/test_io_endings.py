@@ -186,6 +186,16 @@ class TestDroppedWrappers:
             raise KeyError
         assert service.get("c", "b") == b"a,b\r\nend"
 
+    def test_a_with_block_decides_where_a_drop_leaves_no_trace(self, service: FaultService) -> None:
+        """A pair has no `_dealloc_warn`: without the block, dropping it looks like closing it."""
+        with suppress(KeyError), writer(service) as blob:
+            wrapper = text(io.BufferedRWPair(io.BytesIO(), blob))
+            wrapper.write("half")
+            raise KeyError
+        del wrapper
+        gc.collect()
+        assert service.get("c", "b") == OLD
+
     def test_a_dropped_reader_is_closed(self, service: FaultService) -> None:
         blob = BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=QUICK)
         wrapper = text(blob)

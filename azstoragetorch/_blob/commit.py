@@ -73,7 +73,7 @@ def read_tags(service: Service, url: BlobURL, scope: Scope | None = None) -> dic
     try:
         root = ET.fromstring(retrying(service.config, ask, scope))  # noqa: S314 - as in `listing`
     except (ET.ParseError, LookupError, ValueError) as error:
-        raise portable(ServiceResponseError(f"GET (tags) {url}: the answer is not XML: {error}")) from error
+        raise picklable(ServiceResponseError(f"GET (tags) {url}: the answer is not XML: {error}")) from error
     return {tag.findtext("Key") or "": tag.findtext("Value") or "" for tag in root.iter("Tag")}
 
 
