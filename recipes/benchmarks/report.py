@@ -36,9 +36,7 @@ run of each library is a warm-up, and is not counted if it was short. A dash mea
 function. *Ratio* is azstoragetorch divided by the published azstoragetorch 0.2, or by the best of the others if 0.2
 has no such function.
 
-```{note}
-Compare figures within a row only: the absolute values are those of one machine and one server.
-```
+> Compare figures within a row only: the absolute values are those of one machine and one server.
 
 ## Throughput
 """

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 CONTAINER = "https://<account>.blob.core.windows.net/<container>"
 EMULATOR = "http://127.0.0.1:10000/devstoreaccount1/scratch"
 
-# A line "% not run: why" before a block keeps it from being run.
+# A comment "<!-- not run: why -->" before a block keeps it from being run.
 BLOCK = re.compile(
-    r"(?:^% not run: *(?P<reason>[^\n]*)\n\n?)?^ *```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL
+    r"(?:^(?:% |<!-- )not run: *(?P<reason>[^\n]*?)(?: -->)?\n\n?)?^ *```python\n(?P<code>.*?)^ *```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 

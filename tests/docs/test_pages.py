@@ -54,7 +54,7 @@ def test_a_guide_begins_with_code_that_runs(page: str) -> None:
     """After its title and one paragraph."""
     text = PAGES[page]
     before = text[: text.index("```python\n")]
-    assert "% not run" not in before
+    assert "<!-- not run" not in before
     assert before.count("\n\n") <= 2
     assert "\n## " not in before
 
@@ -66,7 +66,7 @@ def test_it_has_an_example(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_not_run_has_a_reason(page: str) -> None:
-    marks = re.findall(r"^% not run.*$", PAGES[page], re.MULTILINE)
+    marks = re.findall(r"^(?:% |<!-- )not run.*$", PAGES[page], re.MULTILINE)
     reasons = [block["reason"] for block in BLOCK.finditer(PAGES[page]) if block["reason"] is not None]
     assert len(marks) == len(reasons)
     assert all(len(reason) > 10 for reason in reasons)
