@@ -904,12 +904,12 @@ class TestBadValues:
             def get_token(self, *scopes: str, **options: Any) -> AccessToken:
                 return AccessToken("token\r\nx-evil: 1", int(time.time() + 3600))
 
-        with pytest.raises(ValueError, match="credential: Identity gave a token with a space or line break"):
+        with pytest.raises(ValueError, match="credential: Identity returned a token with a space or line break"):
             CredentialHolder(Identity()).authorizer(HTTPS).headers()
 
     @pytest.mark.parametrize("host", ["evil\r\nHost: x", "a b.example.com", "a\x00b.blob.core.windows.net"])
     def test_a_host_with_a_control_character(self, host: str) -> None:
-        with pytest.raises(ValueError, match="blob_url has a"):
+        with pytest.raises(ValueError, match=r"blob_url (contains a control character|has invalid characters)"):
             BlobIO(f"https://{host}/c/b", "rb", credential=False)
 
 

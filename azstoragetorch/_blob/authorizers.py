@@ -1,8 +1,8 @@
-"""What signs requests: a SAS, what an account key signs, and tokens, each shared by all requests that use it.
+"""Authorize requests with a SAS, an account key or a token, shared by all requests with the same credential.
 
-No thread waits for a lock here. What is computed is kept by one assignment. A token is fetched by a thread that does
-nothing else, and every thread that needs it waits for that one: a thread that fetched it itself could be interrupted by
-a signal handler, which would need the token too.
+No thread waits for a lock here: results are stored with one assignment. A token is fetched on a separate thread, and
+every thread that needs it waits for that one. A thread that fetched the token itself could be interrupted by a signal
+handler that needs the token too and would wait forever.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.threads import start_thread
 
-_RENEW_BEFORE = 300.0  # seconds before expiry; azure-identity itself renews at this point
-_RENEW_AGAIN = 30.0  # seconds after a renewal that failed, while the old token is still valid
+_RENEW_BEFORE = 300.0  # seconds before expiry, as in azure-identity
+_RENEW_AGAIN = 30.0  # seconds after a failed renewal, while the old token is still valid
 _KEY_SAS_LIFETIME = timedelta(hours=1)
 _CLOCK_SKEW = timedelta(minutes=15)
-VISIBLE = re.compile(r"[!-~]*")  # ASCII without spaces and control characters: all that a header or query may hold
+VISIBLE = re.compile(r"[!-~]*")  # printable ASCII without spaces: what headers and queries can hold
 _TENANT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _AUTHORIZATION_URI = re.compile(r"""\bauthorization(?:_uri)?\s*=\s*["']?https://[\w.-]+/([^/"',\s]+)""", re.IGNORECASE)
 _NO_CREDENTIAL_FOUND = (
     "no credential was found: run `az login`; or pass a SAS, in the URL or as AzureSasCredential (command line: "
-    "--sas-env); or the account's key, as AzureNamedKeyCredential (command line: AZURE_STORAGE_KEY); or, for public "
-    "data, credential=False (command line: --anonymous). What DefaultAzureCredential tried:"
+    "--sas-env); or the account key, as AzureNamedKeyCredential (command line: AZURE_STORAGE_KEY); or, for public "
+    "data, credential=False (command line: --anonymous). DefaultAzureCredential tried:"
 )
 
 
 class Authorizer(Protocol):
-    """Signs requests of one credential."""
+    """Authorizes requests with one credential."""
 
     is_anonymous: bool
 
     def headers(self) -> dict[str, str]:
-        """The headers that prove who is asking."""
+        """The headers that authorize a request."""
         ...
 
     def query(self) -> str:
-        """What is appended to the query, without a leading separator."""
+        """The SAS to append to the query, without a leading separator."""
         ...
 
     def renew(self, refused: Mapping[str, str], query: str = "", challenge: str = "") -> bool:
-        """Whether to ask again, after the service refused the headers *refused* and *query*.
+        """Return whether to send a request again after the service rejected the headers *refused* and *query*.
 
-        *challenge* is its ``WWW-Authenticate``. A proof that is still at hand is forgotten.
+        *challenge* is the ``WWW-Authenticate`` header of the response. A rejected token is dropped from the cache.
         """
         ...
 
 
 class SignedBySas:
-    """Anonymous requests, with an empty SAS, and those with a SAS that may be updated at any time."""
+    """Authorizes with a SAS, which can be updated at any time; anonymous requests have an empty one."""
 
     def __init__(self, signature: Callable[[], str], *, is_anonymous: bool = False) -> None:
         self._signature = signature
@@ -88,14 +88,14 @@ class _GeneratedSas(NamedTuple):
 
 
 class AccountKey:
-    """Mints account SAS tokens from a key, which the SDK does with public functions only."""
+    """Creates account SAS from an account key. The SDK has no public function to sign requests with a key."""
 
     def __init__(self, credential: AzureNamedKeyCredential) -> None:
         self._key = credential
         self._generated = _GeneratedSas(None, 0.0, "")
 
     def sas(self) -> str:
-        """A SAS that is valid for half of its lifetime at least."""
+        """A SAS that is valid for at least half of its lifetime."""
         generated = self._generated
         named_key = self._key.named_key  # may be updated while running
         if time.monotonic() < generated.renew_at and named_key == generated.named_key:
@@ -118,11 +118,13 @@ class AccountKey:
 
 
 class _CachedToken:
-    """A token in the cache."""
+    """A token in the cache, and when to renew it."""
 
     def __init__(self, token: AccessToken, renew_at: float) -> None:
         self.token = token
-        self.renew_at = renew_at  # by time.time(), as expires_on; 0 after the service has refused it
+        self.renew_at = (
+            renew_at  # compared with time.time(), as expires_on is; 0 after the service has rejected the token
+        )
 
 
 _Key: TypeAlias = "tuple[str, str | None]"  # audience and tenant
@@ -130,19 +132,19 @@ _Outcome: TypeAlias = "AccessToken | BaseException"
 
 
 class Tokens:
-    """The tokens of one credential, by audience and tenant: one cache, and one fetch at a time for each."""
+    """A cache of the tokens of one credential, by audience and tenant, with one fetch at a time for each."""
 
     def __init__(self, credential: TokenCredential | None) -> None:
         self._credential = credential
         self._cached: dict[_Key, _CachedToken] = {}
-        # A reader that was opened before a fork signs with this in the child, where no thread of the parent will end.
+        # Per process: a forked child can use this cache, but the threads of the parent never finish there.
         self._fetches: PerProcess[dict[_Key, tuple[Job[_Outcome], Bell]]] = PerProcess(dict)
 
     def get(self, audience: str, tenant: str | None) -> AccessToken:
-        """The token at hand, or a new one.
+        """The cached token, or a new one.
 
         Raises:
-            Exception: what the credential raised.
+            Exception: the error that the credential raised.
         """
         cached = self._cached.get((audience, tenant))
         if cached is not None and time.time() < cached.renew_at:
@@ -151,35 +153,35 @@ class Tokens:
         if not isinstance(outcome, BaseException):
             return outcome
         try:
-            # Each thread that waited raises its own: they add tracebacks to it.
+            # Each waiting thread raises a copy, since raising adds a traceback.
             raise copy(outcome) if isinstance(outcome, AzureError) else outcome
         finally:
-            del outcome  # it would refer to itself by way of this frame
+            del outcome  # its traceback refers to this frame: a reference cycle
 
     def _new(self, key: _Key) -> _Outcome:
-        """Wait for a new token, which one thread fetches for all."""
+        """Wait for a new token. One thread fetches it for all that wait."""
         bell = Bell()
         job, bell = self._fetches.get().setdefault(key, (Job(partial(self._outcome, key), bell), bell))
 
         def fetch() -> None:
             job.run()
 
-        # A signal handler may come in before the thread is started, and then starts one itself: the first works.
+        # A signal handler can start a thread before this one does: only one of them does the work.
         if job.is_open and not start_thread(fetch):
-            fetch()  # the interpreter is about to exit
+            fetch()  # no thread can be started, as at interpreter exit
         bell.wait_until(lambda: job.is_over)
         return job.result()
 
     def _outcome(self, key: _Key) -> _Outcome:
         try:
             return self._renew(key)
-        except BaseException as error:  # noqa: BLE001 - raised by all that wait
+        except BaseException as error:  # noqa: BLE001 - raised by all waiting threads
             return error.with_traceback(None)
         finally:
             self._fetches.get().pop(key, None)
 
     def forget(self, audience: str, tenant: str | None, refused: Mapping[str, str]) -> None:
-        """Do not use the token in *refused* again; a newer one stays."""
+        """Do not use the token in *refused* again; a newer token stays in the cache."""
         cached = self._cached.get((audience, tenant))
         if cached is not None and proof(cached.token) == refused:
             cached.renew_at = 0.0
@@ -187,7 +189,7 @@ class Tokens:
     def _renew(self, key: _Key) -> AccessToken:
         cached = self._cached.get(key)
         if cached is not None and time.time() < cached.renew_at:
-            return cached.token  # another thread was faster
+            return cached.token  # another thread has renewed it
         try:
             token = self._fetch(*key)
         except AzureError:
@@ -196,7 +198,7 @@ class Tokens:
                 raise
             cached.renew_at = now + _RENEW_AGAIN
             return cached.token
-        # A token that lives shorter than the margin is used for half its life.
+        # A token with a lifetime shorter than the margin is used for half of its lifetime.
         life = token.expires_on - time.time()
         self._cached[key] = _CachedToken(token, time.time() + max(life - _RENEW_BEFORE, life / 2))
         return token
@@ -211,10 +213,12 @@ class Tokens:
             try:
                 token = _request_token(credential, f"{audience}/.default", tenant)
                 if not VISIBLE.fullmatch(token.token):
-                    raise ValueError(f"credential: {type(credential).__name__} gave a token with a space or line break")
+                    raise ValueError(
+                        f"credential: {type(credential).__name__} returned a token with a space or line break"
+                    )
                 return token
             except AzureError as error:
-                # Managed identity throttles when all workers of a node start at once.
+                # Managed identity throttles if all workers of a node start at once.
                 is_busy = isinstance(error, HttpResponseError) and error.status_code in RETRYABLE_STATUS
                 if not is_busy or attempt == 4:
                     raise _redacted(error, is_default=is_default) from None
@@ -223,7 +227,7 @@ class Tokens:
 
 
 class TokenForAccount:
-    """Tokens for one account: it may be in another tenant than the identity, which the service says once."""
+    """Authorizes with tokens for one account. The service can name another tenant in its first response."""
 
     is_anonymous = False
 
@@ -239,7 +243,7 @@ class TokenForAccount:
         return ""
 
     def renew(self, refused: Mapping[str, str], query: str = "", challenge: str = "") -> bool:  # noqa: ARG002
-        # Of the challenge only the tenant is used. What it says of where to ask, and for what, could be anything.
+        # Only the tenant of the challenge is used. Its authority and resource are not trusted.
         found = _AUTHORIZATION_URI.search(challenge)
         tenant = found.group(1).lower() if found is not None and _TENANT.fullmatch(found.group(1)) else self._tenant
         if tenant == self._tenant:
@@ -254,21 +258,21 @@ def proof(token: AccessToken) -> dict[str, str]:
 
 
 def check_key(key: str, what: str) -> str:
-    """The account key *key*, which *what* names in errors.
+    """Check and return the account key *key*, which errors call *what*.
 
     Raises:
-        ValueError: it is not base64.
+        ValueError: *key* is not base64.
     """
     try:
         if base64.b64decode(key.strip(), validate=True):
             return key.strip()
     except (binascii.Error, ValueError):
         pass
-    raise ValueError(f"{what} is not base64, as every account key is: copy it whole, as the portal shows it")
+    raise ValueError(f"{what} is not base64, as every account key is: copy the whole key from the portal")
 
 
 def token_method(credential: Any) -> Any:
-    """How *credential* is asked for a token, or None if it is not one that can be."""
+    """The method of *credential* that returns a token; None if it has none."""
     return getattr(credential, "get_token", None) or getattr(credential, "get_token_info", None)
 
 
@@ -285,17 +289,17 @@ def _request_token(credential: Any, scope: str, tenant: str | None) -> AccessTok
 def _default_credential() -> TokenCredential:
     from azure.identity import DefaultAzureCredential
 
-    # It logs as a warning what its error says as well. Without any handler Python would print that.
+    # It logs a warning with the same text as its error. Without a handler, Python would print it.
     logging.getLogger("azure.identity").addHandler(logging.NullHandler())
     return DefaultAzureCredential()
 
 
 def _redacted(error: AzureError, *, is_default: bool) -> AzureError:
-    """A copy of *error* of an identity, without secrets and what cannot be pickled."""
+    """A copy of *error*, raised by an identity, that has no secrets and can be pickled."""
     text = redact(str(error))
     if is_default and isinstance(error, ClientAuthenticationError):
         text = f"{_NO_CREDENTIAL_FOUND}\n{text}".replace("\t", "  ")
     try:
         return picklable(type(error)(message=text))
-    except TypeError:  # a type with other arguments
+    except TypeError:  # its constructor has other parameters
         return picklable(ClientAuthenticationError(message=text))

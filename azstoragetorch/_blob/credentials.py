@@ -1,8 +1,8 @@
-"""Which credential a request carries: what the user gave, checked, kept until it is needed, and sent to no other host.
+"""Check the user's credential, keep it, and decide to which hosts it is sent.
 
-A token is never sent over plain HTTP. An account key never leaves the process: it signs short-lived SAS instead. None
-of this is sent to a host that is neither Azure's nor the user's. What is alive belongs to one process: it is made when
-a request needs it and does not survive fork or pickling.
+A token is never sent over plain HTTP. An account key never leaves the process: it signs short-lived SAS instead.
+Credentials are sent only to hosts of Azure and to hosts that the user trusts. Authorizers belong to one process: they
+are created when a request needs them, and are neither pickled nor used in a forked child.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ACCEPTED = (
 
 
 class CredentialHolder:
-    """A user's credential, kept as given until a request needs it.
+    """The credential of a user, as it was given.
 
-    Picklable: a SAS or account key goes to child processes only (see ``secret``); a token credential goes as it is.
+    It can be pickled. A SAS or account key is included only for child processes (see ``secret``).
 
     Args:
-        credential: What the user gave.
-        sas: That of the URL; it wins, as it does in the SDK.
-        named: The URL that the user gave together with *credential*, which may therefore be sent to its host.
+        credential: The credential.
+        sas: The SAS of the URL, which takes precedence, as in the SDK.
+        trusted_url: The URL that the user passed together with *credential*, so it may be sent to its host.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class CredentialHolder:
             _allow(kept, [_origin(trusted_url)])
 
     def authorizer(self, url: BlobURL, trusted_hosts: Sequence[str] = ()) -> Authorizer:
-        """The authorizer for requests to *url*, shared by all of this process that use the same credential.
+        """The authorizer for requests to *url*, shared by all clients of this process with the same credential.
 
         *trusted_hosts* are those of the `TransferConfig`.
 
         Raises:
-            ValueError: a token would be sent over plain HTTP, or a credential to a host that is neither Azure's nor
-                known to be the user's.
+            ValueError: a token would be sent over plain HTTP, or a credential to a host that does not belong to Azure
+                and that the user does not trust.
         """
         if self._sas is not None:
             sas = self._sas.reveal()
@@ -88,8 +88,8 @@ class CredentialHolder:
         if is_trusted(url, trusted_hosts):
             return _authorizer(credential, url)
         raise ValueError(
-            f"credential: not sent to the host {url.host!r} of {url}, which is not one of Azure Storage: a list of "
-            "URLs, a listing or a checkpoint names it, and you did not. If you trust it, pass "
+            f"credential: not sent to the host {url.host!r} of {url}, which is not one of Azure Storage: the host "
+            "comes from a list of URLs, a listing or a checkpoint. If you trust it, pass "
             f'transfer=TransferConfig(trusted_hosts=["{url.host}"]) or set the environment variable '
             f"{TRUSTED_HOSTS}={url.host}; for public data pass credential=False"
         )
@@ -102,7 +102,7 @@ class CredentialHolder:
         return self
 
     def __deepcopy__(self, _memo: object) -> CredentialHolder:
-        return self  # copies share the credential: one cache, and an update reaches all
+        return self  # copies share the credential, its tokens and its updates
 
     def __getstate__(self) -> dict[str, Any]:
         credential = self._credential
@@ -116,7 +116,7 @@ class CredentialHolder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._sas = state["sas"]
         kind, *values = state["packed"]
-        # Resolved on use: unpickling in a place that never reads needs no secret.
+        # Secrets are looked up on use, so that objects can be unpickled where they are never used.
         makers: dict[str, Callable[..., Any]] = {"sas": _unpickled_sas, "key": _unpickled_key}
         self._credential = makers[kind](*values) if kind in makers else values[0]
         if state["allowed"]:
@@ -127,13 +127,13 @@ class CredentialHolder:
 
 
 class SharedSas(AzureSasCredential):
-    """A SAS whose update reaches the processes that were started with it."""
+    """A SAS whose updates reach the child processes that were started with it."""
 
     shared: SharedString
 
     @property
     def signature(self) -> str:
-        """The SAS that was set last, in whichever process."""
+        """The SAS that was set last, in any of the processes."""
         return self.shared.get()
 
     def update(self, signature: str) -> None:
@@ -147,20 +147,20 @@ class SharedSas(AzureSasCredential):
 
 
 class SharedKey(AzureNamedKeyCredential):
-    """An account key whose update reaches the processes that were started with it."""
+    """An account key whose updates reach the child processes that were started with it."""
 
     shared: SharedString
 
     @property
     def named_key(self) -> Any:
-        """Name and key that were set last, in whichever process."""
+        """The name and key that were set last, in any of the processes."""
         name, _, key = self.shared.get().partition("\0")
         if super().named_key != (name, key):
             super().update(name, key)
         return super().named_key
 
     def update(self, name: str, key: str) -> None:
-        """Set name and key in all processes."""
+        """Set the name and key in all processes."""
         super().update(name, key)
         self.shared.set(f"{name}\0{key}")
         _warn_of_copies(self.shared)
@@ -181,10 +181,10 @@ def _warn_of_copies(shared: SharedString) -> None:
 
 
 def _share(credential: Any) -> Any:
-    """*credential*; from now on `update` of this very object reaches processes that get it later.
+    """Make `update` of *credential* reach child processes that get it later; return the same object.
 
-    The user keeps the object and calls `update` on it, and only a method of its class sees that. So it gets a class
-    that does what its own did, and this.
+    The user keeps this object and calls `update` on it, so its class is replaced with a subclass that overrides
+    `update`.
     """
     if type(credential) is AzureSasCredential:
         vars(credential).setdefault("shared", SharedString(credential.signature))
@@ -200,7 +200,7 @@ def _handle_of(credential: Any) -> Any:
 
 
 class _LazySas(AzureSasCredential):
-    """A SAS that came out of a pickle: it may be missing, which is said when it is used."""
+    """A SAS from a pickle. If it was left out of the pickle, using it raises an error."""
 
     def __init__(self, secret: Secret) -> None:
         super().__init__("unset")
@@ -212,7 +212,7 @@ class _LazySas(AzureSasCredential):
 
 
 class _LazyKey(AzureNamedKeyCredential):
-    """An account key that came out of a pickle: it may be missing, which is said when it is used."""
+    """An account key from a pickle. If it was left out of the pickle, using it raises an error."""
 
     def __init__(self, name: str, key: Secret) -> None:
         super().__init__(name, "unset")
@@ -225,7 +225,7 @@ class _LazyKey(AzureNamedKeyCredential):
         return super().named_key
 
 
-# One object for all that came out of pickles with the same secret, so that they share an authorizer.
+# Unpickling the same secret returns the same object, so that all clients that use it share an authorizer.
 
 
 @lru_cache(maxsize=64)
@@ -246,15 +246,15 @@ def _unpickled_key(name: str, key: Secret, handle: Any) -> AzureNamedKeyCredenti
     return credential
 
 
-# -- what is accepted, and where it may go -----------------------------------------------------------------------------
+# -- which credentials are accepted, and to which hosts they are sent --------------------------------------------------
 
 
 def check_credential(credential: Any) -> Any:
-    """*credential* if it is one that we accept.
+    """Check and return *credential*.
 
     Raises:
-        TypeError: it is not; the message lists what is accepted.
-        ValueError: it is a SAS with characters that no SAS has.
+        TypeError: *credential* is not accepted; the message lists what is.
+        ValueError: *credential* is a SAS with invalid characters.
     """
     if isinstance(credential, AzureSasCredential):
         if not isinstance(credential, _LazySas):
@@ -272,7 +272,7 @@ def check_credential(credential: Any) -> Any:
 
 
 def is_trusted(url: BlobURL, trusted_hosts: Sequence[str]) -> bool:
-    """Whether the host of *url* is one of *trusted_hosts*, which may get any credential."""
+    """Whether the host of *url* is one of *trusted_hosts*, to which any credential may be sent."""
     port = urlsplit(f"//{url.host}").port or {"http": 80, "https": 443}[url.scheme]
     for entry in trusted_hosts:
         parts = urlsplit(f"//{entry}")
@@ -284,13 +284,13 @@ def is_trusted(url: BlobURL, trusted_hosts: Sequence[str]) -> bool:
 
 
 def _is_always_allowed(url: BlobURL, credential: Any) -> bool:
-    """Whether any URL may bring *credential* to its host: Azure's own and, except for tokens, this machine."""
-    # Emulators are on this machine, and take keys and SAS. A token opens more than one account.
+    """Whether *credential* may be sent to the host of any URL: one of Azure or, except for tokens, this machine."""
+    # Emulators run on this machine and use keys and SAS. A token gives access to more than one account.
     is_token = not isinstance(credential, (AzureSasCredential, AzureNamedKeyCredential))
     return url.is_azure or (url.is_loopback and not is_token)
 
 
-_allowed: dict[int, tuple[object, set[str]]] = {}  # origins that users named, by credential, which is kept alive
+_allowed: dict[int, tuple[object, set[str]]] = {}  # by id of a credential, which is kept alive
 
 
 def _allow(credential: Any, origins: Iterable[str]) -> None:
@@ -310,8 +310,8 @@ def _signature_of(credential: AzureSasCredential) -> str:
     signature = str(credential.signature).lstrip("?")
     if not VISIBLE.fullmatch(signature):
         raise ValueError(
-            "credential: the SAS has a space, a line break or another character that no SAS has: copy it again, "
-            "without what surrounds it"
+            "credential: the SAS has a space, a line break or another invalid character: copy it again, without the "
+            "text around it"
         )
     return signature
 
@@ -322,14 +322,14 @@ def _is_async(credential: Any) -> bool:
     return iscoroutinefunction(token_method(credential))
 
 
-# -- what requests of one process share --------------------------------------------------------------------------------
+# -- what the requests of one process share ----------------------------------------------------------------------------
 
 
 class _SharedAuthorizers:
-    """What all requests with one credential share."""
+    """The authorizers and tokens that all requests with one credential share."""
 
     def __init__(self, credential: Any) -> None:
-        self.credential = credential  # kept alive, so its id stays its own
+        self.credential = credential  # kept alive, so that no other object gets its id
         self.key: Authorizer | None = None
         if isinstance(credential, AzureNamedKeyCredential):
             self.key = SignedBySas(AccountKey(credential).sas)
@@ -347,7 +347,7 @@ _EMULATOR_KEY = AzureNamedKeyCredential(
 
 
 def _authorizer(credential: Any, url: BlobURL) -> Authorizer:
-    """The one for *credential* and the account of *url* in this process."""
+    """The authorizer of this process for *credential* and the account of *url*."""
     if isinstance(credential, AzureSasCredential):
         _signature_of(credential)
         return SignedBySas(partial(_signature_of, credential))

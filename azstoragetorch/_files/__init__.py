@@ -1,4 +1,4 @@
-"""Files and blobs: whole files on this machine, and copies between files and blobs that resume.
+"""Copy between local files and blobs, atomically and resumably.
 
-Between the blob client and the faces: the command line copies with it, and so can every other face that has files.
+This package is between the blob client and the public packages. The command line uses it.
 """

@@ -1,4 +1,4 @@
-"""What the service says of a blob: its version, its MD5, and what a copy of it has to keep."""
+"""What a copy needs to know about a blob: its version, its MD5, and the properties to copy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TIERS = ("Hot", "Cool", "Cold")  # the tiers of block blobs that can be read
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A blob as the service describes it."""
+    """The version, the MD5 and the copied properties of a blob."""
 
     version: BlobVersion
     md5: bytes | None
     properties: Mapping[str, str]
-    """Content headers and metadata, as headers of the request that commits a copy."""
+    """Content headers and metadata, as request headers for the commit of a copy."""
     tier: str | None
     """The access tier, unless it is the default of the account."""
     tag_count: int
@@ -30,7 +30,7 @@ class Description:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is the marker of a directory of an account with a hierarchical namespace."""
+        """Whether the blob is a directory marker of an account with a hierarchical namespace."""
         return any(
             name.lower() == f"{_METADATA}hdi_isfolder" and value.lower() == "true"
             for name, value in self.properties.items()
@@ -38,10 +38,10 @@ class Description:
 
 
 def describe(blob: BlobClient, scope: Scope) -> Description:
-    """Ask the service for *blob*.
+    """Request the description of *blob*.
 
     Raises:
-        AzureError: there is no such blob, or the service refused or could not be reached.
+        AzureError: the blob does not exist, or the service refused or could not be reached.
     """
     found = blob.get_properties(scope)
     tier = found.headers.get("x-ms-access-tier")

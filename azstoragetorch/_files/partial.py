@@ -1,9 +1,9 @@
-"""An unfinished download: a file next to its target that resumes where it stopped, and takes its name when it is whole.
+"""An unfinished download: a file next to its target that can be resumed and is renamed to the target when complete.
 
-Bytes arrive from many threads. Nothing here waits for a lock: a thread writes its bytes, appends what they are to a
-queue, and then does the bookkeeping, unless another thread is doing it. What it leaves undone then is done by the next
-thread, or by `finish`, which runs when no other thread does. The record is never ahead of the bytes: they are on the
-disk before it names them.
+Many threads write to the file. None waits for a lock: a thread writes its bytes, appends their range to a queue, and
+then does the bookkeeping, unless another thread is doing it. Ranges that are left in the queue are processed by the
+next thread, or by `finish`, which runs when all others are done. The record is never ahead of the file: bytes are
+synced to disk before they are recorded.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from azstoragetorch._files.paths import (
 )
 from azstoragetorch._files.record import Record, RecordedDownload
 
-READ_SIZE = 8 * MiB  # bytes read from a file at once
-_SYNC_EVERY = 64 * MiB  # bytes that a killed download may have to fetch again
+READ_SIZE = 8 * MiB  # bytes per read of a file
+_SYNC_EVERY = 64 * MiB  # bytes; a killed download has to fetch at most about this many again
 
 
 class Partial:
-    """A download in progress to *path*, of *size* bytes of the version of a blob that *identity* names."""
+    """A download of *size* bytes to *path*, from the version of a blob that is identified by *identity*."""
 
     def __init__(self, path: Path, identity: str, size: int) -> None:
         self._path = path
@@ -47,19 +47,19 @@ class Partial:
         self._record: Record | None = None
         self._part: Path | None = None
         self._file: FileIO | None = None
-        self._is_over = False  # it has its name, or is dropped
-        self._is_kept = False  # the record names bytes that the file has
+        self._is_over = False  # it was renamed, or discarded
+        self._is_kept = False  # bytes of the file are recorded, so it can be resumed
         self._unrecorded: deque[ByteRange] = deque()
-        self._pending: list[ByteRange] = []  # out of the queue, not on the disk
+        self._pending: list[ByteRange] = []  # out of the queue, not synced to disk yet
         self._recording = _TryLock()
         self._unhashed: deque[ByteRange] = deque()
-        self._done: dict[int, int] = {}  # start -> stop, beyond the frontier
+        self._done: dict[int, int] = {}  # start -> stop of ranges after the first gap
         self._frontier = 0
         self._hashing = _TryLock()
         self._digest = hashlib.md5(usedforsecurity=False)
         self._hashed = 0
         self.present: list[ByteRange] = []
-        """What an earlier attempt left, in order."""
+        """The ranges that an earlier attempt has downloaded, in order."""
 
     def __enter__(self) -> Partial:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Partial:
         self._close()
 
     def write(self, span: ByteRange, data: memoryview) -> None:
-        """Put the bytes of *span* in their place."""
+        """Write *data*, the bytes of *span*."""
         self._write_at(data, span.start)
         self._unrecorded.append(span)
         self._unhashed.append(span)
@@ -99,23 +99,23 @@ class Partial:
                 self._hash()
 
     def finish(self, md5: bytes | None, source: str) -> None:
-        """Make it the file *path*, if it has the *md5*. No other thread writes any more.
+        """Check *md5*, if given, and rename the file to *path*. No other thread may be writing.
 
         Raises:
-            WrongMD5Error: it has not; nothing is kept.
-            CopyError: *path* is something that a file cannot replace; nothing is kept.
+            WrongMD5Error: the MD5 does not match; the file is deleted.
+            CopyError: *path* is something that a file cannot replace; the file is deleted.
         """
         assert self._part is not None
         try:
             self._hash()
             if md5 is not None and self._digest.digest() != md5:
                 raise WrongMD5Error(
-                    f"{source}: the bytes that came do not have the MD5 that is stored with the blob; nothing was kept"
+                    f"{source}: the downloaded bytes do not match the MD5 stored with the blob; they were deleted"
                 )
             if self._size >= _SYNC_EVERY:
                 os.fsync(self._descriptor)
             if sys.platform == "win32":
-                self._close_file()  # an open file cannot be renamed
+                self._close_file()  # Windows cannot rename an open file
             rename_into_place(self._part, self._path)
         except Exception:
             self._is_over = True
@@ -123,10 +123,10 @@ class Partial:
             raise
         self._is_over = True
         if self._record is not None:
-            self._record.forget()  # last: a record without its file is not believed
+            self._record.forget()  # last: a record without its file is ignored
 
     def _resume(self, kept: RecordedDownload) -> bool:
-        """Continue with the file that *kept* names, if it is the very one that was recorded."""
+        """Continue with the file of *kept*, if it is the very file that was recorded; return whether it is."""
         part = self._path.parent / kept.part
         try:
             self._file = file = open_own(part)
@@ -140,7 +140,7 @@ class Partial:
         is_useful = kept.identity == self._identity and found.st_size == self._size and kept.spans
         if not is_useful or kept.spans[-1].stop > self._size:
             self._close_file()
-            part.unlink(missing_ok=True)  # of another version of the blob
+            part.unlink(missing_ok=True)  # it belongs to another version of the blob
             return False
         self.present, self._part, self._is_kept = kept.spans, part, True
         return True
@@ -153,7 +153,7 @@ class Partial:
             self._record.begin(self._identity, part, os.fstat(file.fileno()).st_ino)
 
     def _write_record(self, at_least: int) -> None:
-        """Record what was written since the last time, if that is *at_least* so many bytes."""
+        """Record what was written since the last time, if that is at least *at_least* bytes."""
         while self._unrecorded:
             self._pending.append(self._unrecorded.popleft())
         if self._record is None or not self._pending or sum(map(len, self._pending)) < at_least:
@@ -164,7 +164,7 @@ class Partial:
         self._pending.clear()
 
     def _hash(self) -> None:
-        """Take in what lies before the first gap."""
+        """Update the MD5 with the bytes before the first gap."""
         while self._unhashed:
             span = self._unhashed.popleft()
             self._done[span.start] = span.stop
@@ -173,15 +173,17 @@ class Partial:
         while self._hashed < self._frontier:
             data = self._read_at(min(READ_SIZE, self._frontier - self._hashed), self._hashed)
             if not data:
-                raise CopyError(f"the unfinished file of {display(self._path)} was truncated by another program")
+                raise CopyError(
+                    f"the unfinished download of {display(self._path)} was truncated by another program: start it again"
+                )
             self._digest.update(data)
             self._hashed += len(data)
 
     def _discard(self) -> None:
-        """Keep nothing."""
+        """Delete the file and its record."""
         self._close_file()
         if self._part is None:
-            return  # what an earlier attempt left was not looked at yet
+            return  # the file of an earlier attempt was not opened yet
         with suppress(OSError):
             self._part.unlink()
         if self._record is not None:
@@ -226,14 +228,14 @@ class Partial:
 
 
 class _TryLock:
-    """Work that one thread does at a time, and that others leave to it."""
+    """A lock that is only tried: one thread does the work, and others leave it to that thread."""
 
     def __init__(self) -> None:
         self._tokens: deque[None] = deque([None])
 
     @contextmanager
     def if_free(self) -> Iterator[bool]:
-        """Whether it is this thread's turn, until the block ends."""
+        """Acquire the lock until the block ends, if no other thread has it; yield whether it was acquired."""
         try:
             token = self._tokens.popleft()
         except IndexError:

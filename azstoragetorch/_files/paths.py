@@ -1,7 +1,7 @@
-"""Paths of this machine: what may be read and replaced there, and a new file that takes its name when it is complete.
+"""Local paths: which can be read and replaced, and how to create a file atomically.
 
-Names in a folder that others can write may be planted. So a new file has a name that nobody can guess, is created with
-``O_EXCL`` and ``O_NOFOLLOW``, and takes its final name by a rename, which follows no link either.
+In a folder that others can write to, another user can create a link with an expected name. So a new file has a name
+that nobody can guess, is created with ``O_EXCL`` and ``O_NOFOLLOW``, and is then renamed, which does not follow links.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from typing import BinaryIO
 from azstoragetorch._engine.scope import on_error
 from azstoragetorch.exceptions import AZStorageTorchError
 
-PARTIAL_PREFIX = ".azstoragetorch-"  # the names of unfinished files begin with it
-_NO_TERMINAL = getattr(os, "O_NOCTTY", 0)  # opening a terminal must not make it the controlling one
-_SYSTEM = ("/proc/", "/sys/")  # files there have no length before they are read
+PARTIAL_PREFIX = ".azstoragetorch-"  # prefix of the names of unfinished files
+_NO_TERMINAL = getattr(os, "O_NOCTTY", 0)  # a terminal that is opened must not become the controlling terminal
+_SYSTEM = ("/proc/", "/sys/")  # files there do not report their length
 
 
 class CopyError(AZStorageTorchError):
-    """A copy was not made; its target is what it was before."""
+    """A copy failed; its target is unchanged."""
 
 
 class WrongMD5Error(CopyError):
-    """The bytes do not have the MD5 that is stored with the blob: they, or it, are wrong."""
+    """The bytes do not match the MD5 stored with the blob: either of them is wrong."""
 
 
 def printable(text: str) -> str:
-    """*text* with control characters escaped, so that it is one line and moves no cursor."""
+    """Escape control characters in *text*, so that it is printed as one line and does not control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def display(path: Path) -> str:
-    """*path* for a message."""
+    """*path* as it is shown in messages."""
     return printable(str(path))
 
 
 def current_user_id() -> int:
-    """The user id that this process creates files with; 0 where users have no numbers."""
+    """The user id of files that this process creates; 0 on Windows."""
     return os.geteuid() if sys.platform != "win32" else 0
 
 
 def has_unknown_length(path: Path, found: os.stat_result) -> bool:
-    """Whether the length of *path*, which has the status *found*, is known only after it was read to its end."""
+    """Whether the length of *path*, which has the status *found*, is known only after reading it to its end."""
     return not stat.S_ISREG(found.st_mode) or not found.st_size or os.path.realpath(path).startswith(_SYSTEM)
 
 
 def is_stream_target(path: Path) -> bool:
-    """Whether writing to *path* means to write into what is there, a device or a fifo; else a new file replaces it.
+    """Whether *path* is a device or fifo, which is written into; otherwise a new file replaces what is there.
 
     Raises:
-        CopyError: *path* is a folder, a link, or somebody else's fifo or device, none of which a file may replace.
+        CopyError: *path* is a folder, a link, or a fifo or device of another user, which a file must not replace.
     """
     try:
         found = path.lstat()
@@ -91,25 +91,25 @@ def check_folders(root: Path, relative: str) -> None:
     """Check that no folder of the path *relative*, below *root*, is a link.
 
     Raises:
-        CopyError: one is, and so leads to another place than the one that was named.
+        CopyError: one of them is a link, which can lead out of *root*.
     """
     place = root
     for part in relative.split("/")[:-1]:
         place = place / part
         if place.is_symlink():
             raise CopyError(
-                f"{display(place)} is a link, and nothing is copied through links below the target: remove it, or name "
-                "the folder that it leads to as the target"
+                f"{display(place)} is a link, and links below the target are not followed: remove it, or use the "
+                "folder that it leads to as the target"
             )
 
 
 def open_to_read(path: Path) -> FileIO:
-    """Open *path*, whatever it is, without a buffer."""
+    """Open *path*, a file of any type, for reading without a buffer."""
     return FileIO(path, "r", opener=_without_terminal)
 
 
 def open_stream(path: Path) -> FileIO:
-    """Open the device or fifo *path* to write into it; nothing is created or truncated."""
+    """Open the device or fifo *path* for writing, without creating or truncating it."""
     return FileIO(path, "w", opener=_as_it_is)
 
 
@@ -122,21 +122,21 @@ def _as_it_is(path: str, flags: int) -> int:
 
 
 def open_exclusive(path: Path) -> FileIO:
-    """A new file *path*, open for reading and writing.
+    """Create *path* and open it for reading and writing.
 
     Raises:
-        FileExistsError: something has that name, be it a link that leads nowhere.
+        FileExistsError: *path* exists, even as a dangling link.
     """
     return FileIO(path, "x+", opener=_without_links)
 
 
 def open_own(path: Path, *, create: bool = False) -> FileIO:
-    """The file *path*, open for reading and writing; with *create* it is made, for this user alone, if it is not there.
+    """Open *path* for reading and writing. With *create*, create it if it does not exist, private to this user.
 
     Raises:
         OSError: *path* is a link, or cannot be opened.
     """
-    # A file object, not a descriptor: an interrupt that comes before it is in a variable closes it.
+    # A file object, not a descriptor: it is closed even if an interrupt comes before it is stored in a variable.
     return FileIO(path, "r+", opener=_create_without_links if create else _without_links)
 
 
@@ -154,30 +154,28 @@ def partial_name() -> str:
 
 
 def rename_into_place(unfinished: Path, path: Path) -> None:
-    """Rename *unfinished* to *path*; a file that it replaces hands on its permissions.
+    """Rename *unfinished* to *path*, with the permissions of the file that it replaces.
 
     Raises:
-        CopyError: *path* has become something that a file cannot replace.
-        OSError: it cannot be renamed.
+        CopyError: *path* is now something that a file cannot replace.
+        OSError: the rename failed.
     """
     if is_stream_target(path):
-        raise CopyError(
-            f"{display(path)} has become a device or fifo while its content was copied; nothing was written"
-        )
-    with suppress(OSError):  # no such file, or a file system without permissions
+        raise CopyError(f"{display(path)} was replaced with a device or fifo during the copy; nothing was written")
+    with suppress(OSError):  # *path* does not exist, or the file system has no permissions
         unfinished.chmod(stat.S_IMODE(path.lstat().st_mode) & 0o777)
     unfinished.replace(path)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write *path*: a file appears, or is replaced, when the block ends without an error.
+    """Open *path* for writing. The file is created or replaced when the block ends without an error.
 
-    A device or fifo that is there is written into.
+    If *path* is a device or fifo, it is written into.
 
     Raises:
         CopyError: *path* is something that a file cannot replace.
-        OSError: it cannot be written.
+        OSError: *path* cannot be written.
     """
     if is_stream_target(path):
         with io.BufferedWriter(open_stream(path)) as stream:
@@ -192,6 +190,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_of_the_system(link: Path) -> bool:
-    """Whether *link* is one that the system makes: ``/dev/stdout``, ``/proc/self/fd/1``."""
+    """Whether *link* is created by the system: ``/dev/stdout``, ``/proc/self/fd/1``."""
     place = os.path.realpath(link.parent)
     return place == "/dev" or place.startswith("/proc/")

@@ -1,9 +1,9 @@
-"""What is known of one unfinished download, in a folder that only this user may write.
+"""The record of an unfinished download, in a folder that only this user can write to.
 
-The unfinished file is next to its target, where others may be able to write; a record that were there too could be
-planted together with a file. So the record, which says which file it is and which bytes it has, is kept in
-``$XDG_STATE_HOME/azstoragetorch`` (``~/.local/state/azstoragetorch``), and the file is believed only if it is the very
-file that this user created. Without such a folder nothing is recorded, and an interrupted download starts again.
+The unfinished file is next to its target, where other users may be able to write. If the record were there too, another
+user could create both. So the record, which identifies the file and the bytes that it has, is in
+``$XDG_STATE_HOME/azstoragetorch`` (``~/.local/state/azstoragetorch``), and the file is used only if it is the very file
+that this user created. Without such a folder nothing is recorded, and an interrupted download starts again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from azstoragetorch._engine.ranges import ByteRange, coalesce
 from azstoragetorch._files.paths import PARTIAL_PREFIX, CopyError, current_user_id, display, open_own
 
 _PART = re.compile(rf"{re.escape(PARTIAL_PREFIX)}[0-9a-f]{{24}}\.part")
-_LONGEST = 64 << 20  # bytes of a record; there is a line for each 64 MiB or so
+_LONGEST = 64 << 20  # bytes of a record, which has one line for about 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedDownload:
-    """An unfinished file as it was recorded."""
+    """The recorded state of an unfinished file."""
 
     identity: str
     part: str
@@ -38,7 +38,7 @@ class RecordedDownload:
 
 
 class Record:
-    """The record of the download to one path, locked: one process at a time."""
+    """The record of the download to one path, locked by one process at a time."""
 
     def __init__(self, place: Path, file: FileIO) -> None:
         self._place = place
@@ -46,7 +46,7 @@ class Record:
 
     @classmethod
     def of(cls, path: Path) -> Record | None:
-        """Open and lock the record for *path*; None without a private folder.
+        """Open and lock the record for *path*; None if there is no private folder.
 
         Raises:
             CopyError: another process is downloading to *path*.
@@ -59,12 +59,12 @@ class Record:
                 return None
             try:
                 _lock(file.fileno())
-                if _is_file_at(place, file.fileno()):  # else the process that had it before has removed it
+                if _is_file_at(place, file.fileno()):  # otherwise the process that had it locked has removed it
                     return cls(place, file)
             except BlockingIOError:
                 file.close()
                 raise CopyError(
-                    f"{display(path)}: another process is downloading to it; wait until it has ended"
+                    f"{display(path)}: another process is downloading to it: wait until that has finished"
                 ) from None
             except BaseException:
                 file.close()
@@ -74,39 +74,39 @@ class Record:
 
     @staticmethod
     def kept_bytes(path: Path) -> int:
-        """Bytes that the unfinished download to *path* has, as far as they are recorded."""
+        """The recorded number of bytes of the unfinished download to *path*."""
         place = _place_of(path)
         kept = _parse(place) if place is not None else None
         return sum(map(len, kept.spans)) if kept is not None else 0
 
     def read(self) -> RecordedDownload | None:
-        """What is recorded, if anything is."""
+        """The recorded state; None if there is none."""
         return _parse(self._place)
 
     def begin(self, identity: str, part: Path, inode: int) -> None:
-        """Record a new unfinished file, *part*, that has no bytes yet."""
+        """Record a new unfinished file, *part*, without any bytes."""
         with suppress(OSError):
             self._file.truncate(0)
         self._append(json.dumps({"identity": identity, "part": part.name, "inode": inode}) + "\n")
 
     def add(self, spans: Iterable[ByteRange]) -> bool:
-        """Record *spans*, whose bytes are on the disk; False if that failed, which costs only time later."""
+        """Record *spans*, whose bytes are on disk. Return False if that failed: they are downloaded again later."""
         return self._append("".join(f"{span.start} {span.stop}\n" for span in spans))
 
     def forget(self) -> None:
-        """Remove the record: the unfinished file is gone."""
+        """Delete the record, after the unfinished file was renamed or deleted."""
         with suppress(OSError):
             self._place.unlink()
 
     def close(self) -> None:
-        """Let other processes have it."""
+        """Unlock the record."""
         self._file.close()
 
     def _append(self, lines: str) -> bool:
         data = lines.encode("ascii")
         try:
             self._file.seek(0, os.SEEK_END)
-            return self._file.write(data) == len(data)  # a part of a line ends the record
+            return self._file.write(data) == len(data)  # after an incomplete line nothing more is read
         except OSError:
             return False
 
@@ -120,13 +120,13 @@ def _place_of(path: Path) -> Path | None:
 
 
 def _private_folder() -> Path | None:
-    """A folder that only this user may write, or None."""
+    """A folder that only this user can write to; None if there is none."""
     try:
         base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME")
         folder = (Path(base) if base else Path.home() / ".local" / "state") / "azstoragetorch"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except (OSError, RuntimeError):  # the latter without a home directory
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return None
     if sys.platform != "win32" and (found.st_uid != current_user_id() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         return None
@@ -145,7 +145,7 @@ def _parse(place: Path) -> RecordedDownload | None:
     if not (isinstance(identity, str) and isinstance(part, str) and isinstance(inode, int) and _PART.fullmatch(part)):
         return None
     spans = []
-    for line in lines[:-1]:  # the last one may have been cut off
+    for line in lines[:-1]:  # the last line is empty or incomplete
         start, _, stop = line.partition(" ")
         if not (start.isdigit() and stop.isdigit() and len(line) < 40 and int(start) < int(stop)):
             return None
@@ -164,16 +164,16 @@ def _is_file_at(place: Path, descriptor: int) -> bool:
 if sys.platform == "win32":  # pragma: no cover
 
     def _lock(descriptor: int) -> None:
-        """An open file cannot be removed here, which is protection enough."""
+        """Do nothing: Windows does not allow deleting an open file, which is enough."""
 
 else:
     import fcntl
 
     def _lock(descriptor: int) -> None:
-        """Keep other processes out.
+        """Lock the file.
 
         Raises:
-            BlockingIOError: another one has it.
+            BlockingIOError: another process has locked it.
         """
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Copy one file or blob, whole or not at all: nobody ever sees a part of the target.
+"""Copy one file or blob atomically: nobody ever sees an incomplete target.
 
-What was copied is recognized by length and MD5. What a copy reads is of one version: of a blob by its ETag, of a file
-by its length and time of change.
+A target that is already a copy is recognized by its length and MD5. A copy reads one version of its source: of a blob
+by its ETag, of a file by its length and modification time.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from azstoragetorch._files.paths import (
 )
 
 Advance = Callable[[int], None]
-"""Called with each number of bytes that has been copied, from any thread."""
+"""Called from any thread with the number of bytes copied since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How a copy is made."""
+    """Options of a copy."""
 
     is_forced: bool = False
-    """Copy what is there already, too."""
+    """Copy even if the target is already a copy of the source."""
     checks_md5: bool = True
-    """Compare with the MD5 that is stored with the source."""
+    """Check the MD5 stored with the source."""
     keeps_tier: bool = True
     """Give the copy of a blob the access tier that was set for the source."""
     keeps_tags: bool = False
@@ -53,7 +53,7 @@ class CopyOptions:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Who hears of a copy in progress, and who can cancel it."""
+    """The progress callback and the cancel scope of a copy."""
 
     scope: Scope
     advance: Advance
@@ -72,9 +72,9 @@ def get_file(blob: BlobClient, path: Path, hooks: Hooks, options: CopyOptions = 
     """Copy *blob* to the file *path*; returns whether it was ``copied``, ``resumed`` or ``skipped``.
 
     Raises:
-        WrongMD5Error: the bytes do not have the MD5 that is stored with the blob.
-        CopyError: a file cannot replace what is there, or another process is downloading to it.
-        BlobChangedError: the blob was overwritten meanwhile.
+        WrongMD5Error: the bytes do not match the MD5 stored with the blob.
+        CopyError: a file cannot replace what is at *path*, or another process is downloading to it.
+        BlobChangedError: the blob was overwritten during the copy.
         OSError: the file cannot be written.
     """
     if is_stream_target(path):
@@ -96,11 +96,11 @@ def get_file(blob: BlobClient, path: Path, hooks: Hooks, options: CopyOptions = 
 
 
 def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, options: CopyOptions = CopyOptions()) -> None:
-    """Write *blob* into *stream*, from its beginning to its end.
+    """Write the whole *blob* to *stream*.
 
     Raises:
-        WrongMD5Error: the bytes, which are written by then, do not have the MD5 that is stored with the blob.
-        BlobChangedError: the blob was overwritten meanwhile.
+        WrongMD5Error: the bytes, which were already written, do not match the MD5 stored with the blob.
+        BlobChangedError: the blob was overwritten during the copy.
         OSError: the stream cannot be written.
     """
     found = describe(blob, hooks.scope)
@@ -119,7 +119,9 @@ def get_stream(blob: BlobClient, stream: BinaryIO, hooks: Hooks, options: CopyOp
     finally:
         reader.close()
     if options.checks_md5 and found.md5 is not None and digest.digest() != found.md5:
-        raise WrongMD5Error(f"{blob.url}: the bytes that were written do not have the MD5 that is stored with the blob")
+        raise WrongMD5Error(
+            f"{blob.url}: the bytes that were written do not match the MD5 stored with the blob; discard them"
+        )
 
 
 def put_file(
@@ -127,18 +129,18 @@ def put_file(
 ) -> str:
     """Copy the file *path* to *blob*; returns whether it was ``copied`` or ``skipped``.
 
-    *known_size* is the length of the blob that is there, None if it does not exist. A file that has no length before
-    it is read, as in ``/proc``, is copied to its end.
+    *known_size* is the length of the existing blob, None if it does not exist. A file that does not report its length,
+    as in ``/proc``, is read to its end.
 
     Raises:
-        CopyError: the file changed meanwhile; nothing was committed.
+        CopyError: the file changed during the copy; nothing was committed.
         OSError: the file cannot be read.
     """
     with open_to_read(path) as file:
         before = os.fstat(file.fileno())
         size = before.st_size
         if not stat.S_ISREG(before.st_mode):
-            raise CopyError(f"{display(path)} is not a file any more")
+            raise CopyError(f"{display(path)} was replaced with something that is not a file; nothing was copied")
         if not options.is_forced and known_size == size and describe(blob, hooks.scope).md5 == md5_of(path):
             hooks.advance(size)
             return "skipped"
@@ -152,17 +154,17 @@ def put_file(
         def check(_md5: bytes) -> None:
             after = os.fstat(file.fileno())
             if (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
-                raise CopyError(f"{display(path)} changed while it was being copied; nothing was committed")
+                raise CopyError(f"{display(path)} changed during the copy; nothing was committed: copy it again")
 
         _send(blob, _UploadSource(size, read, check, {}), hooks)
     return "copied"
 
 
 def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
-    """Copy what comes out of *stream*, until it ends, to *blob*; returns its length.
+    """Copy *stream* to its end to *blob*; return the number of bytes.
 
     Raises:
-        FatalBlobIOWriteError: it could not be written; nothing was committed.
+        FatalBlobIOWriteError: the blob could not be written; nothing was committed.
         OSError: the stream cannot be read; nothing was committed.
     """
     digest = hashlib.md5(usedforsecurity=False)
@@ -179,13 +181,13 @@ def put_stream(stream: BinaryIO, blob: BlobClient, hooks: Hooks) -> int:
 
 
 def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: CopyOptions = CopyOptions()) -> str:
-    """Copy a blob to another through this machine, with its content headers and metadata, and what *options* add.
+    """Copy a blob to another one through this machine, with its content headers, its metadata and what *options* add.
 
-    Returns whether it was ``copied`` or ``skipped``.
+    Returns ``copied`` or ``skipped``.
 
     Raises:
-        WrongMD5Error: the bytes do not have the MD5 that is stored with the source; nothing was committed.
-        BlobChangedError: the source was overwritten meanwhile.
+        WrongMD5Error: the bytes do not match the MD5 stored with the source; nothing was committed.
+        BlobChangedError: the source was overwritten during the copy.
     """
     found = describe(source, hooks.scope)
     size = found.version.size
@@ -202,7 +204,7 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: Cop
     def check(md5: bytes) -> None:
         if options.checks_md5 and found.md5 is not None and md5 != found.md5:
             raise WrongMD5Error(
-                f"{source.url}: the bytes do not have the MD5 that is stored with the blob; nothing was committed"
+                f"{source.url}: the bytes do not match the MD5 stored with the blob; nothing was committed"
             )
 
     try:
@@ -218,7 +220,7 @@ class _Digest(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _UploadSource:
-    """What a blob is to be: *size* bytes that *read* gives in order; *check* gets their MD5, and raises to give up."""
+    """The new content of a blob: *read* returns its *size* bytes in order; *check* gets their MD5 and can raise."""
 
     size: int
     read: Callable[[int, memoryview], int]
@@ -227,7 +229,7 @@ class _UploadSource:
 
 
 def _fetch_all(blob: BlobClient, found: Description, missing: list[ByteRange], partial: Partial, hooks: Hooks) -> None:
-    """Fetch the ranges *missing* into *partial*, many at once."""
+    """Fetch the ranges *missing* into *partial* in parallel."""
     config, engine = blob.config, blob.engine
 
     def fetch(span: ByteRange, scope: Scope) -> None:
@@ -239,7 +241,7 @@ def _fetch_all(blob: BlobClient, found: Description, missing: list[ByteRange], p
         hooks.advance(len(span))
 
     parts = [part for span in missing for part in split(span, config.effective_part_size)]
-    with hooks.scope.child() as inner:  # a failure here ends this copy and no other
+    with hooks.scope.child() as inner:  # a failure cancels this copy only
         engine.map(fetch, parts, config.max_concurrency, inner)
 
 
@@ -249,7 +251,7 @@ def _send(blob: BlobClient, content: _UploadSource, hooks: Hooks) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     with _writing(blob, hooks.scope) as writer:
         if size < config.block_size:
-            # One request, and nothing to commit.
+            # One request, without a commit.
             with blob.engine.budget.wait_for(size):
                 for piece in _pieces(content, max(size, 1), digest, str(blob.url)):
                     writer.write(piece)
@@ -276,7 +278,9 @@ def _pieces(content: _UploadSource, length: int, digest: _Digest, target: str) -
         while filled < view.nbytes:
             count = content.read(at + filled, view[filled:])
             if not count:
-                raise CopyError(f"{target}: the source ended after {at + filled} of {content.size} bytes")
+                raise CopyError(
+                    f"{target}: the source ended after {at + filled} of {content.size} bytes; nothing was committed"
+                )
             filled += count
         digest.update(view)
         at += view.nbytes
@@ -285,7 +289,7 @@ def _pieces(content: _UploadSource, length: int, digest: _Digest, target: str) -
 
 @contextmanager
 def _writing(blob: BlobClient, scope: Scope) -> Iterator[BlockWriter]:
-    """A writer that *scope* cancels, and that commits nothing unless the block does."""
+    """A writer that is cancelled with *scope* and aborted if the block raises an error."""
     writer = blob.writer()
     with on_error(writer.abort), scope.holding(writer.cancel):
         yield writer

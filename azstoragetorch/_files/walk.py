@@ -1,4 +1,4 @@
-"""What is in a folder of this machine: files to copy, and everything that is not one, with the reason."""
+"""List a local folder: the files to copy, and everything that cannot be copied, with the reason."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Literal
 from azstoragetorch._files.paths import PARTIAL_PREFIX, display
 
 Links = Literal["files", "all", "none"]
-"""Which links are followed: those to files; those to folders too; none, and they are left out without a complaint."""
+"""Which links are followed: links to files; links to files and folders; or none, which leaves out all links."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file to copy, or, with a *problem*, something that cannot be copied."""
+    """A file to copy or, with a *problem*, something that cannot be copied."""
 
     path: Path
     name: str
@@ -25,11 +25,11 @@ class Entry:
     status: os.stat_result | None = None
     problem: str = ""
     is_left_out: bool = False
-    """Left out as was asked for, or because it is what an interrupted copy left; not a problem."""
+    """Left out on request, or because it is an unfinished download; not a problem."""
 
 
 def walk(folder: Path, links: Links) -> Iterator[Entry]:
-    """Everything below *folder*, in order.
+    """Everything below *folder*, sorted by name.
 
     Raises:
         OSError: *folder* itself cannot be read.
@@ -57,10 +57,14 @@ def _walk(folder: Path, prefix: str, links: Links, above: list[tuple[int, int]])
             yield Entry(
                 path,
                 name,
-                problem=f"{display(path)} is a link to a folder: --links all enters it, --links none leaves it out",
+                problem=f"{display(path)} is a link to a folder: use --links all to follow it, --links none to skip it",
             )
         elif _identity(status) in above:
-            yield Entry(path, name, problem=f"{display(path)} is a link to a folder that it is in itself")
+            yield Entry(
+                path,
+                name,
+                problem=f"{display(path)} is a link to a folder that contains it: remove the link, or use --links none",
+            )
         else:
             try:
                 yield from _walk(path, f"{name}/", links, [*above, _identity(status)])
@@ -73,7 +77,7 @@ def _file(path: Path, name: str, status: os.stat_result) -> Entry:
         return Entry(path, name, is_left_out=True)
     if not stat.S_ISREG(status.st_mode):
         what = "fifo" if stat.S_ISFIFO(status.st_mode) else "socket" if stat.S_ISSOCK(status.st_mode) else "device"
-        hint = "" if what == "socket" else ": name it as SOURCE to copy what comes out of it"
+        hint = "" if what == "socket" else ": pass it as SOURCE to copy what it produces"
         return Entry(path, name, problem=f"{display(path)} is a {what}, not a file{hint}")
     return Entry(path, name, status)
 
@@ -81,7 +85,7 @@ def _file(path: Path, name: str, status: os.stat_result) -> Entry:
 def _problem_of(entry: os.DirEntry[str], error: OSError) -> str:
     path = display(Path(entry.path))
     if entry.is_symlink() and isinstance(error, FileNotFoundError):
-        return f"{path} is a link that leads nowhere: --links none leaves links out"
+        return f"{path} is a dangling link: remove it, or use --links none to skip it"
     return f"{path} cannot be read: {error.strerror or error}"
 
 
