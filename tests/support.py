@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -32,15 +33,18 @@ QUICK = TransferConfig(
     max_connections=8,
     memory_limit=1 * MiB,
     read_ahead=512 * KiB,
-    connect_timeout=5.0,
-    read_timeout=5.0,
+    connect_timeout=30.0,
+    read_timeout=30.0,
     max_attempts=3,
     max_backoff=0.01,
 )
 """The smallest parts and blocks there are, so that small blobs have many; three tries with next to no pause."""
 
-IMPATIENT = replace(QUICK, read_timeout=0.3)
+IMPATIENT = replace(QUICK, read_timeout=0.8)
 """The same, for what stalls."""
+
+PERSISTENT = replace(IMPATIENT, max_attempts=20)
+"""The same, for what stalls once and has to end well: on a busy machine other requests may take too long as well."""
 
 
 @lru_cache(maxsize=16)
@@ -59,7 +63,7 @@ def container_client(url: str, transfer: TransferConfig = QUICK, credential: Cre
     return ContainerClient(parsed, CredentialHolder(credential, parsed.sas, trusted_url=parsed), transfer)
 
 
-def run_python(program: str, *arguments: str, timeout: float = 60.0, **environment: str) -> str:
+def run_python(program: str, *arguments: str, timeout: float = 100.0, **environment: str) -> str:
     """Run *program* in a fresh interpreter and return what it prints; its failure is the test's."""
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -75,14 +79,14 @@ def run_python(program: str, *arguments: str, timeout: float = 60.0, **environme
 
 
 @contextmanager
-def taking(at_least: float = 0.0, at_most: float = 5.0) -> Iterator[None]:
-    """The block takes about this many seconds; the upper bound is generous, for busy machines."""
+def taking(at_least: float = 0.0, at_most: float = 30.0) -> Iterator[None]:
+    """The block takes about this many seconds; what must not be waited for takes twice the upper bound."""
     begin = time.monotonic()
     yield
     assert at_least <= time.monotonic() - begin < at_most
 
 
-def run_threads(count: int, action: Callable[[int], T], timeout: float = 30.0) -> list[T]:
+def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -> list[T]:
     """Run *action* in *count* threads that begin together; the first error is raised."""
     start = threading.Barrier(count)
     results: list[Any] = [None] * count
@@ -106,12 +110,39 @@ def run_threads(count: int, action: Callable[[int], T], timeout: float = 30.0) -
     return results
 
 
-def in_time(action: Callable[[], T], seconds: float = 20.0) -> T:
+def in_time(action: Callable[[], T], seconds: float = 60.0) -> T:
     """*action* in another thread, or a failure if it does not come to an end: for what must not hang."""
     return run_threads(1, lambda _: action(), seconds)[0]
 
 
-def wait_until(holds: Callable[[], bool], timeout: float = 10.0) -> None:
+@contextmanager
+def interrupted_once(holds: Callable[[], bool]) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the main thread, which is in the block, once *holds*."""
+    is_over = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not is_over.is_set():
+            is_over.set()
+            raise KeyboardInterrupt
+
+    def send() -> None:
+        wait_until(holds)
+        # Again and again: a signal that comes just before a system call does not end it.
+        while not is_over.wait(0.02):
+            os.kill(os.getpid(), signal.SIGALRM)
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        sender.join()
+        signal.signal(signal.SIGALRM, previous)
+
+
+def wait_until(holds: Callable[[], bool], timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while not holds():
         if time.monotonic() > deadline:

@@ -85,12 +85,12 @@ def run(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_chains_and_a_plain_dataloader_work_without_torchs_pipes(tmp_path: Path) -> None:
     """Each item once under any number of workers, another order in each epoch, pickling, and torch's errors."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = run(str(program), timeout=230)
+    done = run(str(program), timeout=580)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "No module named 'torch.utils.data.datapipes'",

@@ -17,7 +17,7 @@ from azstoragetorch import TransferConfig
 from azstoragetorch.datapipes._base import IterableWrapper
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults import FaultService, Match, Status
+from tests.faults import FaultService, Match, Status, Together
 
 KiB = 1 << 10
 SMALL = TransferConfig(block_size=64 * KiB, memory_limit=1 << 20, max_attempts=2, max_backoff=0.01)
@@ -115,7 +115,7 @@ def test_a_service_that_refuses_leaves_no_partial_blob(fault_service: FaultServi
 
 def test_many_are_written_at_once(fault_service: FaultService) -> None:
     fault_service.create_container("data")
-    fault_service.latency = 0.05
+    fault_service.script("put_blob", [Together(9)], repeat=True)
     items = [(fault_service.blob_url("data", f"{number:03d}"), b"x") for number in range(60)]
     urls = list(IterableWrapper(items).save_by_azure(credential=False))
     assert urls == [url for url, _ in items]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
-from tests.faults import FaultService, Hold, Match, Redirect, Status, Torn
+from tests.faults import FaultService, Hold, Match, Redirect, Status, Together, Torn
 from tests.support import QUICK, content, in_time, wait_until
 
 MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
@@ -72,7 +72,7 @@ def test_reads_run_ahead_in_one_process_and_stay_in_order(fault_service: FaultSe
     assert not first
     assert dataset.state_dict()["position"] <= 1
     gate.set()
-    reader.join(10)
+    reader.join(60)
     rest = [sample["url"].rpartition("/")[2] for sample in samples]
     assert [first[0]["url"].rpartition("/")[2], *rest] == names
 
@@ -119,7 +119,7 @@ def test_a_transform_that_reads_few_blobs_fetches_few(fault_service: FaultServic
 
 def test_a_transform_that_reads_all_is_read_ahead_for(fault_service: FaultService) -> None:
     fill(fault_service, 64)
-    fault_service.latency = 0.02
+    fault_service.script(Match("get_blob", nth=20), [Together(8)], repeat=True)
     assert list(iterable(fault_service, transform=read)) == [content(1000, i) for i in range(64)]
     assert len(fault_service.requests("get_blob")) == 64
     assert fault_service.peak_active >= 8
@@ -151,8 +151,8 @@ def test_of_a_large_blob_only_the_first_part_is_ahead(fault_service: FaultServic
 def test_a_batch_of_a_map_style_dataset_is_fetched_at_once(fault_service: FaultService) -> None:
     fill(fault_service, 40)
     dataset = map_style(fault_service)
-    fault_service.latency = 0.02
     fault_service.reset_log()
+    fault_service.script("get_blob", [Together(6)], repeat=True)
     indices = [31, 5, 17, 5, 39, 0, -1, 2]
     assert [sample["data"] for sample in dataset.__getitems__(indices)] == [content(1000, i % 40) for i in indices]
     assert fault_service.peak_active >= 6
@@ -217,11 +217,7 @@ def test_an_iterator_that_is_dropped_gives_everything_back(fault_service: FaultS
     del samples
     gc.collect()
     fault_service.wait_until_idle()
-    for _ in range(200):
-        if engine_for(transfer).budget.in_flight == 0:
-            break
-        threading.Event().wait(0.01)
-    assert engine_for(transfer).budget.in_flight == 0
+    wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
     assert len(fault_service.requests("get_blob")) <= 14
 
 

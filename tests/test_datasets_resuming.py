@@ -64,7 +64,7 @@ LOADERS = [(0, False), (2, False), (2, True)]
 
 
 @pytest.mark.parametrize(("workers", "persistent"), LOADERS)
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_stateful_loader_goes_on_exactly_from_every_place(url: str, workers: int, persistent: bool) -> None:
     """Start, middle, the end of an epoch; then two more epochs; the state through JSON each time."""
     dataset, loader = loader_of(url, workers, persistent=persistent)
@@ -146,7 +146,7 @@ def test_a_map_style_dataset_goes_on_with_the_sampler_of_a_stateful_loader(url: 
     assert sorted(itertools.chain(*read, *rest)) == [f"{i:02d}" for i in range(COUNT)]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_a_stateful_loader_with_spawned_workers_goes_on_exactly(url: str, context: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -40,13 +39,14 @@ from tests.faults import (
     SlowBytes,
     Stall,
     Status,
+    Together,
     Torn,
     TornReset,
     WrongContentRange,
     WrongHeader,
     WrongLength,
 )
-from tests.support import IMPATIENT, QUICK, blob_client, content, taking, wait_until
+from tests.support import IMPATIENT, PERSISTENT, QUICK, blob_client, content, taking, wait_until
 
 SIZE = 1_300_001  # twenty parts of the smallest size, the last one short
 DATA = content(SIZE)
@@ -126,7 +126,7 @@ HARMLESS: list[Fault] = [
 
 
 def open_blob(service: FaultService, fault: Fault | None = None) -> BlobIO:
-    transfer = IMPATIENT if isinstance(fault, Stall) else QUICK
+    transfer = PERSISTENT if isinstance(fault, Stall) else QUICK
     return BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=transfer)
 
 
@@ -138,14 +138,15 @@ class TestOneFault:
     def test_is_survived(self, service: FaultService, fault: Fault, read: Callable[[BlobIO], bytes], nth: int) -> None:
         """Whether it hits the first request or one of those that follow."""
         rule = service.script(Match("get_blob", nth=nth), [fault])
-        with open_blob(service, fault) as blob, taking(at_most=5):
+        with open_blob(service, fault) as blob, taking():
             assert read(blob) == DATA
         assert rule.is_exhausted
 
     @pytest.mark.parametrize("fault", PASSING, ids=repr)
     def test_that_stays_is_an_error_when_no_try_is_left(self, service: FaultService, fault: Fault) -> None:
         service.script("get_blob", [fault], repeat=True)
-        with open_blob(service, fault) as blob, taking(at_most=5):
+        transfer = IMPATIENT if isinstance(fault, Stall) else QUICK
+        with BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=transfer) as blob, taking():
             with pytest.raises((HttpResponseError, ServiceResponseError, ClientRequestIdMismatchError)) as caught:
                 blob.read()
             assert blob.tell() == 0
@@ -180,7 +181,7 @@ class TestOneFault:
 
     def test_one_that_is_not_there(self, service: FaultService) -> None:
         refused = pytest.raises(ServiceResponseError, match="refused")
-        with open_blob(service) as blob, service.refusing_connections(), taking(at_most=5), refused:
+        with open_blob(service) as blob, service.refusing_connections(), taking(), refused:
             blob.read()
 
     def test_after_an_error_reading_goes_on_where_it_was(self, service: FaultService) -> None:
@@ -225,7 +226,7 @@ class TestPauses:
         with open_blob(service) as blob:
             assert blob.read(10) == DATA[:10]
         first, second = service.requests("get_blob")[:2]
-        assert seconds <= second.time - first.time < seconds + 1
+        assert seconds <= second.time - first.time
 
     def test_a_pause_ends_when_the_reader_is_closed(self, service: FaultService) -> None:
         service.script(Match("get_blob", nth=2), [Status(503, retry_after=60)], repeat=True)
@@ -234,7 +235,7 @@ class TestPauses:
         service.wait_for_requests(2)
         wait_until(lambda: len(service.requests(status=503)) > 0)
         engine = blob._client.engine
-        with taking(at_most=5):
+        with taking():
             blob.close()
             wait_until(lambda: engine.budget.in_flight == 0)
 
@@ -275,7 +276,7 @@ class TestResuming:
         data = content(3_000_000)
         service.put("c", "b", data)
         service.script("get_blob", [replace(fault, after=2_000_000)])  # type: ignore[call-arg]
-        assert blob_client(service.blob_url("c", "b"), replace(IMPATIENT, part_size=4 * MiB)).read()[0] == data
+        assert blob_client(service.blob_url("c", "b"), replace(PERSISTENT, part_size=4 * MiB)).read()[0] == data
         (_, first), (again, _) = self.spans(service)
         assert first == 4 * MiB
         assert 2_000_000 - 512 * KiB <= again <= 2_000_000
@@ -428,13 +429,11 @@ class TestPieces:
         assert b"".join(targets) == DATA[100:70_106]
 
     def test_ranges_are_fetched_at_once(self, service: FaultService) -> None:
-        service.latency = 0.1
+        service.script("get_blob", [Together(QUICK.max_concurrency)], repeat=True)
         client = blob_client(service.blob_url("c", "b"))
         etag = service.store.find("c", "b").etag  # type: ignore[union-attr]
         target = memoryview(bytearray(4 * 64 * KiB))
-        begin = time.monotonic()
         fetch_parallel(client.service, client.url, [(ByteRange(0, len(target)), target)], etag=etag, scope=Scope())
-        assert time.monotonic() - begin < 0.35
         assert target == DATA[: len(target)]
         assert service.peak_active == QUICK.max_concurrency
 

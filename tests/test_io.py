@@ -543,6 +543,6 @@ def test_closing_is_prompt_whatever_is_under_way(service: FaultService) -> None:
     blob = open_blob(service, transfer=replace(QUICK, part_size=128 * KiB, read_timeout=60))
     blob.read(70_000)
     service.wait_for_requests(2)
-    with taking(at_most=2):
+    with taking():
         blob.close()
     gate.set()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobRange, BlobReader, BlobSharder, ShuffleBuffer
 from tests.azurite.container import Container
-from tests.faults import FaultService, Hold, Match, Status, Torn
+from tests.faults import FaultService, Hold, Match, Status, Together, Torn
 from tests.support import wait_until
 
 COUNT = 13
@@ -113,7 +114,8 @@ def test_it_takes_urls_infos_and_ranges(fault_service: FaultService) -> None:
 
 def test_many_are_under_way_and_bounded(fault_service: FaultService) -> None:
     fill(fault_service, 40)
-    fault_service.latency = 0.05
+    fault_service.latency = 0.02
+    fault_service.script("get_blob", [Together(4)], repeat=True)
     node = BlobReader(lister(fault_service), concurrency=6, memory_limit=64 << 20, credential=False)
     assert sum(1 for _ in Loader(node)) == 40
     assert 4 <= fault_service.peak_active <= 7
@@ -276,8 +278,14 @@ class Slow(BaseNode[str]):  # type: ignore[misc]
         return {"at": self.at}
 
 
+def waits(thread: threading.Thread) -> bool:
+    """Whether *thread* waits for a read."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and any(below.f_code.co_name == "wait_until" for below, _ in traceback.walk_stack(frame))
+
+
 def wait_for(holds: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -310,13 +318,12 @@ def test_re_iterating_while_a_read_blocks_loses_and_steals_nothing(
         thread = threading.Thread(target=lambda: stolen.extend(node))
         thread.start()
     wait_for(lambda: rule.fired)
-    time.sleep(0.2)  # somebody is inside `next` by now
-    began = time.monotonic()
-    whole = list(loader)
-    assert time.monotonic() - began < 15, "nobody waited for the read that blocks"
+    if wrap == "none":
+        wait_for(lambda: waits(thread))
+    whole = list(loader)  # nobody waits for the read that blocks
     assert [name_of(sample) for sample in whole] == [f"{number:03d}" for number in range(COUNT)]
     if wrap == "none":
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         assert [name_of(sample) for sample in stolen] == ["001"]
 

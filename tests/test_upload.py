@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -47,9 +46,21 @@ from tests.faults import (
     ResetUpload,
     Stall,
     Status,
+    Together,
     WrongHeader,
 )
-from tests.support import IMPATIENT, QUICK, blob_client, content, in_time, run_threads, taking, wait_until
+from tests.support import (
+    IMPATIENT,
+    PERSISTENT,
+    QUICK,
+    blob_client,
+    content,
+    in_time,
+    interrupted_once,
+    run_threads,
+    taking,
+    wait_until,
+)
 
 OLD = b"the old content"
 TiB = 1 << 40
@@ -152,18 +163,21 @@ class TestRequests:
         assert service.get("c", "b") == content(65536) * 3
 
     def test_blocks_are_staged_at_once(self, service: FaultService) -> None:
-        service.latency = 0.1
-        with open_writer(service) as blob, taking(at_most=0.6):
+        service.script("put_block", [Together(QUICK.max_concurrency)], repeat=True)
+        with open_writer(service) as blob:
             blob.write(content(8 * 65536))
         assert service.peak_active == QUICK.max_concurrency
 
     def test_small_writes_do_not_wait_for_the_service(self, service: FaultService) -> None:
-        service.latency = 1.0
+        gate = threading.Event()
+        service.script("put_block", [Hold(gate)], repeat=True)
         blob = open_writer(service)
-        with taking(at_most=0.9):
-            for _ in range(8):
-                blob.write(content(30_000))
+        for _ in range(8):
+            blob.write(content(30_000))
+        service.clear_script()
+        gate.set()
         blob.close()
+        assert service.get("c", "b") == content(30_000) * 8
 
     def test_ids_are_of_one_length_and_in_order(self, service: FaultService) -> None:
         with open_writer(service) as blob:
@@ -321,8 +335,8 @@ class TestFaults:
     ) -> None:
         rule = service.script(operation, [fault])
         name = "b" if mode == "wb" else "new"
-        transfer = IMPATIENT if isinstance(fault, Stall) else QUICK
-        with taking(at_most=5), open_writer(service, mode, name, transfer) as blob:
+        transfer = PERSISTENT if isinstance(fault, Stall) else QUICK
+        with taking(), open_writer(service, mode, name, transfer) as blob:
             step = -(-size // pieces)
             for start in range(0, size, step):
                 blob.write(self.NEW[start : min(start + step, size)])
@@ -340,7 +354,7 @@ class TestFaults:
         service.script(operation, [fault], repeat=True)
         transfer = IMPATIENT if isinstance(fault, Stall) else QUICK
         error = None
-        with taking(at_most=8):
+        with taking():
             try:
                 with open_writer(service, transfer=transfer) as blob:
                     blob.write(self.NEW[:size])
@@ -366,7 +380,7 @@ class TestFaults:
         self, service: FaultService, fault: Fault, kind: type[Exception], operation: str, size: int
     ) -> None:
         service.script(operation, [fault], repeat=True)
-        with taking(at_most=3), pytest.raises(FatalBlobIOWriteError) as caught, open_writer(service) as blob:
+        with taking(), pytest.raises(FatalBlobIOWriteError) as caught, open_writer(service) as blob:
             blob.write(self.NEW[:size])
         assert isinstance(caught.value.__cause__, kind)
         assert service.get("c", "b") == OLD
@@ -408,7 +422,7 @@ class TestFaults:
     def test_a_service_that_is_not_there(self, service: FaultService) -> None:
         for size in (100, 300_000):
             refused = pytest.raises(FatalBlobIOWriteError, match="refused")
-            with service.refusing_connections(), taking(at_most=5), refused, open_writer(service) as blob:
+            with service.refusing_connections(), taking(), refused, open_writer(service) as blob:
                 blob.write(self.NEW[:size])
         assert service.get("c", "b") == OLD
 
@@ -494,7 +508,7 @@ class TestNothingCommitted:
                 with pytest.raises(KeyboardInterrupt):
                     job.run()
                 with pytest.raises(FatalBlobIOWriteError, match="interrupted"):
-                    waiting[0].result(10)
+                    waiting[0].result(60)
                 writer.abort()
             finally:
                 busy.set()
@@ -503,20 +517,11 @@ class TestNothingCommitted:
     def test_when_a_write_or_the_commit_is_interrupted(self, service: FaultService, operation: str) -> None:
         gate = threading.Event()
         service.script(operation, [Hold(gate)], repeat=True)
-
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
-
         blob = open_writer(service, transfer=replace(QUICK, read_timeout=60))
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            with taking(at_most=5), pytest.raises(KeyboardInterrupt):
-                blob.write(self.NEW if operation != "put_blob" else b"new")
-                blob.close()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+        held = interrupted_once(lambda: bool(service.requests(operation)))
+        with taking(), pytest.raises(KeyboardInterrupt), held:
+            blob.write(self.NEW if operation != "put_blob" else b"new")
+            blob.close()
         service.clear_script()
         if not blob.closed:
             with pytest.raises(FatalBlobIOWriteError):
@@ -534,7 +539,7 @@ class TestNothingCommitted:
             blob.write(content(10_000))
         wait_until(lambda: bool(service.requests("put_block", status=503)))
         engine = engine_for(QUICK)
-        with taking(at_most=3):
+        with taking():
             blob.abort()
             wait_until(lambda: engine.budget.in_flight == 0)
         assert service.get("c", "b") == OLD
@@ -749,7 +754,7 @@ class TestMemory:
         assert sum(taken) <= 2 * MiB
         service.clear_script()
         gate.set()
-        thread.join(20)
+        thread.join(60)
         blob.close()
         assert service.get("c", "b") == content(10_000) * 400
 

@@ -18,14 +18,14 @@ from tests.azurite.token import AzuriteTokenCredential
 @pytest.fixture(scope="session")
 def azurite() -> Iterator[Azurite]:
     """The service over http: account key, SAS, anonymous."""
-    with run_azurite() as service:
+    with run_azurite(timeout=180) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def azurite_https() -> Iterator[Azurite]:
     """The service over https with a certificate of its own authority: bearer tokens too."""
-    with run_azurite(https=True, oauth=True) as service:
+    with run_azurite(https=True, oauth=True, timeout=180) as service:
         yield service
 
 

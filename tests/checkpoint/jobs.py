@@ -153,7 +153,7 @@ class UnevenPlanner(dcp.DefaultSavePlanner):
         if dist.get_rank() == 1:
             raise RuntimeError("the disk of the mind is full")
         self.resolved += 1
-        time.sleep(0.2)
+        time.sleep(0.5)
         return super().resolve_data(write_item)
 
 

@@ -42,7 +42,7 @@ class Ranks:
             self.processes.append(process)
             self._ends.append(ours)
 
-    def results(self, timeout: float = 60.0) -> list[Any]:
+    def results(self, timeout: float = 100.0) -> list[Any]:
         """What each rank returned, or the exception that it raised, or None for one that was killed."""
         found: list[Any] = [None] * len(self._ends)
         waiting = dict(zip(self._ends, range(len(self._ends)), strict=True))
@@ -60,7 +60,7 @@ class Ranks:
                 except EOFError:
                     found[rank] = None
         for process in self.processes:
-            process.join(10)
+            process.join(60)
         self._folder.cleanup()
         return found
 
@@ -73,7 +73,7 @@ def run_ranks(
     world: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 60.0,
+    timeout: float = 100.0,
     env: list[dict[str, str]] | None = None,
 ) -> list[Any]:
     """Run *function(rank, \\*arguments)* on *world* ranks; raises what the first rank that failed raised."""
@@ -100,7 +100,7 @@ def _run(
     os.environ.update(variables)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30)
+        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=90)
     )
     try:
         result: Any = function(rank, *arguments)

@@ -21,7 +21,7 @@ from azstoragetorch.checkpoint import _host as host
 from azstoragetorch.checkpoint._planning import Box, Piece, Request
 from azstoragetorch.checkpoint._receiving import scatter
 from tests.checkpoint.states import load, save
-from tests.faults import FaultService
+from tests.faults import FaultService, Match, Together
 
 ROOT = Path(__file__).parents[2]
 KiB, MiB = 1 << 10, 1 << 20
@@ -143,8 +143,8 @@ def test_no_byte_is_fetched_twice(fault_service: FaultService, url: str) -> None
 def test_parts_of_a_large_tensor_travel_together(fault_service: FaultService, url: str) -> None:
     values = torch.randn(5_000_000)
     put(url, {"x": values})
-    fault_service.log.clear()
-    fault_service.latency = 0.05
+    fault_service.reset_log()
+    fault_service.script(Match("get_blob", path=r"\.distcp$"), [Together(10)], repeat=True)
     found = load(
         {"x": torch.zeros(5_000_000)}, BlobStorageReader(url, credential=False, transfer=TransferConfig(part_size=MiB))
     )

@@ -321,8 +321,8 @@ def test_an_interrupted_command_ends_at_once(fault_service: FaultService, number
         stderr=subprocess.PIPE,
         text=True,
     )
-    fault_service.wait_for_requests(1, timeout=20)
+    fault_service.wait_for_requests(1, timeout=60)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err

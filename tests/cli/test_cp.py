@@ -168,15 +168,15 @@ def test_an_interrupted_download_goes_on(
         stderr=subprocess.DEVNULL,
     )
     wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - 2 * part, timeout=60)
-    wait_until(lambda: bool(leftovers(tmp_path)), timeout=20)
+    wait_until(lambda: bool(leftovers(tmp_path)), timeout=60)
     if number == signal.SIGKILL:
-        wait_until(lambda: Record.kept_bytes(target) >= 64 * MiB, timeout=30)
+        wait_until(lambda: Record.kept_bytes(target) >= 64 * MiB, timeout=60)
     process.send_signal(number)
-    process.wait(20)
+    process.wait(60)
     assert not target.exists()
     hold.gate.set()
     rule.cancel()
-    fault_service.wait_until_idle(20)
+    fault_service.wait_until_idle(60)
     fault_service.reset_log()
     assert statuses(command, url, target, "--anonymous", **settings) == {"resumed": 1}
     again = sum(request.sent for request in fault_service.requests("get_blob"))
@@ -206,10 +206,10 @@ def interrupted_download(
     )
     wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - part, timeout=60)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     hold.gate.set()
     rule.cancel()
-    fault_service.wait_until_idle(20)
+    fault_service.wait_until_idle(60)
     return url, settings, said
 
 
@@ -249,13 +249,13 @@ def test_two_downloads_to_one_file_do_not_mix(fault_service: FaultService, comma
     first = subprocess.Popen(
         [sys.executable, "-m", "azstoragetorch.cli", "cp", url, str(tmp_path / "f"), "--anonymous"], cwd=ROOT
     )
-    fault_service.wait_for_requests(1, "get_blob", timeout=30)
+    fault_service.wait_for_requests(1, "get_blob", timeout=60)
     ended = command("cp", url, tmp_path / "f", "--anonymous")
     assert ended.code == 1
     assert "another process" in ended.err
     hold.gate.set()
     rule.cancel()
-    assert first.wait(30) == 0
+    assert first.wait(60) == 0
     assert (tmp_path / "f").read_bytes() == content(1 * MiB)
 
 

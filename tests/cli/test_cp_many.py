@@ -246,7 +246,7 @@ class TestCutShort:
         for name in "bc":
             wait_until(lambda name=name: bool(fault_service.requests("put_block", path=f"/{name}$")), timeout=60)
         process.send_signal(number)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=60)
         hold.gate.set()
         assert process.returncode == 128 + number
         (line,) = said.splitlines()

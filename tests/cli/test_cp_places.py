@@ -340,7 +340,7 @@ class TestTargets:
         assert ended.returncode == 0, ended.stderr
         expected = content(1 * MiB, seed=1) if direction == "<" else content(1 * MiB)
         if direction == ">":
-            wait_until(lambda: out.exists() and out.stat().st_size == MiB, timeout=20)
+            wait_until(lambda: out.exists() and out.stat().st_size == MiB, timeout=60)
         assert (container.get("b") if direction == "<" else out.read_bytes()) == expected
 
     def test_a_target_with_a_slash_becomes_a_folder(

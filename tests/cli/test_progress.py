@@ -67,7 +67,7 @@ def is_shown(what: str, text: str) -> bool:
     return re.search(rf"{what} .* \d[\d.,]*/\d.* \d[\d.,]* ?\w*/s +0:00:00", text) is not None
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_long_actions_show_amount_rate_and_time_left(container: Container, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -25,7 +25,7 @@ WIDTH = 76  # columns of code that fit on the page; longer lines would have to b
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in WITH_PYTHON if page not in SIGNED_IN])
 def test_its_python_runs(page: str, emulator_container: Container, tmp_path: Path) -> None:
     """On the emulator, by a reader who has no account."""
@@ -33,7 +33,7 @@ def test_its_python_runs(page: str, emulator_container: Container, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", sorted(SIGNED_IN))
 def test_its_python_runs_signed_in(page: str, https_container: Container, tmp_path: Path) -> None:
     run_page_signed_in(PAGES[page], https_container, tmp_path)

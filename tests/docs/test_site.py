@@ -23,7 +23,7 @@ PUBLIC = [MODULES[name].dotted for name in NAMES]
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -38,7 +38,7 @@ def load_links() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_its_links_lead_somewhere(site: Path) -> None:
     assert load_links().dead_links(site) == []
 
@@ -52,7 +52,7 @@ def test_a_dead_link_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
     """Under its own module, or under another public one that hands out the same object."""
@@ -70,8 +70,8 @@ def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_doctests_hold(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "doctest", "docs", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr

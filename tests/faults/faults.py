@@ -131,6 +131,13 @@ class Hold(Fault):
     gate: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class Together(Fault):
+    """The operation waits until *count* requests were in progress at once since the log was reset."""
+
+    count: int
+
+
 # In the answer.
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from .wire import Answer, Connection, Head, LoopbackServer
 
 _PIECE = 1 << 16
-_CONNECT_TIMEOUT = 5.0  # seconds
+_CONNECT_TIMEOUT = 60.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ class LoggedRequest:
     body_length: int = 0  # bytes of body received
     fault: f.Fault | None = None
     status: int | None = None  # None: no status line was sent
+    is_carried_out: bool = False  # as far as the fault lets it be; the answer may still have to be sent
     sent: int = 0  # bytes of body handed to the socket, or about to be
     finished: float | None = None  # time.monotonic() just before the last bytes of the answer
 
@@ -215,11 +216,11 @@ class FaultService(LoopbackServer):
             self.log = []
             self.peak_active = self.active
 
-    def wait_until_idle(self, timeout: float = 5.0) -> None:
+    def wait_until_idle(self, timeout: float = 60.0) -> None:
         """Wait until no request is under way; TimeoutError if that takes more than *timeout* seconds."""
         _wait_until(lambda: self.active == 0, timeout, "requests are still under way")
 
-    def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 5.0) -> None:
+    def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 60.0) -> None:
         """Wait until *count* requests have arrived; TimeoutError if it takes more than *timeout* seconds."""
         _wait_until(lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived")
 
@@ -285,10 +286,14 @@ class FaultService(LoopbackServer):
             connection.close()
             self.refuse_for(fault.seconds)
             return False
+        if isinstance(fault, f.Together):
+            while self.peak_active < fault.count:
+                connection.wait(0.005)
         if isinstance(fault, f.Hold):
             while not fault.gate.wait(0.01):
                 connection.wait(0)
         answer = alter_answer(fault, self._complete(entry, self._answer(entry, body)))
+        entry.is_carried_out = True
         return self._send(connection, entry, answer)
 
     def _send(self, connection: Connection, entry: LoggedRequest, answer: Answer) -> bool:

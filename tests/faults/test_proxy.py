@@ -19,7 +19,7 @@ from .proxy import LoggingProxy
 from .service import FaultService
 
 CONTENT = bytes(range(256)) * 5000
-TIMEOUT = 10  # seconds
+TIMEOUT = 60  # seconds
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_close_does_not_wait_for_anybody(service: FaultService, logging_proxy: L
         service.wait_for_requests(1)
         start = time.monotonic()
         logging_proxy.close()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         assert idle.recv(1) == b""
     assert logging_proxy.open_connections == 0
     service.wait_until_idle()

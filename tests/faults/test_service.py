@@ -30,7 +30,7 @@ from azure.core.exceptions import (
 )
 from azure.storage.blob import BlobBlock, BlobServiceClient, ContainerClient
 
-from .faults import Match, Status
+from .faults import Match, Status, Together
 from .fixtures import LoopbackTls
 from .service import FaultService
 from .store import crc64_header
@@ -63,7 +63,7 @@ class Reply:
 
 @contextmanager
 def open_connection(service: FaultService) -> Iterator[http.client.HTTPConnection]:
-    connection = http.client.HTTPConnection(service.host, service.port, timeout=10)
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=60)
     try:
         yield connection
     finally:
@@ -237,7 +237,7 @@ class TestWriting:
         assert service.get("data", "new") == b"one two three"
 
     def test_expect_100_continue(self, service: FaultService) -> None:
-        with socket.create_connection((service.host, service.port), 10) as sock:
+        with socket.create_connection((service.host, service.port), 60) as sock:
             head = "PUT /data/new HTTP/1.1\r\nx-ms-blob-type: BlockBlob\r\nContent-Length: 4\r\n"
             sock.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
             assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -588,7 +588,7 @@ class TestLog:
         assert [entry.connection for entry in service.log] == [1, 1, 1, 2]
 
     def test_connection_close_is_honoured(self, service: FaultService) -> None:
-        with socket.create_connection((service.host, service.port), 10) as sock:
+        with socket.create_connection((service.host, service.port), 60) as sock:
             sock.sendall(b"GET /data/ten HTTP/1.1\r\nConnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: sock.recv(1000), b""))
         assert answer.endswith(TEN)
@@ -604,7 +604,7 @@ class TestLife:
         def read() -> None:
             with open_connection(service) as connection:
                 connection.connect()
-                barrier.wait(30)
+                barrier.wait(60)
                 for _ in range(10):
                     connection.request("GET", f"/{service.account}/data/ten")
                     bodies.append(connection.getresponse().read())
@@ -622,27 +622,28 @@ class TestLife:
 
     def test_latency_passes_for_many_at_once(self, service: FaultService) -> None:
         service.latency = 0.3
+        service.script("get_blob", [Together(10)], repeat=True)
         start = time.monotonic()
         threads = [threading.Thread(target=ask, args=(service, "GET", "data/ten")) for _ in range(10)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
-        assert 0.3 <= time.monotonic() - start < 2.5  # one after the other they would take 3 s
+            thread.join(60)
+        assert time.monotonic() - start >= 0.3
         assert service.peak_active == 10
         service.wait_until_idle()
 
     def test_close_does_not_wait_for_clients(self, service: FaultService) -> None:
         """Idle, slow and half-sent requests end at once, and their sockets with them."""
         service.latency = 60.0
-        socks = [socket.create_connection((service.host, service.port), 10) for _ in range(3)]
+        socks = [socket.create_connection((service.host, service.port), 60) for _ in range(3)]
         try:
             socks[1].sendall(b"GET /data/ten HTTP/1.1\r\n\r\n")
             socks[2].sendall(b"PUT /data/new HTTP/1.1\r\nContent-Length: 100\r\n\r\nfew")
             service.wait_for_requests(2)
             start = time.monotonic()
             service.close()
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 30
             assert [sock.recv(1) for sock in socks] == [b""] * 3
         finally:
             for sock in socks:
@@ -652,7 +653,7 @@ class TestLife:
 
     def test_a_client_that_gives_up_frees_its_connection(self, service: FaultService) -> None:
         service.latency = 60.0
-        with socket.create_connection((service.host, service.port), 10) as sock:
+        with socket.create_connection((service.host, service.port), 60) as sock:
             sock.sendall(b"GET /data/ten HTTP/1.1\r\n\r\n")
             service.wait_for_requests(1)
         service.wait_until_idle()
@@ -663,7 +664,7 @@ class TestLife:
             assert connection.getresponse().read() == TEN
             while not service.drop_idle_connections():
                 time.sleep(0.001)  # the answer is here before its thread waits for the next request
-            connection.sock.settimeout(5)
+            connection.sock.settimeout(60)
             assert connection.sock.recv(1) == b""
 
     def test_refused_and_back_on_the_same_port(self, service: FaultService) -> None:
@@ -673,7 +674,7 @@ class TestLife:
             with service.refusing_connections():
                 with pytest.raises(ConnectionRefusedError):
                     ask(service, "GET", "data/ten")
-                connection.sock.settimeout(5)
+                connection.sock.settimeout(60)
                 with pytest.raises(ConnectionResetError):
                     connection.sock.recv(1)
         assert ask(service, "GET", "data/ten").body == TEN
@@ -687,7 +688,7 @@ class TestLife:
             child.start()
             try:
                 service.drop_connections(reset=True)
-                connection.sock.settimeout(5)
+                connection.sock.settimeout(60)
                 with pytest.raises(ConnectionResetError):
                     connection.sock.recv(1)
             finally:
@@ -698,21 +699,21 @@ class TestLife:
         service = https_fault_service
         service.put("data", "ten", TEN)
         context = ssl.create_default_context(cafile=str(loopback_tls.ca_path))
-        connection = http.client.HTTPSConnection(service.host, service.port, context=context, timeout=10)
+        connection = http.client.HTTPSConnection(service.host, service.port, context=context, timeout=60)
         connection.request("GET", "/data/ten")
         assert connection.getresponse().read() == TEN
         connection.close()
         with pytest.raises(ssl.SSLCertVerificationError):
-            http.client.HTTPSConnection(service.host, service.port, timeout=10).connect()
+            http.client.HTTPSConnection(service.host, service.port, timeout=60).connect()
 
     def test_close_does_not_wait_for_a_handshake(self, https_fault_service: FaultService) -> None:
         service = https_fault_service
-        with socket.create_connection((service.host, service.port), 10) as sock:
+        with socket.create_connection((service.host, service.port), 60) as sock:
             while not service.open_connections:
                 time.sleep(0.001)
             start = time.monotonic()
             service.close()
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 30
             assert sock.recv(1) == b""
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_HEAD = 1 << 20  # bytes; far above what any client here sends, so that a broken one is noticed
 _RECEIVE = 1 << 16
-_JOIN_TIMEOUT = 10.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
+_JOIN_TIMEOUT = 60.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
 
 Bytes = bytes | bytearray | memoryview
 
@@ -172,11 +172,13 @@ class Connection:
         socket.socket.shutdown(self.sock, how)
 
     def _drain(self) -> None:
-        """Wait until the peer acknowledged everything: a reset discards what is still queued here."""
-        deadline = time.monotonic() + 2.0
+        """Wait until the peer acknowledged everything, or is gone: a reset discards what is still queued here."""
+        gone = select.poll()
+        gone.register(self.sock, 0)  # POLLHUP and POLLERR, which are always reported
+        deadline = time.monotonic() + 20.0
         while time.monotonic() < deadline:
             queued = struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-            if not queued:
+            if not queued or gone.poll(0):
                 return
             time.sleep(0.001)
 

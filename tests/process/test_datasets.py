@@ -55,7 +55,7 @@ def matrix() -> list[Any]:
     return [pytest.param(*case, marks=[pytest.mark.slow] * slow) for case, slow in zip(cases, is_slow, strict=True)]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "context", "workers", "is_used_before", "is_persistent"), matrix())
 def test_every_blob_exactly_once_in_each_of_two_epochs(
     fault_service: FaultService, kind: Any, context: str, workers: int, is_used_before: bool, is_persistent: bool
@@ -158,7 +158,7 @@ def rank_main(rank: int, world: int, store: str, url: str, workers: int, context
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("world", "workers", "context"),
     [
@@ -335,7 +335,7 @@ def test_a_forked_child_can_continue_while_a_thread_of_its_parent_takes_a_sample
     with ThreadPoolExecutor() as pool:
         try:
             first = pool.submit(next, samples)
-            assert entered.wait(10)
+            assert entered.wait(60)
             child = multiprocessing.get_context("fork").Process(target=finish, args=(samples, str(tmp_path / "names")))
             child.start()
             child.join(60)
@@ -386,10 +386,10 @@ def test_a_forked_child_can_reset_while_a_thread_of_its_parent_takes_a_step() ->
     with ThreadPoolExecutor() as pool:
         try:
             step = pool.submit(steps.next)
-            assert steps.entered.wait(10)
+            assert steps.entered.wait(60)
             child = multiprocessing.get_context("fork").Process(target=begin_and_step, args=(steps,))
             child.start()
-            child.join(20)
+            child.join(60)
             child.kill()  # if it still waits
             child.join()
         finally:

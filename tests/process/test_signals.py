@@ -24,7 +24,8 @@ from tests.faults import FaultService, Match, SlowBytes, Stall
 from tests.faults.fixtures import LoopbackTls
 from tests.support import QUICK, ROOT, content, run_threads, wait_until
 
-_ENDS_WITHIN = 8.0  # seconds; interpreters with torch take some to end on a busy machine
+_ENDS_WITHIN = 30.0  # seconds; interpreters with torch take some to end on a busy machine
+_STALL = 90.0  # seconds; what nobody may wait for
 
 PRELUDE = """
 import sys, time, torch
@@ -34,7 +35,7 @@ from azstoragetorch.io import BlobIO
 from azstoragetorch.datasets import IterableBlobDataset
 url = sys.argv[1]
 transfer = TransferConfig(part_size=65536, block_size=65536, max_concurrency=4, max_connections=8,
-                          memory_limit=1 << 22, read_timeout=60.0)
+                          memory_limit=1 << 22, read_timeout=120.0)
 access = {"credential": False, "transfer": transfer}
 def ready():
     print("ready", flush=True)
@@ -86,7 +87,7 @@ def program(source: str, service: FaultService) -> Iterator[subprocess.Popen[str
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 def saved(seed: int) -> bytes:
@@ -101,10 +102,10 @@ def slow_service(service: FaultService) -> FaultService:
     service.put("data", "model.pt", saved(1))
     for number in range(60):
         service.put("data", f"set/{number:02d}", content(100_000, number))
-    service.script(Match("get_blob", path="/set/"), [SlowBytes(200_000)], repeat=True)
+    service.script(Match("get_blob", path="/set/"), [SlowBytes(50_000)], repeat=True)
     service.script(Match("get_blob", path="/blob$"), [SlowBytes(20_000)], repeat=True)
-    service.script("put_block", [Stall(0.05, None)], repeat=True)
-    service.script("put_block_list", [Stall(30.0, None)], repeat=True)
+    service.script(Match("put_block", nth=8), [Stall(_STALL, None)], repeat=True)  # no program that ends has so many
+    service.script("put_block_list", [Stall(_STALL, None)], repeat=True)
     return service
 
 
@@ -124,7 +125,7 @@ def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name
         )
         process.send_signal(how)
         begin = time.monotonic()
-        _, errors = process.communicate(timeout=_ENDS_WITHIN * 3)
+        _, errors = process.communicate(timeout=_STALL)
         assert time.monotonic() - begin < _ENDS_WITHIN
         # What torch.save itself raises on the way out may come on top of the interrupt.
         assert process.returncode in {-how, 1 if name == "torch.save" and how == signal.SIGINT else -how}, errors
@@ -150,15 +151,15 @@ def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: 
     """In the main process, and its workers with it."""
     service = slow_service(fault_service)
     with program(READS[name], service) as process:
-        service.wait_for_requests(3, "get_blob", timeout=20)
+        service.wait_for_requests(3, "get_blob")
         process.send_signal(how)
         begin = time.monotonic()
-        process.wait(_ENDS_WITHIN * 3)
+        process.wait(_STALL)
         # A DataLoader that is interrupted waits up to 5 s for each worker.
         assert time.monotonic() - begin < _ENDS_WITHIN + (10 if "workers" in name else 0)
         assert process.returncode in (-how, 1)
         # Workers look after their parent between two batches.
-        wait_until(lambda: service.open_connections == 0, timeout=40)
+        wait_until(lambda: service.open_connections == 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -166,14 +167,14 @@ def test_a_worker_that_is_ended_ends_the_epoch(fault_service: FaultService, how:
     """With an error that names the worker; the other ends too."""
     service = slow_service(fault_service)
     with program(READS["an epoch of workers"], service) as process:
-        service.wait_for_requests(3, "get_blob", timeout=20)
+        service.wait_for_requests(3, "get_blob")
         workers = children_of(process.pid)
         assert len(workers) >= 2
         os.kill(workers[-1], how)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "DataLoader worker" in errors
-    wait_until(lambda: service.open_connections == 0, timeout=20)
+    wait_until(lambda: service.open_connections == 0)
 
 
 def children_of(pid: int) -> list[int]:
@@ -205,7 +206,7 @@ def test_the_interpreter_ends_with_transfers_open(fault_service: FaultService, n
     service = slow_service(fault_service)
     with program(AT_EXIT[name], service) as process:
         begin = time.monotonic()
-        _, errors = process.communicate(timeout=_ENDS_WITHIN * 3)
+        _, errors = process.communicate(timeout=_STALL)
         assert time.monotonic() - begin < _ENDS_WITHIN
         assert process.returncode == (1 if "error" in name else 0), errors
         assert "Fatal Python error" not in errors
@@ -229,7 +230,7 @@ list(data)
     for moment in range(5):
         fault_service.reset_log()
         with program(source, fault_service) as process:
-            fault_service.wait_for_requests(1 + 2 * moment, timeout=20)
+            fault_service.wait_for_requests(1 + 2 * moment)
             process.send_signal(signal.SIGKILL)
             process.wait()
         data = BlobDataset.from_container_url(

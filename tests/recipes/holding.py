@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from recipes.datasets import distributed
 
 STEP = 6
-LONGEST = 300  # seconds; a job that nobody kills ends
+LONGEST = 600  # seconds; a job that nobody kills ends
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def read() -> Any:
 def run(notebook: Any) -> Any:
     """Run *notebook* from top to bottom, and leave in it nothing that says when or on which machine it ran."""
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, timeout=240, record_timing=False, resources=resources).execute()
+    NotebookClient(notebook, timeout=580, record_timing=False, resources=resources).execute()
     for cell in notebook.cells:
         cell.metadata.clear()
     notebook.metadata.language_info = {"name": "python"}

@@ -166,7 +166,7 @@ def test_mistakes_are_explained() -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
         assert ended.returncode == 2

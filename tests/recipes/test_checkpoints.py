@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from recipes.checkpoints.lightning import BlobCheckpointIO
 from recipes.checkpoints.train import train
 from recipes.demo.ranks import show_ranks
 from tests.azurite.container import Container
-from tests.checkpoint.ranks import Ranks, run_ranks
+from tests.checkpoint.ranks import Ranks, context, run_ranks
 
 STEPS, EVERY = 14, 4
 
@@ -28,22 +29,24 @@ def run_to_the_end(rank: int, url: str, credential: Any) -> tuple[float, list[in
     return loss, seen
 
 
-def run_and_be_killed(rank: int, url: str, credential: Any) -> None:
+def run_and_be_killed(rank: int, url: str, credential: Any, together: Barrier) -> None:
     def report(step: int, loss: float) -> None:
         if step == 11:
+            together.wait()  # a rank that is behind would see the other's end, and raise
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(url, steps=STEPS, every=EVERY, credential=credential, report=report)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: Container) -> None:
-    undisturbed = run_ranks(2, run_to_the_end, container.blob_sas_url("undisturbed"), None, timeout=100)
+    undisturbed = run_ranks(2, run_to_the_end, container.blob_sas_url("undisturbed"), None, timeout=180)
     assert undisturbed[0][1] == list(range(1, STEPS + 1))
     url = container.blob_url("killed")
-    assert Ranks(2, run_and_be_killed, url, container.key).results(timeout=100) == [None, None]
-    resumed = run_ranks(4, run_to_the_end, url, container.key, timeout=100)
+    together = context.Barrier(2)  # kept until the ranks have it
+    assert Ranks(2, run_and_be_killed, url, container.key, together).results(timeout=180) == [None, None]
+    resumed = run_ranks(4, run_to_the_end, url, container.key, timeout=180)
     first = resumed[0][1][0]
     assert first in (5, 9)  # after the last save that was complete when it died
     assert resumed[0][1] == list(range(first, STEPS + 1))

@@ -95,7 +95,7 @@ def finish(job: subprocess.Popen[str], *, kill_at: int | None = None) -> list[di
         job.stdout.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 1])
 def test_two_ranks_are_killed_and_any_number_goes_on_in_mid_epoch(container: Container, ranks: int) -> None:

@@ -19,7 +19,7 @@ def text_of(outputs: list[Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("has_sas", [False, True])
 def test_it_runs_from_top_to_bottom(container: Container, monkeypatch: pytest.MonkeyPatch, has_sas: bool) -> None:
     """On an Azurite that it starts itself, and on a container whose URL has a SAS."""

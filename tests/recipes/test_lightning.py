@@ -16,7 +16,7 @@ from recipes.checkpoints.lightning import BlobCheckpointIO
 from tests.azurite.container import Container
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed; `make frameworks` installs it")
-pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
 
 class Line(pl.LightningModule):  # type: ignore[misc,name-defined]
