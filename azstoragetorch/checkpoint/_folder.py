@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from azure.core.exceptions import AzureError, ResourceNotFoundError
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from azstoragetorch._blob.client import BlobClient, ClientFactory, Page
 from azstoragetorch._blob.credentials import Credential
@@ -20,9 +21,9 @@ from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._fence import TOMBSTONE_SIZE, is_tombstone
 from azstoragetorch.checkpoint._format import (
     METADATA,
+    ParsedMetadata,
     is_rank_metadata,
     load_metadata,
-    many_objects,
     metadata_name,
     read_item,
 )
@@ -76,7 +77,7 @@ class _Recent(dict[T, R]):
 class _Known:
     """What this process knows of checkpoints."""
 
-    metadata: _Recent[tuple[str, str], tuple[Metadata, Version]]  # by URL and ETag
+    metadata: _Recent[tuple[str, str], tuple[ParsedMetadata, Version]]  # by URL and ETag
     paths: _Recent[bytes, frozenset[str]]  # data blobs, by the SHA-256 of the metadata
 
 
@@ -182,13 +183,15 @@ class Folder:
             present = client.version()
             cached = known.get((url, present.etag)) if present is not None else None
             if cached is not None:
-                return _copy(cached[0]), cached[1]
+                return cached[0].make(), cached[1]
         seen = self.see(rank)
         if seen.etag is None or seen.content is None:
             raise self._not_found(metadata_name(rank), rank)
-        metadata = self._parsed(seen.content, rank)
+        with self._reading(rank):
+            parsed = ParsedMetadata(seen.content)
+            metadata = parsed.make()
         version = Version(seen.etag, hashlib.sha256(seen.content).hexdigest(), _save_id(metadata))
-        known.put((url, seen.etag), (_copy(metadata), version))
+        known.put((url, seen.etag), (parsed, version))
         return metadata, version
 
     def metadata(self, rank: int | None = None) -> Metadata:
@@ -204,7 +207,8 @@ class Folder:
         known = _known.get().paths.get(hashlib.sha256(content).digest())
         if known is not None:
             return known
-        paths = frozenset(read_item(info).path for info in self._parsed(content, rank).storage_data.values())
+        with self._reading(rank):
+            paths = frozenset(read_item(info).path for info in load_metadata(content).storage_data.values())
         return frozenset(path for path in paths if path != METADATA and not is_rank_metadata(path))
 
     def remember(self, content: bytes, paths: frozenset[str]) -> None:
@@ -218,9 +222,11 @@ class Folder:
         except (AzureError, CheckpointError):
             return None
 
-    def _parsed(self, data: bytes, rank: int | None) -> Metadata:
+    @contextmanager
+    def _reading(self, rank: int | None) -> Iterator[None]:
+        """Say in errors which metadata is broken."""
         try:
-            return load_metadata(data)
+            yield
         except CheckpointError as error:
             where = self.blob(metadata_name(rank)).url
             raise CheckpointError(f"{where}: {error}", checkpoint=self.url, key=error.key, rank=rank) from None
@@ -246,31 +252,6 @@ class Folder:
 def _save_id(metadata: Metadata) -> str | None:
     found = getattr(getattr(metadata, "storage_meta", None), "save_id", None)
     return str(found) if found is not None else None
-
-
-def _copy(metadata: Metadata) -> Metadata:
-    """*metadata* with all that can be changed in it: `copy.deepcopy` takes ten times as long."""
-    with many_objects():
-        entries = {key: _clone(entry) for key, entry in metadata.state_dict_metadata.items()}
-        for entry in entries.values():
-            if isinstance(entry, TensorStorageMetadata):
-                entry.properties = _clone(entry.properties)
-                entry.chunks = [_clone(chunk) for chunk in entry.chunks]
-        storage = {index: _clone(info) for index, info in metadata.storage_data.items()}
-        noted = metadata.planner_data
-        return replace(
-            metadata,
-            state_dict_metadata=entries,
-            storage_data=storage,
-            planner_data=dict(noted) if isinstance(noted, dict) else noted,
-            storage_meta=_clone(metadata.storage_meta) if metadata.storage_meta is not None else None,
-        )
-
-
-def _clone(value: T) -> T:
-    twin = object.__new__(type(value))
-    twin.__dict__.update(value.__dict__)
-    return twin
 
 
 def plain(error: BaseException) -> BaseException:

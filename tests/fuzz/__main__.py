@@ -1,15 +1,18 @@
 """Fuzz for a while: `python -m tests.fuzz [seconds for each target] [target ...]`.
 
 Inputs that reach lines of the package that none reached before are mutated further, and kept in ``corpus`` when they
-are short; one that breaks a promise is kept there as well, and ends the run with an error.
+are short; one that breaks a promise is kept there as well, and ends the run with an error. The input that is checked is
+always on disk too, for one that ends the process.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import random
 import resource
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +24,8 @@ from .targets import CORPUS, TARGETS, Target
 _PACKAGE = str(Path(__file__).parent.parent.parent / "azstoragetorch")
 _MEMORY = 8 << 30  # bytes of address space; an input that asks for more breaks a promise
 _SLOW = 5.0  # seconds
+_HANG = 60  # seconds after which the process ends, with a traceback
+_TRACED = 50_000  # bytes; longer inputs are not looked through for new lines, which takes long
 _SHORT = 20_000  # bytes of an input that is kept on disk
 _KEPT = 60  # files for each target
 
@@ -79,26 +84,47 @@ def fuzz(name: str, seconds: float) -> bool:
     reached: set[tuple[str, int]] = set()
     for data in pool:
         reached |= lines_reached(target, data)
-    count, deadline = 0, time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        data = mutated(dice.choice(pool), pool, target.words, dice)
-        begin = time.monotonic()
+    count, begun, last = 0, time.monotonic(), tempfile.NamedTemporaryFile(prefix=f"fuzz-{name}-", delete=False)  # noqa: SIM115
+    sys.stdout.write(f"{name}: {len(pool)} inputs to begin with; the current one is in {last.name}\n")
+    sys.stdout.flush()
+    while time.monotonic() < begun + seconds:
+        data = next_input(target, pool, dice)
+        last.seek(0)
+        last.truncate()
+        last.write(data)
+        last.flush()
+        faulthandler.dump_traceback_later(_HANG, exit=True)
+        begin = time.process_time()
         try:
-            found = lines_reached(target, data) - reached
-            assert time.monotonic() - begin < _SLOW, "takes too long"
+            target.check(data)
+            assert time.process_time() - begin < _SLOW, "takes too long"
+            found = lines_reached(target, data) - reached if len(data) < _TRACED and not dice.randrange(4) else set()
         except Exception:  # noqa: BLE001 - whatever it is, it is not what was promised
             path = keep(folder, data, "broken-")
             traceback.print_exc()
-            sys.stderr.write(f"{name}: broken by {path}\n")
+            sys.stderr.write(f"{name}: broken by {path} after {count} inputs\n")
             return False
+        faulthandler.cancel_dump_traceback_later()
         count += 1
         if found:
             reached |= found
             pool.append(data)
             if len(data) <= _SHORT and len(list(folder.iterdir())) < _KEPT:
                 keep(folder, data, "")
-    sys.stdout.write(f"{name}: {count} inputs, {len(pool)} worth keeping, {len(reached)} lines reached\n")
+    Path(last.name).unlink()
+    spent = time.monotonic() - begun
+    sys.stdout.write(
+        f"{name}: {count} inputs in {spent:.0f} s, {len(pool)} worth keeping, {len(reached)} lines reached\n"
+    )
     return True
+
+
+def next_input(target: Target, pool: list[bytes], dice: random.Random) -> bytes:
+    """An input of the pool, mutated: as what it is, or as any bytes."""
+    data = dice.choice(pool)
+    if target.mutate is not None and dice.randrange(4):
+        return target.mutate(data, pool, dice)
+    return mutated(data, pool, target.words, dice)
 
 
 def keep(folder: Path, data: bytes, prefix: str) -> Path:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import enum
 import io
-import pathlib
-import pickle
+import random
 import tarfile
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 from xml.etree import ElementTree
 
-import torch
-import torch.distributed.checkpoint as dcp
 from azure.core.exceptions import AzureError
-from torch.distributed.checkpoint import metadata as metadata_classes
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from azstoragetorch._blob.listing import _match_page, _parse_page, parse_page
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url, parse_url
 from azstoragetorch._samples.tar import walk
 from azstoragetorch._samples.unpack import is_packed
-from azstoragetorch.checkpoint._format import dump_metadata, load_metadata, read_item
-from azstoragetorch.exceptions import CheckpointError
 from tests.faults.store import BlobStore, Request
+
+from . import pickles
+from .metadata import check_metadata, metadata_seeds
 
 CORPUS = Path(__file__).parent / "corpus"
 _CONTAINER = parse_container_url("https://account.blob.core.windows.net/container")
@@ -37,11 +29,15 @@ _SECRET = "c2VjcmV0"
 
 @dataclass(frozen=True)
 class Target:
-    """*check* gets an input and raises if a promise is broken; *words* are what mutations put in."""
+    """*check* gets an input and raises if a promise is broken; *words* are what mutations put in.
+
+    *mutate* knows what inputs consist of; without it, they are mutated as bytes alone.
+    """
 
     check: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
     words: tuple[bytes, ...]
+    mutate: Callable[[bytes, list[bytes], random.Random], bytes] | None = None
 
 
 def check_listing(raw: bytes) -> None:
@@ -111,64 +107,6 @@ def url_seeds() -> list[bytes]:
     ]
 
 
-_WATCHED: tuple[Any, ...] = (
-    *(value for value in vars(metadata_classes).values() if isinstance(value, type)),
-    _StorageInfo,
-    pathlib,
-    *(value for value in vars(pathlib).values() if isinstance(value, type)),
-    enum,
-    enum.Enum,
-    torch.Size,
-    torch.dtype,
-    torch.device,
-    torch.serialization,
-)
-
-
-def changes_since(before: list[dict[str, Any]]) -> list[Any]:
-    """Which of the watched have lost an attribute or have another one in its place."""
-    return [
-        value
-        for value, was in zip(_WATCHED, before, strict=True)
-        if any(vars(value).get(name, ...) is not member for name, member in was.items())
-    ]
-
-
-def check_metadata(raw: bytes) -> None:
-    """Metadata whose entries stay inside the checkpoint, or CheckpointError; nothing that it names is called.
-
-    Nothing outside changes, and what is returned can be shown, compared and hashed.
-    """
-    before = [dict(vars(value)) for value in _WATCHED]
-    try:
-        with patch("os.system") as system, patch("builtins.eval") as evaluate:
-            metadata = load_metadata(raw)
-        for info in (metadata.storage_data or {}).values():
-            item = read_item(info)
-            assert not item.path.startswith("/")
-            assert ".." not in item.path.split("/")
-            assert item.offset >= 0
-            assert item.length >= 0
-        assert repr(metadata)
-        assert metadata == metadata
-    except CheckpointError:
-        pass
-    finally:
-        assert changes_since(before) == []
-        assert not system.called
-        assert not evaluate.called
-
-
-def metadata_seeds() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        state = {"a": torch.ones(3, 4), "b": {"c": torch.zeros(2), "d": 7}, "e": "text"}
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-        stock = (Path(folder) / ".metadata").read_bytes()
-    metadata = pickle.loads(stock)
-    ours = dump_metadata(metadata)
-    return [stock, ours, *(pickle.dumps(metadata, protocol) for protocol in (0, 2, 5))]
-
-
 def check_tar(raw: bytes) -> None:
     """Members with no more bytes than came in, holes and compression apart, or ReadError."""
     total = 0
@@ -221,6 +159,7 @@ TARGETS = {
          b")\x81\x94}\x94(", b"ub", b"\x85", b"\x86", b"\x87", b"t", b"\x94", b"h\x00", b"h\x05", b"}", b"s", b"u",
          b"e", b"a", b"N", b"\x89", b"K\x07", b"J\xff\xff\xff\xff", b"\x8a\x09" + b"\x7f" * 9, b".metadata", b"\r\n",
          b"\x8c\x07pathlib\x8c\x09PosixPath\x93", b"(" * 70, b")" + b"\x85" * 500),
+        pickles.mutated,
     ),
     "tar": Target(
         check_tar,

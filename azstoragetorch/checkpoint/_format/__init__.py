@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from azstoragetorch.checkpoint._format.envelope import PROBE, ItemFile, Payload, envelope, has_payload, probe
 from azstoragetorch.checkpoint._format.items import Item, read_item, storage_info
-from azstoragetorch.checkpoint._format.metadata import VERSION, dump_metadata, load_metadata, many_objects
+from azstoragetorch.checkpoint._format.metadata import (
+    VERSION,
+    ParsedMetadata,
+    dump_metadata,
+    load_metadata,
+    many_objects,
+)
 from azstoragetorch.checkpoint._format.names import (
     METADATA,
     data_name,
@@ -26,6 +32,7 @@ __all__ = [
     "VERSION",
     "Item",
     "ItemFile",
+    "ParsedMetadata",
     "Payload",
     "data_name",
     "dump_metadata",

@@ -106,8 +106,31 @@ def load_metadata(data: bytes) -> dcp.Metadata:
     Raises:
         CheckpointError: it is broken, or it has a field that it should not have; the message names it.
     """
-    with many_objects():
-        return _Maker(len(data)).metadata(parse(data))
+    return ParsedMetadata(data).make()
+
+
+class ParsedMetadata:
+    """Metadata as records, from which `make` makes objects again and again: each caller may change what it gets.
+
+    Making takes less than half as long as parsing, and the records less memory than the objects.
+
+    Raises:
+        CheckpointError: *data* is broken.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._length = len(data)
+        with many_objects():
+            self._root = parse(data)
+
+    def make(self) -> dcp.Metadata:
+        """The metadata, made for this caller alone.
+
+        Raises:
+            CheckpointError: it has a field that it should not have; the message names it.
+        """
+        with many_objects():
+            return _Maker(self._length).metadata(self._root)
 
 
 class _Maker:
