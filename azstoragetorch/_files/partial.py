@@ -21,6 +21,7 @@ from types import TracebackType
 
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.ranges import ByteRange
+from azstoragetorch._engine.scope import on_error
 from azstoragetorch._files.paths import (
     CopyError,
     WrongMD5Error,
@@ -63,18 +64,18 @@ class Partial:
 
     def __enter__(self) -> Partial:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with on_error(self._undo_start):
             self._record = Record.of(self._path)
             kept = self._record.read() if self._record is not None else None
             if kept is None or not self._resume(kept):
                 self._start()
-        except BaseException:
-            if not self._is_kept:
-                self._discard()
-            self._close()
-            raise
         self._unhashed.extend(self.present)
         return self
+
+    def _undo_start(self) -> None:
+        if not self._is_kept:
+            self._discard()
+        self._close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from azstoragetorch._engine.ranges import ByteRange, coalesce
+from azstoragetorch._engine.scope import on_error
 from azstoragetorch._files.paths import PARTIAL_PREFIX, CopyError, current_user_id, display, open_own
 
 _PART = re.compile(rf"{re.escape(PARTIAL_PREFIX)}[0-9a-f]{{24}}\.part")
@@ -58,17 +59,14 @@ class Record:
             except OSError:
                 return None
             try:
-                _lock(file.fileno())
-                if _is_file_at(place, file.fileno()):  # otherwise the process that had it locked has removed it
-                    return cls(place, file)
+                with on_error(file.close):
+                    _lock(file.fileno())
+                    if _is_file_at(place, file.fileno()):  # otherwise the process that had it locked has removed it
+                        return cls(place, file)
             except BlockingIOError:
-                file.close()
                 raise CopyError(
                     f"{display(path)}: another process is downloading to it: wait until that has finished"
                 ) from None
-            except BaseException:
-                file.close()
-                raise
             file.close()
         return None
 

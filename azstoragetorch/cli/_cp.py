@@ -108,7 +108,7 @@ def cp(
     except SystemExit as stop:  # a signal
         tally.interrupted(stop.code)
         raise
-    except BaseException:
+    except Exception:
         tally.finish(time.monotonic() - begin)
         raise
     tally.finish(time.monotonic() - begin)

@@ -15,7 +15,7 @@ from azstoragetorch._blob.client import BlobClient, ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._engine.scope import Cancelled
+from azstoragetorch._engine.scope import Cancelled, on_error
 from azstoragetorch._engine.turns import Turns, getframe
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io._arguments import readable_bytes
@@ -376,18 +376,16 @@ class BlobIO(_BinaryFile):
 
     def _finish(self, *, commits: bool) -> None:
         try:
-            self._open_reader = self._open_writer = self._opened_during = None
-            if self._writer is not None and commits:
-                self._writer.commit()
-            else:
-                self._clean_up()
+            with on_error(self._clean_up):
+                self._open_reader = self._open_writer = self._opened_during = None
+                if self._writer is not None and commits:
+                    self._writer.commit()
+                else:
+                    self._clean_up()
         except Cancelled:
             raise FatalBlobIOWriteError(
                 f"{self.name}: aborted while the commit was in progress; look at the blob before writing it again"
             ) from None
-        except BaseException:
-            self._clean_up()
-            raise
 
     def _clean_up(self) -> None:
         if self._reader is not None:

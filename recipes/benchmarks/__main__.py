@@ -1,9 +1,9 @@
 """``python -m recipes.benchmarks``: make the virtual environments, run the cases, write the report.
 
-Without ``--base`` everything runs on Azurite, which this starts; it is then Azurite that is measured, more than any
-library. On an account of your own, or on a fast server, the libraries show:
+Without ``--base`` everything runs on Azurite, which this starts. The figures then show the speed of Azurite more than
+that of any library. To compare libraries, use your account or a fast server:
 
-    export AZURE_STORAGE_SAS_TOKEN=...      # or AZURE_STORAGE_KEY; neither if the container is open to everybody
+    export AZURE_STORAGE_SAS_TOKEN=...      # or AZURE_STORAGE_KEY; neither if the container is public
     python -m recipes.benchmarks --base region=https://<account>.blob.core.windows.net --container <container>
 """
 

@@ -98,7 +98,7 @@ class Results:
         return [run for run in found if not run["warm_up"]] or found
 
     def median(self, figure: str | Callable[[dict[str, Any]], float], library: str, **wanted: Any) -> float | None:
-        """The median of a *figure* over the runs; None if there is none."""
+        """The median of a *figure* over the runs; None without runs."""
         if figure == "peak_mib":
             return self.peak(library, **wanted)
         values = [figure(run) if callable(figure) else run[figure] for run in self.of(library, **wanted)]
@@ -121,7 +121,7 @@ class Results:
         return sorted(unique, key=lambda case: names.index(case["case"]))
 
     def failure(self, library: str, **wanted: Any) -> str | None:
-        """Why there is no figure, if the library failed."""
+        """The error of the library, if it failed."""
         for run in self.runs:
             if run["library"] == library and "error" in run and all(run.get(k) == v for k, v in wanted.items()):
                 return str(run["error"])
@@ -129,7 +129,7 @@ class Results:
 
 
 def write_report(results: Path, page: Path) -> None:
-    """Write *page* and the plots beside *results* from the lines in *results*."""
+    """Write *page*, and the plots next to *results*, from the lines in *results*."""
     found = Results(results.read_text(encoding="utf-8").splitlines())
     plots = draw(found, results.parent)
     folder = results.parent.name

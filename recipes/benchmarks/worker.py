@@ -137,7 +137,7 @@ def prepare(library: Any, command: dict[str, Any]) -> None:
 
 
 def memory(field: str) -> int:
-    """A line of the kernel's account of this process, in bytes; 0 where there is none."""
+    """A line of the kernel's statistics of this process, in bytes; 0 where the kernel has no such line."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:
@@ -185,11 +185,11 @@ def opened_at(library: str, place: libraries.Place) -> Any:
 def main() -> None:
     warnings.filterwarnings("ignore")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
     for line in sys.stdin:
         try:
             found = answer(sys.argv[1], json.loads(line))
-        except BaseException as error:  # noqa: BLE001 - the report shows it; torch raises one that is no Exception
+        except BaseException as error:  # noqa: BLE001 - the report shows it; torch raises one that is not an Exception
             found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         print(json.dumps(found), file=answers, flush=True)
 

@@ -1,4 +1,4 @@
-"""What a training loop needs of checkpoints, as torchtitan has it: load the latest, save every so often, keep some.
+"""What a training loop needs from checkpoints, as in torchtitan: load the latest, save at intervals, keep some.
 
     checkpoints = CheckpointManager(url, {"app": state}, every=500, keep=3)
     step = checkpoints.load()
@@ -8,8 +8,8 @@
         checkpoints.save(step, last=step == steps)
     checkpoints.close()
 
-All ranks make one and call it alike. Saving copies the state and goes on in the background; the next save waits for
-it. A save that is interrupted leaves the one before.
+All ranks create one and make the same calls. Saving copies the state and continues in the background; the next save
+waits for it. If a save is interrupted, the previous checkpoint remains.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from azstoragetorch import join_url
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, keep_last, latest_checkpoint
 from recipes.access import split_sas
 
@@ -37,15 +38,15 @@ class CheckpointManager:
         self._states = states
         self._every = every
         self._keep = keep
-        # Saving in the background talks to the other ranks while training does: each needs a group of its own.
+        # A background save communicates with the other ranks while training does, so it needs a separate group.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
         self._writer = BlobStorageWriter(self._url, credential=self._credential)
-        self._under_way: Future[Any] | None = None
+        self._saving: Future[Any] | None = None
 
     def load(self) -> int:
-        """Load the latest complete checkpoint; returns its step, or 0 if there is none."""
+        """Load the latest complete checkpoint; returns its step, or 0 without a checkpoint."""
         latest: list[str | None] = [None]
-        if dist.get_rank() == 0:  # all have to load the same, whatever one of them would find
+        if dist.get_rank() == 0:  # all ranks must load the same checkpoint
             latest = [latest_checkpoint(self._url, credential=self._credential)]
         dist.broadcast_object_list(latest, group=self._group)
         (url,) = latest
@@ -61,9 +62,9 @@ class CheckpointManager:
         if step % self._every and not last:
             return
         self.wait()
-        self._under_way = dcp.async_save(
+        self._saving = dcp.async_save(
             self._states,
-            checkpoint_id=f"{self._url}/step-{step}",
+            checkpoint_id=join_url(self._url, f"step-{step}"),
             storage_writer=self._writer,
             process_group=self._group,
         )
@@ -71,13 +72,13 @@ class CheckpointManager:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save that is under way; raises what it raised."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        """Wait for the save in progress; raises what it raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
             if self._keep is not None and dist.get_rank() == 0:
                 keep_last(self._url, self._keep, credential=self._credential)
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the save in progress."""
         self.wait()

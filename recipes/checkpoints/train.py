@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m recipes.checkpoints.train https://ACCOUNT.blob.core.windows.net/CONTAINER/run
 
-Kill it at any time and start it again, with the same number of ranks or another: it goes on after its last complete
-checkpoint and comes to the same loss, since what a step trains on depends on nothing but the step.
+Kill it at any time and start it again, with the same or a different number of ranks: it resumes after its last complete
+checkpoint and reaches the same loss, because the data of a step depends only on the step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from recipes.checkpoints.manager import CheckpointManager
 
-FEATURES, BATCH = 32, 48  # of all ranks together: a job that goes on with more ranks has smaller parts
+FEATURES, BATCH = 32, 48  # of all ranks together: a job that resumes with more ranks has smaller parts
 
 
 class TrainState:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from azstoragetorch import join_url
 from azstoragetorch.datasets import IterableBlobDataset, merge_states
 from azstoragetorch.io import BlobIO
 from recipes.access import split_sas
@@ -47,7 +48,7 @@ def train(container_url: str, credential: Any, *, epochs: int, workers: int) -> 
 
     epoch, seen = 0, []  # names of the blobs of this epoch that the saved model was trained on
     try:
-        with BlobIO(f"{container_url}/{CHECKPOINT}", "rb", credential=credential) as blob:
+        with BlobIO(join_url(container_url, CHECKPOINT), "rb", credential=credential) as blob:
             state = torch.load(blob)
     except ResourceNotFoundError:
         pass  # the first run
@@ -66,7 +67,7 @@ def train(container_url: str, credential: Any, *, epochs: int, workers: int) -> 
         if rank == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "seen": by_now}
             state["data"] = merge_states([states for states, _ in everybodys])
-            with BlobIO(f"{container_url}/{CHECKPOINT}", "wb", credential=credential) as blob:
+            with BlobIO(join_url(container_url, CHECKPOINT), "wb", credential=credential) as blob:
                 torch.save(state, blob)
         return by_now
 

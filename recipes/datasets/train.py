@@ -1,4 +1,4 @@
-"""Train on the blobs of a container; interrupted anywhere, go on at the very next batch."""
+"""Train on the blobs of a container; after an interrupt, resume at the next batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from azstoragetorch import join_url
 from azstoragetorch.datasets import Blob, IterableBlobDataset
 from azstoragetorch.io import BlobIO
 from recipes.access import split_sas
@@ -22,7 +23,7 @@ def upload(container_url: str, credential: Any, count: int) -> None:
     container_url, credential = split_sas(container_url, credential)
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
-        with BlobIO(f"{container_url}/{FOLDER}{number:05d}.pt", "wb", credential=credential) as blob:
+        with BlobIO(join_url(container_url, f"{FOLDER}{number:05d}.pt"), "wb", credential=credential) as blob:
             torch.save(torch.randn(8, generator=generator), blob)
 
 
@@ -44,7 +45,7 @@ def train(container_url: str, credential: Any, steps: int, *, workers: int = 2) 
 
     epoch = 0
     try:
-        with BlobIO(f"{container_url}/{CHECKPOINT}", "rb", credential=credential) as blob:
+        with BlobIO(join_url(container_url, CHECKPOINT), "rb", credential=credential) as blob:
             state = torch.load(blob)
     except ResourceNotFoundError:
         pass  # the first run
@@ -67,7 +68,7 @@ def train(container_url: str, credential: Any, steps: int, *, workers: int = 2) 
             if not steps:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"loader": loader.state_dict(), "epoch": epoch}
-                with BlobIO(f"{container_url}/{CHECKPOINT}", "wb", credential=credential) as blob:
+                with BlobIO(join_url(container_url, CHECKPOINT), "wb", credential=credential) as blob:
                     torch.save(state, blob)
                 return used
         epoch += 1

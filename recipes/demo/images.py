@@ -1,4 +1,4 @@
-"""Handwritten digits as PNG blobs, with a table of their labels beside them."""
+"""Handwritten digits as PNG blobs, and a table of their labels."""
 
 from __future__ import annotations
 

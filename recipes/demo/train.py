@@ -67,7 +67,7 @@ class Job:
         self._training = StatefulDataLoader(self._images, BATCH_SIZE, num_workers=WORKERS)
         validation = digit_images(container_url, credential, labels[: self._held_back])
         self._validation = StatefulDataLoader(validation, 256, num_workers=WORKERS)
-        # Each worker makes batches of its own share.
+        # Each worker makes batches from its share of the blobs.
         shares = [len(range(worker, len(labels) - self._held_back, WORKERS)) for worker in range(WORKERS)]
         self._batches = sum(math.ceil(share / BATCH_SIZE) for share in shares)
         self._saved = self._state(epoch=1, batch=0, seen=[])
@@ -165,7 +165,7 @@ class Job:
 
 
 def print_line(event: dict[str, Any]) -> None:
-    """One line of JSON, by one system call: a signal handler may write between two of them, ``print`` may not."""
+    """Print one line of JSON with one system call. A signal handler may print too, so ``print`` must not be used."""
     os.write(1, f"{json.dumps(event)}\n".encode())
 
 

@@ -29,7 +29,7 @@ def make_samples(count: int) -> Iterator[dict[str, Any]]:
 def pack(samples: Iterable[dict[str, Any]], folder_url: str, credential: Any) -> list[str]:
     """Write *samples* into tars of at most 64 MiB; returns their URLs."""
     folder_url, credential = split_sas(folder_url, credential)
-    pattern = f"{folder_url}/train-{{shard:06d}}.tar"
+    pattern = f"{folder_url.rstrip('/')}/train-{{shard:06d}}.tar"
     source = IterableWrapper(samples, deepcopy=False)
     return list(source.write_blob_tar_shards(pattern, max_size=64 << 20, credential=credential))
 
@@ -42,7 +42,7 @@ def decode(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
 def make_dataset(folder_url: str, credential: Any) -> ResumableDataPipe:
     """Shuffled by shard and, within a buffer, by sample. A shard is read by one worker, a few tars ahead."""
     folder_url, credential = split_sas(folder_url, credential)
-    shards = AzureBlobFileLister(f"{folder_url}/", "*.tar", credential=credential).shuffle().shard_blobs()
+    shards = AzureBlobFileLister(f"{folder_url.rstrip('/')}/", "*.tar", credential=credential).shuffle().shard_blobs()
     samples = shards.open_files_by_azure(prefetch=2, credential=credential).expand_blob_tar().group_blob_samples()
     return samples.shuffle(buffer_size=1000).map(decode).to_resumable(seed=0)
 

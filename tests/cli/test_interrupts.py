@@ -11,7 +11,7 @@ import pytest
 
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch._engine.scope import Scope
-from azstoragetorch._files import partial, places, record, transfer
+from azstoragetorch._files import partial, paths, record, transfer
 from azstoragetorch._files.transfer import Hooks, get_file, put_file
 from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
@@ -19,7 +19,7 @@ from tests.support import KiB, blob_client, content
 
 # An interrupt between the opening of a file and the line that notes it leaves closing it to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-FILES = [partial, places, record, transfer]
+FILES = [partial, paths, record, transfer]
 SIZE = 300 * KiB
 OLD = b"the old content"
 
