@@ -1,7 +1,7 @@
-"""What the package pulls in, with versions, licences and known vulnerabilities: `python -m tests.audit PIP_AUDIT`.
+"""Report dependencies, with versions, licenses and known vulnerabilities: `python -m tests.audit PIP_AUDIT`.
 
-The report is about what a user installs, not about what develops the package. Ends with 1 if a vulnerability is known;
-says so if none could be looked up.
+The report covers what a user installs, not the development tools. Exits with 1 if a vulnerability is known, and says so
+if the vulnerabilities could not be looked up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNCHECKED = "NOT CHECKED"
 
 
 def installed(name: str, extras: set[str]) -> dict[str, Distribution]:
-    """The distribution *name* and all that it needs, by name."""
+    """The distribution *name* and its dependencies, by name."""
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
     todo = [(name, frozenset(extras))]
@@ -35,7 +35,7 @@ def installed(name: str, extras: set[str]) -> dict[str, Distribution]:
         seen.add(this)
         try:
             package = distribution(this[0])
-        except PackageNotFoundError:  # needed on another platform or Python only
+        except PackageNotFoundError:  # needed only on another platform or Python version
             continue
         found[package.name.lower().replace("_", "-")] = package
         for line in package.requires or ():
@@ -57,9 +57,9 @@ def licence(package: Distribution) -> str:
 
 
 def silence(package: Distribution) -> str | None:
-    """Why PyPI's vulnerability service tells nothing, asked about *package*; None if it does.
+    """Why PyPI's vulnerability service has no result for *package*; None if it has one.
 
-    pip-audit itself passes over what it finds no answer for, and reports that all is well.
+    pip-audit itself skips packages without a result, and reports success.
     """
     try:
         with urllib.request.urlopen(_SERVICE.format(package.name, package.version), timeout=_PATIENCE) as answer:
@@ -70,7 +70,7 @@ def silence(package: Distribution) -> str | None:
 
 
 def audited(tool: str, packages: dict[str, Distribution]) -> dict[str, str]:
-    """What is known of each, by name."""
+    """The vulnerabilities of each package, by name."""
     with TemporaryDirectory() as folder:
         pins = Path(folder) / "pins.txt"
         # A local version, such as torch's +cpu, is unknown to the service; the public one has the same source.

@@ -8,9 +8,9 @@ pytest_plugins = ["tests.azurite.fixtures", "tests.faults.fixtures"]
 
 
 def pytest_configure() -> None:
-    # Machines are busy: no example is too slow.
+    # No deadline: the machine can be busy.
     settings.register_profile("patient", deadline=None)
     settings.load_profile("patient")
-    # A shell starts its background jobs, and all their children, with SIGINT ignored.
+    # A shell starts background jobs, and with them their children, with SIGINT ignored.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""What the core's tests share: small quick transfers, content whose every place is recognisable, child processes."""
+"""Shared by the tests of the core: small and fast transfers, test content, child processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PERSISTENT = replace(IMPATIENT, max_attempts=20)
 
 @lru_cache(maxsize=16)
 def content(size: int, seed: int = 0) -> bytes:
-    """*size* bytes in which a shift or a repetition shows."""
+    """*size* bytes in which every shift or repetition is detected."""
     return random.Random(seed).randbytes(size)
 
 
@@ -64,7 +64,7 @@ def container_client(url: str, transfer: TransferConfig = QUICK, credential: Cre
 
 
 def run_python(program: str, *arguments: str, timeout: float = 100.0, **environment: str) -> str:
-    """Run *program* in a fresh interpreter and return what it prints; its failure is the test's."""
+    """Run *program* in a new interpreter and return its output; the test fails if the program does."""
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
@@ -87,7 +87,7 @@ def taking(at_least: float = 0.0, at_most: float = 30.0) -> Iterator[None]:
 
 
 def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -> list[T]:
-    """Run *action* in *count* threads that begin together; the first error is raised."""
+    """Run *action* in *count* threads that start together; raise the first error."""
     start = threading.Barrier(count)
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
@@ -111,7 +111,7 @@ def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -
 
 
 def in_time(action: Callable[[], T], seconds: float = 60.0) -> T:
-    """*action* in another thread, or a failure if it does not come to an end: for what must not hang."""
+    """Run *action* in another thread; fail if it does not end. For code that must not hang."""
     return run_threads(1, lambda _: action(), seconds)[0]
 
 

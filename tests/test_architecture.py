@@ -1,6 +1,6 @@
-"""The rules of the house, read off the source: which way imports point, who uses what, what is described.
+"""The rules of the architecture, checked on the source: the direction of imports, dependencies, docstrings.
 
-Each rule is a function from a module's source to complaints, and each is shown a module that breaks it.
+Each rule is a function from the source of a module to violations, and is tested with a module that breaks it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
 FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
-HOUSES = FACES | {"cli"}  # packages or modules whose rooms are their own affair
+HOUSES = FACES | {"cli"}  # packages or modules that are not divided into layers
 
-# Rows of the picture in the package's docstring: a floor's name, if it begins there, and modules.
+# Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
 _ROW = re.compile(r" {3}(\w*) +((?:\w+ *)+)")
 
 
 def rows_of(picture: str) -> list[set[str]]:
-    """The rows of *picture*, from the ground up. A module imports from rows below its own; in a row of one package also
-    from its neighbors, as long as no cycle forms."""
+    """The rows of *picture*, from the bottom. A module imports from the rows below its own and, if all modules of its
+    row are of one package, from that row."""
     rows: list[set[str]] = []
     floor = ""
     floors = {"exceptions"}
@@ -50,10 +50,10 @@ def rows_of(picture: str) -> list[set[str]]:
 
 ROWS = rows_of(azstoragetorch.__doc__ or "")
 
-# What faces may know of `_blob`; whatever else they need comes through these.
+# The modules of `_blob` that public packages import; they reach the others through these.
 FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secret", "_blob.url"}
 
-# Where each dependency may be imported. The longest prefix that matches decides.
+# Where each dependency may be imported. The longest matching prefix decides.
 MAY_IMPORT = {
     "torch": (FACES - {"io"}) | {"_samples.workers", "cli"},
     "torchdata": {"nodes"},
@@ -61,13 +61,13 @@ MAY_IMPORT = {
     "azure.identity": {"_blob.authorizers"},
     "azure.storage.blob": {"_blob.authorizers"},
     "certifi": {"_blob.connection"},
-    "click": {"cli"},  # an extra: `cli` says so when it is missing
+    "click": {"cli"},  # an optional dependency: `cli` reports it if it is missing
     "rich": {"cli"},
-    "tqdm": {"checkpoint._progress"},  # no dependency: only who asks for a bar needs it
+    "tqdm": {"checkpoint._progress"},  # not a dependency: needed only for a progress bar
     "typing_extensions": {"", "_blob", "exceptions", *FACES},
 }
 
-# Private names of others that are used all the same: (module, name) -> why there is no public way.
+# Private names of other packages that are used: (module, name) -> why a public one does not exist.
 ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
     ("_engine.threads", "_thread"): "public by its documentation; starts a thread in one step, without a lock",
     ("checkpoint._format.items", "_StorageInfo"): "entries of torch's format are pickled instances of it",
@@ -103,7 +103,7 @@ THREAD_MAKERS = (
 
 @dataclass(frozen=True)
 class Module:
-    """One module of the package; *name* is relative to it, the package itself is ''."""
+    """A module of the package; *name* is relative to the package, which itself is ''."""
 
     name: str
     source: str
@@ -128,7 +128,7 @@ class Module:
 
     @cached_property
     def bindings(self) -> dict[str, str]:
-        """What each imported local name stands for, as an absolute dotted name."""
+        """The absolute dotted name for each imported local name."""
         bound = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -153,7 +153,7 @@ class Module:
 
     @cached_property
     def uses(self) -> set[str]:
-        """Dotted names of what is reached through imports: ``threading.Thread``, ``torch.utils.data``."""
+        """Dotted names that are used through imports: ``threading.Thread``, ``torch.utils.data``."""
         found = set(self.imports)
         for node in ast.walk(self.tree):
             path = []
@@ -173,7 +173,7 @@ class Module:
 
 
 def without_type_stubs(dotted: set[str]) -> set[str]:
-    """What is left when the program runs: ``_typeshed`` exists for type checkers alone."""
+    """The imports that exist at run time: ``_typeshed`` exists for type checkers only."""
     return {name for name in dotted if not begins_with(name, "_typeshed")}
 
 
@@ -191,7 +191,7 @@ MODULES = read_package()
 
 
 def begins_with(name: str, prefix: str) -> bool:
-    """Whether dotted *name* is *prefix* or inside it."""
+    """Whether the dotted *name* is *prefix* or starts with it."""
     return name == prefix or prefix == "" or name.startswith(f"{prefix}.")
 
 
@@ -201,7 +201,7 @@ def row_of(name: str) -> int | None:
 
 
 def own_imports(module: Module, names: set[str]) -> set[str]:
-    """Modules of the package that *module* imports; a member counts as the module that holds it."""
+    """Modules of the package that *module* imports; a member counts as its module."""
     found = set()
     for dotted in module.imports - {"azstoragetorch.__version__"}:
         if begins_with(dotted, "azstoragetorch"):
@@ -226,7 +226,7 @@ def imports_pointing_up(module: Module) -> Iterator[str]:
 
 
 def reaching_past_the_front_doors(module: Module) -> Iterator[str]:
-    """A face that imports rooms of the core, other than those that are there for it."""
+    """A public package that imports a module of the core other than the allowed ones."""
     face = module.name.partition(".")[0]
     if face not in HOUSES:
         return
@@ -253,7 +253,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def own_private_names() -> frozenset[str]:
-    """Private names that the package itself defines, wherever it does."""
+    """Private names that the package itself defines, in any module."""
     names = set()
     for module in MODULES.values():
         names.update(part for part in module.name.split(".") if is_private(part))
@@ -266,7 +266,7 @@ def own_private_names() -> frozenset[str]:
 
 
 def foreign_private_names(module: Module) -> Iterator[str]:
-    """Private names of others: what is imported, reached through an import, or defined nowhere in here."""
+    """Private names of other packages: imported, used through an import, or not defined in this package."""
     found = set()
     for dotted in module.uses:
         if not begins_with(dotted, "azstoragetorch"):
@@ -396,7 +396,7 @@ def test_the_rule_lets_pass_what_it_should(rule: Callable[[Module], Iterator[str
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str] | None:
-    """The modules of one circle of imports, if there is one."""
+    """The modules of one import cycle, if there is one."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str] | None:
@@ -413,7 +413,7 @@ def find_circle(graph: dict[str, set[str]]) -> list[str] | None:
 
 
 def test_the_picture_is_one() -> None:
-    """The page on architecture shows the rows that the imports are checked against, and each module has its place."""
+    """The architecture page shows the same rows that imports are checked against, and every module is in one."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     drawn = page.partition("```text\n")[2].partition("```")[0]
     assert rows_of("".join(f"   {line}\n" for line in drawn.splitlines())) == ROWS
@@ -456,7 +456,7 @@ PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in n
 
 @pytest.mark.parametrize("name", PUBLIC, ids=lambda name: name or "azstoragetorch")
 def test_every_public_name_is_described(name: str) -> None:
-    """A name in ``__all__``, and every public member of a class, says what it promises."""
+    """Every name in ``__all__``, and every public member of a class, has a docstring."""
     module = importlib.import_module(MODULES[name].dotted)
     silent = []
     for public in getattr(module, "__all__", []):
@@ -465,7 +465,7 @@ def test_every_public_name_is_described(name: str) -> None:
             silent += [f"{public}.{member}" for member in undescribed_members(value)]
         if inspect.isclass(value) or inspect.isroutine(value):
             own = inspect.getdoc(value) if inspect.isroutine(value) else vars(value).get("__doc__")
-            if not own or own.startswith(f"{public}("):  # what a dataclass writes for itself
+            if not own or own.startswith(f"{public}("):  # generated by dataclass
                 silent.append(public)
     assert silent == []
 
@@ -479,7 +479,7 @@ def undescribed_members(cls: type) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", PUBLIC, ids=lambda name: name or "azstoragetorch")
 def test_every_public_module_names_what_is_public(name: str) -> None:
-    """What a module defines without an underscore is in ``__all__``, and nothing else is."""
+    """``__all__`` has exactly the names that a module defines without an underscore."""
     module = MODULES[name]
     defined = {
         node.name

@@ -1,4 +1,4 @@
-"""The front door of the core: blobs and containers, cheap to make, lazy, and the same in every process."""
+"""Clients for blobs and containers: cheap, lazy, and usable in every process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "a b%2F?#ü//x/"
 
 
 class TestOnAzurite:
-    """What we write the SDK reads, and the reverse."""
+    """The SDK reads what we write, and the reverse."""
 
     @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 400_000])
     @pytest.mark.parametrize("name", ["blob", NAME])
@@ -78,7 +78,7 @@ class TestOnAzurite:
         assert str(client.blob(NAME).url).endswith("/a%20b%252F%3F%23%C3%BC//x/")
 
     def test_validated_content(self, container: Container) -> None:
-        """The service computes an MD5 of each range, and compares that of each block."""
+        """The service sends the MD5 of each range, and checks that of each block."""
         from dataclasses import replace
 
         transfer = replace(QUICK, validate_content=True, part_size=1 << 20)
@@ -143,7 +143,7 @@ class TestFaults:
         assert service.names("c") == ["b"]
 
     def test_an_error_without_a_body_is_told_by_its_headers(self, service: FaultService) -> None:
-        """Answers to HEAD have none."""
+        """Responses to HEAD have no body."""
         service.script(Match("head"), [Status(403, "AuthorizationPermissionMismatch")], repeat=True)
         with pytest.raises(HttpResponseError, match="AuthorizationPermissionMismatch"):
             blob_client(service.blob_url("c", "b")).version()

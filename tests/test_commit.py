@@ -1,4 +1,4 @@
-"""The commit of a blob: once, under its condition, and looked after when its answer is lost."""
+"""The commit of a blob: once, under its condition, and checked if its response is lost."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TestLooking:
     def test_no_digest_is_computed_that_nobody_needs(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """An MD5 takes 12 ms for 8 MiB."""
+        """The MD5 of 8 MiB takes 12 ms."""
         monkeypatch.setattr("azstoragetorch._blob.commit.md5_of", lambda _: pytest.fail("nobody asked for it"))
         for size in (100, 300_000):
             write(service.blob_url("c", "new"), content(size))
@@ -142,7 +142,7 @@ class TestLooking:
 
 
 class TestBlockLists:
-    """What the service sends is parsed; nothing in it is fetched or expanded."""
+    """Responses are parsed; nothing in them is fetched or expanded."""
 
     def test_the_ids_of_committed_blocks(self) -> None:
         xml = (

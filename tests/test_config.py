@@ -1,4 +1,4 @@
-"""`TransferConfig`: values checked once, defaults that an operator can override, values that travel."""
+"""`TransferConfig`: values are checked, defaults can be overridden, and configurations can be pickled."""
 
 from __future__ import annotations
 

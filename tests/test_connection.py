@@ -1,4 +1,4 @@
-"""The way to a service and what may be sent on it: exceptions from proxies, heads that stay one request."""
+"""Connections: exceptions from proxies, and headers that cannot become a second request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_proxies_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestExceptions:
-    """NO_PROXY means what it means to curl and requests."""
+    """NO_PROXY has the same meaning as for curl and requests."""
 
     @pytest.mark.parametrize(
         ("entries", "host"),
@@ -61,7 +61,7 @@ class TestExceptions:
             ("127.0.0.1:10000", "127.0.0.1:10000"),
             ("127.0.0.0/8", "127.9.9.9:10000"),
             ("10.0.0.0/8", "10.1.2.3"),
-            ("10.1.2.3/8", "10.200.0.1"),  # bits behind the prefix do not count
+            ("10.1.2.3/8", "10.200.0.1"),  # bits after the prefix are ignored
             ("192.168.0.0/255.255.0.0", "192.168.7.7"),
             ("0.0.0.0/0", "8.8.8.8"),
             ("::1", "[::1]"),
@@ -169,7 +169,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 
 class TestOneRequest:
-    """Outside data in any part of a request cannot become a second request, or another header."""
+    """External data in any part of a request cannot become a second request or another header."""
 
     @pytest.mark.parametrize("character", CONTROLS, ids=lambda character: f"{ord(character):#04x}")
     @pytest.mark.parametrize("part", ["method", "path", "SAS", "name", "value"])
@@ -187,7 +187,7 @@ class TestOneRequest:
         connection = Connection(Origin.of("http", "127.0.0.1:1", QUICK))
         with pytest.raises(ValueError, match="HTTP cannot carry") as caught:
             connection._head("GET", f"/{path}?sig={sas}", {name: value})
-        assert caught.value.__context__ is None  # which would hold the value
+        assert caught.value.__context__ is None  # it would contain the value
 
     @given(st.text(st.characters(codec="latin-1"), max_size=20), st.text(st.characters(codec="latin-1"), max_size=20))
     def test_a_head_has_the_lines_that_it_was_made_of_or_is_refused(self, name: str, value: str) -> None:

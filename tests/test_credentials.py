@@ -1,4 +1,4 @@
-"""Who we are to the service: every accepted credential opens it, and none is shown or sent where it should not be."""
+"""Every accepted credential works, and none is shown, or sent to a host that must not get it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ HTTP = parse_url("http://127.0.0.1:10000/account/c/b")
 
 
 class Tokens:
-    """Hands out `token-1`, `token-2`, ...; remembers when."""
+    """Returns `token-1`, `token-2`, ... and records the times."""
 
     def __init__(self, lifetime: float = 3600.0, *, delay: float = 0.0) -> None:
         self.lifetime = lifetime
@@ -78,7 +78,7 @@ def set_clock_forward(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def read_and_write(container: Container, url: Callable[[str], str], credential: Any) -> None:
-    """Both directions, small and in parts, each checked through the other door; and a listing."""
+    """Read and write small and large blobs, each checked with the SDK, and list them."""
     for name, size in (("small", 1000), ("large", 300_000)):
         with BlobIO(url(name), "wb", credential=credential, transfer=QUICK) as blob:
             blob.write(DATA[:size])
@@ -91,7 +91,7 @@ def read_and_write(container: Container, url: Callable[[str], str], credential: 
 
 
 class TestWaysIn:
-    """Azurite checks every signature."""
+    """Azurite verifies every signature."""
 
     def test_a_sas_in_the_url(self, container: Container) -> None:
         read_and_write(container, container.blob_sas_url, None)
@@ -121,13 +121,13 @@ class TestWaysIn:
         assert [page.names for page in pages] == [["large"]]
 
     def test_the_sas_in_the_url_wins(self, container: Container) -> None:
-        """Even over a credential that could not open anything."""
+        """Also over an invalid credential."""
         read_and_write(container, container.blob_sas_url, AzureSasCredential("sig=wrong"))
         with BlobIO(container.blob_sas_url("small"), "rb", credential=Tokens()) as blob:
             assert blob.read()
 
     def test_a_sas_that_is_updated_while_running(self, container: Container) -> None:
-        """The new signature serves objects that were made with the old one."""
+        """Objects created with the old signature use the new one."""
         url = container.put("blob", DATA).partition("?")[0]
         credential = AzureSasCredential(container.sas(valid_for=-60))
         with BlobIO(url, "rb", credential=credential, transfer=QUICK) as blob:
@@ -153,7 +153,7 @@ class TestWaysIn:
             assert blob.read() == DATA
 
     def test_a_minted_sas_is_short_lived_and_made_once(self, fault_service: FaultService) -> None:
-        """The key itself never leaves the process."""
+        """The key itself is never sent."""
         fault_service.put("c", "b", DATA)
         key = "a2V5a2V5a2V5"
         credential = AzureNamedKeyCredential("account", key)
@@ -218,7 +218,7 @@ class TestTheEmulator:
             CredentialHolder(None).authorizer(parse_url(url))
 
     def test_over_https_takes_a_token(self) -> None:
-        """Which goes to a host of the user's only."""
+        """A token, which is sent only to a host that the user trusts."""
         with pytest.raises(ValueError, match=r"not sent to the host '127\.0\.0\.1:10000'"):
             CredentialHolder(None).authorizer(parse_url("https://127.0.0.1:10000/devstoreaccount1/c/b"))
 
@@ -237,7 +237,7 @@ class TestRefusedByUs:
     @pytest.mark.parametrize("credential", [None, Tokens()], ids=["default", "token"])
     @pytest.mark.parametrize("mode", ["rb", "wb"])
     def test_a_token_over_plain_http(self, fault_service: FaultService, mode: Any, credential: Any) -> None:
-        """Said at once, before anything is sent or any token is asked for."""
+        """Raised before anything is sent or a token is requested."""
         fault_service.put("c", "b", DATA)
         with pytest.raises(ValueError, match=r"credential: a token is never sent over plain http.*https"):
             BlobIO(f"{fault_service.origin}/account/c/b", mode, credential=credential)
@@ -261,7 +261,7 @@ class TestRefusedByUs:
 
     def test_an_asynchronous_one(self) -> None:
         class Async:
-            """As those of azure.identity.aio are."""
+            """Like the credentials of azure.identity.aio."""
 
             async def get_token(self, *scopes: str, **options: Any) -> AccessToken:
                 raise AssertionError
@@ -307,7 +307,7 @@ class TestTokens:
     def test_it_is_renewed_before_it_expires(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch, lifetime: float, until: float
     ) -> None:
-        """At half its life, or five minutes before its end."""
+        """At half of its lifetime, or five minutes before it expires."""
         service.require_token("token-1", "token-2")
         credential = Tokens(lifetime)
         self.read(service, credential)
@@ -332,7 +332,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("action", ["read", "write"])
     def test_one_that_is_refused_is_renewed_once(self, service: FaultService, action: str) -> None:
-        """As after a revocation, or with a clock that is wrong."""
+        """As after a revocation, or with a wrong clock."""
         credential = Tokens()
         getattr(self, action)(service, credential)
         service.require_token("token-2")
@@ -406,7 +406,7 @@ class TestTokens:
     def test_default_azure_credential_is_made_when_it_is_needed(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """And is one for the process: `None` is the same credential everywhere."""
+        """There is one for each process: `None` is the same credential everywhere."""
         made: list[Tokens] = []
 
         def make() -> Tokens:
@@ -430,7 +430,7 @@ class TestTokens:
 
 
 class TestOtherHosts:
-    """A redirect is not followed: neither the token nor the data reach the other host."""
+    """A redirect is not followed: neither the token nor the data reaches the other host."""
 
     @pytest.mark.parametrize("status", [301, 302, 307, 308])
     @pytest.mark.parametrize("operation", ["get_blob", "put_blob", "put_block", "put_block_list", "list_blobs", "head"])
@@ -474,7 +474,7 @@ class FixedToken:
 
 
 class TestHosts:
-    """Credentials go to Azure's hosts and to those that the user named, with the credential or in the environment."""
+    """Credentials are sent to hosts of Azure and to hosts that the user trusts."""
 
     KEY = AzureNamedKeyCredential("account", "a2V5")
 
@@ -507,7 +507,7 @@ class TestHosts:
         ],
     )
     def test_another_host_gets_none_unless_the_user_names_it(self, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The error says which host, and how to allow it."""
+        """The error names the host and says how to allow it."""
         url = parse_url(f"https://{host}/account/c")
         for credential in self.credentials():
             with pytest.raises(
@@ -557,7 +557,7 @@ class TestHosts:
             CredentialHolder(token).authorizer(url)
 
     def test_a_list_of_urls_sends_no_token_to_a_host_that_it_names(self, https_fault_service: FaultService) -> None:
-        """Nothing is sent there, and no token is asked for; a host that was named with the credential is known."""
+        """Nothing is sent there and no token is requested; a host passed with the credential is trusted."""
         service, credential = https_fault_service, Tokens()
         service.put("c", "b", b"data")
         urls = ["https://account.blob.core.windows.net/c/a", service.blob_url("c", "b")]
@@ -616,12 +616,12 @@ class TestHosts:
 
 
 class TestTenants:
-    """An account in another tenant than the identity says so once; a token of that tenant is asked for."""
+    """If the account is in another tenant, its response says so once, and a token of that tenant is requested."""
 
     TENANT = "11111111-2222-3333-4444-555555555555"
 
     class Identity:
-        """Gives ``home-1``, ``home-2``, ... and, for a tenant, ``<tenant>-1``, ..."""
+        """Returns ``home-1``, ``home-2``, ... and, for a tenant, ``<tenant>-1``, ..."""
 
         def __init__(self) -> None:
             self.asked: list[str | None] = []
@@ -713,10 +713,10 @@ class TestTenants:
 
 
 class TestWaiting:
-    """Nobody waits for a lock: a token is fetched by a thread that does nothing else."""
+    """No thread waits for a lock: a token is fetched on a separate thread."""
 
     def test_a_signal_handler_gets_a_token_while_the_main_thread_waits_for_it(self, loopback_tls: LoopbackTls) -> None:
-        """It comes in at every line of the wait, and of what starts it."""
+        """The handler runs at every line of the wait and of the start of the fetch."""
         program = """
 import signal, sys, time
 from azure.core.credentials import AccessToken
@@ -793,11 +793,11 @@ def sign_twice(holder: CredentialHolder, pipe: Any) -> None:
 
 
 class TestUpdates:
-    """An update of a SAS or key in the main process reaches workers that live."""
+    """An update of a SAS or key in the main process reaches running workers."""
 
     @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
     def test_of_a_sas(self, fault_service: FaultService, method: str) -> None:
-        """Persistent workers read on after the old SAS is refused, in the epoch in which it was updated."""
+        """Persistent workers continue after the old SAS is refused, in the epoch in which it was updated."""
         for number in range(24):
             fault_service.put("c", f"{number:02}", b"x")
         fault_service.require_sas("old")
@@ -893,7 +893,7 @@ class TestUpdates:
 
 
 class TestBadValues:
-    """What could not be sent is refused where it enters, by the name of the argument."""
+    """Values that cannot be sent are refused when they are passed, and the error names the argument."""
 
     @pytest.mark.parametrize("character", ["\r\n", "\n", "\0", " ", "\t", "\x7f", "ü", "\x1b"])
     def test_a_sas_with_a_control_character(self, character: str) -> None:
@@ -937,7 +937,7 @@ class TestBadValues:
 
 
 def test_somebody_who_is_not_signed_in_reads_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once: the ways in, in the order in which to try them, then what DefaultAzureCredential tried, readable."""
+    """The error has the ways to sign in, in the order to try them, then what DefaultAzureCredential tried."""
     text = "DefaultAzureCredential failed to retrieve a token.\nAttempted credentials:\n\tEnvironmentCredential: no"
     tokens = Tokens()
     tokens.failures = [ClientAuthenticationError(text)]
@@ -961,7 +961,7 @@ class TestPickling:
             holder.authorizer(HTTP).query()
 
     def test_whatever_came_out_of_pickles_shares_one_signature(self) -> None:
-        """As blobs do that a worker has sent: it is not minted for each."""
+        """Like the blobs that a worker sends: a SAS is not created for each."""
         pickled = ForkingPickler.dumps(CredentialHolder(AzureNamedKeyCredential("account", "a2V5")))
         first, second = (ForkingPickler.loads(pickled).authorizer(HTTP) for _ in range(2))
         assert first is second
@@ -988,7 +988,7 @@ class TestPickling:
 
 
 def test_a_refresh_is_not_forgotten_when_the_service_is_slow(https_fault_service: FaultService) -> None:
-    """A request that was under way with the old token, and is refused late, does not drop the new one."""
+    """A request in flight with the old token that is refused late does not drop the new token."""
     service = https_fault_service
     service.put("c", "b", DATA)
     service.require_token("token-1")

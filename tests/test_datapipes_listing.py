@@ -1,4 +1,4 @@
-"""The listing pipes, on Azurite and, for what a service does rarely, on the fault service."""
+"""The listing pipes, on Azurite and, for rare behavior of a service, on the fault service."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def names_of(pipe: Any, container: Container) -> list[str]:
 def test_a_root_is_a_container_a_folder_a_blob_or_the_beginning_of_names(
     container: Container, root: str, expected: list[str]
 ) -> None:
-    """A blob of exactly that name wins, then the folder; what comes is in lexicographic order."""
+    """A blob with exactly that name comes first, then the folder; the results are in lexicographic order."""
     fill(container)
     assert names_of(AzureBlobFileLister(container.url + root, credential=container.key), container) == expected
 
@@ -97,7 +97,7 @@ def test_one_level_of_a_folder(container: Container) -> None:
 
 
 def test_several_roots_and_a_pipe_of_roots(container: Container) -> None:
-    """In the order of the roots; a pipe of them can be iterated again."""
+    """In the order of the roots; a pipe of roots can be iterated again."""
     fill(container)
     roots = [f"{container.url}/x", f"{container.url}/a.txt"]
     expected = ["x/ü #%.jpg", "a.txt"]
@@ -146,7 +146,7 @@ def test_a_snapshot_lists_as_itself(container: Container) -> None:
 
 
 def test_a_sas_in_the_root_lists_and_goes_no_further(container: Container) -> None:
-    """Not into URLs, representations, plain pickles or error messages; readers need their own."""
+    """Not into URLs, reprs, plain pickles or error messages; readers need a separate credential."""
     fill(container)
     secret = container.sas()
     signature = secret.partition("sig=")[2].partition("&")[0]
@@ -191,7 +191,7 @@ def test_its_length_is_not_known(container: Container) -> None:
 
 
 def test_it_lists_lazily_by_page(fault_service: FaultService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No request before the first item; a page is fetched ahead, not the whole listing."""
+    """There is no request before the first item, and one page is read ahead, not the whole listing."""
     for number in range(12_000):
         fault_service.put("data", f"{number:06d}", b"")
     pipe = AzureBlobFileLister(fault_service.container_url("data"), credential=False)
@@ -213,6 +213,6 @@ def test_an_empty_page_is_not_the_end(fault_service: FaultService) -> None:
 
 
 def test_a_long_list_of_roots_costs_no_graph_traversal() -> None:
-    """Traversal pickles collections; the roots are none."""
+    """Traversal pickles collections, so the roots must not be in one."""
     pipe = AzureBlobFileLister([f"https://account.blob.core.windows.net/c/{i}" for i in range(10)])
     assert not any(isinstance(value, (list, tuple, dict)) for value in vars(pipe).values())

@@ -1,4 +1,4 @@
-"""Splitting blobs into ranges: every record exactly once, every byte about once."""
+"""Splitting blobs into ranges: every record exactly once, nearly every byte once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lines_of(sample: tuple[str, bytes]) -> list[bytes]:
 
 
 def in_memory(data: bytes, chunk: int, delimiter: bytes) -> list[bytes]:
-    """What the readers of all ranges get."""
+    """The records that the readers of all ranges return."""
 
     def read(start: int, stop: int) -> bytes:
         assert 0 <= start < stop <= len(data)
@@ -53,7 +53,7 @@ def in_memory(data: bytes, chunk: int, delimiter: bytes) -> list[bytes]:
     chunk=st.integers(1, 300),
 )
 def test_every_record_is_read_by_exactly_one_range(lines: list[str], delimiter: str, ends: bool, chunk: int) -> None:
-    """Any lengths, borders inside multi-byte characters and inside delimiters, with or without a last delimiter."""
+    """Any lengths, boundaries inside multi-byte characters and delimiters, with or without a final delimiter."""
     end = delimiter.encode()
     records = [line.encode("utf-8", "replace").replace(end, b"") + end for line in lines]
     data = b"".join(records) if ends else b"".join(records)[: -len(end)]
@@ -62,7 +62,7 @@ def test_every_record_is_read_by_exactly_one_range(lines: list[str], delimiter: 
     at = 0
     for number, piece in enumerate(pieces):
         if piece:
-            assert number * chunk <= at < (number + 1) * chunk  # its first record starts in it
+            assert number * chunk <= at < (number + 1) * chunk  # the range that its first record starts in
             assert at + len(piece) == len(data) or piece.endswith(end)
             assert piece.rfind(end, 0, -len(end)) + len(end) + at < (number + 1) * chunk or piece.count(end) <= 1
         at += len(piece)
@@ -155,7 +155,7 @@ def test_a_range_is_of_the_version_that_was_split(fault_service: FaultService) -
 def test_an_item_that_fails_does_not_disturb_those_before_it(
     fault_service: FaultService, kind: str, with_node: bool
 ) -> None:
-    """Both are under way; the second fails first, and is raised second."""
+    """Both are in flight; the second fails first, and its error is raised second."""
     transfer = TransferConfig(part_size=64 * KiB, max_attempts=1)
     size = 300 * KiB
     items: list[Any] = [BlobInfo(fault_service.blob_url("data", n), size, "") for n in "ab"]
@@ -178,7 +178,7 @@ def test_an_item_that_fails_does_not_disturb_those_before_it(
     while not failing.fired:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.2)  # the failure has been noticed by now
+    time.sleep(0.2)  # the failure was noticed by then
     gate.set()
     reader.join(60)
     assert [(url[-1], data) for url, data in found] == [("a", b"a" * size)]

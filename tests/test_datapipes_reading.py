@@ -1,4 +1,4 @@
-"""The pipes that open, load and read: bytes, order, bounds, and how they live with torch."""
+"""The pipes that open, load and read: bytes, order, limits, and their use with torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.faults import FaultService, Hold, Match, Status, Together, Torn
 from tests.support import wait_until
 from tests.test_datapipes_tar import make_tar
 
-# Pipes of torch's that the stand-ins for a torch without DataPipes leave out.
+# Pipes of torch that are missing in the stand-ins for a torch without DataPipes.
 needs_torchs_pipes = pytest.mark.skipif(
     IterDataPipe.__module__.startswith("azstoragetorch"), reason="this torch has no DataPipes"
 )
@@ -74,7 +74,7 @@ def parity(sample: tuple[str, bytes]) -> int:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("with_info", [False, True])
 def test_it_reads_every_blob_in_order(fault_service: FaultService, reader: str, with_info: bool) -> None:
-    """Blobs of no, one and several parts, from URLs and from what a lister knows; twice."""
+    """Blobs of zero, one and several parts, from URLs and from a lister; twice."""
     urls = fill(fault_service, 30)
     source = IterableWrapper([fault_service.container_url("data")])
     listed = getattr(source, "list_blobs_by_azure" if with_info else "list_files_by_azure")(credential=False)
@@ -133,7 +133,7 @@ def test_streams_stay_readable_after_the_pipe_is_reset(fault_service: FaultServi
 
 
 def test_opened_streams_are_files(container: Container) -> None:
-    """Seekable, wrapped as torch's own are, one version of the blob, text if asked for."""
+    """Seekable, wrapped like those of torch, one version of the blob, text on request."""
     container.put("a", "zwölf\nBoxkämpfer\n".encode())
     source = IterableWrapper([container.blob_url("a")])
     ((url, stream),) = source.open_files_by_azure(credential=container.key)
@@ -206,7 +206,7 @@ def test_broken_answers_are_repaired(fault_service: FaultService) -> None:
 
 
 def test_other_credentials_do_not_leak_into_a_pipe(container: Container) -> None:
-    """No pipe has another's credential, and a SAS in a URL is not in what is yielded."""
+    """No pipe uses the credential of another, and a SAS in a URL is not in the items."""
     container.put("a", b"x")
     listed = pipes.AzureBlobFileLister(container.url, credential=container.key)
     with pytest.raises((ClientAuthenticationError, ResourceNotFoundError), match="No credential was sent"):
@@ -234,7 +234,7 @@ def test_wrong_arguments_fail_at_once(build: Any, error: type[Exception], match:
 @pytest.mark.parametrize("reader", READERS)
 def test_what_names_no_blob_is_refused_in_its_turn(fault_service: FaultService, reader: str) -> None:
     urls = fill(fault_service, 5)
-    transfer = replace(SMALL, max_connections=31)  # an engine of its own
+    transfer = replace(SMALL, max_connections=31)  # a separate engine
     for wrong, error, message in (
         (7, TypeError, "URL of a blob"),
         (fault_service.container_url("data"), ValueError, "is the URL of a container, not of a blob"),
@@ -293,7 +293,7 @@ def test_readers_collate(fault_service: FaultService) -> None:
     [("fork", False), ("fork", True), ("spawn", False), pytest.param("forkserver", False, marks=pytest.mark.slow)],
 )
 def test_workers_read_each_sample_once_with_their_credential(container: Container, method: str, shuffle: bool) -> None:
-    """Started by any method, also while the pipe is in use in the parent; the key reaches the worker."""
+    """With every start method, also while the parent uses the pipe; the key reaches the worker."""
     for number in range(9):
         container.put(f"{number:04d}", content(number))
     listed = pipes.AzureBlobFileLister(container.url, credential=container.key)
@@ -315,7 +315,7 @@ def test_workers_read_each_sample_once_with_their_credential(container: Containe
 def test_workers_that_live_on_read_each_sample_once_in_each_epoch(
     fault_service: FaultService, method: str, workers: int
 ) -> None:
-    """In another order, behind a shuffle; also through pipes that share a source, and with ranges."""
+    """In another order after a shuffle; also with pipes that share a source, and with ranges."""
     urls = fill(fault_service, 12)
     listed = pipes.AzureBlobInfoLister(fault_service.container_url("data"), credential=False).shuffle()
     ranges = listed.split_blob_ranges(100_000, credential=False).shard_blobs()
@@ -335,7 +335,7 @@ def test_workers_that_live_on_read_each_sample_once_in_each_epoch(
 
 
 def test_open_streams_come_out_of_workers(container: Container) -> None:
-    """A worker may yield the stream itself: it is opened again, on the same version, where it arrives."""
+    """A worker can yield the stream itself: the receiver opens it again, at the same version."""
     container.put("a", b"0123456789")
     opened = IterableWrapper([container.blob_url("a")]).open_files_by_azure(credential=container.key)
     ((_, stream),) = DataLoader(opened, num_workers=1, batch_size=None)
@@ -353,8 +353,8 @@ def read_shard(rank: int, world: int, store: str, url: str, key: Any, workers: i
     torch.distributed.destroy_process_group()
 
 
-@needs_torchs_pipes  # whose DataLoader gives all ranks one seed for `shuffle`; the stand-in asks for it
-@pytest.mark.timeout(600)  # each worker of each epoch is spawned, and imports torch
+@needs_torchs_pipes  # its DataLoader gives all ranks one seed for `shuffle`; the stand-in requests it
+@pytest.mark.timeout(600)  # every worker is spawned in every epoch, and imports torch
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_read_each_sample_once(container: Container, tmp_path: Path, workers: int) -> None:
     for number in range(10):
@@ -413,7 +413,7 @@ GRAPHS: dict[str, Any] = {
 @needs_torchs_pipes
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_nothing_alive_is_in_a_pipe(fault_service: FaultService, graph: str) -> None:
-    """Traversal, pickling and copying work in mid-iteration, for every pipe."""
+    """Traversal, pickling and copying work during an iteration, for every pipe."""
     fill(fault_service, 6)
     fault_service.create_container("copies")
     fault_service.put("tars", "a.tar", make_tar({f"{number}.txt": content(number) for number in range(1, 4)}))
@@ -449,7 +449,7 @@ def test_a_local_function_gets_torchs_own_words(container: Container) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_re_iterating_while_reads_block(fault_service: FaultService, reader: str) -> None:
-    """What was under way is given up at once; the new iteration begins at the beginning and misses nothing."""
+    """Reads in flight are cancelled at once; the new iteration starts from the beginning and misses nothing."""
     urls = fill(fault_service, 8)
     gate = threading.Event()
     rule = fault_service.script(Match("get_blob", path="0002"), [Hold(gate)], repeat=True)
@@ -475,7 +475,7 @@ def test_it_never_imports_torchdata() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
-# What torchdata 0.9 registers on IterDataPipe besides torch's own; a second registration of a name raises.
+# Registered on IterDataPipe by torchdata 0.9, in addition to torch; registering a name twice raises an error.
 # fmt: off
 TORCHDATA_NAMES = {
     "add_index", "async_map_batches", "bucketbatch", "check_hash", "cycle", "dataframe", "decompress", "drop",

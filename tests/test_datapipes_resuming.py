@@ -79,7 +79,7 @@ def test_by_hand_at_any_point(fault_service: FaultService, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_under_a_stateful_dataloader(fault_service: FaultService, kind: str, workers: int) -> None:
-    """Also from the state at the end of an epoch, from which the next one begins."""
+    """Also from the state at the end of an epoch, which starts the next one."""
     fill(fault_service)
     check_loader(fault_service, kind, workers, range(0, 40, 3))
 
@@ -110,7 +110,7 @@ def check_loader(service: FaultService, kind: str, workers: int, stops: Any) -> 
 
 
 def expected(kind: str) -> list[str]:
-    """What is in the samples of an epoch, batches or not."""
+    """The contents of the samples of an epoch, with or without batches."""
     if kind == "tar":
         return [f"{shard}{number}" for shard in range(4) for number in range(6)]
     names = [f"{number:02d}" for number in range(COUNT)]
@@ -147,7 +147,7 @@ def test_set_epoch_reaches_persistent_workers(fault_service: FaultService) -> No
 
 
 def test_what_was_consumed_is_not_read_again(fault_service: FaultService) -> None:
-    """Through map and batch; what is consumed is passed over where it was listed."""
+    """Through map and batch: consumed samples are skipped in the listing."""
     fill(fault_service)
     for kind, consumed in (("map", 15), ("batch", 5)):
         first = build(fault_service, kind)
@@ -180,7 +180,7 @@ def url_in(sample: tuple[str, bytes]) -> str:
 
 
 def test_how_far_a_reader_drew_ahead_of_its_turn_does_not_matter(fault_service: FaultService) -> None:
-    """Blobs that name blobs: how many of the former were read depends on what fits into memory at the moment."""
+    """For blobs that list blobs, the number of the former that were read depends on the free memory."""
     fill(fault_service)
     for number in range(COUNT):
         fault_service.put("names", f"{number:02d}", fault_service.blob_url("data", f"{number:02d}").encode())
@@ -202,7 +202,7 @@ def test_how_far_a_reader_drew_ahead_of_its_turn_does_not_matter(fault_service: 
 
 
 def test_a_state_loaded_before_there_are_workers_counts_for_one_epoch(fault_service: FaultService) -> None:
-    """The workers of the next epoch are new ones, with what the parent once loaded."""
+    """The workers of the next epoch are new, and get the state that the parent has loaded."""
     fill(fault_service)
     first, second = build(fault_service, "map"), build(fault_service, "map")
     whole = list(first)
@@ -253,7 +253,7 @@ def test_a_state_that_does_not_fit_is_refused(fault_service: FaultService, chang
 
 
 def test_a_graph_without_a_sharder_is_striped_with_a_warning(fault_service: FaultService) -> None:
-    """Each sample once all the same."""
+    """Each sample is still read once."""
     fill(fault_service)
     listed = AzureBlobFileLister(fault_service.container_url("data"), credential=False)
     dataset = listed.read_files_by_azure(credential=False).map(name_of)
@@ -283,7 +283,7 @@ def test_explicit_ranks_share(fault_service: FaultService) -> None:
 
 
 def test_any_graph_resumes() -> None:
-    """Also one without blobs."""
+    """Also a graph without blobs."""
     dataset = IterableWrapper(range(20)).shuffle().sharding_filter().to_resumable(seed=3)
     whole = list(dataset)
     samples = iter(dataset)

@@ -1,4 +1,4 @@
-"""`shard_blobs`: each item in exactly one share, shares as equal as asked for."""
+"""`shard_blobs`: each item in exactly one shard, and shards as even as requested."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shares(items: list[Any], count: int, **options: Any) -> list[list[Any]]:
 @pytest.mark.parametrize("length", [0, 1, 2, 10, 12, 101])
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_shares(by: str, length: int, count: int) -> None:
-    """Together they are everything; with "drop" and "pad" all have one length, within a share of everything."""
+    """Together they are everything; with "drop" and "pad" all have the same length."""
     items = blobs(length)
     together = [item for share in shares(items, count, by=by) for item in share]
     assert Counter(together) == Counter(items)

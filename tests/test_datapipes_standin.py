@@ -1,4 +1,4 @@
-"""The pipes on a torch without DataPipes: `tests/without_datapipes` says what is simulated and what is not."""
+"""The pipes on a torch without DataPipes. `tests/without_datapipes` documents what is simulated."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(600)
 def test_chains_and_a_plain_dataloader_work_without_torchs_pipes(tmp_path: Path) -> None:
-    """Each item once under any number of workers, another order in each epoch, pickling, and torch's errors."""
+    """Each item once with any number of workers, another order in each epoch, pickling, and torch's errors."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     done = run(str(program), timeout=580)

@@ -1,4 +1,4 @@
-"""Tar pipes: what anybody's tar holds, and tars that anybody can read."""
+"""Tar pipes read the tars of other programs, and write tars that other programs read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FILES = {
     "0.txt": b"",
     "train/1.jpg": b"x" * 511,
     "ümläut/2 3.jpg": b"y" * 512,
-    "deep/" * 40 + "n" * 120: b"z" * 513,  # longer than a plain header allows
+    "deep/" * 40 + "n" * 120: b"z" * 513,  # too long for a plain header
     "4.bin": os.urandom(5 * MiB),
     "5": b"end",
 }
@@ -80,7 +80,7 @@ def test_names_in_ustar_prefixes() -> None:
 
 @pytest.mark.parametrize("form", ["gnu", "posix", "ustar", "v7", "oldgnu"])
 def test_what_tar_itself_packs(tmp_path: Path, form: str) -> None:
-    """GNU tar in each of its formats; directories and links are passed over."""
+    """GNU tar in each of its formats; directories and links are skipped."""
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(5):
@@ -126,7 +126,7 @@ def test_what_is_no_tar_is_an_error_that_names_the_url(fault_service: FaultServi
 
 
 def test_a_tar_that_was_cut_anywhere_is_an_error(fault_service: FaultService) -> None:
-    """In a header, in a file, between files, and before the end marker; never a silent end."""
+    """In a header, in a file, between files, and before the end marker; it never ends silently."""
     packed = make_tar({"0.txt": b"x" * 700, "1.txt": b"y" * 10})
     end = 512 + 1024 + 512 + 512
     for cut in [1, 511, 512, 600, 1536, 1537, 2047, 2048, 2050, 2559, end]:
@@ -186,7 +186,7 @@ def test_long_targets_of_links_are_passed_over() -> None:
 
 
 class Plain:
-    """A stream that can read and nothing else, and fails in the end."""
+    """A stream that only has `read`, and fails at the end."""
 
     def __init__(self, data: bytes, error: OSError | None = None) -> None:
         self._data = io.BytesIO(data)
@@ -230,7 +230,7 @@ def test_a_blob_opened_as_text_is_no_tar(fault_service: FaultService) -> None:
 
 
 def test_streams_stay_readable_and_large_members_are_read_on_demand(fault_service: FaultService) -> None:
-    """A member above 16 MiB is a file over its bytes in the blob; nothing of it is fetched unless it is read."""
+    """A member above 16 MiB is a file that reads from the blob; its bytes are fetched only on demand."""
     big = random.Random(0).randbytes(40 * MiB)
     packed = make_tar({"0.txt": b"first", "big.bin": big, "1.txt": b"last"})
     streams = {stream.name: stream for _, stream in expand(fault_service, packed, transfer=SMALL)}
@@ -272,7 +272,7 @@ def test_a_tar_that_is_overwritten_while_it_streams_is_an_error(fault_service: F
 
 
 def test_files_are_grouped_as_webdataset_does(container: Container) -> None:
-    """The key ends at the first dot of the last segment; the extension is in lower case; a new tar, a new sample."""
+    """The key ends at the first dot of the last segment; the extension is lower-case; a sample does not span tars."""
     one = {"a.b/0.jpg": b"0", "a.b/0.seg.PNG": b"1", "a.b/1.cls": b"2", "README": b"-", ".hidden": b"-", "x/.jpg": b"-"}
     container.put("one.tar", make_tar(one))
     container.put("two.TAR", make_tar({"a.b/1.cls": b"3"}))
@@ -292,7 +292,7 @@ def read_stream(file: tuple[str, Any]) -> tuple[str, bytes]:
 
 
 def test_what_is_about_the_tar_is_in_no_sample() -> None:
-    """WebDataset keeps it in folders with underscores around their names."""
+    """WebDataset stores metadata about the tar in folders with underscores around their names."""
     packed = make_tar({"__index__/all.json": b"-", "0.txt": b"0", "__x.txt": b"1", "a/__b__/2.txt": b"2"})
     samples = IterableWrapper([("url.tar", packed)]).expand_blob_tar().group_blob_samples()
     assert [(sample["__key__"], sample["txt"]) for sample in samples] == [

@@ -1,6 +1,6 @@
-"""Tars as other programs write them: old checksums, padded records, files with holes, each way to compress.
+"""Tars as other programs write them: old checksums, padded records, sparse files, all compressions.
 
-What GNU tar and Python's tarfile read is read, byte for byte; what contradicts itself is an error that says what.
+Whatever GNU tar and Python's tarfile read is read, byte for byte; inconsistent tars raise an error that says why.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_records_padded_with_nuls_are_read() -> None:
 
 
 def test_a_checksum_over_signed_bytes_is_right() -> None:
-    """Some old systems sum the bytes of a header as signed characters; GNU tar takes either sum."""
+    """Some old systems sum the bytes of a header as signed characters; GNU tar accepts both sums."""
     block = with_checksum(file("größe.txt", b"")[:BLOCK], is_signed=True)
     assert block != file("größe.txt", b"")
     assert members(block + END) == {"größe.txt": b""}
@@ -111,7 +111,7 @@ def test_records_that_are_damaged_are_an_error(records: bytes) -> None:
 
 
 def test_records_of_other_programs_cost_no_memory() -> None:
-    """A thousand headers with keys that mean nothing here, and a path that is taken back."""
+    """A thousand headers with unknown keys, and a path that is reset."""
     others = b"".join(pax(record(f"vendor.{n}", "v" * 600), tarfile.XGLTYPE) for n in range(1000))
     packed = others + pax(record("path", "all"), tarfile.XGLTYPE) + file("x", b"1")
     packed += pax(record("path", "")) + file("y", b"2") + END
@@ -126,7 +126,7 @@ SPARSE_FORMS = {
     "0.1": ["--format=posix", "--sparse-version=0.1"],
     "1.0": ["--format=posix", "--sparse-version=1.0"],
 }
-CONTENTS: dict[str, tuple[int, list[int]]] = {  # size, and where 4 KiB of data are
+CONTENTS: dict[str, tuple[int, list[int]]] = {  # size, and the offsets of 4 KiB of data
     "all-hole": (3 * MiB, []),
     "one": (1 * MiB, [512 * 1024]),
     "at-the-end": (1 * MiB, [MiB - 4096]),
@@ -138,7 +138,7 @@ CONTENTS: dict[str, tuple[int, list[int]]] = {  # size, and where 4 KiB of data 
 
 @pytest.fixture(scope="module")
 def holes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A folder of files with holes, and their contents."""
+    """A folder of sparse files, and their contents."""
     folder = tmp_path_factory.mktemp("holes")
     (folder / "0-plain.txt").write_bytes(b"before")
     for name, (size, places) in CONTENTS.items():
@@ -153,7 +153,7 @@ def holes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
 
 @pytest.mark.parametrize("form", SPARSE_FORMS)
 def test_holes_are_filled_with_zeros(holes: tuple[Path, dict[str, bytes]], form: str) -> None:
-    """Each of GNU tar's formats for sparse files, packed by GNU tar itself; the files around them are right, too."""
+    """Each sparse format of GNU tar, packed by GNU tar itself; the files around them are also right."""
     folder, contents = holes
     command = ["tar", "-S", *SPARSE_FORMS[form], "--sort=name", "-cf", "-", "-C", folder, *contents]
     packed = subprocess.run(command, check=True, capture_output=True).stdout
@@ -254,14 +254,14 @@ def test_bytes_behind_a_compressed_tar_are_ignored(packer: str, trailing: bytes)
 
 @pytest.mark.parametrize("packer", ["gz", "bz2", "xz", "zst"])
 def test_a_tar_compressed_in_several_streams_is_one(packer: str) -> None:
-    """As pigz, pbzip2, ``xz -T`` and pzstd write, or ``cat`` makes: also with zeros between."""
+    """As written by pigz, pbzip2, ``xz -T`` and pzstd, or by ``cat``; also with zeros between them."""
     packed = make_tar(PLAIN)
     pack = PACKERS[packer]
     assert members(pack(packed[:1000]) + pack(packed[1000:400_000]) + bytes(8) + pack(packed[400_000:])) == PLAIN
 
 
 def test_a_frame_that_is_to_be_skipped_may_come_first() -> None:
-    """As pzstd writes it."""
+    """As written by pzstd."""
     frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"\1\2\3\4"
     assert members(frame + zstd_compress(make_tar(PLAIN))) == PLAIN
 
@@ -281,13 +281,13 @@ def test_a_compressed_tar_that_was_cut_or_changed_is_an_error(packer: str) -> No
     changed = bytearray(packed)
     changed[len(packed) // 3] ^= 0xFF
     changed[len(packed) // 3 + 1] ^= 0xFF
-    if packer in ("gz", "bz2", "xz"):  # the others carry no checksum by default
+    if packer in ("gz", "bz2", "xz"):  # the others have no checksum by default
         with pytest.raises(tarfile.ReadError, match="url"):
             members(bytes(changed))
 
 
 def test_a_window_that_memory_has_no_room_for_is_an_error() -> None:
-    """Four bytes of an lzma header ask for 4 GiB."""
+    """Four bytes of an lzma header request 4 GiB."""
     packed = b"\x5d\0\0\0\xf0" + b"\xff" * 8 + PACKERS["lzma"](make_tar({"0": b"data"}))[13:]
     with pytest.raises(tarfile.ReadError, match=r"url: the compressed tar is truncated or damaged \(lzma\)"):
         members(packed)
@@ -314,7 +314,7 @@ for begin in (b"BZh9", b"\\xfd7zXZ\\0", b"\\x5d\\0\\0\\0\\4", b"\\x28\\xb5\\x2f\
 
 
 def test_a_python_without_lzma_and_bz2_reads_other_tars() -> None:
-    """`import azstoragetorch.datapipes` works; only a tar that needs the module says so, and says what to do."""
+    """`import azstoragetorch.datapipes` works; only a tar that needs the module is an error that says what to do."""
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -329,7 +329,7 @@ def test_a_python_without_lzma_and_bz2_reads_other_tars() -> None:
 
 
 def test_a_tar_opened_twice_in_a_row_gives_its_samples_twice() -> None:
-    """As WebDataset does, also with one sample in it; also after a map that hands the path on."""
+    """As in WebDataset; also a tar with one sample, and after a map that passes the path on."""
     packed = make_tar({"0.jpg": b"0", "0.cls": b"1"})
     sample = {"__key__": "0", "__url__": "url.tar", "jpg": b"0", "cls": b"1"}
     expanded = IterableWrapper([("url.tar", packed)] * 3).expand_blob_tar()
@@ -344,7 +344,7 @@ def test_different_halves_of_a_sample_in_two_tars_of_one_name_stay_apart() -> No
 
 
 def test_a_tar_that_begins_in_mid_blob_is_read_from_there(fault_service: FaultService) -> None:
-    """Large members are read from their place in the blob, wherever the stream stood."""
+    """Large members are read from their position in the blob, wherever the stream started."""
     big = os.urandom(17 * MiB)
     fault_service.put("data", "behind.bin", b"#" * 1000 + make_tar({"big.bin": big, "1.txt": b"last"}))
     with BlobIO(fault_service.blob_url("data", "behind.bin"), "rb", credential=False) as blob:

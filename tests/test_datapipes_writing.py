@@ -1,4 +1,4 @@
-"""The pipes that write: whole blobs or none."""
+"""The pipes that write: complete blobs or none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_it_writes_each_blob_and_yields_its_url_in_order(container: Container) -
 
 
 def test_filepath_fn_makes_the_url(container: Container) -> None:
-    """Also out of workers, and from one pipe to another without a copy of a blob in memory."""
+    """Also in workers, and from one pipe to another without copying a blob in memory."""
     container.put("in/a", b"1")
     container.put("in/b", b"2" * 100_000)
     listed = IterableWrapper([f"{container.url}/in/"]).list_files_by_azure(credential=container.key)
@@ -78,7 +78,7 @@ def test_what_is_no_bytes_is_an_error_that_names_the_url(container: Container, d
 
 @pytest.mark.parametrize("item", ["https://h/a/c/b?sig=secret", ("https://h/a/c/b",), None])
 def test_what_is_no_pair_is_refused_in_words(item: Any) -> None:
-    """Such as URLs straight from a lister."""
+    """For example URLs directly from a lister."""
     for pipe in ("save_by_azure", "expand_blob_tar", "group_blob_samples"):
         with pytest.raises(TypeError, match=r"expected \((name|url|path), .*, not ('https://h/a/c/b'|tuple|NoneType)"):
             list(getattr(IterableWrapper([item]), pipe)())
@@ -143,7 +143,7 @@ SAMPLES = [
 
 
 def test_samples_are_packed_into_tars_of_bounded_size(container: Container) -> None:
-    """Anybody's tar reads them; no sample is split; a sample that is too large has its own."""
+    """Other tar programs read them; no sample is split; a sample that is too large gets a separate tar."""
     large = [*SAMPLES[:20], {"__key__": "large", "bin": b"x" * 50_000}, *SAMPLES[20:]]
     pipe = IterableWrapper(large).write_blob_tar_shards(
         f"{container.url}/out-{{shard:03d}}.tar", max_size=20_000, credential=container.key, transfer=SMALL
@@ -188,7 +188,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_url(container: Container) -> No
         list(DataLoader(pipe, num_workers=1, batch_size=None))
 
 
-@pytest.mark.slow  # torch takes 5 s for each worker of an iterator that failed
+@pytest.mark.slow  # torch waits 5 s for each worker of a failed iterator
 def test_workers_do_not_overwrite_each_others_tars(fault_service: FaultService) -> None:
     pipe = IterableWrapper(SAMPLES).sharding_filter()
     packed = pipe.write_blob_tar_shards(f"{fault_service.container_url('data')}/{{shard}}.tar", credential=False)

@@ -1,4 +1,4 @@
-"""The local cache: right bytes or none, whoever else uses the folder and whatever the disk does."""
+"""The local cache: right bytes or none, with any other users of the folder and any failure of the disk."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_least_recently_used_leave(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 10
     for index, path in enumerate(sorted(files(tmp_path), key=lambda path: path.stat().st_mtime_ns)):
         os.utime(path, (index, index))
-    assert cache.load(URL, "0") == content(1000, 0)  # used now: stays
+    assert cache.load(URL, "0") == content(1000, 0)  # used now, so it is kept
     cache.store(URL, "new", content(1000, 99))
     kept = [index for index in range(10) if cache.load(URL, str(index)) is not None]
     assert kept[0] == 0
@@ -176,7 +176,7 @@ def hammer(folder: Path, seed: int, limit: int) -> None:
 
 
 def test_many_processes_may_use_one_folder(tmp_path: Path) -> None:
-    """With eviction going on; the limit holds and every file is whole."""
+    """During eviction, the limit holds and every file is complete."""
     limit = 20_000
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=hammer, args=(tmp_path, seed, limit)) for seed in range(4)]
@@ -195,7 +195,7 @@ def test_many_processes_may_use_one_folder(tmp_path: Path) -> None:
 @pytest.mark.untraced
 @pytest.mark.parametrize("is_handler", [True, False])
 def test_a_store_inside_any_line_of_another(tmp_path: Path, is_handler: bool) -> None:
-    """A signal handler's neither waits nor is lost from the count; an interrupt leaves the next one what it needs."""
+    """A store in a signal handler does not wait and is counted; after an interrupt the next store works."""
     numbers = itertools.count()
     cache = BlobCache(tmp_path / "none", 0)
 
@@ -239,7 +239,7 @@ def test_a_disk_that_cannot_be_written_is_read_through_with_one_warning(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dataset = make(url, blocked)
-        # Root may write anywhere: what stops everybody is a file where a folder has to be.
+        # Root can write anywhere; a file in the place of a folder stops every user.
         for name in range(256):
             (blocked / f"{name:02x}").write_bytes(b"")
         for _ in range(2):
@@ -252,7 +252,7 @@ def test_a_disk_that_cannot_be_written_is_read_through_with_one_warning(
 
 @pytest.mark.untraced
 def test_a_full_disk_is_read_through_and_leaves_nothing_behind(fault_service: FaultService, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk; it takes a process of its own."""
+    """A limit on the file size simulates a full disk; it needs a separate process."""
     url = fill(fault_service, 5)
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=read_with_small_files, args=(url, tmp_path))

@@ -1,4 +1,4 @@
-"""Listings: compact, once, in one order whichever way they were made."""
+"""Listings: compact, made once, and in the same order however they are made."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ TREES = {
 
 @pytest.fixture
 def small_thresholds(monkeypatch: pytest.MonkeyPatch, fault_service: FaultService) -> FaultService:
-    """Fan out after 30 names, with pages of 10; and wait for the service, without which it would be no use."""
+    """Fan out after 30 names, with pages of 10, and with a slow service, since only that makes it useful."""
     from azstoragetorch._blob import client, listing
 
     real = listing.list_pages
@@ -233,7 +233,7 @@ def test_forked_workers_list_once_together_and_a_new_blob_confuses_none(
     loader = DataLoader(dataset, batch_size=4, num_workers=3, persistent_workers=persistent)
     gate = threading.Event()
     fault_service.script("list_blobs", [Hold(gate)])
-    threading.Timer(0.5, gate.set).start()  # the others get to the lock meanwhile
+    threading.Timer(0.5, gate.set).start()  # the others reach the lock in the meantime
     first = sorted(url for batch in loader for url in batch)
     fault_service.put("data", "00a", b"x")
     second = sorted(url for batch in loader for url in batch)
@@ -254,7 +254,7 @@ def test_one_warning_for_an_empty_prefix(fault_service: FaultService) -> None:
 
 @pytest.mark.untraced
 def test_a_handler_can_ask_for_what_is_just_being_listed(fault_service: FaultService) -> None:
-    """At any line of a dataset that lists when it is first used."""
+    """At any line of a dataset that lists on first use."""
     fault_service.put("c", "b", b"content")
     url, present = fault_service.container_url("c"), []
 
@@ -310,7 +310,7 @@ class TestOnceAmongForks:
         assert run_children([lambda: once.get(lambda: b"x") == b"x"]) == [0]
 
     def test_a_call_inside_another_of_its_process(self) -> None:
-        """As a handler's: what it made first is what all get, though it has ended the lock of the process."""
+        """As in a signal handler: all get the result of the inner call, which has released the lock of the process."""
         once = OnceAmongForks()
 
         def make() -> bytes:
@@ -348,7 +348,7 @@ class TestOnceAmongForks:
 
 
 def run_children(programs: list[Any]) -> list[int]:
-    """Run each in a forked child; exit statuses, 0 for a true result."""
+    """Run each in a forked child; return the exit statuses, 0 for a true result."""
     children = []
     for program in programs:
         pid = os.fork()
@@ -369,7 +369,7 @@ ODD_NAMES = ["a", "d/../c1", "folder/", "folder/b", "z/.."]
 
 
 def listers(service: FaultService, **options: Any) -> dict[str, Callable[[], list[str]]]:
-    """What each face that lists makes of the container: names of blobs."""
+    """The blob names that each public listing of the container returns."""
     url, transfer = service.container_url("data"), {"credential": False, "transfer": QUICK}
 
     def names(dataset: Any) -> list[str]:
@@ -395,7 +395,7 @@ def name_of(blob: Blob) -> str:
 def test_a_listed_name_that_cannot_be_requested_is_skipped_with_one_warning(
     fault_service: FaultService, face: str
 ) -> None:
-    """It counts them and names the first; no request for one is sent. Empty markers of folders are no samples."""
+    """The warning counts them and names the first; they are never requested. Empty folder markers are not samples."""
     for name in ODD_NAMES:
         fault_service.put("data", name, b"" if name.endswith("/") else b"x")
     with pytest.warns(UserWarning, match=r"skipped 2 listed blobs .* 'd/\.\./c1' has a '\.' or '\.\.' segment") as seen:
@@ -417,7 +417,7 @@ def test_a_listed_name_that_cannot_be_requested_is_an_error_on_demand(fault_serv
 
 @pytest.mark.parametrize("face", ["map", "iterable", "pipe", "node"])
 def test_markers_of_folders_are_listed_on_demand(fault_service: FaultService, face: str) -> None:
-    """A blob with content is no marker, whatever its name."""
+    """A blob with content is not a marker, whatever its name."""
     fault_service.put("data", "folder/", b"")
     fault_service.put("data", "other/", b"content")
     assert listers(fault_service)[face]() == ["other/"]

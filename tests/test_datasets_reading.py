@@ -1,4 +1,4 @@
-"""What datasets ask the service for, in which order things happen, and what becomes of failures."""
+"""Which requests datasets send, in which order, and how they handle failures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_small_blob_is_one_request_and_listing_happens_once(fault_service: Fau
 
 
 def test_reads_run_ahead_in_one_process_and_stay_in_order(fault_service: FaultService) -> None:
-    """The first blob is held back until the service has seen many of the next."""
+    """The first blob is held back until the service has received requests for many others."""
     names = fill(fault_service, 40)
     gate = threading.Event()
     fault_service.script(Match("get_blob", path="/00000$"), [Hold(gate)])
@@ -413,7 +413,7 @@ def test_bad_input_is_named(make: Any, error: type[Exception], match: str) -> No
 @pytest.mark.parametrize("make", [iterable, map_style])
 def test_leaving_early_gives_everything_back(fault_service: FaultService, make: Any) -> None:
     fill(fault_service, 60, 10_000)
-    transfer = replace(MANY, max_connections=23)  # an engine of its own
+    transfer = replace(MANY, max_connections=23)  # a separate engine
     budget = engine_for(transfer).budget
     samples = iter(DataLoader(make(fault_service, transfer=transfer), batch_size=8, collate_fn=list))
     assert [sample["data"] for sample in next(samples)] == [content(10_000, index) for index in range(8)]
@@ -429,7 +429,7 @@ def test_an_epoch_that_fails_gives_everything_back_without_a_garbage_collection(
 ) -> None:
     fill(fault_service, 60, 10_000)
     fault_service.script(Match("get_blob", path="/00003$"), [fault], repeat=True)
-    transfer = replace(MANY, max_connections=29)  # an engine of its own
+    transfer = replace(MANY, max_connections=29)  # a separate engine
     gc.collect()
     gc.disable()
     try:
@@ -449,7 +449,7 @@ def test_a_read_that_failed_is_tried_again_when_it_is_asked_for_again(fault_serv
             return b"second: " + read(blob)
 
     fill(fault_service, 3)
-    fault_service.script(Match("get_blob", path="/00001$"), [Status(404), Status(404)])  # ahead, and by a thread
+    fault_service.script(Match("get_blob", path="/00001$"), [Status(404), Status(404)])  # read ahead, by a thread
     samples = list(iterable(fault_service, transform=read_twice))
     assert samples == [content(1000, 0), b"second: " + content(1000, 1), content(1000, 2)]
 
@@ -478,7 +478,7 @@ def shown(error: BaseException) -> str:
 @pytest.mark.parametrize("make", [iterable, map_style])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_transform_names_the_blob(fault_service: FaultService, make: Any, workers: int) -> None:
-    """Its type stays what it was, in workers too."""
+    """Its type does not change, also in workers."""
     fill(fault_service, 4)
     with pytest.raises(KeyError) as caught:
         list(DataLoader(make(fault_service, transform=failing), 2, num_workers=workers, collate_fn=list))
@@ -526,7 +526,7 @@ def test_a_transform_can_take_more_samples_of_its_dataset(fault_service: FaultSe
         [value + extra for value in first[:3]],
         [value + extra for value in first[3:]],
     ]
-    assert in_time(lambda: dataset.__getitems__([0])) == [first[0] + extra]  # which ends the reading ahead
+    assert in_time(lambda: dataset.__getitems__([0])) == [first[0] + extra]  # which ends the read-ahead
     wait_until(lambda: engine_for(MANY).budget.in_flight == 0)
 
 
@@ -557,13 +557,13 @@ def test_a_length_that_is_not_known_points_to_the_count(fault_service: FaultServ
 def test_a_forgotten_set_epoch_is_warned_of_once(
     fault_service: FaultService, workers: int, persistent: bool, tmp_path: Path
 ) -> None:
-    """A look at the first samples is no epoch, and an epoch that is set again on purpose is no mistake."""
+    """Reading the first samples does not count as an epoch, and setting the same epoch again is allowed."""
     fill(fault_service, 4)
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": persistent and workers > 0}
     seen = tmp_path / "seen"
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        with seen.open("a") as file:  # workers, which are forked, write here too
+        with seen.open("a") as file:  # also by forked workers
             file.write(f"{message}\n")
 
     def said(epochs: list[int | None]) -> int:

@@ -1,4 +1,4 @@
-"""Exact resume in mid-epoch: by torchdata's loader, by hand, with other ranks and workers."""
+"""Exact resume in mid-epoch: with torchdata's loader, manually, with other numbers of ranks and workers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ LOADERS = [(0, False), (2, False), (2, True)]
 @pytest.mark.parametrize(("workers", "persistent"), LOADERS)
 @pytest.mark.timeout(600)
 def test_a_stateful_loader_goes_on_exactly_from_every_place(url: str, workers: int, persistent: bool) -> None:
-    """Start, middle, the end of an epoch; then two more epochs; the state through JSON each time."""
+    """From the start, middle and end of an epoch, then two more epochs; the state is stored as JSON."""
     dataset, loader = loader_of(url, workers, persistent=persistent)
     expected = epochs(dataset, loader, 0, 2)
     assert len({tuple(map(tuple, epoch)) for epoch in expected}) == 3
@@ -114,7 +114,7 @@ def test_a_state_from_a_later_epoch_goes_on_in_that_epoch(url: str, workers: int
 
 @pytest.mark.parametrize("even", ["drop", "pad"])
 def test_a_loader_whose_state_is_some_steps_old_goes_on_exactly(url: str, even: str) -> None:
-    """``snapshot_every_n_steps``: torchdata reads again what came after the snapshot."""
+    """``snapshot_every_n_steps``: torchdata reads again what follows the snapshot."""
 
     def loader() -> Any:
         dataset = make(url, even=even)
@@ -176,7 +176,7 @@ def test_by_hand_from_every_place(url: str) -> None:
 
 
 class Preempted(BaseException):
-    """What the handler of a signal may raise, wherever the program is."""
+    """Raised by a signal handler, at any point of the program."""
 
 
 def preempt(*_: object) -> None:
@@ -191,7 +191,7 @@ def check_nothing_is_lost(dataset: Any, samples: Any, url: str, rest: list[str])
 
 
 def test_an_interrupt_in_a_transform_loses_no_sample(url: str) -> None:
-    """Neither for a state that is taken then, nor for the same iterator."""
+    """Neither in a state that is taken then, nor in the same iterator."""
     whole = list(make(url))
     due = {whole[0], whole[5]}
 
@@ -314,7 +314,7 @@ def test_a_state_that_comes_too_late_for_workers_is_refused(url: str) -> None:
     again = loader()
     assert list(again) == whole[5:]
     assert list(again) == whole
-    # One that is given up, or taken up elsewhere, is no concern of theirs.
+    # An iterator that is abandoned, or resumed elsewhere, does not affect them.
     dataset.load_state_dict(state)
     dataset.set_epoch(1)
     assert sorted(again) == sorted(whole)
@@ -341,7 +341,7 @@ def test_another_epoch_drops_a_loaded_state(url: str) -> None:
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("batches", [0, 1, 5, 8])
 def test_a_plain_loader_with_workers_resumes_by_counting(url: str, batches: int, persistent: bool) -> None:
-    """And the epoch after it is whole: workers do not take up the state again."""
+    """The epoch after it is complete: workers do not use the state again."""
 
     def loader(dataset: Any, workers: int = 2) -> Any:
         return DataLoader(dataset, 3, num_workers=workers, collate_fn=list, persistent_workers=persistent)
@@ -356,7 +356,7 @@ def test_a_plain_loader_with_workers_resumes_by_counting(url: str, batches: int,
     rest = list(again)
     assert sorted(itertools.chain(*read, *rest)) == [f"{i:02d}" for i in range(COUNT)]
     assert sorted(itertools.chain(*again)) == [f"{i:02d}" for i in range(COUNT)]
-    # Once more in the middle of what was resumed.
+    # Again in the middle of the resumed epoch.
     resumed = make(url)
     resumed.load_state_dict(state)
     taken = list(itertools.islice(loader(resumed), 1)) if rest else []
@@ -409,7 +409,7 @@ def test_loaders_states_of_ranks_and_workers_are_merged_for_any_other_number(url
         dataset, loader = of_rank(rank, 3, workers)
         dataset.load_state_dict(merged)
         read += itertools.chain(*loader)
-        assert len(list(itertools.chain(*loader))) in (7, 8)  # the next epoch is whole
+        assert len(list(itertools.chain(*loader))) in (7, 8)  # the next epoch is complete
     assert sorted(read) == [f"{i:02d}" for i in range(COUNT)]
 
 

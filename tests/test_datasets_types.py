@@ -1,4 +1,4 @@
-"""A type checker knows what a dataset yields."""
+"""Type checkers infer what a dataset yields."""
 
 from __future__ import annotations
 

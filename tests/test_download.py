@@ -1,4 +1,4 @@
-"""Reading under faults, one at a time: the exact bytes, or a clear error within the time that retries allow."""
+"""Reads with one fault at a time return the exact bytes, or raise a clear error within the time for retries."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class TestOneFault:
     )
     @pytest.mark.parametrize("fault", [*PASSING, *HARMLESS], ids=repr)
     def test_is_survived(self, service: FaultService, fault: Fault, read: Callable[[BlobIO], bytes], nth: int) -> None:
-        """Whether it hits the first request or one of those that follow."""
+        """In the first request or in a later one."""
         rule = service.script(Match("get_blob", nth=nth), [fault])
         with open_blob(service, fault) as blob, taking():
             assert read(blob) == DATA
@@ -185,8 +185,8 @@ class TestOneFault:
             blob.read()
 
     def test_after_an_error_reading_goes_on_where_it_was(self, service: FaultService) -> None:
-        """The position is that before the call that failed: nothing is skipped, nothing comes twice."""
-        data = DATA.replace(b"\n", b"x")  # a line would come out of what was read before
+        """The position is the one before the failed call: nothing is skipped or returned twice."""
+        data = DATA.replace(b"\n", b"x")  # a line would be served from what was read before
         service.put("c", "b", data)
         with open_blob(service) as blob:
             head = blob.read(100)
@@ -231,7 +231,7 @@ class TestPauses:
     def test_a_pause_ends_when_the_reader_is_closed(self, service: FaultService) -> None:
         service.script(Match("get_blob", nth=2), [Status(503, retry_after=60)], repeat=True)
         blob = BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=replace(QUICK, part_size=128 * KiB))
-        blob.read(70_000)  # what is ahead is under way
+        blob.read(70_000)  # the read-ahead is in flight
         service.wait_for_requests(2)
         wait_until(lambda: len(service.requests(status=503)) > 0)
         engine = blob._client.engine
@@ -241,7 +241,7 @@ class TestPauses:
 
 
 class TestResuming:
-    """With one part that holds the whole blob, so that every request is accounted for."""
+    """The whole blob is one part, so that every request is accounted for."""
 
     @pytest.fixture
     def client_read(self, service: FaultService) -> Callable[[], bytes]:
@@ -260,7 +260,7 @@ class TestResuming:
         assert sum(entry.sent for entry in service.log) == SIZE
 
     def test_as_often_as_it_gets_further(self, service: FaultService, client_read: Callable[[], bytes]) -> None:
-        """Tries count only those that make no progress."""
+        """Only attempts without progress count."""
         service.script("get_blob", [Torn(after=300_000)] * 4)
         assert client_read() == DATA
         assert [start for start, _ in self.spans(service)] == [0, 300_000, 600_000, 900_000, 1_200_000]
@@ -272,7 +272,7 @@ class TestResuming:
 
     @pytest.mark.parametrize("fault", [TornReset(after=200_000), Stall(60, after=200_000)], ids=repr)
     def test_after_a_reset_or_a_stall_little_is_fetched_again(self, service: FaultService, fault: Fault) -> None:
-        """What was under way in one receive is lost with it: half a mebibyte at the most."""
+        """At most the bytes of one receive are lost: half a mebibyte."""
         data = content(3_000_000)
         service.put("c", "b", data)
         service.script("get_blob", [replace(fault, after=2_000_000)])  # type: ignore[call-arg]
@@ -327,7 +327,7 @@ class TestVersions:
             assert blob.read() == DATA[::-1]
 
     def test_what_is_here_stays_readable(self, service: FaultService) -> None:
-        """A blob in one part is here after the first read, whatever becomes of it."""
+        """A blob that fits into one part is in memory after the first read, even if it is then deleted."""
         transfer = replace(QUICK, part_size=2 * MiB)
         with BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=transfer) as blob:
             blob.read(10)
@@ -343,7 +343,7 @@ class TestVersions:
                 blob.read()
 
     def test_precondition_failures_elsewhere_are_not_mistaken(self, service: FaultService) -> None:
-        """A 412 for the first, unpinned request is the service's to explain."""
+        """A 412 for the first, unpinned request is raised with the explanation of the service."""
         service.script("get_blob", [Status(412, "LeaseIdMissing")])
         with open_blob(service) as blob, pytest.raises((ResourceModifiedError, BlobChangedError), match="/c/b"):
             blob.read()
@@ -362,7 +362,7 @@ class TestEnds:
 
     @pytest.mark.parametrize("place", [SIZE, SIZE + 1, 10 * SIZE])
     def test_beyond_the_end_there_is_nothing_and_before_it_everything(self, service: FaultService, place: int) -> None:
-        """Even if it is where reading begins, and the version is seen only after."""
+        """Even if reading starts there, before the version is known."""
         with open_blob(service) as blob:
             blob.seek(place)
             assert blob.read(10) == b""
@@ -418,7 +418,7 @@ class TestValidation:
 
 
 class TestPieces:
-    """The parts that other modules build on."""
+    """The functions that other modules use."""
 
     def test_a_range_fills_several_pieces_of_memory_in_order(self, service: FaultService) -> None:
         client = blob_client(service.blob_url("c", "b"))

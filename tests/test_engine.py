@@ -1,4 +1,4 @@
-"""The engine: as many threads as allowed and no more, a budget that is kept, waits that end."""
+"""The engine: no more threads than allowed, a budget that is kept, waits that end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support import in_time, interrupted_once, run_python, run_threads, ta
 
 
 def thread_count() -> int:
-    """Threads of this process, also those that the module `threading` does not know."""
+    """Threads of this process, including those that `threading` does not know."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
@@ -38,7 +38,7 @@ def run_all(engine: Engine, tasks: Sequence[Callable[[Scope], None]], at_most: i
 class TestThreads:
     @pytest.mark.parametrize("limit", [1, 2, 8])
     def test_as_many_tasks_run_at_once_as_there_may_be_threads(self, limit: int) -> None:
-        """Round after round: an idle thread is never counted twice, so no task waits while a thread may be made."""
+        """An idle thread is never counted twice, so no task waits while another thread is allowed."""
         engine = Engine(limit, MiB)
         for _ in range(300):
             together = threading.Barrier(limit + 1)
@@ -87,7 +87,7 @@ class TestThreads:
             wait_until(lambda: thread_count() <= before)
 
     def test_work_goes_on_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As at interpreter exit, or at the system's limit: the caller does the work."""
+        """As at interpreter exit, or at the limit of the system: the caller does the work."""
 
         def refuse(*_arguments: object) -> None:
             raise RuntimeError("can't start new thread")
@@ -136,7 +136,7 @@ class TestRunAll:
         run_all(Engine(1, MiB), [], 4)
 
     def test_the_caller_takes_part(self) -> None:
-        """With every thread of the engine busy a transfer goes on all the same."""
+        """With every thread of the engine busy, a transfer continues."""
         engine = Engine(1, MiB)
         gate = threading.Event()
         engine.submit(lambda: gate.wait(60) and None)
@@ -201,7 +201,7 @@ class TestRunAll:
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_a_helper_whose_turn_comes_late_holds_nothing(self, fails: bool) -> None:
-        """The caller's buffer can be resized, as it can after a read of a local file."""
+        """The buffer of the caller can be resized, as after a read of a local file."""
         engine, busy = Engine(1, MiB), threading.Event()
         buffer = bytearray(b"abcd")
 
@@ -255,7 +255,7 @@ class TestScope:
             scope.check()
 
     def test_a_pause_ends_with_the_scope(self) -> None:
-        """Whoever waits for the next try gives up at once."""
+        """A wait for the next attempt ends at once."""
         scope, pausing = Scope(), threading.Event()
 
         def pause() -> None:
@@ -287,7 +287,7 @@ class TestBudget:
         small.release()
 
     def test_first_come_first_served(self) -> None:
-        """A large piece waits for those before it, not for those after it."""
+        """A large piece waits for earlier ones, not for later ones."""
         budget = Budget(10)
         first = budget.wait_for(6)
         order: list[int] = []
@@ -357,7 +357,7 @@ class TestBudget:
         assert budget.in_flight == 0
 
     def test_a_loan_that_nothing_refers_to_is_given_back(self) -> None:
-        """So that an interrupt between borrowing and noting it loses nothing; also where somebody waits for it."""
+        """So an interrupt between borrowing and storing it loses nothing; also if another thread waits."""
         budget = Budget(10)
         loan = loan_of(budget, 8)
         assert budget.in_flight == 8
@@ -398,14 +398,14 @@ class Turn:
 
 
 class BudgetMachine(RuleBasedStateMachine):
-    """Any order of calls: never more than the limit but for one alone, first come first served, nobody left behind."""
+    """Any order of calls: never above the limit except for a single loan, first come first served, no lost wake-up."""
 
     held = Bundle("held")
 
     @initialize(limit=st.integers(1, 20))
     def begin(self, limit: int) -> None:
         self.budget = Budget(limit)
-        self.taken: list[int] = []  # what is in flight, by the rules
+        self.taken: list[int] = []  # bytes in flight, according to the rules
         self.waiting: deque[Turn] = deque()
         self.loans: list[Loan] = []
         self.served: list[Turn] = []  # in the order in which the rules admit them
@@ -506,7 +506,7 @@ class TestBuffers:
             assert (buffer.nbytes, buffer.format, buffer.readonly) == (size, "B", False)
 
     def test_no_more_is_kept_than_may_be_in_flight(self) -> None:
-        """Idle buffers are memory too."""
+        """Idle buffers use memory too."""
         engine = Engine(1, 8 * MiB)
         views = [engine.buffers.take(4 * MiB) for _ in range(5)]
         alive = [weakref.ref(view) for view in views]
@@ -566,13 +566,13 @@ print(interrupted)
 
 @pytest.mark.untraced
 def test_interrupts_at_any_moment_leave_no_task_running_and_no_thread_stuck() -> None:
-    """Signals rain on the calling thread; each `map` returns or raises, and then none of its tasks runs."""
+    """The calling thread gets many signals; each `map` returns or raises, and then none of its tasks runs."""
     assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "2", timeout=60)) > 20
 
 
 @pytest.mark.skipif(not hasattr(sys, "setswitchinterval"), reason="CPython only")
 def test_a_storm_of_small_transfers_from_many_threads() -> None:
-    """No wake-up is lost when threads change places at every opportunity."""
+    """No wake-up is lost if threads are switched at every opportunity."""
     engine = Engine(4, MiB)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

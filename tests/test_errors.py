@@ -1,4 +1,4 @@
-"""What a refusal says: in words that tell the reasons for a 403 apart, and without what is secret."""
+"""Messages of refusals distinguish the reasons for a 403, and contain no secrets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refusal(code: str, detail: str = "", status: int = 403) -> str:
     ],
 )
 def test_why_a_signature_or_token_was_not_accepted(detail: str, words: list[str]) -> None:
-    """Start, expiry and the time of the service are shown; expired, not yet valid and changed are told apart."""
+    """They show start, expiry and the time of the service, and distinguish expired, not yet valid and changed."""
     text = refusal("AuthenticationFailed", detail)
     assert all(word in text for word in words), text
     assert "firewall" not in text

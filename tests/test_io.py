@@ -1,4 +1,4 @@
-"""`BlobIO` beyond what every binary file does: what it is told, what it tells, when it commits."""
+"""`BlobIO` beyond the interface of binary files: arguments, attributes, and when it commits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TestWrongArguments:
     ) -> None:
         with pytest.raises(kind, match=message):
             BlobIO(*arguments, **options)
-        gc.collect()  # what was half made says nothing more
+        gc.collect()  # an incompletely constructed object does not warn
 
     @pytest.mark.parametrize("size", ["5", 1.5, [1]])
     def test_of_a_read(self, service: FaultService, size: Any) -> None:
@@ -143,7 +143,7 @@ class TestModes:
 
     @pytest.mark.parametrize("mode", ["rb", "wb"])
     def test_there_is_no_descriptor(self, service: FaultService, mode: str) -> None:
-        """torch, numpy and subprocess ask for one, and do without."""
+        """torch, numpy and subprocess ask for one, and work without it."""
         blob = open_blob(service, mode)
         with pytest.raises(io.UnsupportedOperation):
             blob.fileno()
@@ -231,7 +231,7 @@ class TestBuffers:
         assert (target == array).all()
 
     def test_pickle_with_buffers_of_its_own(self, service: FaultService) -> None:
-        """Protocol 5 hands large buffers over as they are."""
+        """Protocol 5 passes large buffers on without a copy."""
         value = {"array": np.arange(100_000), "bytes": content(300_000)}
         buffers: list[pickle.PickleBuffer] = []
         with open_blob(service, "wb") as blob:
@@ -271,7 +271,7 @@ class TestCommit:
         assert len(service.log) == count
 
     def test_a_text_wrapper_whose_block_fails(self, service: FaultService) -> None:
-        """It closes the file under it whatever happened; nothing is committed all the same."""
+        """It always closes the file below it; still nothing is committed."""
 
         def fail() -> None:
             with io.TextIOWrapper(open_blob(service, "wb"), encoding="utf-8") as text:
@@ -297,7 +297,7 @@ class TestCommit:
         assert service.get("c", "b") == OLD
 
     def test_one_that_was_opened_and_closed_in_a_handler_is_committed(self, service: FaultService) -> None:
-        """Saving what can be saved after a failure is no failure of the saving."""
+        """Saving something after a failure is not a failure of the save."""
         try:
             raise KeyError
         except KeyError:
@@ -310,7 +310,7 @@ class TestCommit:
         assert service.get("c", "other") == b"saved too"
 
     def test_a_with_block_in_a_handler_commits_what_was_opened_before(self, service: FaultService) -> None:
-        """The block says how it ended: no guess is needed."""
+        """The block itself reports how it ended."""
         blob = open_blob(service, "wb")
         try:
             raise KeyError
@@ -442,7 +442,7 @@ class TestPickling:
 
 
 class TestSecrets:
-    """A SAS is used, and is nowhere to be seen."""
+    """A SAS is used and never shown."""
 
     SECRET = "dG9wc2VjcmV0"
 
@@ -492,7 +492,7 @@ class TestSecrets:
 
 
 class TestInAzurite:
-    """The whole way once, with the defaults."""
+    """End to end, with the defaults."""
 
     def test_a_checkpoint(self, container: Container) -> None:
         state = {"weight": torch.randn(500, 1000), "step": 3}
@@ -527,7 +527,7 @@ class TestInAzurite:
 
 
 def test_the_error_of_an_interrupted_block_is_what_is_seen(service: FaultService) -> None:
-    """No error of ours hides the user's own."""
+    """Our errors do not hide the user's error."""
     service.script("put_block", [Status(403)], repeat=True)
     with pytest.raises(ZeroDivisionError), open_blob(service, "wb") as blob:
         for _ in range(7):

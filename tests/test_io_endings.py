@@ -1,4 +1,4 @@
-"""How writing a blob ends: what is committed, what is not, and what is said. Needs no torch."""
+"""How writing a blob ends: what is committed, what is not, and which warnings are issued. Without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def writer(service: FaultService, name: str = "b") -> BlobIO:
 
 
 class StreamWrapper:
-    """As torch's datapipes have one: its finalizer closes what it wraps."""
+    """Like the one of torch's datapipes: its finalizer closes the wrapped file."""
 
     def __init__(self, file: BlobIO) -> None:
         self.file = file
@@ -55,7 +55,7 @@ class StreamWrapper:
 
 
 class Compressed(io.RawIOBase):
-    """A Python class with the finalizer of Python's io classes."""
+    """A Python class with the finalizer of the io classes."""
 
     def __init__(self, file: BlobIO) -> None:
         self.file = file
@@ -116,7 +116,7 @@ def write_half(wrapper: Any, size: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestDroppedWrappers:
-    """A wrapper that nobody closes publishes nothing, whatever its finalizer does."""
+    """A wrapper that is not closed commits nothing, whatever its finalizer does."""
 
     @pytest.mark.parametrize("size", [10, 200_000])
     @pytest.mark.parametrize("name", WRAPPERS)
@@ -152,7 +152,7 @@ class TestDroppedWrappers:
         assert service.get("c", "b") == OLD
 
     def test_with_warnings_as_errors(self, service: FaultService) -> None:
-        """An error in a finalizer is not a way to commit either."""
+        """An error in a finalizer does not commit either."""
         program = (
             "import gc\nw = io.TextIOWrapper(BlobIO(url, 'wb', credential=False)); w.write('half'); del w; gc.collect()"
         )
@@ -161,7 +161,7 @@ class TestDroppedWrappers:
 
     @pytest.mark.parametrize("name", ["text", "buffered", "a finalizer in Python"])
     def test_the_blob_is_still_there_for_its_owner(self, service: FaultService, name: str) -> None:
-        """Closing it on purpose commits everything that was written, the rest of the dropped wrapper included."""
+        """Closing it explicitly commits everything written, including the buffer of the dropped wrapper."""
         with pytest.warns(ResourceWarning, match="nothing was committed"):  # noqa: PT031
             blob = writer(service)
             blob.write(b"before, ")
@@ -206,7 +206,7 @@ class TestDroppedWrappers:
             blob.read()
 
     def test_a_finalizer_that_saves_something_does(self, service: FaultService) -> None:
-        """What it opens itself it closes on purpose."""
+        """It opens and closes the blob itself."""
 
         class Summary:
             def __del__(self) -> None:
@@ -220,7 +220,7 @@ class TestDroppedWrappers:
 
 
 class TestOrderlyEnds:
-    """Every way to say that it is complete commits."""
+    """Every explicit end commits."""
 
     @pytest.mark.parametrize("name", ["text", "buffered", "text over buffered", "an inherited finalizer"])
     def test_closing_the_wrapper(self, service: FaultService, name: str) -> None:
@@ -251,7 +251,7 @@ class TestOrderlyEnds:
         assert service.get("c", "b") == b"whole"
 
     def test_a_finalizer_elsewhere_does_not_disturb(self, service: FaultService) -> None:
-        """The wrapper of another blob is dropped while this one is written and closed."""
+        """The wrapper of another blob is dropped while this blob is written and closed."""
         blob = writer(service)
         with pytest.warns(ResourceWarning):
             text(writer(service, "other")).write("half")
@@ -295,7 +295,7 @@ def test_a_script_that_ends_without_closing_commits_nothing(service: FaultServic
 
 
 class TestQuietExits:
-    """Leaving the block in a way that shows nowhere else warns."""
+    """Leaving the block without a visible error warns."""
 
     def test_exit(self, service: FaultService) -> None:
         for code in (0, 3):
@@ -329,7 +329,7 @@ class TestQuietExits:
 
 
 class Careless:
-    """A library that ignores errors of its file, as those do that call it through C."""
+    """A library that ignores errors of its file, as C libraries do."""
 
     def __init__(self, file: BlobIO) -> None:
         self.file = file
@@ -343,7 +343,7 @@ class Careless:
 
 
 class TestGoingBack:
-    """A blob is written from start to end; what a library would have written elsewhere is not appended."""
+    """A blob is written from start to end; bytes that a library writes after a seek are not appended."""
 
     @pytest.mark.parametrize("target", [(0,), (4,), (-6, 1), (-6, io.SEEK_END), (100,)])
     def test_bytes_that_would_be_misplaced_are_never_committed(self, service: FaultService, target: Any) -> None:
@@ -404,7 +404,7 @@ class TestGoingBack:
         assert service.get("c", "b") == b"0123456789abcd"
 
     def test_a_library_that_only_asks_gets_the_answer_and_does_without(self, service: FaultService) -> None:
-        """zipfile seeks to its own position, at the start and further on."""
+        """zipfile seeks to its current position, at the start and later."""
         with writer(service) as blob:
             for _ in range(2):
                 with zipfile.ZipFile(blob, "w") as archive:
@@ -423,7 +423,7 @@ class TestGoingBack:
         assert service.get("c", "b") == b"0123456789ab"
 
     def test_wave(self, service: FaultService) -> None:
-        """With the number of frames known in advance it streams; otherwise it goes back, and says why that fails."""
+        """With a known number of frames it streams; otherwise it seeks back, and the error says why that fails."""
         with writer(service) as blob, wave.open(blob, "wb") as sound:
             sound.setparams((1, 2, 8000, 1000, "NONE", ""))
             sound.writeframesraw(content(2000))
@@ -443,7 +443,7 @@ class TestGoingBack:
 
 class TestSeeksOfReaders:
     def test_before_the_start_is_an_error_of_both_kinds(self, service: FaultService) -> None:
-        """As zipfile needs: it looks for its directory further before the end than a short file has bytes."""
+        """zipfile needs that: it looks for its directory at an offset from the end that a short file does not have."""
         with BlobIO(service.blob_url("c", "b"), "rb", credential=False) as blob:
             for kind in (ValueError, OSError):
                 with pytest.raises(kind, match="negative"):
@@ -480,7 +480,7 @@ class TestSeeksOfReaders:
 
 
 def test_an_error_that_was_there_at_the_opening_is_not_kept(service: FaultService) -> None:
-    """It refers to the frames of all who saw it."""
+    """It refers to the frames that it has passed through."""
 
     class Error(Exception):
         pass

@@ -1,4 +1,4 @@
-"""A user's program is free of errors for strict type checkers."""
+"""A program that uses the package passes strict type checking."""
 
 from __future__ import annotations
 

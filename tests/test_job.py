@@ -1,4 +1,4 @@
-"""Work that is done once: by the thread that comes first, waited for by all others, given up by any."""
+"""Work that is done once, by the first thread; others wait for it, and any thread can give it up."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TestJob:
         assert gone() is None
 
     def test_a_thread_that_needs_what_it_does_itself_does_it_again(self) -> None:
-        """A signal handler in the middle of the work, or a transform that asks for its own batch."""
+        """A signal handler that interrupts the work, or a transform that needs its own batch."""
         calls: list[int] = []
 
         def work() -> int:
@@ -84,7 +84,7 @@ class TestJob:
         assert in_time(job.result) == 6
 
     def test_an_interrupt_belongs_to_the_thread_that_it_came_to(self) -> None:
-        """Another thread that waits for the job does the work itself."""
+        """Another thread that waits for the job does the work."""
         begun, may_end = threading.Event(), threading.Event()
         calls: list[int] = []
 
@@ -156,7 +156,7 @@ class TestHandedOver:
 
 
 def test_a_forked_child_does_what_a_thread_of_its_parent_had_begun() -> None:
-    """That thread does not exist in the child; the parent's job is untouched."""
+    """That thread does not exist in the child; the job of the parent is not affected."""
     program = """
 import os, threading
 from azstoragetorch._engine.job import Job
@@ -222,7 +222,7 @@ class TestScope:
             pytest.fail("began")
 
     def test_a_resource_is_either_left_or_woken(self) -> None:
-        """However leaving and cancelling interleave: the holder knows which of the two it was."""
+        """In any interleaving of leave and cancel, the holder knows which one came first."""
         for _ in range(500):
             scope, woken = Scope(), []
             hold = scope.holding(lambda woken=woken: woken.append(1))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Listing: every blob once, in order, whatever the names and however the pages come."""
+"""Listing: every blob once, in order, with any names and any pages."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TestPages:
         assert page.etags == [service.store.find("c", name).etag for name in NAMES]  # type: ignore[union-attr]
 
     def test_the_date_of_the_last_change_comes_where_it_is_asked_for(self, container: Container) -> None:
-        """As the service wrote it, by both ways to read a page."""
+        """In the format of the service, by both parsers."""
         container.put("b", b"x")
         client = container_client(container.sas_url)
         modified = container.client.get_blob_client("b").get_blob_properties().last_modified
@@ -107,7 +107,7 @@ class TestPages:
         assert len(service.log) == 2
 
     def test_it_needs_no_thread_of_its_own(self, service: FaultService) -> None:
-        """With every thread of the engine busy elsewhere the listing goes on."""
+        """With every thread of the engine busy, the listing continues."""
         transfer = replace(QUICK, max_connections=1, memory_limit=3 << 20)
         gate = threading.Event()
         engine_for(transfer).submit(lambda: gate.wait(60) and None)
@@ -160,7 +160,7 @@ class TestPages:
         "key", ["NextMarker", "Name", "Etag", "Blob", "Blobs", "BlobPrefix", "Encoded", "ResourceType"]
     )
     def test_metadata_is_not_taken_for_anything_else(self, service: FaultService, key: str) -> None:
-        """Anybody who may write a blob chooses its metadata."""
+        """Everybody who can write a blob chooses its metadata."""
         for name in (NAMES[3], NAMES[9], NAMES[-1]):
             service.put("c", name, name.encode(), metadata={key: "3&<>true"})
         found = pages(service, 10)
@@ -195,13 +195,13 @@ class TestNames:
 
     @pytest.mark.parametrize("name", AWKWARD)
     def test_one_by_one(self, fault_service: FaultService, name: str) -> None:
-        """Most pages have no name that needs the parser."""
+        """Most pages have no name that needs the XML parser."""
         fault_service.put("c", name, b"123")
         assert pages(fault_service)[0].names == [name]
         assert pages(fault_service, prefix=name[:2])[0].names == [name]
 
     def test_on_azurite(self, container: Container) -> None:
-        """What the SDK wrote and lists is what we list."""
+        """We list the same blobs as the SDK."""
         written = ["a b%2F?#ü//x/", "a&b<c>", "plain", "x/y/z", "\U0001f600"]
         for name in written:
             container.put(name, name.encode())
@@ -286,7 +286,7 @@ def test_the_fast_way_and_the_parser_see_the_same_page(items: list[str], marker:
 
 
 def test_the_fast_way_is_taken_for_ordinary_pages(service: FaultService) -> None:
-    """Otherwise the test above would compare nothing."""
+    """Otherwise the test above would not compare two parsers."""
     service.put("c", "with & and <", b"", metadata={"key": "value"})
     with urllib.request.urlopen(f"{service.container_url('c')}?restype=container&comp=list&include=metadata") as answer:
         page = _match_page(answer.read())

@@ -1,4 +1,4 @@
-"""What metrics() and tracing say, against what a service saw."""
+"""metrics() and tracing, compared with what the service received."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = TransferConfig(part_size=64 << 10, block_size=64 << 10, max_backoff=0.01
 
 
 def test_counts_are_those_of_the_service(fault_service: FaultService) -> None:
-    """Requests, refusals, throttles, retries and bytes are exactly what went over the wire."""
+    """Requests, refusals, throttles, retries and bytes are exactly those on the wire."""
     data = os.urandom(300_000)
     fault_service.put("box", "blob", data)
     fault_service.script(Match("get_blob"), [Status(503), Status(500)])
@@ -41,7 +41,7 @@ def test_counts_are_those_of_the_service(fault_service: FaultService) -> None:
 
 
 def test_latency_percentiles_follow_the_service(fault_service: FaultService) -> None:
-    """A service that takes 50 ms to answer has a median latency of 50 ms, right to a bucket."""
+    """A service that responds in 50 ms has a median latency of 50 ms, to the precision of a bucket."""
     fault_service.put("box", "blob", b"x")
     fault_service.latency = 0.05
     before = metrics()
@@ -54,7 +54,7 @@ def test_latency_percentiles_follow_the_service(fault_service: FaultService) -> 
 
 
 def test_time_in_transform_is_counted(fault_service: FaultService) -> None:
-    """The time in a dataset's transform is told apart from that of transfers."""
+    """The time in the transform of a dataset is separate from that of transfers."""
     fault_service.put("box", "blob", b"x")
     dataset = BlobDataset.from_blob_urls(
         [fault_service.blob_url("box", "blob")], credential=False, transform=lambda blob: blob.blob_name
@@ -67,7 +67,7 @@ def test_time_in_transform_is_counted(fault_service: FaultService) -> None:
 
 
 def test_no_answers_no_latency() -> None:
-    """Percentiles of nothing are NaN, and a share that is none is refused."""
+    """Percentiles of nothing are NaN, and an invalid share is refused."""
     assert math.isnan(Metrics().latency(0.5))
     with pytest.raises(ValueError, match="share"):
         Metrics().latency(2)

@@ -1,4 +1,4 @@
-"""Many small blobs on one thread: the same bytes and errors as by ordinary reads, whatever the service does."""
+"""Many small blobs on one thread: the same bytes and errors as ordinary reads, whatever the service does."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def read_all(client: ContainerClient, names: list[str], started: list[bool] | No
 
 
 def warm(client: ContainerClient, blobs: dict[str, bytes]) -> None:
-    """Leave idle connections in the pool: only those are used without a thread."""
+    """Leave idle connections in the pool: the multiplexer uses only those."""
     close_idle_connections()
     read_all(client, list(blobs))
     assert idle_connections() > 1
 
 
 def test_order_bytes_and_one_request_each(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """Heads come in order, whole, by one request each, over the connections that are there."""
+    """Heads are complete and in order, with one request each, over existing connections."""
     client = container(fault_service)
     warm(client, blobs)
     fault_service.reset_log()
@@ -134,7 +134,7 @@ def test_order_bytes_and_one_request_each(fault_service: FaultService, blobs: di
     ids=repr,
 )
 def test_exact_bytes_under_faults(fault_service: FaultService, blobs: dict[str, bytes], faults: list[Fault]) -> None:
-    """Whatever happens to some answers, every blob arrives exactly, and nothing stays in flight."""
+    """Whatever happens to some responses, every blob is right, and nothing stays in flight."""
     client = container(fault_service, IMPATIENT if isinstance(faults[0], Stall) else QUICK)
     warm(client, blobs)
     names = [name for name, data in blobs.items() if len(data) > 200]
@@ -147,7 +147,7 @@ def test_exact_bytes_under_faults(fault_service: FaultService, blobs: dict[str, 
 
 
 def test_connections_change_hands(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """A connection that served many reads on one thread serves an ordinary one, with its timeout, and goes back."""
+    """A connection can be used for multiplexed reads, then for an ordinary one with its timeout, and back."""
     client = container(fault_service, replace(QUICK, read_timeout=3.0))
     warm(client, blobs)
     before = metrics()
@@ -171,7 +171,7 @@ def test_corrupt_bytes_are_noticed_where_asked_for(fault_service: FaultService, 
 
 
 def test_refusals_have_their_type_and_place(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """A blob that is missing raises in its turn, after those before it."""
+    """A missing blob raises an error in its place, after those before it."""
     client = container(fault_service)
     warm(client, blobs)
     names = [*list(blobs)[:20], "missing", *list(blobs)[20:]]
@@ -193,7 +193,7 @@ def test_refusals_have_their_type_and_place(fault_service: FaultService, blobs: 
 
 
 def test_service_that_ends_for_good(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """A service that only resets gives an error within the tries, not a hang."""
+    """A service that resets every connection leads to an error after the attempts, not a hang."""
     client = container(fault_service)
     warm(client, blobs)
     fault_service.script(Match("get_blob"), [Reset()], repeat=True)
@@ -202,7 +202,7 @@ def test_service_that_ends_for_good(fault_service: FaultService, blobs: dict[str
 
 
 def test_closing_gives_up_what_is_under_way(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """Closing in the middle of slow answers returns at once and gives all bytes of the budget back."""
+    """Closing during slow responses returns at once and gives all bytes of the budget back."""
     client = container(fault_service)
     warm(client, blobs)
     fault_service.script(Match("get_blob", nth=2), [Stall(60, None)], repeat=True)
@@ -222,7 +222,7 @@ def test_closing_gives_up_what_is_under_way(fault_service: FaultService, blobs: 
 
 
 def test_forked_child_reads_on_its_own(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
-    """After use in the parent, a forked child reads the same, and so does the parent then."""
+    """After use in the parent, a forked child reads the same, and then so does the parent."""
     client = container(fault_service)
     warm(client, blobs)
     child = os.fork()
@@ -268,7 +268,7 @@ def test_an_interrupt_anywhere_in_a_start_leaves_the_next_read_working(
 def test_a_read_that_begins_while_no_thread_can_be_made_ends(
     fault_service: FaultService, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no thread can be made every read fails, also one that begins while the others are told so."""
+    """If no thread can be started every read fails, also one that starts while the others fail."""
     client = container(fault_service)
     warm(client, blobs)
     multiplex._multiplexers.get().clear()

@@ -1,4 +1,4 @@
-"""Nodes: the same samples in the same order, wherever a run is cut and whatever stands in front or behind."""
+"""Nodes: the same samples in the same order, wherever a run is interrupted, with any nodes before or after."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def url_of(info: BlobInfo) -> str:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_it_resumes_exactly_at_any_point(fault_service: FaultService, graph: str) -> None:
-    """Into the next epoch too; a state is JSON, small, and stays what it was."""
+    """Also into the next epoch; a state is JSON, small, and does not change later."""
     fill(fault_service)
     loader = Loader(GRAPHS[graph](fault_service))
     epochs = [list(loader), list(loader)]
@@ -197,7 +197,7 @@ def test_a_state_of_another_node_is_refused(fault_service: FaultService) -> None
 
 
 class Live(BaseNode[str]):  # type: ignore[misc]
-    """A foreign source that gives out the very dict which it keeps, and fails once."""
+    """A source of another library that returns the dict that it keeps using, and fails once."""
 
     def __init__(self, items: list[str], failing: int = -1) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_a_source_that_fails_while_a_buffer_is_drawn_loses_nothing() -> None:
 
 
 class Slow(BaseNode[str]):  # type: ignore[misc]
-    """A foreign source whose third item takes its time in the first iteration."""
+    """A source of another library whose third item is slow in the first iteration."""
 
     def __init__(self, items: list[str]) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def gate() -> Iterator[threading.Event]:
 def test_re_iterating_while_a_read_blocks_loses_and_steals_nothing(
     fault_service: FaultService, gate: threading.Event, wrap: str
 ) -> None:
-    """The read that blocks is interrupted; whoever waited for it gets nothing of the new iteration."""
+    """The blocked read is interrupted; the thread that waited for it gets no item of the new iteration."""
     fill(fault_service)
     rule = fault_service.script(Match("get_blob", path="data/002"), [Hold(gate)])
     node: Any = read(ShuffleBuffer(lister(fault_service), 1))
@@ -385,7 +385,7 @@ def test_wrong_arguments_fail_at_once(arguments: dict[str, Any], error: type[Exc
 
 def test_a_reader_that_is_dropped_gives_everything_back(fault_service: FaultService) -> None:
     fill(fault_service)
-    transfer = replace(SMALL, max_connections=5)  # an engine of its own
+    transfer = replace(SMALL, max_connections=5)  # a separate engine
     budget = engine_for(transfer).budget
     reader = BlobReader(lister(fault_service), credential=False, transfer=transfer)
     assert next(reader)[1] == content(0)

@@ -1,4 +1,4 @@
-"""Plans over byte ranges, by their properties."""
+"""Property tests of plans over byte ranges."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_regrouped_pieces_are_the_same_bytes_in_blocks_of_the_sizes(pieces: list
 
 @given(pieces_of_bytes, st.integers(1, 30))
 def test_a_piece_is_drawn_when_the_block_that_it_begins_in_is_asked_for(pieces: list[bytes], size: int) -> None:
-    """What waits to be sent is no more than one block and the piece that it ends in."""
+    """At most one block, and the piece that it ends in, wait to be sent."""
     drawn = 0
 
     def source() -> Iterator[memoryview]:

@@ -1,4 +1,4 @@
-"""Reading at any place in any order is reading a file; what it costs is counted; what it holds is bounded."""
+"""Reads at any position in any order are those of a file; requests are counted, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lines(size: int, seed: int) -> bytes:
 
 
 class ReadMachine(RuleBasedStateMachine):
-    """Every call returns what `io.BytesIO` returns for it, and leaves the position where that does."""
+    """Every call returns what `io.BytesIO` returns, and leaves the same position."""
 
     service: FaultService
 
@@ -113,7 +113,7 @@ class ReadMachine(RuleBasedStateMachine):
 
     @rule(size=st.one_of(near_borders, st.just(-1)), into=st.booleans())
     def read_one(self, size: int, into: bool) -> None:
-        """As much as is at hand, at least something."""
+        """Read what is available, at least one byte."""
         position = self.oracle.tell()
         if into:
             buffer = bytearray(max(0, size))
@@ -167,7 +167,7 @@ TestReadMachine.settings = settings(max_examples=60, stateful_step_count=15, dea
 
 @pytest.fixture(scope="module")
 def checkpoint() -> bytes:
-    """318 tensors in 94 MiB, as a ResNet's: most of them tiny."""
+    """318 tensors in 94 MiB, as in a ResNet: most of them are tiny."""
     state = {f"layer{number}.weight": torch.full((460_000,), float(number)) for number in range(53)}
     state |= {f"layer{number}.norm": torch.full((512,), float(number)) for number in range(265)}
     buffer = io.BytesIO()
@@ -176,7 +176,7 @@ def checkpoint() -> bytes:
 
 
 class TestCounts:
-    """Requests are counted exactly, with the defaults of a user."""
+    """Requests are counted exactly, with the default configuration."""
 
     DEFAULT = TransferConfig()
 
@@ -253,7 +253,7 @@ class TestCounts:
         assert len(service.log) <= 16
 
     def test_the_end_of_a_blob_is_kept(self, service: FaultService) -> None:
-        """Archives have their directory there, and go back to it."""
+        """Archives have their directory there, and their readers return to it."""
         data = content(20 * MiB)
         service.put("c", "b", data)
         with open_blob(service, self.DEFAULT) as blob:
@@ -301,7 +301,7 @@ class TestCounts:
 
 class TestWindow:
     def test_who_opens_an_archive_has_all_of_it_on_its_way(self, service: FaultService) -> None:
-        """The first bytes, then the directory at the end: what lies between comes while the directory does."""
+        """After the first bytes and the directory at the end, the bytes between are read ahead."""
         data = content(50 * MiB)
         service.put("c", "b", data)
         with open_blob(service, TestCounts.DEFAULT) as blob:
@@ -344,7 +344,7 @@ class TestWindow:
         assert sum(entry.sent for entry in service.log) <= 100_000 + 2 * 128 * KiB
 
     def test_what_was_read_is_let_go(self, service: FaultService) -> None:
-        """A reader that goes through a large blob holds no more than its window."""
+        """A reader of a large blob holds no more than its window."""
         transfer = replace(QUICK, read_ahead=256 * KiB, memory_limit=64 * MiB, max_connections=12)
         service.put("c", "b", content(8 * MiB))
         engine = engine_for(transfer)
@@ -395,7 +395,7 @@ class TestWindow:
     def test_an_interrupt_of_another_thread_does_not_end_a_read(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where no thread can be made, any thread receives for all: if it is interrupted, the reader receives."""
+        """If no thread can be started, any thread receives for all: if it is interrupted, the reader receives."""
         data = content(50 * KiB)
         service.put("c", "b", data)
         transfer = replace(QUICK, max_connections=1, memory_limit=3 * MiB + 1)
@@ -441,7 +441,7 @@ class TestWindow:
 
 
 class TestDropped:
-    """A reader that nobody closes gives back what it holds."""
+    """A reader that is not closed gives back what it holds."""
 
     TRANSFER = replace(QUICK, read_ahead=1 * MiB, memory_limit=4 * MiB, max_connections=15)
 
@@ -470,7 +470,7 @@ class TestDropped:
         wait_until(lambda: engine.budget.in_flight == 0)
 
     def test_even_in_the_middle_of_what_the_engine_does(self, service: FaultService, engine: Engine) -> None:
-        """The collector runs where it likes, also where the thread holds a lock of ours."""
+        """The collector can run anywhere, also where the thread holds a lock of the package."""
         ours = ("engine.py", "readahead.py", "transport.py", "upload.py", "download.py")
         droppable: list[list[object]] = []
         collected = 0
@@ -508,7 +508,7 @@ class TestDropped:
 
         with pytest.warns(ResourceWarning, match="nothing was committed"):
             in_time(act, 60)
-        gc.collect()  # what has grown old meanwhile
+        gc.collect()  # what has aged in the meantime
         assert collected >= 30
         wait_until(lambda: engine.budget.in_flight == 0)
 
@@ -551,7 +551,7 @@ print(total // 100_000 * 100_000, peak() - before)
 
 
 def test_the_process_stays_small(service: FaultService) -> None:
-    """Measured from outside: 24 MiB in flight while 200 MiB go through each way."""
+    """Measured from outside: 24 MiB in flight while 200 MiB are transferred in each direction."""
     size = 200 * MiB
     service.put("c", "b", bytes(size))
     answer = run_python(PROGRAM, service.blob_url("c", "b"), service.blob_url("c", "new"), timeout=120)
@@ -563,7 +563,7 @@ def test_the_process_stays_small(service: FaultService) -> None:
 
 
 def test_threads_take_turns(service: FaultService) -> None:
-    """One object may be read by several threads: every byte comes once."""
+    """Several threads can read one object: every byte is returned once."""
     data = content(1 * MiB)
     service.put("c", "b", data)
     pieces: list[tuple[bytes, int]] = []

@@ -1,4 +1,4 @@
-"""What the README shows works as printed."""
+"""The README works as printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_its_python_runs_without_an_account(emulator_container: Container, tmp_p
 
 
 def test_its_python_runs_on_an_account(https_container: Container, tmp_path: Path) -> None:
-    """Where the reader has changed the one line, and is signed in."""
+    """After changing the one line, and signed in."""
     assert run_page_signed_in(README, https_container, tmp_path).splitlines() == PRINTED
     assert https_container.get("model.pt")
 

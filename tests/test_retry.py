@@ -1,4 +1,4 @@
-"""What is tried again and when: pure decisions. That they are followed is tested where requests are made."""
+"""What is retried and when, as pure decisions. Tests of requests check that they are followed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class TestPauses:
 
 
 class RetryMachine(RuleBasedStateMachine):
-    """Whatever fails and gets further in whatever order: as many tries as allowed since the last progress, no more."""
+    """Any order of failures and progress: as many attempts as allowed since the last progress, no more."""
 
     @initialize(attempts=st.integers(1, 6), longest=st.floats(0, 10))
     def begin(self, attempts: int, longest: float) -> None:
@@ -162,7 +162,7 @@ class TestThrottling:
         return error_of(503, "ServerBusy")
 
     def test_the_last_error_says_how_often_it_was_tried(self) -> None:
-        """And in how many seconds; it stays the error that it is, also in a pickle."""
+        """And in how many seconds; the type of the error does not change, also in a pickle."""
         error = self.busy()
 
         def operation() -> None:
@@ -181,7 +181,7 @@ class TestThrottling:
     def test_a_warning_once_a_minute_counts(
         self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The first at once; what is throttled meanwhile is in the next one; other errors are in none."""
+        """The first at once; later throttling is counted in the next one; other errors are not counted."""
         now = 1000.0
         monkeypatch.setattr("azstoragetorch._blob.retry._warned", {})
         monkeypatch.setattr("azstoragetorch._blob.retry._throttled", deque())

@@ -1,4 +1,4 @@
-"""Secrets are used, never shown; they travel to children and to nowhere else."""
+"""Secrets are used, never shown, and passed on to child processes only."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_compares_and_hashes_by_its_text() -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 class TestCopies:
-    """A copy stays in the process: it opens what the original opens."""
+    """A copy in the same process works like the original."""
 
     def test_of_a_secret(self, duplicate: type) -> None:
         assert duplicate(Secret(TEXT)).reveal() == TEXT

@@ -1,4 +1,4 @@
-"""All verbs are requests of this package: one version of the service, one transport, one translation of errors."""
+"""All operations use requests of this package: one service version, one transport, one translation of errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 @pytest.fixture(scope="module")
 def strict_azurite() -> Iterator[Azurite]:
-    """Refuses versions of the service that it does not know."""
+    """Azurite that refuses unknown service versions."""
     with run_azurite(strict=True) as azurite:
         yield azurite
 
@@ -73,9 +73,9 @@ def strict_azurite() -> Iterator[Azurite]:
 class TestTransport:
     @pytest.mark.parametrize("blocked", [*[(name,) for name in LEGACY], LEGACY], ids=str)
     def test_no_type_of_the_sdks_transport_is_used(self, service: FaultService, blocked: tuple[str, ...]) -> None:
-        """Reading, writing, creating, listing and deleting work where these modules cannot be used."""
+        """Reading, writing, creating, listing and deleting work without these modules."""
         service.create_container("new")
-        service.script(Match("put_block_list", nth=2), [LostAnswer()])  # so that the block list is read, too
+        service.script(Match("put_block_list", nth=2), [LostAnswer()])  # so that the block list is read as well
         run_python(PROGRAM.format(block=BLOCK.format(blocked=blocked)), service.container_url("new"))
         assert {entry.operation for entry in service.log} >= {
             "put_blob",
@@ -97,7 +97,7 @@ class TestVersion:
 
     @pytest.mark.parametrize("size", [1000, 300_000])
     def test_a_service_that_is_older_than_the_newest_sdk(self, strict_azurite: Azurite, size: int) -> None:
-        """The installed SDK's own requests may be refused there; ours are not, large writes included."""
+        """Requests of the installed SDK can be refused there; ours are not, including large writes."""
         credential = AzureNamedKeyCredential(strict_azurite.account_name, strict_azurite.account_key)
         with BlobServiceClient(strict_azurite.account_url, credential=credential, api_version=API_VERSION) as client:
             client.create_container(f"size{size}")
@@ -150,7 +150,7 @@ class TestErrors:
 
 
 def test_the_package_does_not_import_the_sdks_client() -> None:
-    """It takes a fifth of a second, and nothing but the signing of account keys needs it."""
+    """It takes a fifth of a second, and only signing with account keys needs it."""
     program = "import sys, azstoragetorch.io, azstoragetorch._blob.client; print('azure.storage.blob' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""The planners: exactly once, in any number of shards, across any number of interruptions."""
+"""The planners: every sample exactly once, with any number of shards and interruptions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_permutation_has_every_element_once(length: int, seed: int, epoch: int
 
 
 def test_a_permutation_is_the_same_everywhere() -> None:
-    """Written down once: a release that changes these cannot resume what an older one saved."""
+    """Fixed values: a release that changes them cannot resume what an older one saved."""
     assert list(Permutation(10, seed=0)) == PINNED_SMALL
     assert list(Permutation(10**6, seed=7, epoch=3)[:6]) == PINNED_LARGE
 
@@ -117,7 +117,7 @@ def test_what_remains_is_what_was_not_consumed(length: int, consumed: list[int])
 def test_an_epoch_resumed_with_other_shards_again_and_again_is_read_exactly_once(
     length: int, seed: int | None, stages: list[tuple[int, object]], last: int
 ) -> None:
-    """Through JSON each time, with shards that got unequally far."""
+    """The state is stored as JSON each time, with shards at different positions."""
     state = ResumeState("f", seed, 0, 1, (0,))
     read: list[int] = []
     for shards, random in [*stages, (last, None)]:

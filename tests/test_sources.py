@@ -1,4 +1,4 @@
-"""Clients for URLs: the short way to one gives the same as the long."""
+"""Clients for URLs: the fast path returns the same client as parsing does."""
 
 from __future__ import annotations
 

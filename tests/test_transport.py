@@ -1,4 +1,4 @@
-"""Connections: pooled, replaced when stale, never leading elsewhere; proxies, certificates, what is logged."""
+"""Connections: pooled, replaced when stale, never redirected; proxies, certificates, logging."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TestPool:
 
     @pytest.mark.parametrize("operation", ["get_blob", "head", "list_blobs", "put_blob", "put_block", "put_block_list"])
     def test_nor_do_those_that_close_when_the_next_request_comes(self, service: FaultService, operation: str) -> None:
-        """The race that no look at the socket can see."""
+        """A race that a check of the socket cannot detect."""
         client = blob_client(service.blob_url("c", "b"), ONE_TRY)
         service.script("head", [StaleConnection(on_next_request=True)])
         client.version()
@@ -118,7 +118,7 @@ class TestPool:
         assert service.unused_faults() == []
 
     def test_a_body_that_was_not_read_to_its_end_ends_its_connection(self, service: FaultService) -> None:
-        """What is left of one answer is never taken for another's."""
+        """The rest of one response is never taken for another."""
         service.put("c", "b", content(3_000_000))
         for _ in range(3):
             reader = blob_client(service.blob_url("c", "b"), replace(QUICK, part_size=4 << 20)).reader()
@@ -165,7 +165,7 @@ class TestAnswers:
             read(service)
 
     def test_one_to_another_write_neither(self, service: FaultService) -> None:
-        """What the service holds is looked at instead, as long as that is answered."""
+        """The blob is checked instead, if that request is answered."""
         wrong = WrongHeader("x-ms-client-request-id", "another's")
         service.script(Match(method="PUT"), [wrong], repeat=True)
         blob_client(service.blob_url("c", "b")).put(b"new")
@@ -176,14 +176,14 @@ class TestAnswers:
         assert isinstance(caught.value.__cause__, ClientRequestIdMismatchError)
 
     def test_stored_encodings_are_not_undone(self, service: FaultService) -> None:
-        """A gzip blob is read as it is stored."""
+        """A gzip blob is returned as it is stored."""
         service.store.put("c", "b.gz", b"\x1f\x8b not really", settings={"Content-Encoding": "gzip"})
         assert blob_client(service.blob_url("c", "b.gz")).read()[0] == b"\x1f\x8b not really"
         assert service.log[-1].headers["accept-encoding"] == "identity"
 
     @pytest.mark.parametrize("text", ["Å.bin", "… .bin", "a\x0bb\x1cc", "a: b; c"])
     def test_a_header_may_hold_any_text(self, service: FaultService, text: str) -> None:
-        """Such as the file name that somebody gave a blob, in UTF-8."""
+        """For example the file name of a blob, in UTF-8."""
         value = f'attachment; filename="{text}"'.encode().decode("latin-1")
         service.store.put("c", "named", DATA, settings={"Content-Disposition": value})
         assert blob_client(service.blob_url("c", "named")).read()[0] == DATA
@@ -246,7 +246,7 @@ class TestInterrupts:
             run_threads(2, act)
 
     def test_and_one_that_is_still_connecting(self, service: FaultService) -> None:
-        """With no socket to shut down yet, the request is not sent once there is one."""
+        """If there is no socket to shut down yet, the request is not sent after connecting."""
         connection = transport.Connection(transport.Origin.of("http", service.address, QUICK))
         connection.interrupt()
         with pytest.raises(ConnectionAbortedError):
@@ -266,7 +266,7 @@ class TestInterrupts:
                 writer._scope.cancel()
             else:
                 with pytest.raises(FatalBlobIOWriteError):
-                    writer.write(memoryview(DATA * 2))  # enough to be sent before the return
+                    writer.write(memoryview(DATA * 2))  # enough to be in flight
 
         with taking():
             run_threads(2, act)
@@ -274,7 +274,7 @@ class TestInterrupts:
 
 
 def test_a_slow_upload_is_not_one_that_stalls() -> None:
-    """What counts is the time without a single byte, not the time that a body takes.
+    """The timeout is for the time without any byte, not for the whole body.
 
     On a busy machine the server may pause for too long: then the test tries again, and the last try counts.
     """
@@ -327,7 +327,7 @@ class TestProxies:
     def test_a_tunnel_for_https_to_a_real_host_name(
         self, loopback_tls: LoopbackTls, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The certificate is checked for the account's name; the proxy sees neither path nor token."""
+        """The certificate is checked for the host of the account; the proxy sees neither path nor token."""
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
         with FaultService(ssl_context=loopback_tls.server_context) as service:
             service.put("c", "b", DATA)
@@ -442,7 +442,7 @@ class TestCertificates:
 def test_nothing_secret_is_logged_by_anybody(
     https_fault_service: FaultService, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At DEBUG, by any logger. The SDK's and urllib3's write nothing, since all requests are ours."""
+    """At DEBUG, by any logger. Those of the SDK and urllib3 log nothing, since they send no requests."""
     service = https_fault_service
     service.put("c", "b", DATA)
     service.script(Match(), [Status(503)], repeat=False)

@@ -1,4 +1,4 @@
-"""Writing: the exact bytes, committed once, or nothing at all; bounded memory; what each fault leaves behind."""
+"""Writing: the exact bytes, committed once, or nothing at all; bounded memory; the result of each fault."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TestPlans:
 
     @pytest.mark.parametrize(("first", "reach"), [(64 * KiB, 140), (8 * MiB, 165), (16 * MiB, 165), (4000 * MiB, 190)])
     def test_the_blocks_of_a_blob_reach_as_far_as_it_may_ever_grow(self, first: int, reach: int) -> None:
-        """In TiB, of the 190 that the service allows."""
+        """In TiB; the service allows 190."""
         written = 0
         for _ in range(MAX_BLOCKS):
             written += block_size_at(written, first)
@@ -102,7 +102,7 @@ class TestPlans:
 
 
 class TestRequests:
-    """Counted: nothing is sent that is not needed."""
+    """Requests are counted: none is unnecessary."""
 
     @pytest.mark.parametrize("size", [0, 1, 64 * KiB - 1])
     @pytest.mark.parametrize("mode", ["wb", "xb"])
@@ -191,7 +191,7 @@ class TestRequests:
 
 
 class TestCaller:
-    """The memory that is handed to `write` belongs to the caller again when it returns."""
+    """The memory that is passed to `write` belongs to the caller again when it returns."""
 
     @pytest.mark.parametrize("size", [1000, 65535, 65536, 65537, 1_000_000])
     def test_it_may_be_changed_at_once(self, service: FaultService, size: int) -> None:
@@ -204,7 +204,7 @@ class TestCaller:
         assert service.get("c", "b") == content(size) + bytes(size)
 
     def test_and_may_be_resized(self, service: FaultService) -> None:
-        """No view of it is kept."""
+        """No reference to it is kept."""
         buffer = bytearray(200_000)
         blob = open_writer(service)
         blob.write(buffer)
@@ -220,7 +220,7 @@ def leave_by_an_error(blob: BlobIO) -> None:
 
 
 class WriteMachine(RuleBasedStateMachine):
-    """Pieces of any size, in any order of calls: what is committed is what was written, or nothing."""
+    """Pieces of any size, in any order of calls: exactly what was written is committed, or nothing."""
 
     service: FaultService
 
@@ -274,7 +274,7 @@ class WriteMachine(RuleBasedStateMachine):
             assert self.service.exists("c", "b") == (self.mode == "wb")
 
     def teardown(self) -> None:
-        if sys.exc_info()[0] is not None:  # hypothesis has seen enough of this one
+        if sys.exc_info()[0] is not None:  # hypothesis has ended this example
             self.blob.abort()
             self.service.close()
         elif hasattr(self, "blob"):
@@ -362,7 +362,7 @@ class TestFaults:
                 error = raised
         is_carried_out = isinstance(fault, (LostAnswer, WrongHeader, ResetInHeaders, GarbageStatusLine, Stall))
         if is_carried_out and operation != "put_block":
-            # The answers never came; whoever looks at the blob sees that it is the new one.
+            # The responses were lost, but the check of the blob finds the new content.
             assert error is None
             assert service.get("c", "b") == self.NEW[:size]
         else:
@@ -427,7 +427,7 @@ class TestFaults:
         assert service.get("c", "b") == OLD
 
     def test_a_corrupted_upload_is_refused_when_content_is_validated(self, service: FaultService) -> None:
-        """Every body carries its MD5, which the service compares."""
+        """Every body is sent with its MD5, which the service checks."""
         transfer = replace(QUICK, validate_content=True)
         for size in (1000, 300_000):
             with open_writer(service, transfer=transfer) as blob:
@@ -475,7 +475,7 @@ class TestNothingCommitted:
         assert service.get("c", "b") == OLD
 
     def test_when_the_length_of_the_blob_is_beyond_the_service(self, service: FaultService, monkeypatch: Any) -> None:
-        """And no later call commits what came before."""
+        """And no later call commits the earlier bytes."""
         monkeypatch.setattr("azstoragetorch._blob.upload.MAX_BLOCKS", 3)
         blob = open_writer(service)
         blob.write(self.NEW[: 3 * 65536])
@@ -488,7 +488,7 @@ class TestNothingCommitted:
     def test_when_an_interrupt_came_to_another_thread(
         self, service: FaultService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where no thread can be made, any thread stages for all: if it is interrupted, the writer does not wait."""
+        """If no thread can be started, any thread stages for all: if it is interrupted, the writer does not wait."""
         transfer = replace(QUICK, max_connections=1, memory_limit=3 * MiB + 2)
         writer = blob_client(service.blob_url("c", "b"), transfer).writer()
         busy, waiting = threading.Event(), []
@@ -549,7 +549,7 @@ class TestTwoWriters:
     @pytest.mark.parametrize("sizes", [(300_000, 300_000), (100, 300_000), (300_000, 100)])
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     def test_of_one_blob_never_mix(self, service: FaultService, sizes: tuple[int, int], order: tuple[int, int]) -> None:
-        """Each commit is whole, or fails clearly."""
+        """Each commit is complete, or raises a clear error."""
         data = [content(size, seed) for seed, size in enumerate(sizes)]
         writers = [open_writer(service) for _ in sizes]
         for at in range(0, 300_000, 50_000):
@@ -616,14 +616,14 @@ class TestCreateOnly:
 
     @pytest.mark.parametrize("size", [100, 300_000])
     def test_a_failed_condition_is_such_a_blob_too(self, service: FaultService, size: int) -> None:
-        """As a blob with a lease answers: the one condition that is sent is that there is none."""
+        """A leased blob gives this response: the only condition of the request is that the blob does not exist."""
         service.script("put_blob" if size == 100 else "put_block_list", [Status(412, "LeaseIdMissing")], repeat=True)
         with pytest.raises(ResourceExistsError, match="LeaseIdMissing"), open_writer(service, "xb", "new") as blob:
             blob.write(content(size))
 
     @pytest.mark.parametrize("size", [100, 300_000])
     def test_leave_to_write_is_enough(self, container: Container, size: int) -> None:
-        """A SAS that does not allow to look whether there is a blob: the commit finds out."""
+        """With a SAS that does not allow reading properties, the commit finds out whether the blob exists."""
         for mode, data in (("xb", content(size)), ("wb", content(size, 1))):
             with BlobIO(container.blob_sas_url("b", "w"), mode, transfer=QUICK) as blob:  # type: ignore[arg-type]
                 blob.write(data)
@@ -635,7 +635,7 @@ class TestCreateOnly:
 
     @pytest.mark.parametrize("size", [100, 300_000])
     def test_a_lost_answer_that_nobody_may_look_after(self, service: FaultService, size: int) -> None:
-        """It is not said that nothing was committed."""
+        """The error does not say that nothing was committed."""
         service.script("put_blob" if size == 100 else "put_block_list", [LostAnswer()])
         service.script("head", [Status(403)], repeat=True)
         service.script("get_block_list", [Status(403)], repeat=True)
@@ -698,7 +698,7 @@ class TestCreateOnly:
         assert container.get("new") == content(size)
 
     def test_a_check_that_fails_leaves_nothing_behind(self, service: FaultService) -> None:
-        """Not even an empty blob, if the error is caught and the writer closed."""
+        """Not even an empty blob, if the error is caught and the writer is closed."""
         service.script("head", [Status(400)], repeat=True)
         blob = open_writer(service, "xb", "new")
         with pytest.raises(FatalBlobIOWriteError):
@@ -721,7 +721,7 @@ class TestMemory:
         assert engine.budget.in_flight == 0
 
     def test_readers_that_hold_all_of_it_do_not_stop_a_writer(self, service: FaultService) -> None:
-        """A copy from blob to blob in one thread, with a window as large as the budget."""
+        """A copy from blob to blob on one thread, with a window as large as the budget."""
         transfer = replace(QUICK, memory_limit=1 * MiB, read_ahead=64 * MiB, max_connections=9)
         data = content(5 * MiB)
         service.put("c", "source", data)
@@ -760,7 +760,7 @@ class TestMemory:
 
 
 class TestScattered:
-    """`write_pieces`: what checkpoints are written with."""
+    """`write_pieces`, which checkpoints use."""
 
     @given(st.lists(st.integers(0, 200_000), max_size=8), st.integers(0, 1000))
     @settings(max_examples=20, deadline=None)
@@ -790,7 +790,7 @@ class TestScattered:
 
     @pytest.mark.parametrize("size", [1, 200 * KiB])
     def test_properties_go_with_the_commit(self, container: Container, size: int) -> None:
-        """Content headers and metadata are there as soon as the bytes are, by one request or by a block list."""
+        """Content headers and metadata are set together with the bytes, by one request or by a block list."""
         writer = blob_client(container.blob_sas_url("b")).writer()
         writer.write(memoryview(content(size)))
         writer.commit(

@@ -1,4 +1,4 @@
-"""Addresses of blobs and containers: every form, names that round-trip, refusals that say what to do."""
+"""URLs of blobs and containers: every form, names that round-trip, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestForms:
 
     @pytest.mark.parametrize("scheme", ["az", "abfs", "abfss"])
     def test_an_account_from_the_environment(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As fsspec's adlfs has it; a URL that names its account is not touched by it."""
+        """As in adlfs; it does not affect a URL with an account."""
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "fromenv")
         parsed = parse_blob_url(f"{scheme}://c/d/b?{SAS}")
         assert str(parsed) == "https://fromenv.blob.core.windows.net/c/d/b"
@@ -144,13 +144,13 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["..", "a/../b", "x" * 1025])
     def test_so_are_names_that_come_from_elsewhere(self, name: str) -> None:
-        """A listing may hold what a URL may not: reading it must not read another blob."""
+        """A listing can contain names that are not allowed in URLs: reading them must not read another blob."""
         with pytest.raises(ValueError, match="blob name"):
             parse_container_url(f"{ACCOUNT}/c").with_blob(name)
 
     @pytest.mark.parametrize("name", ["d/../c1", "..", "./a", "a/.", "x" * 1025, "\ud800"])
     def test_a_face_can_ask_which_listed_names_are_refused(self, name: str) -> None:
-        """The same names that a URL may not have, decided in one place."""
+        """The same names as in URLs, decided in one place."""
         reason = why_refused(name)
         assert reason
         with pytest.raises(ValueError, match="blob name"):
@@ -163,7 +163,7 @@ class TestNames:
 
 
 class TestHosts:
-    """Which hosts are Azure's is decided by whole labels, and only those name an account by a label."""
+    """Hosts of Azure are recognized by whole labels, and only those have the account in a label."""
 
     @pytest.mark.parametrize(
         ("host", "account"),
@@ -273,7 +273,7 @@ class TestJoining:
         ],
     )
     def test_a_path_behind_the_sas_is_refused_with_the_right_spelling(self, sas: str) -> None:
-        """``f"{url}/step-1"`` would be a SAS that opens nothing."""
+        """``f"{url}/step-1"`` would be an invalid SAS."""
         with pytest.raises(ValueError, match=rf"{ACCOUNT}/c/<name>\?<SAS>.*azstoragetorch\.join_url") as caught:
             parse_url(f"{ACCOUNT}/c?{sas}/step-1")
         assert "step-1" not in str(caught.value)
@@ -413,7 +413,7 @@ class TestRefusals:
 
     @given(st.text(max_size=60) | st.text("abc/:?#@%&=.[]+ \\\n2eF", max_size=30))
     def test_any_text_is_an_address_or_a_value_error(self, text: str) -> None:
-        """Nothing a user can type gets another error, and what is accepted is an address that means itself."""
+        """No input raises another error, and every accepted URL parses to itself."""
         for url in (text, f"https://{text}", f"{ACCOUNT}/{text}", f"{AZURITE}/c/{text}"):
             try:
                 parsed = parse_url(url)

@@ -1,4 +1,4 @@
-"""The window: a plan over byte ranges that never fetches twice, never leaves the blob, and follows the reader."""
+"""The window: a plan that never fetches a byte twice, stays within the blob, and follows the reader."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_large_read_needs_only_a_few_parts_behind_it() -> None:
 
 
 def test_the_end_after_the_beginning_is_how_archives_are_opened() -> None:
-    """The directory of an archive is read after its first bytes: what lies between is needed next."""
+    """The directory of an archive is read after its first bytes; the bytes between are needed next."""
     opened = AccessPattern().after(ByteRange(0, 30), PART).after_tail()
     assert opened == AccessPattern(ByteRange(0, 30), 4)
     elsewhere = AccessPattern(ByteRange(50, 60), 3)

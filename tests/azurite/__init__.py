@@ -1,1 +1,1 @@
-"""The service the tests talk to, and the other door through which they check."""
+"""The service that the tests use, and the SDK as a second way to check results."""

@@ -1,4 +1,4 @@
-"""A container of one test, with the SDK as the other door: what we write it reads, and the reverse."""
+"""A container for one test, with the SDK as a second way in: it reads what we write, and the reverse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recipes.azurite import Azurite
 
 @dataclass
 class Container:
-    """A fresh container and every way in."""
+    """A new container, with every kind of credential."""
 
     service: Azurite
     name: str
@@ -29,7 +29,7 @@ class Container:
 
     @property
     def url(self) -> str:
-        """Without a query: needs a credential, unless the container is public."""
+        """The URL without a query: it needs a credential, unless the container is public."""
         return f"{self.service.account_url}/{self.name}"
 
     @property
@@ -45,7 +45,7 @@ class Container:
         return f"{self.url}?{self.sas()}"
 
     def sas(self, permission: str = "rwdlac", *, valid_for: float = 3600.0) -> str:
-        """A signed query string for everything in the account, good for *valid_for* seconds."""
+        """A SAS for everything in the account, valid for *valid_for* seconds."""
         return generate_account_sas(
             self.service.account_name,
             self.service.account_key,
@@ -62,25 +62,25 @@ class Container:
         return f"{self.blob_url(blob)}?{self.sas(permission)}"
 
     def put(self, blob: str, data: bytes) -> str:
-        """Store *data* through the SDK; returns the blob's URL with a SAS."""
+        """Store *data* with the SDK; return the URL of the blob with a SAS."""
         self.client.upload_blob(blob, data, overwrite=True)
         return self.blob_sas_url(blob)
 
     def get(self, blob: str) -> bytes:
-        """What the SDK reads."""
+        """Read the blob with the SDK."""
         return self.client.download_blob(blob).readall()
 
     def names(self) -> list[str]:
-        """Names of all blobs as the SDK lists them."""
+        """The names of all blobs, listed with the SDK."""
         return list(self.client.list_blob_names())
 
     def uncommitted(self, blob: str) -> int:
-        """How many blocks of *blob* are staged and not committed."""
+        """The number of uncommitted blocks of *blob*."""
         return len(self.client.get_blob_client(blob).get_block_list("uncommitted")[1])
 
 
 def open_service(azurite: Azurite) -> BlobServiceClient:
-    """The SDK's client of the whole account."""
+    """The SDK client of the account."""
     key = AzureNamedKeyCredential(azurite.account_name, azurite.account_key)
     verify = str(azurite.ca_path) if azurite.ca_path else True
     return BlobServiceClient(azurite.account_url, credential=key, connection_verify=verify)

@@ -1,4 +1,4 @@
-"""The emulator as a user starts it: by the command, which finds the Azurite that is installed on the PATH."""
+"""The emulator as a user starts it, with the command, which finds an installed Azurite on the PATH."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_emulator(
     program.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "AZSTORAGE"))}
     environment |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    # What a caller may have in its environment and Azurite must not take over.
+    # Variables in the environment of the caller that Azurite must not use.
     environment |= {"AZURITE_ACCOUNTS": "another:a2V5"}
     process = subprocess.Popen(
         [sys.executable, "-m", "azstoragetorch", "azurite", "--port", "0", "--container", container],

@@ -1,4 +1,4 @@
-"""Azurite once for each test process, a container of its own for each test."""
+"""One Azurite for each test process, a separate container for each test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def azurite() -> Iterator[Azurite]:
 
 @pytest.fixture(scope="session")
 def azurite_https() -> Iterator[Azurite]:
-    """The service over https with a certificate of its own authority: bearer tokens too."""
+    """The service over https, with a certificate of a test authority: also bearer tokens."""
     with run_azurite(https=True, oauth=True, timeout=180) as service:
         yield service
 
@@ -43,14 +43,14 @@ def azurite_https_client(azurite_https: Azurite) -> Iterator[BlobServiceClient]:
 
 @pytest.fixture
 def container(azurite: Azurite, azurite_client: BlobServiceClient) -> Iterator[Container]:
-    """A fresh private container over http."""
+    """A new private container over http."""
     with _fresh_container(azurite, azurite_client) as fresh:
         yield fresh
 
 
 @pytest.fixture
 def public_container(azurite: Azurite, azurite_client: BlobServiceClient) -> Iterator[Container]:
-    """A fresh container that anybody may list and read over http."""
+    """A new container over http that everybody can list and read."""
     with _fresh_container(azurite, azurite_client, public_access="container") as fresh:
         yield fresh
 
@@ -59,7 +59,7 @@ def public_container(azurite: Azurite, azurite_client: BlobServiceClient) -> Ite
 def https_container(
     azurite_https: Azurite, azurite_https_client: BlobServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Container]:
-    """A fresh private container over https; this process and its children trust its authority meanwhile."""
+    """A new private container over https; this process and its children trust its authority."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(azurite_https.ca_path))
     with _fresh_container(azurite_https, azurite_https_client) as fresh:
         yield fresh
@@ -74,14 +74,14 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 
 @pytest.fixture
 def emulator_container(emulator: Azurite) -> Iterator[Container]:
-    """A fresh private container in an emulator, which takes no credential but the published key."""
+    """A new private container in an emulator, which accepts only the published key."""
     with open_service(emulator) as client, _fresh_container(emulator, client) as fresh:
         yield fresh
 
 
 @pytest.fixture
 def token_credential() -> AzuriteTokenCredential:
-    """Opens `https_container`."""
+    """A credential for `https_container`."""
     return AzuriteTokenCredential()
 
 

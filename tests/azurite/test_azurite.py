@@ -1,4 +1,4 @@
-"""The tests' own service keeps its promises: ways in, isolation, and its end."""
+"""The Azurite fixtures: credentials, isolation, shutdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bearer tokens as Azurite accepts them: the right claims, no signature."""
+"""Bearer tokens that Azurite accepts: the right claims, no signature."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from azure.core.credentials import AccessToken
 
 @dataclass
 class AzuriteTokenCredential:
-    """A ``TokenCredential`` that mints its own tokens and remembers what it was asked for."""
+    """A ``TokenCredential`` that creates tokens and records its arguments."""
 
     lifetime: float = 3600.0  # seconds
     audience: str = "https://storage.azure.com"
@@ -29,7 +29,7 @@ class AzuriteTokenCredential:
             "iat": now - 60,
             "nbf": now - 60,
             "exp": expires_on,
-            "jti": len(self.tokens),  # no two tokens are the same
+            "jti": len(self.tokens),  # every token is different
         }
         token = ".".join([_encode({"alg": "none", "typ": "JWT"}), _encode(claims), ""])
         self.scopes_asked.append(scopes)

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of several ranks. Runs in their processes."""
+"""The functions that ranks run in the tests of several ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
 
 
 def whole(step: int = 0) -> dict[str, torch.Tensor]:
-    """The tensors before they are sharded: even and uneven, small and of some size."""
+    """The tensors before they are sharded: even and uneven, small and larger."""
     generator = torch.Generator().manual_seed(step)
     return {
         "even": torch.randn(64, 32, generator=generator),
@@ -83,7 +83,7 @@ def load(rank: int, url: str, credential: Any, layouts: list[str], step: int = 0
 
 
 def save_all_and_load_all(rank: int, base: str, credential: Any, layouts: list[str]) -> None:
-    """Every layout to every layout, in the same world."""
+    """Save in every layout and load in every layout, with the same ranks."""
     for layout in layouts:
         save(rank, f"{base}/{layout}", credential, layout)
         load(rank, f"{base}/{layout}", credential, layouts)
@@ -100,7 +100,7 @@ def load_from_others(rank: int, base: str, credential: Any, saved: list[str], la
 
 
 def alone_together(rank: int, url: str, credential: Any) -> list[str]:
-    """use_collectives=False: every rank its own checkpoint in the same folder, twice."""
+    """use_collectives=False: every rank saves a separate checkpoint in the same folder, twice."""
     for step in range(2):
         state = {"x": torch.full((1000,), float(10 * step + rank)), "rank": rank}
         dcp.save(state, storage_writer=BlobStorageWriter(url, credential=credential), use_collectives=False)
@@ -117,14 +117,14 @@ def overwrite_with_collectives_off(rank: int, url: str, credential: Any) -> str:
         dcp.save(
             {"x": torch.ones(3)}, storage_writer=BlobStorageWriter(url, credential=credential), use_collectives=False
         )
-    except Exception as error:  # noqa: BLE001 - looked at by the test
+    except Exception as error:  # noqa: BLE001 - checked by the test
         dist.barrier()
         return str(error)
     return ""
 
 
 class FailingPlanner(dcp.DefaultSavePlanner):
-    """Fails on one rank in the middle of its data."""
+    """Fails on one rank after a part of its data."""
 
     def resolve_data(self, write_item: Any) -> Any:
         if dist.get_rank() == 1 and write_item.index.fqn == "model.uneven":
@@ -145,7 +145,7 @@ def fail_in_the_middle(rank: int, url: str, credential: Any) -> str:
 
 
 class UnevenPlanner(dcp.DefaultSavePlanner):
-    """On rank 0 all items take long, on rank 1 the first one fails."""
+    """On rank 0 all items are slow, on rank 1 the first one fails."""
 
     resolved = 0
 
@@ -158,7 +158,7 @@ class UnevenPlanner(dcp.DefaultSavePlanner):
 
 
 def fail_while_others_are_slow(rank: int, url: str, credential: Any, repeats: int = 1) -> tuple[str, int]:
-    """What the last of *repeats* saves by plans that torch caches raised, and how many items it resolved."""
+    """The error of the last of *repeats* saves with plans cached by torch, and the number of items it resolved."""
     state = {f"rank{rank}.item{n}": torch.ones(3) for n in range(100)}
     told, planner = "", UnevenPlanner(enable_plan_caching=True)
     for _ in range(repeats):
@@ -185,7 +185,7 @@ def async_saves(rank: int, url: str, credential: Any, kind: str) -> None:
     for step in range(3):
         state = sharded("rows", step)
         future = dcp.async_save(state, storage_writer=writer, process_group=group, async_checkpointer_type=checkpointer)
-        # What is saved is what was there at the call.
+        # The state at the time of the call is saved.
         for value in state["model"].values():
             value.to_local().zero_()
         future.result()
@@ -210,7 +210,7 @@ def unloaded() -> dict[str, Any]:
 
 
 def load_once(rank: int, url: str, credential: Any, per: str) -> int:
-    """Returns the bytes that this rank received."""
+    """Return the number of bytes that this rank received."""
     from azstoragetorch._blob import transport
 
     received = 0
@@ -235,7 +235,7 @@ def load_once(rank: int, url: str, credential: Any, per: str) -> int:
 
 
 def load_once_and_fail(rank: int, url: str, credential: Any, odd: str) -> str:
-    """Rank 1 wants *odd* in another type, which is the others' error only if that one is there."""
+    """Rank 1 requests *odd* in another type, which is an error on the others only if *odd* is there."""
     state = unloaded()
     if rank == 1:
         state[odd] = state[odd].double()
@@ -252,7 +252,7 @@ def save_replicated(rank: int, url: str, credential: Any) -> None:
 
 
 def keep_saving(rank: int, url: str, credential: Any, told: Any) -> None:
-    """Save step after step until killed; *told* hears of each that is complete."""
+    """Save step after step until killed; *told* is called for each complete one."""
     for step in range(1, 1000):
         save(rank, url, credential, "rows", step)
         told.put((rank, step))
@@ -263,7 +263,7 @@ def network() -> nn.Module:
 
 
 def parallel(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and its optimizer, parallel in the way *kind*, after a step of training."""
+    """A model and its optimizer, parallelized as *kind*, after a training step."""
     torch.manual_seed(0)
     model: nn.Module = network()
     world = dist.get_world_size()
@@ -311,7 +311,7 @@ def load_parallel(rank: int, url: str, credential: Any, kind: str) -> dict[str, 
 
 
 def save_with_cached_plans(rank: int, url: str, credential: Any) -> None:
-    """torch sends plans once and then only those that changed; on one rank something does."""
+    """torch sends plans once and then only changed ones; on one rank a plan changes."""
     writer = BlobStorageWriter(url, credential=credential)
     for step in range(4):
         state = sharded("rows", step) | ({"extra": torch.full((9,), float(step))} if rank == 1 and step == 2 else {})
@@ -376,7 +376,7 @@ class EarlyFailure(dcp.DefaultLoadPlanner):
 def load_once_and_fail_early(
     rank: int, url: str, credential: Any, ranks: tuple[int, ...], where: str, how: str
 ) -> dict[int, str]:
-    """What torch raised on this rank, by rank; after that a load by the same ranks, which has to work."""
+    """The errors that torch raised on this rank, by rank; then a load by the same ranks, which must work."""
     reader = BlobStorageReader(url, credential=credential, load_once_per="world")
     try:
         dcp.load(unloaded(), storage_reader=reader, planner=EarlyFailure(ranks, where, how))
@@ -391,7 +391,7 @@ def load_once_and_fail_early(
 
 
 def load_once_in_every_layout(rank: int, url: str, credential: Any) -> None:
-    """Tensors that do not travel as the bare elements, and targets that do not lie in memory as they are sent."""
+    """Tensors that are not sent as bare elements, and targets with another memory layout than is sent."""
 
     def state(make: Any) -> dict[str, torch.Tensor]:
         return {

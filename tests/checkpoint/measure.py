@@ -1,7 +1,7 @@
-"""How long the metadata of a large checkpoint takes: ``python -m tests.checkpoint.measure [ITEMS]``.
+"""Measure the time for the metadata of a large checkpoint: ``python -m tests.checkpoint.measure [ITEMS]``.
 
 Half of the items are shards of tensors and half are objects, as in the state of an optimizer. The service is on
-loopback, so the figures are those of the processor.
+loopback, so the times are CPU times.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPE = torch.Size([16, 16])
 
 
 def large_metadata(items: int) -> Metadata:
-    """Of *items* items, in 64 blobs."""
+    """Metadata of *items* items in 64 blobs."""
     around = envelope(torch.float32, SHAPE)
     payload = Payload(len(around.head), torch.float32, tuple(SHAPE), (16, 1))
     length = len(around.head) + payload.nbytes + len(around.tail)

@@ -76,7 +76,7 @@ def run_ranks(
     timeout: float = 100.0,
     env: list[dict[str, str]] | None = None,
 ) -> list[Any]:
-    """Run *function(rank, \\*arguments)* on *world* ranks; raises what the first rank that failed raised."""
+    """Run *function(rank, \\*arguments)* on *world* ranks; raise the error of the first rank that failed."""
     results = Ranks(world, function, *arguments, env=env).results(timeout)
     for result in results:
         if isinstance(result, BaseException):
@@ -104,7 +104,7 @@ def _run(
     )
     try:
         result: Any = function(rank, *arguments)
-    except BaseException as error:  # noqa: BLE001 - told to the test
+    except BaseException as error:  # noqa: BLE001 - passed on to the test
         result = error
         traceback.print_exc()
     end.send_bytes(pickle.dumps(result))

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 
 def rich_state() -> dict[str, Any]:
-    """What stock torch can save and load, of all kinds."""
+    """Every kind of value that torch itself can save and load."""
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(300, 200, generator=generator)
     return {
@@ -41,7 +41,7 @@ def rich_state() -> dict[str, Any]:
 
 
 def blank(value: Any) -> Any:
-    """The same structure with nothing in it: what a job that resumes has before it loads."""
+    """The same structure with empty values, as in a resuming job before it loads."""
     if isinstance(value, dict):
         return {key: blank(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -52,7 +52,7 @@ def blank(value: Any) -> Any:
 
 
 def same(one: Any, other: Any, path: str = "") -> None:
-    """Fail unless both are equal to the bit."""
+    """Fail unless both are bitwise equal."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path
         for key in one:
@@ -73,7 +73,7 @@ def same(one: Any, other: Any, path: str = "") -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Without torch's warning that there is no process group."""
+    """Suppress torch's warning about a missing process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         yield
@@ -91,6 +91,6 @@ def load(state: dict[str, Any], reader: Any, **options: Any) -> dict[str, Any]:
 
 
 def reason(error: BaseException, rank: int = 0) -> BaseException:
-    """What *rank* raised inside torch's CheckpointException."""
+    """The error of *rank* inside torch's CheckpointException."""
     assert isinstance(error, dcp.CheckpointException), error
     return error.failures[rank][0]

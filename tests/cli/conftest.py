@@ -1,4 +1,4 @@
-"""The command line as a shell sees it: arguments in, exit code, stdout and stderr out."""
+"""The command line as a shell sees it: arguments, exit code, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import ROOT
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -29,7 +29,7 @@ class Ended:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What ``--json`` printed."""
+        """The output of ``--json``."""
         return [json.loads(line) for line in self.out.splitlines()]
 
 
@@ -37,7 +37,7 @@ Command = Callable[..., Ended]
 
 
 def run_command(*arguments: object, timeout: float = 60.0, **environment: str) -> Ended:
-    """Run the command line in a process of its own, with nothing of a login in its environment."""
+    """Run the command line in a separate process, without credentials in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "AZSTORAGETORCH_"))}
     ended = subprocess.run(
         [sys.executable, "-m", "azstoragetorch.cli", *map(str, arguments)],
@@ -54,7 +54,7 @@ def run_command(*arguments: object, timeout: float = 60.0, **environment: str) -
 
 @pytest.fixture(autouse=True)
 def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where records of unfinished downloads are kept, for this process and those that it starts."""
+    """The folder for records of unfinished downloads, for this process and its children."""
     home = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("XDG_STATE_HOME", str(home))
     return home
@@ -64,7 +64,7 @@ def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def command(
     container: Container, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Command]:
-    """The command line in this process, with the key of Azurite; whatever it says, no secret is in it."""
+    """Run the command line in this process, with the key of Azurite; check that its output has no secret."""
     key = container.service.account_key
     for name in [name for name in os.environ if name.startswith(("AZURE_", "AZSTORAGETORCH_"))]:
         monkeypatch.delenv(name)

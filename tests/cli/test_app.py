@@ -1,4 +1,4 @@
-"""Credentials, exit codes, what is said where: the same for all commands."""
+"""Credentials, exit codes and messages, which are the same for all commands."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_completion_is_a_script_for_the_shell(command: Command, shell: str) -> N
 
 
 def test_completion_completes() -> None:
-    """What the script asks the program, and gets."""
+    """What the completion script requests from the program."""
     ended = run_command(_AZSTORAGETORCH_COMPLETE="bash_complete", COMP_WORDS="azstoragetorch che", COMP_CWORD="1")
     assert ended.out.strip().endswith("checkpoint")
 
 
 def test_ways_in(container: Container, public_container: Container, command: Command) -> None:
-    """SAS in the URL, in a variable of one's own, in the usual one, the key, and nothing for a public container."""
+    """A SAS in the URL, in a custom variable or the usual one, the key, and none for a public container."""
     container.put("found", b"x")
     public_container.put("found", b"x")
     key = container.service.account_key
@@ -90,7 +90,7 @@ def test_ways_in(container: Container, public_container: Container, command: Com
 
 
 def test_a_key_of_another_account_is_not_used(container: Container, command: Command) -> None:
-    """What is left is DefaultAzureCredential, whose tokens do not go over plain http."""
+    """DefaultAzureCredential is used instead, whose tokens are not sent over plain http."""
     url = container.url.replace(container.service.account_name, "account")
     ended = command("ls", url, AZURE_STORAGE_ACCOUNT="another")
     assert ended.code == 2
@@ -98,7 +98,7 @@ def test_a_key_of_another_account_is_not_used(container: Container, command: Com
 
 
 def test_a_key_that_is_not_used_is_said(container: Container, command: Command) -> None:
-    """With the variable to change, once, and not where the key is used."""
+    """The message names the variable to change, once, and only if the key is not used."""
     ended = command("cp", "-r", container.url, container.blob_url("d"), AZURE_STORAGE_ACCOUNT="another")
     assert ended.err.count("AZURE_STORAGE_KEY not used") == 1
     assert "AZURE_STORAGE_ACCOUNT is another" in ended.err
@@ -115,7 +115,7 @@ def test_a_misspelt_setting_is_said(container: Container) -> None:
 
 
 def test_without_a_login_it_says_how_to_get_one() -> None:
-    """In one line, in the order in which people try, and in terms of a shell."""
+    """In one line, in the order in which users try, with shell commands."""
     ended = run_command("ls", "https://account.blob.core.windows.net/c", PATH="/nonexistent", timeout=120)
     assert ended.code == 4
     (line,) = ended.err.splitlines()
@@ -140,7 +140,7 @@ def test_advice_is_for_a_shell(container: Container, command: Command, arguments
     "arguments", [["completion"], ["completion", "\x1b[2J"], ["cpp"], ["ls", "--recursiv", "x"], ["ls", "a\tb\x1b[2J"]]
 )
 def test_hints_are_without_escapes(command: Command, arguments: list[str]) -> None:
-    """Line breaks of the parser are spaces; what somebody typed is escaped."""
+    """Line breaks of the parser become spaces; user input is escaped."""
     ended = command(*arguments)
     assert ended.code == 2
     assert "\\n\\t" not in ended.err
@@ -179,7 +179,7 @@ def test_the_command_line_shows_them_escaped(command: Command, fault_service: Fa
 
 
 def test_warnings_do_not_steer_the_terminal() -> None:
-    """Those of the library as well, whatever they name."""
+    """Also warnings of the library, whatever names they contain."""
     program = (
         "import logging, sys, warnings\nfrom azstoragetorch.cli import _app, _access\n"
         "def warn(*_):\n    warnings.warn('a\\x1b[2J\\nname')\n"
@@ -201,7 +201,7 @@ def test_warnings_do_not_steer_the_terminal() -> None:
 def test_a_key_goes_to_no_host_that_begins_like_the_account(
     command: Command, name: str, account: dict[str, str]
 ) -> None:
-    """A SAS that the key signs, sent to a host of somebody else, would open the account."""
+    """A SAS signed with the key would give another host access to the account."""
     secrets = {"AZURE_STORAGE_KEY": "", "AZURE_STORAGE_SAS_TOKEN": "", name: "a2V5", **account}
     ended = command("ls", "https://account.evil.example/c", **secrets)
     assert ended.code == 2
@@ -293,7 +293,7 @@ def test_errors_are_json_for_machines(command: Command, container: Container) ->
 
 
 def test_no_secret_is_repeated(container: Container, command: Command) -> None:
-    """Not even by the parser of arguments, which quotes what it does not understand."""
+    """Not even by the argument parser, which quotes invalid arguments."""
     secret = container.sas()
     signature = secret.partition("sig=")[2].partition("&")[0]
     for arguments in (
@@ -311,7 +311,7 @@ def test_no_secret_is_repeated(container: Container, command: Command) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_ends_at_once(fault_service: FaultService, number: signal.Signals, code: int) -> None:
-    """Also while the service is silent."""
+    """Also while the service does not respond."""
     fault_service.allow_anonymous()
     fault_service.create_container("data")
     fault_service.script("list_blobs", [Stall(seconds=60)], repeat=True)

@@ -1,4 +1,4 @@
-"""``azurite``: the emulator, to which this package needs to be given no credential."""
+"""``azurite`` runs the emulator, for which this package needs no credential."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cli.conftest import run_command
 
 
 def test_it_has_a_container_that_needs_no_credential(emulator: Azurite) -> None:
-    """What is written is there for the SDK, which uses the published key."""
+    """The SDK, with the published key, reads what was written."""
     with BlobIO(f"{emulator.account_url}/scratch/hello.txt", "wb") as blob:
         blob.write(b"hello")
     with open_service(emulator) as client:

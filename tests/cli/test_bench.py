@@ -1,4 +1,4 @@
-"""``bench``: every case has a figure, and the container is as it was."""
+"""``bench``: every case has a result, and the container is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``checkpoint``: what torch saved is listed, shown, checked, converted and removed."""
+"""``checkpoint``: list, show, check, convert and remove what torch saved."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_export_writes_into_devices_and_fifos(container: Container, command: Com
 
 
 def test_export_neither_follows_nor_replaces_a_link(container: Container, command: Command, tmp_path: Path) -> None:
-    """It says so before it reads the checkpoint; nor does it replace a folder."""
+    """It reports that before it reads the checkpoint; it does not replace a folder either."""
     url = save(container, "step")
     (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "link").symlink_to("precious")
@@ -108,7 +108,7 @@ def test_import_from_standard_input(container: Container, tmp_path: Path) -> Non
 
 
 def test_import_of_a_legacy_file(container: Container, command: Command, tmp_path: Path) -> None:
-    """What torch wrote before it wrote zip files."""
+    """The format of torch before zip files."""
     torch.save(STATE, tmp_path / "state.pth", _use_new_zipfile_serialization=False)
     ended = command("checkpoint", "import", tmp_path / "state.pth", f"{container.url}/step")
     assert ended.code == 0, ended.err
@@ -119,7 +119,7 @@ def test_import_of_a_legacy_file(container: Container, command: Command, tmp_pat
 def test_import_of_something_else_is_an_error(
     container: Container, command: Command, tmp_path: Path, data: bytes
 ) -> None:
-    """One that names it, from a file and from a blob."""
+    """The error names it, for a file and for a blob."""
     (tmp_path / "state.pt").write_bytes(data)
     container.put("state.pt", data)
     for place in (tmp_path / "state.pt", container.blob_url("state.pt")):
@@ -183,7 +183,7 @@ def test_export_and_import(container: Container, command: Command, tmp_path: Pat
         dcp.load(target, storage_reader=BlobStorageReader(again, credential=container.key), no_dist=True)
         assert torch.equal(target["model"]["weight"], STATE["model"]["weight"])
         assert torch.equal(target["epoch"], STATE["epoch"])
-        assert command("checkpoint", "import", source, again).code == 1  # there is one
+        assert command("checkpoint", "import", source, again).code == 1  # it exists
         assert command("checkpoint", "import", source, again, "--overwrite").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
@@ -197,7 +197,7 @@ def test_export_of_a_few_keys(container: Container, command: Command, tmp_path: 
 
 
 class Stranger:
-    """Something that weights_only does not load."""
+    """An object that weights_only does not load."""
 
 
 def test_what_may_run_code_needs_trust(container: Container, command: Command, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_prune(container: Container, command: Command) -> None:
     for number in range(1, 5):
         save(container, f"run/step-{number}")
     url = f"{container.url}/run"
-    assert command("checkpoint", "prune", url, "--keep", "2").code == 2  # nobody there to ask
+    assert command("checkpoint", "prune", url, "--keep", "2").code == 2  # there is no terminal to ask on
     assert len(command("checkpoint", "prune", url, "--keep", "2", "--dry-run").out.splitlines()) == 2
     assert len(command("checkpoint", "ls", url).out.splitlines()) == 4
     ended = command("checkpoint", "prune", url, "--keep", "2", "--yes", "--json")

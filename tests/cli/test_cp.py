@@ -1,4 +1,4 @@
-"""``cp``: what arrives is what was there, is there whole or not at all, and is not copied twice."""
+"""``cp``: copies are exact, atomic, and not repeated."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_there_and_back(container: Container, command: Command, tmp_path: Path, size: int) -> None:
-    """A file up, the blob to another blob, and down again; the second time there is nothing to do."""
+    """Upload a file, copy the blob to another, and download it; the second time nothing is copied."""
     source, target = tmp_path / "source", tmp_path / "folder" / "target"
     source.write_bytes(content(size))
     for status in ("copied", "skipped"):
@@ -97,7 +97,7 @@ def test_dry_run_copies_nothing(container: Container, command: Command, tmp_path
 
 
 def test_names_that_are_no_paths_stay_out(container: Container, command: Command, tmp_path: Path) -> None:
-    """The others are copied, and the exit code tells."""
+    """The others are copied, and the exit code reports the failure."""
     container.put("d//etc/passwd", b"1")
     container.put("d/good", b"2")
     ended = command("cp", "-r", f"{container.url}/d", tmp_path / "x")
@@ -148,11 +148,11 @@ def test_mistakes_are_explained(
 def test_an_interrupted_download_goes_on(
     fault_service: FaultService, command: Command, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """What has arrived is not fetched again (after SIGKILL: what has reached the disk); no part is ever the file."""
+    """Received bytes (after SIGKILL: bytes on disk) are not fetched again; no incomplete file has the final name."""
     fault_service.allow_anonymous()
     size, part = 24 * MiB, 1 * MiB
     if number == signal.SIGKILL:
-        size, part = 160 * MiB, 4 * MiB  # every 64 MiB are on record
+        size, part = 160 * MiB, 4 * MiB  # recorded every 64 MiB
     data = content(size)
     fault_service.put("data", "blob", data)
     url = fault_service.blob_url("data", "blob")
@@ -188,7 +188,7 @@ def test_an_interrupted_download_goes_on(
 def interrupted_download(
     fault_service: FaultService, target: Path, size: int, part: int = 64 * KiB, number: int = signal.SIGINT
 ) -> tuple[str, dict[str, str], str]:
-    """Download *size* bytes to *target*, all but the last part of them; the URL, the settings, and what was said."""
+    """Download all but the last part of *size* bytes to *target*; return the URL, the settings and the output."""
     fault_service.allow_anonymous()
     fault_service.reset_log()
     fault_service.put("data", "blob", content(size))
@@ -214,7 +214,7 @@ def interrupted_download(
 
 
 def test_a_new_version_is_downloaded_anew(fault_service: FaultService, command: Command, tmp_path: Path) -> None:
-    """What is left of a download of another version is not used, and is removed."""
+    """The unfinished download of another version is not used, and is deleted."""
     url, settings, _ = interrupted_download(fault_service, tmp_path / "target", 1 * MiB)
     assert len(leftovers(tmp_path)) == 1
     fault_service.put("data", "blob", content(1 * MiB, seed=1))
@@ -224,7 +224,7 @@ def test_a_new_version_is_downloaded_anew(fault_service: FaultService, command: 
 
 
 def test_bytes_that_were_damaged_are_not_kept(container: Container, command: Command, tmp_path: Path) -> None:
-    """A blob whose MD5 is not that of its bytes."""
+    """The MD5 of the blob does not match its bytes."""
     from azure.storage.blob import ContentSettings
 
     container.put("blob", content(300_000))

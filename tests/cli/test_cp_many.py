@@ -1,4 +1,4 @@
-"""``cp`` of several sources and globs, what a copy keeps, and what is said when it is cut short."""
+"""``cp`` of several sources and globs, the copied properties, and messages after an interrupt."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class TestCutShort:
     def test_an_interrupted_upload_says_what_is_kept(
         self, fault_service: FaultService, tmp_path: Path, number: signal.Signals
     ) -> None:
-        """Files that are there are; a file of which blocks are there is not. One line, not one per connection."""
+        """Complete files are counted, files with staged blocks are not. One line, not one per connection."""
         fault_service.allow_anonymous()
         fault_service.create_container("data")
         for name in ("a", "b", "c"):
@@ -242,7 +242,7 @@ class TestCutShort:
             stderr=subprocess.PIPE,
             text=True,
         )
-        # Two are copied at once: when the last one begins, the first one has ended.
+        # Two are copied at once: when the last one starts, the first one has ended.
         for name in "bc":
             wait_until(lambda name=name: bool(fault_service.requests("put_block", path=f"/{name}$")), timeout=60)
         process.send_signal(number)

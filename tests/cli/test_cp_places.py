@@ -1,4 +1,4 @@
-"""``cp`` between blobs and everything that a path can be: fifos, devices, links, folders, names that no blob has."""
+"""``cp`` between blobs and paths of any kind: fifos, devices, links, folders, names that blobs cannot have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MiB = 1 << 20
 
 @pytest.fixture
 def shell(container: Container) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """The command line in a process of its own, with bytes in and out."""
+    """Run the command line in a separate process, with bytes as input and output."""
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
         environment = {**os.environ, "AZURE_STORAGE_KEY": container.service.account_key}
@@ -41,7 +41,7 @@ def shell(container: Container) -> Callable[..., subprocess.CompletedProcess[byt
     return run
 
 
-# Everything is imported by a first copy, since another user may not be able to read this Python.
+# A first copy imports all modules, since the other user might be unable to read this Python installation.
 AS_NOBODY = """
 import os, sys
 from azstoragetorch.cli._app import run
@@ -62,7 +62,7 @@ def unfinished(folder: Path) -> list[str]:
 
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
-    """A folder that every user can read; pytest's are private, and every run makes them so again."""
+    """A folder that every user can read; those of pytest are private, and are made private again by every run."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -91,7 +91,7 @@ class TestSources:
     def test_a_file_without_a_length_is_copied_to_its_end(
         self, container: Container, command: Command, tmp_path: Path
     ) -> None:
-        """Named by itself, or met in a folder."""
+        """Passed as an argument, or found in a folder."""
         assert command("cp", "/proc/version", container.blob_url("b")).code == 0
         assert container.get("b") == Path("/proc/version").read_bytes()
         (tmp_path / "version").symlink_to("/proc/version")
@@ -265,7 +265,7 @@ class TestTargets:
     def test_a_linked_folder_below_the_target_is_not_entered(
         self, container: Container, command: Command, tmp_path: Path
     ) -> None:
-        """A target that is itself a link to a folder was named by the user, and is."""
+        """A target that is itself a link to a folder was passed by the user, and is followed."""
         container.put("d/sub/b", b"new")
         (tmp_path / "home").mkdir()
         (tmp_path / "x").mkdir()
@@ -323,7 +323,7 @@ class TestTargets:
 
     @pytest.mark.parametrize("direction", ["<", ">"])
     def test_process_substitution(self, container: Container, tmp_path: Path, direction: str) -> None:
-        """What a shell hands over as ``/dev/fd/63``."""
+        """A shell passes ``/dev/fd/63``."""
         container.put("b", content(1 * MiB))
         url, out = container.blob_url("b"), tmp_path / "out"
         (tmp_path / "in").write_bytes(content(1 * MiB, seed=1))
@@ -368,12 +368,12 @@ class TestTargets:
 
 
 class TestPlanted:
-    """In a folder that others can write."""
+    """In a folder that other users can write to."""
 
     def test_an_unfinished_file_that_was_replaced_is_not_continued(
         self, fault_service: FaultService, command: Command, tmp_path: Path
     ) -> None:
-        """Neither by a link nor by another file of its name; they stay what they are."""
+        """Replaced with a link, or with another file of the same name; neither is changed."""
         from tests.cli.test_cp import interrupted_download
 
         for kind in ("link", "file", "hard link"):

@@ -1,4 +1,4 @@
-"""``doctor``: measures, suggests, and leaves nothing behind. What it suggests is checked on made-up networks."""
+"""``doctor`` measures, suggests, and leaves nothing behind. Its suggestions are checked on simulated networks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = ("--size", "8", "--rounds", "1", "--seconds", "0.01")
 
 
 def test_it_measures_and_suggests(container: Container, command: Command) -> None:
-    """The JSON is complete, the suggestion can be used, and the container is as empty as before."""
+    """The JSON is complete, the suggestion can be used, and the container is empty again."""
     ended = command("doctor", f"{container.url}/folder", *QUICK, "--json")
     assert ended.code == 0, ended.err
     (report,) = ended.records
@@ -65,9 +65,9 @@ def test_for_people_it_draws(container: Container, command: Command) -> None:
     ("other", "default", "is_suggested"),
     [
         ([[120, 118, 122]], [[100, 101, 99]], True),
-        ([[120, 90, 122, 121, 119]], [[100, 101, 99, 100, 100]], True),  # one bad moment
-        ([[105, 106, 104]], [[100, 101, 99]], False),  # too little
-        ([[150, 95, 150, 94, 150]], [[100, 101, 99, 100, 100]], False),  # not every time
+        ([[120, 90, 122, 121, 119]], [[100, 101, 99, 100, 100]], True),  # one bad measurement
+        ([[105, 106, 104]], [[100, 101, 99]], False),  # too small a gain
+        ([[150, 95, 150, 94, 150]], [[100, 101, 99, 100, 100]], False),  # not in every measurement
         ([[797, 798, 796]], [[851, 850, 852]], False),
         ([[100, 100, 100]], [[100, 100, 100]], False),
         ([[150, 150, 150], [90, 90, 90]], [[100, 100, 100], [100, 100, 100]], False),  # uploads are slower
@@ -81,7 +81,7 @@ def test_only_what_is_clearly_and_repeatedly_faster_is_suggested(
 
 
 def test_what_it_suggests_can_be_pasted(capfd: pytest.CaptureFixture[str]) -> None:
-    """A line of Python that runs, and lines for a shell, with nothing before or behind them."""
+    """A line of Python that runs, and lines for a shell, with nothing before or after them."""
     place = parse_url("https://account.blob.core.windows.net/c/b")
     session = Session(CredentialOptions(print), Output())
     found = _Diagnosis(_Site(session, place, place, None, 8 * MiB), 1, 0.01, lambda: None)
@@ -121,7 +121,7 @@ def test_who_may_not_write_is_told(container: Container, command: Command) -> No
 
 
 def test_which_credential_had_a_token_is_heard() -> None:
-    """From what azure-identity logs, as its DefaultAzureCredential does, which is a chain."""
+    """From the log of azure-identity, as for DefaultAzureCredential, which is a chain."""
     with TokenSource() as source:
         assert source.found is None
         ChainedTokenCredential(AzuriteTokenCredential()).get_token("https://storage.azure.com/.default")
@@ -156,7 +156,7 @@ def test_interrupted_it_leaves_nothing_behind(fault_service: FaultService, numbe
 
 
 class Network:
-    """A place with so many bytes a second in all and on a connection, without noise; time is made up."""
+    """A simulated network with a fixed rate in total and per connection, without noise."""
 
     def __init__(self, total: float, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
         self.total, self.each, self.now = total, each, 0.0
@@ -185,7 +185,7 @@ def test_climbing_finds_the_smallest_concurrency_that_fills_the_network(
 
 
 def test_measuring_a_slow_place_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is moved fits the rate: a setting costs about the time that was asked for."""
+    """The amount of data follows the rate: a setting takes about the requested time."""
     network = Network(2e6, 2e6, monkeypatch)
     gauge = sweep.Gauge(network.transfer, 512 * MiB, first=1 * MiB, seconds=0.5)
     sweep.climb(gauge, sweep.CONCURRENCIES, lambda n: TransferConfig(max_concurrency=n), 3)

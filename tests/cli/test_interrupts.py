@@ -1,4 +1,4 @@
-"""A download or upload that is interrupted at any line: nothing half-written, nothing left that is not used again."""
+"""A download or upload that is interrupted at any line: no incomplete file or blob, and no unused leftovers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
 from tests.support import KiB, blob_client, content
 
-# An interrupt between the opening of a file and the line that notes it leaves closing it to the collector.
+# After an interrupt between opening a file and storing it, the garbage collector closes the file.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 FILES = [partial, paths, record, transfer]
 SIZE = 300 * KiB
@@ -39,9 +39,9 @@ def hooks() -> Hooks:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("is_handler", [False, True], ids=["interrupt", "handler"])
 def test_a_download(fault_service: FaultService, tmp_path: Path, is_handler: bool) -> None:
-    """The file is old or new, the budget is free, and the next download ends with the bytes and nothing else.
+    """The file is the old or the new one, the budget is free, and the next download ends with exactly the bytes.
 
-    A signal handler may itself download, at any line.
+    A signal handler can itself download, at any line.
     """
     fault_service.allow_anonymous()
     fault_service.put("c", "b", content(SIZE))
@@ -73,7 +73,7 @@ def test_a_download(fault_service: FaultService, tmp_path: Path, is_handler: boo
 
 @pytest.mark.timeout(600)
 def test_an_upload(fault_service: FaultService, tmp_path: Path) -> None:
-    """The blob is old or new, the budget is free, and the next upload ends with the bytes."""
+    """The blob is the old or the new one, the budget is free, and the next upload ends with exactly the bytes."""
     fault_service.allow_anonymous()
     (tmp_path / "file").write_bytes(content(SIZE))
 

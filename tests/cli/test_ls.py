@@ -1,4 +1,4 @@
-"""``ls``: blobs and folders, as the SDK put them."""
+"""``ls``: blobs and folders that were created with the SDK."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_sizes(filled: Container, command: Command) -> None:
 
 
 def test_dates(filled: Container, command: Command) -> None:
-    """Of the last change, in UTC; nothing asks for them unless they are shown."""
+    """The dates of the last change, in UTC; they are requested only if they are shown."""
     changed = filled.client.get_blob_client("a.txt").get_blob_properties().last_modified
     shown = changed.strftime("%Y-%m-%dT%H:%M:%SZ")
     assert any(shown in line and "a.txt" in line for line in command("ls", "-l", filled.url).out.splitlines())

@@ -1,4 +1,4 @@
-"""On a terminal every long action shows how far it is, how fast, and how long it will take."""
+"""On a terminal every long action shows its progress, its rate, and the time left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def on_terminal(container: Container, *commands: list[str], answer: str = "", fa
             while data := os.read(ours, 65536):
                 shown.append(data)
         except OSError:
-            pass  # the other side is closed
+            pass  # the other end is closed
 
     reader = threading.Thread(target=collect)
     environment = {**os.environ, "AZURE_STORAGE_KEY": container.service.account_key, "TERM": "xterm", "COLUMNS": "120"}
@@ -63,7 +63,7 @@ def on_terminal(container: Container, *commands: list[str], answer: str = "", fa
 
 
 def is_shown(what: str, text: str) -> bool:
-    """Whether a bar ended with an amount, a rate and a time left."""
+    """Whether a progress bar ended with an amount, a rate and a time left."""
     return re.search(rf"{what} .* \d[\d.,]*/\d.* \d[\d.,]* ?\w*/s +0:00:00", text) is not None
 
 
