@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
 import azstoragetorch
 
 project = "azstoragetorch"
@@ -43,6 +47,7 @@ html_theme = "furo"
 html_title = "azstoragetorch"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).parent / "_static/scorer.js")
 html_copy_source = False
 html_show_copyright = False
 html_theme_options = {
@@ -52,3 +57,63 @@ html_theme_options = {
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
+
+# The sidebar. The landing page is plain Markdown, which reads well on a code host; its contents are added here.
+CONTENTS = {
+    "Start": ["start/install", "start/credentials", "start/notebook", "tasks", "recipes"],
+    "Guide": [
+        "guide/blobio",
+        "guide/urls",
+        "guide/datasets",
+        "guide/datapipes",
+        "guide/nodes",
+        "guide/checkpoints",
+        "guide/resuming",
+        "guide/tuning",
+        "guide/cli",
+        "guide/troubleshooting",
+    ],
+    "Integrations": [
+        "integrations/fsdp",
+        "integrations/lightning",
+        "integrations/hugging-face",
+        "integrations/tensorboard",
+        "integrations/kubernetes",
+    ],
+    "Coming from": ["coming-from/published", "coming-from/others"],
+    "How it works": ["architecture", "decisions", "reliability", "performance"],
+    "Reference": [
+        "reference/index",
+        "reference/environment",
+        "glossary",
+        "changelog",
+        "deprecation",
+        "contributing",
+        "security",
+    ],
+}
+
+
+def add_contents(_app: Any, page: str, source: list[str]) -> None:
+    """Append the table of contents to the landing page."""
+    if page == "index":
+        for caption, pages in CONTENTS.items():
+            source[0] += "\n".join(["", "```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```", ""])
+
+
+def show_defaults(
+    _app: Any, _what: str, name: str, _object: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Show the defaults of a configuration, which come from the environment, by their values without one."""
+    if name == "azstoragetorch.TransferConfig" and signature:
+        for setting in fields(azstoragetorch.TransferConfig):
+            if setting.default_factory is not MISSING:
+                value = setting.default_factory()
+                is_size = isinstance(value, int) and value >= 1 << 20
+                signature = signature.replace("<factory>", f"{value >> 20} << 20" if is_size else repr(value), 1)
+    return signature, returns
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", add_contents)
+    app.connect("autodoc-process-signature", show_defaults)

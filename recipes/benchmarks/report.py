@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from recipes.benchmarks.libraries import LIBRARIES
 
 MiB = 1 << 20
 COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"}
-WIDTH = 5.5  # inches of a plot: its text is legible on a phone
+DARK = {"ours": "#4da3ff", "published": "#ff8a5c", "sdk": "#b0aaa8", "adlfs": "#b79ae6", "obstore": "#8bc34a"}
+INK = "#242424"  # text, axes and grid
+DARK_INK = "#cfd0d0"
+PALETTES = (COLORS | {"ink": INK}, DARK | {"ink": DARK_INK})
+WIDTH = 4.4  # inches of a plot: its text is legible on a phone
 TITLES = {name: library.title for name, library in LIBRARIES.items()}  # type: ignore[attr-defined]
 WHAT = {
     "read": "read {size}",
@@ -218,7 +223,7 @@ def wrapped(command: str) -> str:
 def figure(path: str, caption: str, found: Results, *cases: str) -> list[str]:
     if not found.cases(*cases):
         return []
-    return [f"```{{figure}} {path}", f":alt: {caption}", ":width: 36rem", "", caption + ".", "```"]
+    return [f"![{caption}]({path})"]
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -309,7 +314,9 @@ def draw(found: Results, folder: Path) -> list[Path]:
 
     plt.rcParams.update(
         {"svg.hashsalt": "azstoragetorch", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
-        | {"axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
+        | {"axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "savefig.transparent": True}
+        | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+        | {"grid.color": INK, "grid.alpha": 0.2}
     )
     made = []
 
@@ -317,8 +324,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
         path = folder / name
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
-        # Fonts are named, not embedded: the reader's own are used.
-        path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+        path.write_text(themed(path.read_text()))
         made.append(path)
 
     large = [case for case in found.cases("read", "write", "save", "load") if not is_step(found, case)]
@@ -347,6 +353,19 @@ def draw(found: Results, folder: Path) -> list[Path]:
     return made
 
 
+def themed(svg: str) -> str:
+    """*svg* with its colors as variables, which follow the light or dark theme of the page that shows it.
+
+    Fonts are named, not embedded: the reader's own are used.
+    """
+    for name, color in {**COLORS, "ink": INK}.items():
+        svg = svg.replace(color, f"var(--{name})")
+    light, dark = ("; ".join(f"--{name}: {color}" for name, color in colors.items()) for colors in PALETTES)
+    style = f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}</style>"
+    svg = svg.replace("<defs>", f"{style}\n <defs>", 1)
+    return "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
+
+
 def is_step(found: Results, case: dict[str, Any]) -> bool:
     """Whether this is a small blob, which stands in another plot."""
     largest = max((run["size"] for run in found.runs if run["case"] == case["case"]), default=0)
@@ -359,9 +378,9 @@ def bars(axes: Any, found: Results, cases: list[dict[str, Any]], what: Any) -> N
         values = [found.median(what, name, **case) or 0 for case in cases]
         positions = [row + (place - (len(found.libraries) - 1) / 2) * height for row in range(len(cases))]
         axes.barh(positions, values, height, label=TITLES[name], color=COLORS[name])
-    axes.set_yticks(range(len(cases)), [f"{name_of(case)}, {case['base']}" for case in cases])
+    axes.set_yticks(range(len(cases)), [textwrap.fill(f"{name_of(case)}, {case['base']}", 20) for case in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(axis="x")
 
 
 def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) -> None:
@@ -385,4 +404,4 @@ def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) 
         axes.yaxis.set_minor_formatter("")
     axes.set_xlabel(f"{label} ({base})")
     axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
+    axes.grid()

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from recipes.access import credential_of_environment
 from recipes.checkpoints.manager import CheckpointManager
 
 FEATURES, BATCH = 32, 48  # of all ranks together: a job that resumes with more ranks has smaller parts
@@ -96,7 +97,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.6f}", flush=True)
 
-    train(options.url, steps=options.steps, every=options.every, report=report)
+    credential = credential_of_environment()
+    train(options.url, steps=options.steps, every=options.every, credential=credential, report=report)
     dist.destroy_process_group()
 
 

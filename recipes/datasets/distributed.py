@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from azstoragetorch import join_url
 from azstoragetorch.datasets import IterableBlobDataset, merge_states
 from azstoragetorch.io import BlobIO
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 from recipes.datasets.train import FOLDER, read
 
 CHECKPOINT = "distributed.pt"
@@ -96,13 +94,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    credential = None  # the SAS in the URL, or what DefaultAzureCredential finds
-    if "AZURE_STORAGE_KEY" in os.environ:
-        credential = AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        train(options.container_url, credential, epochs=options.epochs, workers=options.workers)
+        train(options.container_url, credential_of_environment(), epochs=options.epochs, workers=options.workers)
     finally:
         dist.destroy_process_group()
 

@@ -1,7 +1,12 @@
-"""Photographs in a container, one folder for each class, as batches of tensors; decoded by Pillow in the workers."""
+"""Photographs in a container, one folder for each class, as batches of tensors; decoded by Pillow in the workers.
+
+``python -m recipes.datasets.images URL photos/ cat dog --cache ./cache``
+"""
 
 from __future__ import annotations
 
+import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from azstoragetorch.datasets import Blob, IterableBlobDataset
+from recipes.access import credential_of_environment, split_sas
 
 SIDE = 64  # pixels
 
@@ -52,3 +58,23 @@ def make_loader(
         cache_bytes=200 << 30,
     )
     return DataLoader(images, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read photographs twice, the second time from the cache.")
+    parser.add_argument("container_url", help="a SAS may be in it")
+    parser.add_argument("prefix", help="the folder of the classes, such as photos/")
+    parser.add_argument("classes", nargs="+", help="the folders below it")
+    parser.add_argument("--cache", type=Path, help="a folder on a local disk")
+    options = parser.parse_args()
+    url, credential = split_sas(options.container_url, credential_of_environment())
+    loader = make_loader(url, options.prefix, options.classes, credential, cache_dir=options.cache)
+    for epoch in range(2):
+        loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        start = time.perf_counter()
+        count = sum(len(classes) for _, classes in loader)
+        print(f"epoch {epoch}: {count} images in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

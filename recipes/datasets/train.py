@@ -1,7 +1,11 @@
-"""Train on the blobs of a container; after an interrupt, resume at the next batch."""
+"""Train on the blobs of a container; after an interrupt, resume at the next batch.
+
+``python -m recipes.datasets.train URL --upload 100 --steps 20``
+"""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from azstoragetorch import join_url
 from azstoragetorch.datasets import Blob, IterableBlobDataset
 from azstoragetorch.io import BlobIO
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 
 CHECKPOINT = "checkpoint.pt"
 FOLDER = "vectors/"
@@ -72,3 +76,19 @@ def train(container_url: str, credential: Any, steps: int, *, workers: int = 2) 
                     torch.save(state, blob)
                 return used
         epoch += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train on vectors in a container, from the last checkpoint if any.")
+    parser.add_argument("container_url", help="a SAS may be in it")
+    parser.add_argument("--upload", type=int, default=0, help="first store this many vectors")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    credential = credential_of_environment()
+    upload(options.container_url, credential, options.upload)
+    names = train(options.container_url, credential, options.steps)
+    print(f"{options.steps} batches, from {names[0]} to {names[-1]}; run this again to continue")
+
+
+if __name__ == "__main__":
+    main()

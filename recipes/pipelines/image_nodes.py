@@ -1,7 +1,11 @@
-"""The pipeline of ``images`` with ``torchdata.nodes``: threads instead of worker processes, and exact resume."""
+"""The pipeline of ``images`` with ``torchdata.nodes``: threads instead of worker processes, and exact resume.
+
+``python -m recipes.pipelines.image_nodes URL``
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 from typing import Any
 
@@ -10,7 +14,7 @@ from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode, Batcher, Loader, Mapper, ParallelMapper, Prefetcher
 
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobReader, BlobSharder, ShuffleBuffer
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 from recipes.pipelines import images
 
 
@@ -52,3 +56,13 @@ def make_loader(
     decoded = ParallelMapper(BlobReader(blobs, credential=credential), decode, num_workers=threads)
     batches = Mapper(Batcher(decoded, batch_size, drop_last=False), default_collate)
     return Loader(Prefetcher(batches, prefetch_factor=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the batches of the images in a folder.")
+    parser.add_argument("folder_url", help="a SAS may be in it")
+    images.show(make_loader(parser.parse_args().folder_url, credential_of_environment()))
+
+
+if __name__ == "__main__":
+    main()

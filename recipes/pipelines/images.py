@@ -1,8 +1,13 @@
-"""List images, keep those of a sensible size, open, decode, batch."""
+"""List images, keep those of a sensible size, open, decode, batch.
+
+``python -m recipes.pipelines.images URL``
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
+from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
 
@@ -11,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from azstoragetorch.datapipes import AzureBlobInfoLister, BlobInfo
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 
 
 def is_between(blob: BlobInfo, least: int, most: int) -> bool:
@@ -35,3 +40,18 @@ def make_loader(
     blobs = blobs.filter(functools.partial(is_between, least=least, most=most))
     images = blobs.shuffle().sharding_filter().open_files_by_azure(credential=credential).map(decode)
     return DataLoader(images, batch_size=batch_size, num_workers=workers)
+
+
+def show(loader: Iterable[Any]) -> None:
+    for urls, pixels in loader:
+        print(f"{tuple(pixels.shape)} from {urls[0]} to {urls[-1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the batches of the images in a folder.")
+    parser.add_argument("folder_url", help="a SAS may be in it")
+    show(make_loader(parser.parse_args().folder_url, credential_of_environment()))
+
+
+if __name__ == "__main__":
+    main()

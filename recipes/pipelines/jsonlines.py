@@ -1,14 +1,18 @@
-"""Read big JSON-lines blobs with several workers, each its own ranges, every line exactly once."""
+"""Read large JSON Lines blobs with several workers, each its own ranges, every line exactly once.
+
+``python -m recipes.pipelines.jsonlines URL``
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from azstoragetorch.datapipes import AzureBlobInfoLister
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 
 
 def parse(lines: tuple[str, bytes]) -> list[Any]:
@@ -26,3 +30,14 @@ def make_loader(
     records = ranges.shuffle().sharding_filter().read_files_by_azure(prefetch=2, credential=credential)
     records = records.map(parse).unbatch().shuffle(buffer_size=10_000)
     return DataLoader(records, batch_size=batch_size, num_workers=workers, collate_fn=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count the records of all *.jsonl blobs in a folder.")
+    parser.add_argument("url", help="a SAS may be in it")
+    loader = make_loader(parser.parse_args().url, credential_of_environment())
+    print(f"{sum(len(records) for records in loader):,} records")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,11 @@
-"""Train from WebDataset shards: pack samples into tars, read them with workers, resume in mid-epoch."""
+"""Train from WebDataset shards: pack samples into tars, read them with workers, resume mid-epoch.
+
+``python -m recipes.pipelines.webdataset URL``
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +18,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azstoragetorch.datapipes import AzureBlobFileLister, ResumableDataPipe
-from recipes.access import split_sas
+from recipes.access import credential_of_environment, split_sas
 
 
 def make_samples(count: int) -> Iterator[dict[str, Any]]:
@@ -63,3 +67,18 @@ def train(folder_url: str, credential: Any, *, epochs: int = 2, workers: int = 2
             optimizer.step()
             losses.append(loss.item())
     return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pack images into tar shards and train on them.")
+    parser.add_argument("folder_url", help="a SAS may be in it")
+    parser.add_argument("--samples", type=int, default=1000)
+    options = parser.parse_args()
+    credential = credential_of_environment()
+    shards = pack(make_samples(options.samples), options.folder_url, credential)
+    losses = train(options.folder_url, credential)
+    print(f"{options.samples} images in {len(shards)} shards; loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
+
+
+if __name__ == "__main__":
+    main()
