@@ -1,4 +1,4 @@
-"""A save is all or nothing, whatever befalls it: an error, a killed process, somebody else's hands."""
+"""A save is all or nothing: after an error, a killed process, or changes by others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def writer(url: str, **options: Any) -> BlobStorageWriter:
 
 
 def loaded(url: str) -> int:
-    """The step of the checkpoint that is there, of which all has to be."""
+    """The step of the existing checkpoint, which must be complete."""
     found = load(
         {"x": torch.zeros(100_000), "y": torch.zeros(100_000), "step": -1}, BlobStorageReader(url, credential=False)
     )
@@ -72,7 +72,7 @@ def test_the_metadata_goes_last_and_the_replaced_data_after_it(fault_service: Fa
 
 
 def test_data_goes_out_in_blocks_cut_across_items(fault_service: FaultService, url: str) -> None:
-    """Tens of items in a block, and of one beyond the limit of a block many blocks, all but the last of one size."""
+    """Tens of items in one block; an item above the block limit in many blocks, all but the last of the same size."""
     transfer = TransferConfig(block_size=8 << 20)
     items = {f"k{n:03}": torch.randn(1000) for n in range(100)} | {"large": torch.zeros(20 << 20)}
     save(items, BlobStorageWriter(url, credential=False, blobs_per_rank=1, transfer=transfer))
@@ -82,7 +82,7 @@ def test_data_goes_out_in_blocks_cut_across_items(fault_service: FaultService, u
 
 
 def test_a_large_object_goes_out_in_blocks_too(fault_service: FaultService, url: str) -> None:
-    """Its size is not known when the save is planned."""
+    """Its size is unknown when the save is planned."""
     transfer = TransferConfig(block_size=8 << 20)
     save({"small": 1, "large": bytes(40 << 20)}, BlobStorageWriter(url, credential=False, transfer=transfer))
     assert max(r.body_length for r in fault_service.requests(method="PUT")) == 8 << 20
@@ -103,7 +103,7 @@ def test_overwrite_false_refuses_before_any_upload(fault_service: FaultService, 
 
 
 def test_overwrite_false_also_when_another_was_faster(fault_service: FaultService, url: str) -> None:
-    """Both find nothing and upload; the one that commits later changes nothing."""
+    """Both find no checkpoint and upload; the later commit changes nothing."""
 
     class Slow(dcp.DefaultSavePlanner):
         def resolve_data(self, write_item: Any) -> Any:
@@ -160,7 +160,7 @@ def test_a_passing_fault_is_survived(fault_service: FaultService, url: str, oper
 
 
 def test_a_commit_of_which_nobody_says_whether_it_was_carried_out(fault_service: FaultService, url: str) -> None:
-    """The error does not claim that the save had no effect, and whichever of both is there is whole."""
+    """The error does not claim that the save had no effect, and the old or new checkpoint is complete."""
     save(state(0), writer(url))
     is_metadata = Match("put_blob", path="metadata")
     fault_service.script(is_metadata, [LostAnswer()], repeat=True)
@@ -198,7 +198,7 @@ def test_a_failing_item_is_named_and_nothing_is_committed(fault_service: FaultSe
 
 
 def test_an_item_that_no_rank_saved_fails_the_save(fault_service: FaultService, url: str) -> None:
-    """Stock torch returns success with entries missing."""
+    """torch itself reports success with missing entries."""
 
     class Forgetful(BlobStorageWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
@@ -241,7 +241,7 @@ def test_hostile_metadata_does_not_have_others_blobs_deleted(fault_service: Faul
 
 
 def test_readers_see_the_old_or_the_new_at_every_instant(fault_service: FaultService, url: str) -> None:
-    """A reader that begins at any time during overwriting gets one of both, whole, or says that it was overtaken."""
+    """A reader that starts at any time while it is overwritten gets a complete one, or says that it was replaced."""
     save(state(0), writer(url))
     done = threading.Event()
 
@@ -260,7 +260,7 @@ def test_readers_see_the_old_or_the_new_at_every_instant(fault_service: FaultSer
             overtaken.append(str(error))
     thread.join()
     assert seen == sorted(seen)
-    # The data of the old one was deleted after its metadata had been read.
+    # The data of the old one was deleted after its metadata was read.
     assert all("is missing" in error for error in overtaken)
     assert loaded(url) == 11
 
@@ -285,7 +285,7 @@ MOMENTS = [
 
 
 def moments() -> list[Any]:
-    """Every moment, of which the plain suite runs those that differ most."""
+    """Every moment; the standard suite runs those that differ most."""
     quick = {("put_block", 2, True, True), ("put_block_list", 2, True, True), ("put_block_list", 1, False, False)}
     quick |= {("put_blob", 1, True, True), ("put_blob", 1, True, False), ("delete", 1, True, True)}
     return [
@@ -305,7 +305,7 @@ def moments() -> list[Any]:
 def test_kill_9_at_any_moment(
     fault_service: FaultService, url: str, operation: str, nth: int, had_one: bool, is_carried_out: bool
 ) -> None:
-    """The process dies while a request is on its way, which the service carries out or not."""
+    """The process is killed while a request is in flight, which the service carries out or not."""
     if had_one:
         save(state(1), writer(url, blobs_per_rank=2))
     fault_service.log.clear()
@@ -342,7 +342,7 @@ def test_kill_9_at_any_moment(
 
 
 def test_staged_blocks_of_a_killed_save_are_cleaned(container: Container) -> None:
-    """Blobs of which there are staged blocks only are invisible, and paid for."""
+    """Blobs with only staged blocks are invisible, and are billed."""
     url = container.blob_url("run")
     save({"x": torch.ones(3)}, BlobStorageWriter(url, credential=container.key))
     name = "run/__0_0.20200101000000-0123456789abcdef.distcp"
@@ -353,7 +353,7 @@ def test_staged_blocks_of_a_killed_save_are_cleaned(container: Container) -> Non
     assert load({"x": torch.zeros(3)}, BlobStorageReader(url, credential=container.key))["x"].tolist() == [1, 1, 1]
 
 
-# -- loading what is not in order -------------------------------------------------------------------------------------
+# -- loading damaged checkpoints -------------------------------------------------------------------------------------
 
 
 def failed_load(url: str, target: dict[str, Any] | None = None, **options: Any) -> BaseException:
@@ -402,7 +402,7 @@ def test_a_blob_that_changes_while_it_is_read_is_an_error(fault_service: FaultSe
 
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_flipped_bit_is_noticed_with_validate_content(fault_service: FaultService, url: str, times: int) -> None:
-    """One that passes is fetched again, one that stays is an error; nothing wrong is loaded without an error."""
+    """A transient one is fetched again, a permanent one is an error; wrong data is never loaded silently."""
     validating = replace(QUICK, validate_content=True, max_attempts=3)
     save(state(1), BlobStorageWriter(url, credential=False, transfer=validating))
     sent = fault_service.requests("put_block")
@@ -442,7 +442,7 @@ def test_a_refused_blob_names_key_rank_and_reason(
 
 
 def test_refused_metadata_is_not_taken_for_missing(fault_service: FaultService, url: str) -> None:
-    """torch would go on to look for a rank's own metadata and hide the reason."""
+    """torch would continue with the metadata of the rank and hide the reason."""
     save(state(1), writer(url))
     fault_service.script(Match("get_blob", path="metadata"), [Status(403)])
     mine = BlobStorageReader(url, credential=False)

@@ -1,4 +1,4 @@
-"""The format: byte for byte what torch.save writes, and metadata that runs no foreign code."""
+"""The format: the same bytes as torch.save, and metadata that runs no foreign code."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_envelope_and_the_bare_bytes_are_what_torch_load_reads(dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_the_ends_of_an_item_tell_what_lies_between(dtype: torch.dtype) -> None:
-    """Also of one that another version of torch laid out: nothing is taken for granted but what torch.load reads."""
+    """Also of items from other versions of torch: only what torch.load reads is assumed."""
     tensor = torch.zeros(300, 400, dtype=dtype)
     item = saved(tensor)
     found = probe(item[:4096], item[-4096:], len(item))
@@ -95,7 +95,7 @@ def test_the_ends_of_an_item_tell_what_lies_between(dtype: torch.dtype) -> None:
         torch.zeros(300, 400).to_sparse(),
         torch.eye(700).to_sparse_csr(),
         torch.quantize_per_tensor(torch.zeros(90_000), 0.1, 0, torch.qint8),
-        torch.zeros(100_000)[5_000:],  # part of a storage
+        torch.zeros(100_000)[5_000:],  # a part of a storage
         [torch.zeros(90_000), torch.ones(3)],
         "x" * 100_000,
     ],
@@ -191,7 +191,7 @@ def test_a_dotted_global_does_not_reach_around_the_list() -> None:
 
 
 def test_a_pickle_that_changes_admitted_classes_is_refused_and_undone() -> None:
-    """The BUILD opcode sets attributes of whatever is on the stack, classes included."""
+    """The BUILD opcode sets attributes of anything on the stack, including classes."""
     before = dict(vars(Metadata))
     module, name = b"torch.distributed.checkpoint.metadata", b"Metadata"
     push = b"\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93"
@@ -248,7 +248,7 @@ def test_what_makes_no_sense_is_refused() -> None:
 @pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2147483647\n"])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_no_memory_is_taken_for_objects_that_cannot_be(put: bytes, protocol: int) -> None:
-    """A number in a pickle makes the unpickler fill 16 bytes for each lower one."""
+    """A number in a pickle makes the unpickler allocate 16 bytes for each lower one."""
     data = pickle.dumps(make_metadata(), protocol)
     ops = [position for op, _, position in pickletools.genops(data) if op.name in ("EMPTY_DICT", "DICT")]
     with pytest.raises(CheckpointError, match=r"not an intact pickle.*numbers an object"):
@@ -263,7 +263,7 @@ def test_cut_metadata_is_an_error(cut_at: int) -> None:
 
 
 def test_flipped_bits_are_an_error_or_harmless() -> None:
-    """Never anything but metadata or a CheckpointError, and nothing changes in this process."""
+    """The result is metadata or a CheckpointError, and nothing changes in this process."""
     data = dump_metadata(make_metadata())
     for at in range(0, len(data), 3):
         damaged = bytearray(data)
@@ -335,7 +335,7 @@ def test_names_of_saves_tell_their_age_and_never_repeat() -> None:
 
 
 def test_reading_many_items_costs_little_more_than_unpickling_them() -> None:
-    """A ratio of processor time, so it holds on a busy machine: 100,000 items are to be read in seconds."""
+    """A ratio of CPU times, so it holds on a busy machine: 100,000 items must be read in seconds."""
     entries, storage = {}, {}
     for number in range(5_000):
         key = f"model.layers.{number}.weight"
@@ -357,7 +357,7 @@ def test_reading_many_items_costs_little_more_than_unpickling_them() -> None:
     assert min(cost(load_metadata) for _ in range(3)) < 6 * plain
 
 
-# -- private names of torch that there is no way around; see ALLOWED_PRIVATE in tests/test_architecture.py ------------
+# -- private names of torch that cannot be avoided; see ALLOWED_PRIVATE in tests/test_architecture.py ------------
 
 
 def test_torch_still_has_the_private_names_that_the_format_needs() -> None:

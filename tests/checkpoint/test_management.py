@@ -1,4 +1,4 @@
-"""Finding, looking into, converting and removing checkpoints."""
+"""Find, inspect, convert and remove checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several checkpoints are the last, by the names of their folders."""
+"""Which checkpoints are the latest, by the names of their folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from azstoragetorch.checkpoint._order import all_but_last, in_order
     ],
 )  # fmt: skip
 def test_the_last_are_those_of_the_highest_steps(names: list[str], count: int, doomed: list[str]) -> None:
-    """Each name counts once, and what has no number is neither counted nor deleted."""
+    """Each name counts once, and names without a number are neither counted nor deleted."""
     assert list(all_but_last(names, count).doomed) == doomed
 
 

@@ -1,4 +1,4 @@
-"""Plans are pure, so they are tested against index arithmetic on small arrays."""
+"""Plans are pure functions, so they are compared with indexing of small arrays."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_requests_carry_every_piece_and_fetch_no_byte_twice(pieces: list[Piece],
 
 
 def test_neighbours_share_requests_of_even_length() -> None:
-    """94 MiB in 318 tensors, with what stands between them, are 12 requests."""
+    """94 MiB in 318 tensors, with the bytes between them, are 12 requests."""
     pieces, at = [], 0
     for number, size in enumerate([1_840_000, *[2048] * 5] * 53):
         pieces.append(Piece("blob", at, at + size, number, Box((), ())))

@@ -1,4 +1,4 @@
-"""Saves, loads and cleaning that meet: each is right or fails clearly. `tests/interleavings` has all the orders."""
+"""Concurrent saves, loads and cleaning: each is right or fails clearly. `tests/interleavings` has all orders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def writer(url: str, **options: Any) -> BlobStorageWriter:
 
 
 class Meanwhile(dcp.DefaultSavePlanner):
-    """Does something once while the data of a save is uploaded."""
+    """Runs an action once while the data of a save is uploaded."""
 
     def __init__(self, action: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_of_two_saves_at_once_the_later_commit_fails_and_changes_nothing(
 def test_a_save_of_one_rank_alone_fails_if_all_ranks_have_saved_meanwhile(
     fault_service: FaultService, url: str
 ) -> None:
-    """Readers prefer the checkpoint of all ranks, so success would be a lie."""
+    """Readers prefer the checkpoint of all ranks, so reporting success would be wrong."""
     with pytest.raises(CheckpointConflictError, match="of rank 0 alone") as caught:
         save(
             state(2),
@@ -164,7 +164,7 @@ def test_saves_by_one_writer_that_overlap_keep_their_states_apart(url: str, is_o
 
 
 def test_a_save_inside_another_by_the_same_writer_and_thread(url: str) -> None:
-    """As a signal handler does it, between two calls of torch."""
+    """As in a signal handler, between two calls of torch."""
     mine = writer(url)
 
     class Interrupted(dcp.DefaultSavePlanner):
@@ -187,7 +187,7 @@ def test_an_error_while_old_data_is_deleted_does_not_fail_the_save(fault_service
 
 
 def test_cleaning_leaves_a_save_in_progress_alone(fault_service: FaultService, url: str) -> None:
-    """By default, also if there are old leftovers to delete, with which the metadata is written anew."""
+    """By default, also if there are old leftovers to delete, which rewrites the metadata."""
     save(state(1), writer(url))
     fault_service.put("data", f"run/{OLD}", b"x")
     cleaned: list[str] = []
@@ -200,7 +200,7 @@ def test_cleaning_leaves_a_save_in_progress_alone(fault_service: FaultService, u
 def test_cleaning_without_a_min_age_fails_a_save_in_progress_with_the_previous_one_in_place(
     fault_service: FaultService, url: str, had_one: bool
 ) -> None:
-    """The deletions arrive after the save has ended, since the service is slow to carry them out."""
+    """The deletions take effect after the save has ended, since the service is slow."""
     if had_one:
         save(state(1), writer(url))
     original = BlobStorageWriter.finish
@@ -307,7 +307,7 @@ def test_cached_metadata_is_the_callers_to_change(url: str) -> None:
 
 
 def test_an_old_failure_does_not_block_the_next_load(fault_service: FaultService, url: str) -> None:
-    """Of a rank's own metadata, which torch asks for when there is none of the whole checkpoint."""
+    """For the metadata of one rank, which torch requests if there is none of all ranks."""
     dcp.save(state(1), storage_writer=writer(url), no_dist=True, use_collectives=False)
     reader = BlobStorageReader(url, credential=False)
     fault_service.script(Match("get_blob", path="metadata"), [Status(403)])
@@ -319,7 +319,7 @@ def test_an_old_failure_does_not_block_the_next_load(fault_service: FaultService
 
 
 def test_what_a_save_costs_in_requests(fault_service: FaultService, url: str) -> None:
-    """One more than a save needs that nobody gets in the way of: a look, if there was no checkpoint before."""
+    """One more than an undisturbed save: a check, if there was no checkpoint before."""
     sent = []
     for step in (1, 2):
         fault_service.log.clear()
@@ -331,7 +331,7 @@ def test_what_a_save_costs_in_requests(fault_service: FaultService, url: str) ->
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_child_knows_nothing_of_its_parents_checkpoints(url: str) -> None:
-    """What a process knows of checkpoints is its own, and no lock that a fork could leave taken guards it."""
+    """Knowledge about checkpoints belongs to one process, and no lock guards it that a fork could leave locked."""
     save(state(1), writer(url))
     assert loaded(url) == 1
     assert _folder._known.peek() is not None
@@ -342,7 +342,7 @@ def test_a_forked_child_knows_nothing_of_its_parents_checkpoints(url: str) -> No
 
 
 def test_what_ranks_saved_that_are_no_more_is_deleted(fault_service: FaultService, url: str) -> None:
-    """Without collectives each rank loads its own metadata, and as many ranks as before would load two steps."""
+    """Without collectives each rank loads separate metadata, and as many ranks as before would load two steps."""
     for rank in range(3):
         mine = writer(url)
         mine.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)

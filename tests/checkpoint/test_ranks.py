@@ -1,4 +1,4 @@
-"""Several real ranks: sharding and resharding, failures that reach everybody, asynchronous saves, sharing."""
+"""Several real ranks: sharding and resharding, failures on every rank, asynchronous saves, sharing."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_no_permission_is_said_on_every_rank(container: Container, base: str) ->
     wrong = AzureSasCredential("sv=2021-08-06&sig=AAAA")
     for job in (jobs.fail_to_load, jobs.fail_in_the_middle):
         for rank, told in enumerate(run_ranks(2, job, base, wrong)):
-            first = rank if job is jobs.fail_to_load else 0  # a save begins with a look by the coordinator alone
+            first = rank if job is jobs.fail_to_load else 0  # a save starts with a check by the coordinator only
             assert f"(RANK {first})" in told
             assert "403" in told
             assert base in told
@@ -150,7 +150,7 @@ IN_TWO_DIMENSIONS = ["hybrid sharded", "tensor and fully sharded"]
 def test_a_model_and_its_optimizer_go_on_in_parallel_of_another_kind(
     container: Container, base: str, ranks: int, saved: str, others: list[tuple[int, str]]
 ) -> None:
-    """torch's own state dicts of DDP, FSDP2, tensor parallelism, and two of them at once."""
+    """State dicts of DDP, FSDP2, tensor parallelism, and two of them combined."""
     before = run_ranks(ranks, jobs.save_parallel, base, container.key, saved)[0]
     assert len(before["model"]) == 4
     assert len(before["optimizer"]["state"]) == 4
@@ -183,7 +183,7 @@ def test_what_is_shared_may_be_of_any_layout(container: Container, base: str) ->
 
 @pytest.mark.parametrize("what", ["resolve_tensor", "load_bytes", "commit_tensor"])
 def test_a_planner_that_fails_while_ranks_share_ends_all_of_them(container: Container, base: str, what: str) -> None:
-    """Nobody is left waiting for a broadcast, and the error is that of the planner."""
+    """No rank waits for a broadcast forever, and the error is the one of the planner."""
     run_ranks(2, jobs.save_replicated, base, container.key)
     for told in run_ranks(2, jobs.load_once_with_a_picky_planner, base, container.key, what):
         assert f"no {what} today" in told
@@ -203,7 +203,7 @@ def test_a_planner_that_fails_while_ranks_share_ends_all_of_them(container: Cont
 def test_a_rank_that_fails_before_it_shares_ends_all_of_them(
     container: Container, base: str, ranks: tuple[int, ...], where: str, how: str
 ) -> None:
-    """No rank waits for one that has left: every rank raises its error, and the group can be used for the next load."""
+    """No rank waits for a failed one: every rank raises its error, and the group can be used for the next load."""
     run_ranks(2, jobs.save_replicated, base, container.key)
     results = run_ranks(3, jobs.load_once_and_fail_early, base, container.key, ranks, where, how)
     for rank, told in enumerate(results):

@@ -1,4 +1,4 @@
-"""Metadata is parsed, never executed: whatever is in it, the result is metadata or a CheckpointError, at once."""
+"""Metadata is parsed, never executed: the result is always metadata or a CheckpointError, without delay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from azstoragetorch.checkpoint._format import Item, Payload, dump_metadata, load_metadata, read_item, storage_info
 from azstoragetorch.exceptions import CheckpointError
 
-SECONDS = 5.0  # no small input takes this long, on a busy machine either
+SECONDS = 5.0  # small inputs never take this long, even on a busy machine
 WATCHED: tuple[Any, ...] = (
     Metadata,
     TensorStorageMetadata,
@@ -93,7 +93,7 @@ def with_attributes(**attributes: Any) -> bytes:
 
 
 def state_of(found: Metadata) -> Any:
-    """All that *found* says, as plain objects."""
+    """The contents of *found* as plain objects."""
     storage = {(key.fqn, key.offset, key.index): read_item(info) for key, info in found.storage_data.items()}
     return found.state_dict_metadata, found.planner_data, storage, found.storage_meta, found.version
 
@@ -111,7 +111,7 @@ def test_what_pickle_reads_is_read_alike(protocol: int) -> None:
 @pytest.mark.parametrize("entries", [1, 2, 1000, 1001, 2500])
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_tables_of_any_length_are_read_alike(entries: int, protocol: int) -> None:
-    """Pickles set items in batches of 1,000, and a last single one in another way."""
+    """Pickles set items in batches of 1,000, and a single last one with another opcode."""
     names = [f"n{number}" for number in range(entries)]
     data = pickle.dumps(
         Metadata(
@@ -171,7 +171,7 @@ def nested(levels: int, kind: type[Any] = list) -> Any:
 
 
 def poison(place: bytes, what: bytes) -> bytes:
-    """A pickle that sets the attribute ``_str`` of a class, and then is intact."""
+    """A pickle that sets the attribute ``_str`` of a class and is otherwise valid."""
     good = pickle.dumps(metadata(), 4)
     name = b"\x8c" + bytes([len(place)]) + place + b"\x8c" + bytes([len(what)]) + what + b"\x93"
     return good[:2] + name + b"N}\x8c\x04_strK\x01s\x86b0" + good[11:]
@@ -256,7 +256,7 @@ HOSTILE["a description inside of a description, often"] = (
 
 
 def without_last_value() -> bytes:
-    """Metadata whose first index has the names of all fields, but not the value of the last."""
+    """Metadata whose first index has the names of all fields but lacks the last value."""
     good = pickle.dumps(metadata(), 4)
     name = b"\x8c\x06offset\x94"
     at = good.index(name, good.index(b"MetadataIndex")) + len(name)
@@ -275,7 +275,7 @@ def _nothing_changes() -> Iterator[None]:
     before = snapshot()
     yield
     for was, now in zip(before, snapshot(), strict=True):
-        # What Python itself caches on classes is not of the pickle.
+        # What Python itself caches on classes does not come from the pickle.
         assert {name: value for name, value in was.items() if now.get(name, ...) is not value} == {}
 
 
@@ -299,7 +299,7 @@ def test_fields_that_metadata_cannot_have_are_refused(name: str) -> None:
 
 
 def test_equal_descriptions_are_read_once_and_given_to_each_key_apart() -> None:
-    """A caller who changes the description of one tensor does not change that of another."""
+    """Changing the description of one tensor does not change that of another."""
     size = torch.Size([4, 6])
     entries = {
         f"t{number}": TensorStorageMetadata(
@@ -341,7 +341,7 @@ def test_hostile_metadata_takes_memory_in_proportion(code: bytes) -> None:
 
 
 def test_equal_keys_are_refused() -> None:
-    """Of two entries for one item, which is right?"""
+    """With two entries for one item, neither can be trusted."""
     data = dump_metadata(
         metadata(
             storage_data={MetadataIndex("dd"): _StorageInfo("x", 0, 1), MetadataIndex("ee"): _StorageInfo("x", 1, 1)}

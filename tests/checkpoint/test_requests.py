@@ -1,4 +1,4 @@
-"""What a load asks for: how many requests, which bytes, how much memory. Counted, not timed."""
+"""The requests of a load: how many, which bytes, how much memory. Counted, not timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def put(url: str, state: dict[str, Any], **options: Any) -> None:
 
 
 def reads(service: FaultService) -> list[tuple[int, int]]:
-    """The ranges of data that were asked for."""
+    """The requested ranges of data."""
     found = []
     for request in service.requests("get_blob", path="distcp"):
         assert request.range is not None
@@ -48,7 +48,7 @@ def reads(service: FaultService) -> list[tuple[int, int]]:
 
 
 def take(url: str, wanted: list[tuple[tuple[int, ...], tuple[int, ...]]], key: str = "x", **options: Any) -> list[Any]:
-    """Load boxes (offsets, lengths) of one tensor, as a planner that reshards does."""
+    """Load boxes (offsets, lengths) of one tensor, like a planner that reshards."""
     targets = [torch.zeros(lengths) for _, lengths in wanted]
 
     class Boxes(dcp.DefaultLoadPlanner):
@@ -128,7 +128,7 @@ def test_columns_of_short_rows_are_fetched_in_one_span_and_of_long_ones_alone(
 
 
 def test_no_byte_is_fetched_twice(fault_service: FaultService, url: str) -> None:
-    """Not where boxes overlap, and not where they are the same."""
+    """Neither if boxes overlap nor if they are equal."""
     values = torch.randn(1000, 256)
     put(url, {"x": values})
     fault_service.log.clear()
@@ -154,7 +154,7 @@ def test_parts_of_a_large_tensor_travel_together(fault_service: FaultService, ur
 
 
 def test_every_request_for_data_is_pinned(fault_service: FaultService, url: str, tmp_path: Path) -> None:
-    """Ours by the ETag that the save noted; of a foreign checkpoint all but the first of each blob."""
+    """With the ETag that the save recorded; in a foreign checkpoint, all but the first request of each blob."""
     put(url, {"x": torch.randn(100_000)})
     fault_service.log.clear()
     load({"x": torch.zeros(100_000)}, BlobStorageReader(url, credential=False))
@@ -177,7 +177,7 @@ def test_every_request_for_data_is_pinned(fault_service: FaultService, url: str,
 def test_large_items_of_a_foreign_checkpoint_go_straight_to_their_tensors(
     fault_service: FaultService, url: str, tmp_path: Path
 ) -> None:
-    """Their layout is read off both ends, so a slice needs no more than its rows."""
+    """Their layout is read from both ends, so a slice needs only its rows."""
     values = torch.randn(1000, 1000)
     save({"x": values}, dcp.FileSystemWriter(tmp_path))
     for path in tmp_path.iterdir():
@@ -225,7 +225,7 @@ print(status("VmHWM") - before)
 def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
     fault_service: FaultService, url: str, kind: str, tmp_path: Path
 ) -> None:
-    """128 MiB and more. Decoded are items of torch's writer that are stored in another order than that of indices."""
+    """128 MiB and more. Items of torch's writer that are stored in another order than that of indices are decoded."""
     limit = 32 * MiB
     state = {f"x{n}": torch.full((8 << 10, 1 << 10), float(n)) for n in range(4)} | {"small": torch.zeros(1000)}
     if kind == "decoded":
@@ -253,7 +253,7 @@ def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
 
 
 def test_a_save_takes_no_more_than_the_limit_beside_its_tensors(fault_service: FaultService, url: str) -> None:
-    """128 MiB that have to be copied, since they do not lie in memory as they are saved."""
+    """128 MiB that must be copied, since their memory layout is not the saved one."""
     program = (
         "import sys, warnings, torch, torch.distributed.checkpoint as dcp\n"
         "from azstoragetorch import TransferConfig\n"
@@ -293,7 +293,7 @@ def test_scattering_leaves_out_gaps_and_copies_overlaps() -> None:
 
 
 def test_the_way_of_accelerators_works_on_the_cpu_too() -> None:
-    """The same code: slices of limited size through buffers of a lane, waited for one behind."""
+    """The same code: slices of limited size through the buffers of a lane, waited for one later."""
     lane = host.Lane(torch.device("cpu"))
     assert not lane.is_pinned
     for tensor in (
@@ -309,7 +309,7 @@ def test_the_way_of_accelerators_works_on_the_cpu_too() -> None:
 
 
 class LateLane(host.Lane):
-    """As late as an accelerator may be: what is copied is there when it has been waited for, and not before."""
+    """As late as an accelerator can be: copied data is there only after waiting for it."""
 
     is_pinned = True
 
@@ -339,7 +339,7 @@ class LateLane(host.Lane):
 def test_copies_are_waited_for_before_what_they_are_of_is_used(
     fault_service: FaultService, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that goes through lanes, which without an accelerator is what does not lie in memory as it is stored."""
+    """Everything that uses lanes; without an accelerator, that is data with another memory layout than stored."""
     monkeypatch.setattr(host, "Lane", LateLane)
     monkeypatch.setattr(_load, "Lane", LateLane)
     state = {
@@ -376,7 +376,7 @@ def test_tensors_on_an_accelerator_go_through_pinned_memory(fault_service: Fault
 
 
 def test_tensors_beyond_4_gib_are_planned_in_the_metadata_without_their_bytes() -> None:
-    """The sizes that a save hints and the pieces that a load plans are exact integers."""
+    """The sizes that a save declares and the pieces that a load plans are exact integers."""
     from torch.distributed.checkpoint.metadata import TensorProperties
     from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 

@@ -1,4 +1,4 @@
-"""What is saved is loaded to the bit: by us, by torch's own reader, and from what torch's own writer wrote."""
+"""Saved state is loaded bitwise: by us, by torch's reader, and from checkpoints of torch's writer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KiB, MiB = 1 << 10, 1 << 20
 
 
 def download(container: Container, folder: str, target: Path) -> Path:
-    """Copy the checkpoint down, as azcopy does."""
+    """Download the checkpoint, as azcopy does."""
     target.mkdir()
     for name in container.names():
         if name.startswith(f"{folder}/"):
@@ -102,7 +102,7 @@ def test_we_load_what_torchs_own_writer_wrote(
 
 
 def test_a_copy_elsewhere_loads(container: Container, url: str) -> None:
-    """The ETags that the save noted are those of the original."""
+    """The recorded ETags are those of the original."""
     save(rich_state(), writer(container, url))
     for name in container.names():
         container.put(name.replace("run/step 1", "copy"), container.get(name))
@@ -125,7 +125,7 @@ def test_torchs_loading_from_keys(container: Container, url: str) -> None:
 def test_load_keys_builds_the_nested_state_dict(container: Container, url: str) -> None:
     state = rich_state()
     save(state, writer(container, url))
-    # DCP keeps no tuple apart from a list, nor a Parameter from a tensor.
+    # DCP does not distinguish a tuple from a list, or a Parameter from a tensor.
     whole = load_keys(url, credential=container.key)
     same(state, whole)
     some = load_keys(url, ["model.weight", "optimizer", "bf16"], credential=container.key)
@@ -187,7 +187,7 @@ def test_targets_of_any_layout_in_memory(container: Container, url: str) -> None
 
 
 def test_tied_weights_are_fetched_once_and_reach_every_target(container: Container, url: str) -> None:
-    """Two reads of the very same bytes: what AWS's reader raises on."""
+    """Two reads of the same bytes, for which AWS's reader raises an error."""
     values = torch.randn(1000)
     save({"x": values}, writer(container, url))
 
@@ -208,7 +208,7 @@ def test_tied_weights_are_fetched_once_and_reach_every_target(container: Contain
 
 
 class Inverting(StreamTransformExtension):
-    """A transformation that stands in for compression: no library of one is needed."""
+    """A transformation in the place of compression, without a library."""
 
     @staticmethod
     def registry_name() -> str:
@@ -256,7 +256,7 @@ def test_extensions_transform_both_ways_and_as_torch_does(container: Container, 
         load(blank(state), reader(container, there))
 
 
-# -- what else torch asks of a writer and a reader --------------------------------------------------------------------
+# -- what else torch requires of a writer and a reader -----------------------------------------------------------------
 
 
 def test_checkpoint_id_names_another_folder_and_none_keeps_the_last(container: Container) -> None:
@@ -335,7 +335,7 @@ def test_a_credential_is_not_sent_to_another_account() -> None:
 
 
 def test_plan_caching_over_several_saves(container: Container, url: str) -> None:
-    """Plans that torch reuses say nothing of where a save puts its data, so they cannot go stale."""
+    """Plans that torch reuses do not contain where a save puts its data, so they cannot become stale."""
     mine = writer(container, url)
     for step in range(3):
         state = {"x": torch.full((1000,), float(step)), "step": step}
@@ -344,7 +344,7 @@ def test_plan_caching_over_several_saves(container: Container, url: str) -> None
 
 
 def test_asynchronous_saves_of_one_process(container: Container, url: str) -> None:
-    """Without a process group, which only torch's executor in a thread does without."""
+    """Without a process group, as is possible with torch's thread executor."""
     mine = writer(container, url, progress=TqdmProgress(disable=True))
     for step in range(2):
         value = torch.full((1000,), float(step))
@@ -402,7 +402,7 @@ def test_progress_counts_all_bytes_planned(container: Container, url: str) -> No
 def test_an_error_of_the_progress_callback_is_a_warning_and_nothing_else(
     container: Container, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Hours of training are not lost to a display."""
+    """A display must not cost hours of training."""
     calls = []
 
     def report(done: int, planned: int) -> None:

@@ -1,4 +1,4 @@
-"""Saving and loading do not depend on the modes and default devices that surround the call."""
+"""Saving and loading do not depend on the modes and default devices of the caller."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SURROUNDINGS: dict[str, Any] = {
 
 
 def state_dict(fill: float) -> dict[str, Any]:
-    """On the CPU: in order, transposed, strided, of another type than saved, large enough to be probed, no tensor."""
+    """On the CPU: in order, transposed, strided, of another type than saved, large enough to probe, not a tensor."""
     with torch.device("cpu"):
         base = torch.arange(600 * 300, dtype=torch.float32).reshape(600, 300)
         return {
@@ -75,7 +75,7 @@ def test_saving_and_loading_in_any_surroundings(name: str, url: str) -> None:
 
 
 def test_loading_into_tensors_that_were_made_in_inference_mode(url: str) -> None:
-    """Other threads than the one in that mode copy into them."""
+    """Threads that are not in that mode copy into them."""
     saved = state_dict(1.0)
     dcp.save(saved, storage_writer=BlobStorageWriter(url, credential=False), no_dist=True)
     with torch.inference_mode():
@@ -113,7 +113,7 @@ def test_weights_only_loads_what_is_harmless(url: str) -> None:
 def test_staging_memory_that_cannot_be_allocated_is_an_error_and_no_hang(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes of the budget are given back, so that the next load goes through."""
+    """The bytes of the budget are given back, so the next load works."""
     saved = state_dict(1.0)
     dcp.save(saved, storage_writer=BlobStorageWriter(url, credential=False), no_dist=True)
     transfer = TransferConfig(memory_limit=8 << 20)

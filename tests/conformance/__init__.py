@@ -1,1 +1,1 @@
-"""Suites that several implementations of one interface inherit, so that they all keep the same promises."""
+"""Suites that several implementations of one interface inherit, so that all behave the same."""

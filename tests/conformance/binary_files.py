@@ -1,4 +1,4 @@
-"""What Python and its libraries expect of a binary file. Every implementation passes the same suite."""
+"""What Python and its libraries expect from a binary file. Every implementation passes the same suite."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from PIL import Image
 
 
 class Files(Protocol):
-    """One file, and a door beside the implementation to look at it."""
+    """One file, with access to its bytes that bypasses the implementation."""
 
     def open(self, mode: str) -> Any:
         """The implementation under test: mode ``rb`` or ``wb``."""
@@ -40,9 +40,9 @@ DATA = random.Random(0).randbytes(200_000)
 
 
 class BinaryFileSuite:
-    """Inherit, and provide the fixture ``files``."""
+    """Inherit from this suite and provide the fixture ``files``."""
 
-    # -- as Python defines a file
+    # -- as defined by Python
 
     @pytest.mark.parametrize("data", [b"", b"x", b"0123456789", DATA], ids=len)
     def test_reads_what_is_there(self, files: Files, data: bytes) -> None:
@@ -212,7 +212,7 @@ class BinaryFileSuite:
             with pytest.raises(io.UnsupportedOperation):
                 io.BufferedIOBase.detach(file)
 
-    # -- as libraries use one
+    # -- as used by libraries
 
     @pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
     def test_torch(self, files: Files, new_format: bool) -> None:

@@ -1,4 +1,4 @@
-"""What `torch.distributed.checkpoint` and its users expect of a storage writer and reader. Every pair inherits it."""
+"""What `torch.distributed.checkpoint` expects from a storage writer and reader. Every pair inherits this suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checkpoint.states import alone, blank, load, rich_state, same, save
 
 
 class Place(Protocol):
-    """Where checkpoints are. It pickles: ranks make their writers and readers of it."""
+    """The location of checkpoints. It can be pickled: ranks create their writers and readers with it."""
 
     def writer(self, folder: str = "run", **options: Any) -> Any:
         """A writer to *folder*."""
@@ -40,10 +40,10 @@ class Place(Protocol):
 
 
 class Door(Protocol):
-    """The files of a checkpoint, past the implementation."""
+    """Access to the files of a checkpoint that bypasses the implementation."""
 
     def carry(self) -> None:
-        """Bring what was written to where it is read; does nothing where that is the same."""
+        """Copy what was written to where it is read, if that is another place."""
         ...
 
     def names(self, folder: str = "run") -> list[str]:
@@ -69,7 +69,7 @@ def load_on_ranks(rank: int, place: Place, layouts: list[str], step: int) -> Non
 
 
 def save_and_fail_on_ranks(rank: int, place: Place) -> list[int]:
-    """The ranks that are said to have failed."""
+    """The ranks that are reported as failed."""
     try:
         dcp.save(jobs.sharded("rows", 1), storage_writer=place.writer(), planner=jobs.FailingPlanner())
     except dcp.CheckpointException as error:
@@ -98,7 +98,7 @@ OBJECTS = [7, 1.5, True, None, "text", b"bytes", [], {}, {"a": [1, {"b": 2}]}, (
 
 
 class CheckpointStorageSuite:
-    """Inherit, and provide the fixtures ``place`` and ``door``."""
+    """Inherit from this suite and provide the fixtures ``place`` and ``door``."""
 
     # -- what is saved is loaded
 
@@ -124,7 +124,7 @@ class CheckpointStorageSuite:
         save({"x": value, "y": torch.ones(2)}, place.writer())
         door.carry()
         found = load({"x": value if isinstance(value, (dict, list, tuple)) else 0}, place.reader())["x"]
-        assert found == value or found == list(value)  # torch's planner makes lists of tuples
+        assert found == value or found == list(value)  # torch's planner converts tuples to lists
 
     def test_targets_of_another_layout_or_type(self, place: Place, door: Door) -> None:
         values = torch.randn(30, 40)
@@ -250,7 +250,7 @@ class CheckpointStorageSuite:
         door.carry()
         same({"x": torch.ones(200_000), "step": 1}, load({"x": torch.zeros(200_000), "step": 0}, place.reader()))
 
-    # -- what goes wrong is said
+    # -- errors are reported
 
     def test_no_checkpoint(self, place: Place, door: Door) -> None:
         with pytest.raises(dcp.CheckpointException):

@@ -1,4 +1,4 @@
-"""What every dataset promises, whatever its style and wherever its blobs were named. Each style inherits it."""
+"""What every dataset guarantees, of any style and from any source of blobs. Each style inherits this suite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOBS = {name: content(size, seed) for seed, (name, size) in enumerate(zip(NAMES
 
 
 def parts_of(blob: Blob) -> tuple[str, str, bytes, bytes, int | None]:
-    """A transform that reads a blob twice, piece by piece."""
+    """A transform that reads a blob twice, in pieces."""
     with blob.reader() as reader:
         head = reader.read(5)
         rest = reader.read()
@@ -40,11 +40,11 @@ def name_of(blob: Blob) -> str:
 
 
 class DatasetSuite(ABC):
-    """*make* and *samples* are what a style adds."""
+    """A style provides *make* and *samples*."""
 
     @abstractmethod
     def make(self, container: Container, names: list[str], **options: Any) -> Any:
-        """A dataset of these blobs, which are all that the container has."""
+        """A dataset of these blobs, which are all blobs of the container."""
 
     @abstractmethod
     def samples(self, dataset: Any) -> list[Any]:
@@ -125,7 +125,7 @@ class DatasetSuite(ABC):
         dataset = self.everything(filled)
         filled.client.delete_blob("plain")
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
-        # The listed ones find out when they list, unless they have.
+        # Listed datasets notice it when they list, unless they have listed before.
         if self.is_listed and isinstance(dataset, torch.utils.data.IterableDataset):
             assert len(list(loader)) == len(NAMES) - 1
             return

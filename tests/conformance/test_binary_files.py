@@ -1,4 +1,4 @@
-"""`BlobIO` is a binary file, as `io.BytesIO` and a local file are: all pass the one suite."""
+"""`BlobIO` is a binary file like `io.BytesIO` and a local file: all pass the same suite."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ServiceBlobs:
 
 @dataclass
 class AzuriteBlobs:
-    """On Azurite, with the defaults of a user."""
+    """On Azurite, with the default configuration."""
 
     container: Container
 

@@ -1,4 +1,4 @@
-"""Our writer and reader, torch's own, and one of each: all pass the one suite, since they share one format."""
+"""Our writer and reader, those of torch, and one of each pass the same suite, since they share one format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import QUICK
 
 @dataclass
 class Folder:
-    """Of files, by torch itself."""
+    """Files, with torch's writer and reader."""
 
     path: Path
 
@@ -57,7 +57,7 @@ class Folder:
 
 @dataclass
 class Blobs:
-    """Ours."""
+    """Blobs, with our writer and reader."""
 
     url: str
     credential: Any = False
@@ -83,7 +83,7 @@ class Blobs:
 
 @dataclass
 class BlobDoor:
-    """Past ours: *list* tells the names of all blobs."""
+    """Bypasses our code: *list* returns the names of all blobs."""
 
     list: Callable[[], list[str]]
     read: Callable[[str], bytes]
@@ -110,7 +110,7 @@ class BlobDoor:
 
 @dataclass
 class Crossed:
-    """Written by one, read by another."""
+    """Written by one implementation, read by another."""
 
     written: Any
     read: Any
@@ -129,7 +129,7 @@ class Crossed:
 
 
 class CrossedDoor:
-    """To what is read; `carry` makes it a copy of what was written, as a download or an upload does."""
+    """Access to what is read; `carry` copies what was written, like a download or an upload."""
 
     def __init__(self, written: Any, read: Any) -> None:
         self._written, self._read = written, read
@@ -182,7 +182,7 @@ class TestBlobStorage(CheckpointStorageSuite):
 
 @pytest.mark.slow
 class TestBlobStorageOnAzurite(CheckpointStorageSuite):
-    """On Azurite, with the defaults of a user."""
+    """On Azurite, with the default configuration."""
 
     @pytest.fixture
     def place(self, container: Container) -> Place:
@@ -194,7 +194,7 @@ class TestBlobStorageOnAzurite(CheckpointStorageSuite):
 
 
 class TestWrittenByTorch(CheckpointStorageSuite):
-    """A checkpoint of torch's own writer, uploaded."""
+    """An uploaded checkpoint of torch's writer."""
 
     @pytest.fixture
     def place(self, tmp_path: Path, blobs: Blobs) -> Place:
@@ -206,7 +206,7 @@ class TestWrittenByTorch(CheckpointStorageSuite):
 
 
 class TestReadByTorch(CheckpointStorageSuite):
-    """A checkpoint of ours, downloaded."""
+    """A downloaded checkpoint of our writer."""
 
     @pytest.fixture
     def place(self, tmp_path: Path, blobs: Blobs) -> Place:

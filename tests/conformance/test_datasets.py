@@ -1,4 +1,4 @@
-"""The promises of all datasets, kept by each style and each way to name blobs; on Azurite."""
+"""The guarantees of all datasets, for each style and each source of blobs, on Azurite."""
 
 from __future__ import annotations
 

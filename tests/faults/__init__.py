@@ -1,4 +1,4 @@
-"""A blob service on loopback that fails exactly as a test tells it to, and a proxy that keeps a log."""
+"""A blob service on loopback with scripted faults, and a proxy that logs its requests."""
 
 from __future__ import annotations
 

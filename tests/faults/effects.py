@@ -1,4 +1,4 @@
-"""What each fault does to a good answer: pure functions from values to values, and to steps on the wire."""
+"""The effect of each fault on a response: pure functions from values to values, and to steps on the wire."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from .store import BlobStore, ListPage
 from .wire import Answer, Bytes
 
 _SLOW_STEP = 0.02  # seconds between the pieces of SlowBytes
-_ONE_SEND = 1 << 16  # bytes; a small body goes out together with its head
+_ONE_SEND = 1 << 16  # bytes; a small body is sent together with the headers
 _INVERT = bytes(255 - value for value in range(256))
 
 
 class End(Enum):
-    """How a connection ends after an answer."""
+    """How a connection ends after a response."""
 
     FIN = auto()
     RST = auto()
@@ -53,7 +53,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Bytes for the wire, of which *body_bytes* belong to the body; *status* if they complete the head."""
+    """Bytes for the wire, of which *body_bytes* belong to the body; *status* if they complete the headers."""
 
     data: Bytes
     body_bytes: int = 0
@@ -68,7 +68,7 @@ def inverted(data: Bytes) -> bytes:
 
 
 def alter_page(fault: Fault | None, page: ListPage, store: BlobStore) -> ListPage:
-    """The listing page that is sent instead of *page*."""
+    """The listing page to send instead of *page*."""
     match fault:
         case EmptyPageWithMarker():
             return replace(page, items=(), next_marker=store.same_place(page.marker))
@@ -78,7 +78,7 @@ def alter_page(fault: Fault | None, page: ListPage, store: BlobStore) -> ListPag
 
 
 def alter_answer(fault: Fault | None, answer: Answer) -> Answer:
-    """The answer that is sent instead of *answer*, which has its Content-Length."""
+    """The response to send instead of *answer*, which has its Content-Length."""
     headers, body = dict(answer.headers), answer.body
     match fault:
         case WrongHeader(name, value):
@@ -110,7 +110,7 @@ def alter_answer(fault: Fault | None, answer: Answer) -> Answer:
 
 
 def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
-    """What goes over the wire, in order. Ending without an End keeps the connection open."""
+    """The steps on the wire, in order. Without an `End` the connection stays open."""
     first, body = answer.head(), memoryview(answer.body)
     head = Send(first, status=answer.status)
     match fault:
@@ -162,7 +162,7 @@ def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
 
 
 def _end_of_whole(fault: Fault | None) -> End | None:
-    """How the connection ends after an answer that was sent in full."""
+    """How the connection ends after a complete response."""
     match fault:
         case StaleConnection(reset=True):
             return End.RST

@@ -1,7 +1,7 @@
-"""What can go wrong, as data.
+"""Faults, as data.
 
-A fault befalls one request. Unless its docstring says otherwise the operation is carried out and only the
-answer suffers. `after` counts bytes of the answer's body.
+A fault affects one request. Unless its docstring says otherwise, the operation is carried out and only the response
+is affected. `after` counts bytes of the response body.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Fine(Fault):
-    """No fault: this request is answered as usual. Spaces out the others in a script."""
+    """No fault: this request gets its normal response. Used between other faults in a script."""
 
 
 # Instead of the operation: nothing is read or written.
@@ -53,17 +53,16 @@ class Fine(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Status(Fault):
-    """An error answer instead of the operation.
+    """An error response instead of the operation.
 
-    With *before_body* it is sent as soon as the request's head is there, and the connection is closed on the
-    unread body.
+    With *before_body* it is sent after the request headers, and the connection is closed without reading the body.
     """
 
     code: int
     error_code: str | None = None
-    retry_after: float | None = None  # seconds; a date is not produced
+    retry_after: float | None = None  # seconds; dates are not supported
     retry_after_ms: int | None = None
-    body: bytes | None = None  # instead of the service's XML
+    body: bytes | None = None  # instead of the XML of the service
     before_body: bool = False
 
 
@@ -77,24 +76,24 @@ class Redirect(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Reset(Fault):
-    """RST once the request has arrived, before any byte of an answer."""
+    """RST after the request, before any byte of a response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hangup(Fault):
-    """FIN once the request has arrived, before any byte of an answer."""
+    """FIN after the request, before any byte of a response."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResetUpload(Fault):
-    """RST after *after* bytes of the request's body."""
+    """RST after *after* bytes of the request body."""
 
     after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionRefused(Fault):
-    """The service goes away: every connection is reset, and new ones are refused for *seconds*."""
+    """The service is down: every connection is reset, and new ones are refused for *seconds*."""
 
     seconds: float = 0.2
 
@@ -104,10 +103,9 @@ class ConnectionRefused(Fault):
 
 @dataclass(frozen=True, slots=True)
 class ChangedEtag(Fault):
-    """Somebody overwrites the blob just before this request is carried out.
+    """The blob is overwritten just before this request is carried out.
 
-    With *data*, or with as many bytes as it has, each inverted.
-    With *ignores_conditions* the service then answers as if no If-Match had been sent.
+    The new content is *data*, or the old bytes inverted. With *ignores_conditions* the service ignores If-Match.
     """
 
     data: bytes | None = None
@@ -121,12 +119,12 @@ class FullInsteadOfPartial(Fault):
 
 @dataclass(frozen=True, slots=True)
 class LostAnswer(Fault):
-    """The operation is carried out, then RST instead of the answer."""
+    """The operation is carried out, then RST instead of the response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hold(Fault):
-    """The operation waits until *gate* is set. For tests that need an order of events, not a span of time."""
+    """The operation waits until *gate* is set. For tests that need an order of events."""
 
     gate: threading.Event
 
@@ -138,12 +136,12 @@ class Together(Fault):
     count: int
 
 
-# In the answer.
+# In the response.
 
 
 @dataclass(frozen=True, slots=True)
 class WrongHeader(Fault):
-    """Header *name* says *value*."""
+    """Header *name* has the value *value*."""
 
     name: str
     value: str
@@ -151,14 +149,14 @@ class WrongHeader(Fault):
 
 @dataclass(frozen=True, slots=True)
 class MissingHeader(Fault):
-    """The answer lacks header *name*. Without Content-Length the connection is closed to end the body."""
+    """Header *name* is missing. Without Content-Length the connection is closed to end the body."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class WrongContentRange(Fault):
-    """Content-Range is *value*, or the true one moved by *shift* bytes; the body is the right one."""
+    """Content-Range is *value*, or the right one shifted by *shift* bytes; the body is right."""
 
     shift: int = 1
     value: str | None = None
@@ -168,7 +166,7 @@ class WrongContentRange(Fault):
 class WrongLength(Fault):
     """Content-Length is off by *delta*.
 
-    Too long: FIN after the true body. Too short: the surplus bytes follow, and the connection stays open.
+    Too long: FIN after the right body. Too short: the remaining bytes follow, and the connection stays open.
     """
 
     delta: int
@@ -176,9 +174,9 @@ class WrongLength(Fault):
 
 @dataclass(frozen=True, slots=True)
 class CorruptByte(Fault):
-    """One byte of the body is inverted; checksums in the headers are those of the true body.
+    """One byte of the body is inverted; checksums in the headers are those of the right body.
 
-    Negative counts from the end.
+    A negative position counts from the end.
     """
 
     at: int = 0
@@ -186,31 +184,31 @@ class CorruptByte(Fault):
 
 @dataclass(frozen=True, slots=True)
 class WrongBytes(Fault):
-    """The body is a plausible other one of the same length: every byte inverted."""
+    """Another body of the same length: every byte is inverted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunked(Fault):
-    """The same body in transfer-encoding chunked, as some proxies make it."""
+    """The same body in chunked transfer encoding, as from some proxies."""
 
     size: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class MalformedXml(Fault):
-    """The answer's XML stops in the middle, or is *body*. Its Content-Length is consistent."""
+    """The XML of the response is truncated, or is *body*. Its Content-Length is consistent."""
 
     body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EmptyPageWithMarker(Fault):
-    """List Blobs: nothing on this page, more under its marker. The service does this; it is not an error."""
+    """List Blobs: an empty page with a marker for more. The service does this; it is not an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepeatedMarker(Fault):
-    """List Blobs: NextMarker leads back to this same page."""
+    """List Blobs: NextMarker points to the same page."""
 
 
 # On the wire.
@@ -218,7 +216,7 @@ class RepeatedMarker(Fault):
 
 @dataclass(frozen=True, slots=True)
 class ResetInHeaders(Fault):
-    """RST in the middle of the answer's head."""
+    """RST in the middle of the response headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,17 +250,17 @@ class Stall(Fault):
 
 @dataclass(frozen=True, slots=True)
 class SlowBytes(Fault):
-    """The body at *rate* bytes per second."""
+    """The body is sent at *rate* bytes per second."""
 
     rate: float
 
 
 @dataclass(frozen=True, slots=True)
 class StaleConnection(Fault):
-    """A good answer without `Connection: close`, after which the connection is closed all the same.
+    """A normal response without `Connection: close`, after which the connection is still closed.
 
-    At once, or with *on_next_request* when the next request arrives on it: that one is dropped, unread and
-    not logged. With *reset* by RST, not by FIN.
+    At once, or with *on_next_request* when the next request arrives, which is neither read nor logged. With *reset* it
+    ends with RST instead of FIN.
     """
 
     on_next_request: bool = False
@@ -271,11 +269,10 @@ class StaleConnection(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Which requests a rule is about. What is None does not matter; all of what is given must hold.
+    """Which requests a rule applies to: those that match everything that is not None.
 
-    *path* is a regular expression searched in the decoded path; *where* is asked before the request's body has
-    been received. Of the requests that match, the *nth* (from 1) gets the first fault, and from there on every
-    *every*-th gets the next one.
+    *path* is a regular expression searched in the decoded path; *where* is called before the request body is received.
+    Of the matching requests, the *nth* (from 1) gets the first fault, and from there on every *every*-th the next one.
     """
 
     operation: str | None = None
@@ -302,13 +299,13 @@ class Match:
 
 @dataclass(slots=True)
 class Rule:
-    """A script under way. `FaultService.script()` returns it: a test can see that its faults came to pass."""
+    """A running script. `FaultService.script()` returns it, so that a test can check that its faults occurred."""
 
     match: Match
     faults: Sequence[Fault]
     repeat: bool = False
     seen: int = 0  # requests that matched
-    fired: int = 0  # faults that befell one
+    fired: int = 0  # faults that occurred
     is_cancelled: bool = field(default=False)
 
     def cancel(self) -> None:
@@ -316,11 +313,11 @@ class Rule:
 
     @property
     def is_exhausted(self) -> bool:
-        """Every fault has been used (at least once, if they repeat)."""
+        """Whether every fault was used, at least once if they repeat."""
         return self.fired >= len(self.faults)
 
     def next_fault(self, request: LoggedRequest, *, already_hit: bool) -> Fault | None:
-        """Count this request if it matches; take the fault that is due unless another rule hit it."""
+        """Count this request if it matches; return its fault unless another rule applied."""
         if self.is_cancelled or not self.match.covers(request):
             return None
         self.seen += 1

@@ -1,4 +1,4 @@
-"""The fault service and the proxy, a fresh one for each test."""
+"""The fault service and the proxy, a new one for each test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .service import FaultService
 
 @dataclass(frozen=True, slots=True)
 class LoopbackTls:
-    """TLS for servers on loopback, and the file by which clients trust it."""
+    """TLS for servers on loopback, and the file with which clients trust it."""
 
     server_context: ssl.SSLContext
     ca_path: Path  # PEM, for REQUESTS_CA_BUNDLE or SSL_CERT_FILE
@@ -36,14 +36,14 @@ def loopback_tls(tmp_path_factory: pytest.TempPathFactory) -> LoopbackTls:
 
 @pytest.fixture
 def fault_service() -> Iterator[FaultService]:
-    """A service over http, empty and open to everybody."""
+    """An empty service over http that needs no credential."""
     with FaultService() as service:
         yield service
 
 
 @pytest.fixture
 def https_fault_service(loopback_tls: LoopbackTls, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultService]:
-    """A service over https; this process and its children trust its authority meanwhile."""
+    """A service over https; this process and its children trust its authority."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
     with FaultService(ssl_context=loopback_tls.server_context) as service:
         yield service
@@ -51,6 +51,6 @@ def https_fault_service(loopback_tls: LoopbackTls, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def logging_proxy() -> Iterator[LoggingProxy]:
-    """A proxy that asks for no credentials; `HTTPS_PROXY` and its kin are left to the test."""
+    """A proxy without credentials; the test sets `HTTPS_PROXY` and similar variables."""
     with LoggingProxy() as proxy:
         yield proxy

@@ -1,8 +1,8 @@
-"""The fault matrix as data: what goes wrong, in which requests, and what has to come of it.
+"""The fault matrix as data: the faults, the affected requests, and the required outcomes.
 
-A row is a fault; a column an operation of `operations`. In each cell the fault befalls every kind of request that the
-operation makes and the row is about, one kind after the other: now and then, where all has to end well or with the
-error named, and always, where it has to end with the error named within the time that retries allow.
+A row is a fault; a column is an operation of `operations`. In each cell the fault affects every kind of request that
+the operation sends and the row selects, one kind at a time: sometimes, where the result must be right or the named
+error, and always, where the named error must be raised within the time for retries.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ RIGHT = "right"
 
 GET, META, LIST, HEAD, PUT, COMMIT = "get", "get metadata", "list", "head", "put", "commit"
 READ = (GET, META)
-ANSWERED = (*READ, LIST)  # requests whose answers have a body
+ANSWERED = (*READ, LIST)  # requests whose responses have a body
 ALL = (*ANSWERED, HEAD, PUT, COMMIT)
 
-READ_TIMEOUT = 60.0  # seconds, of the transfers that are tested; above what a busy machine needs for an answer
+READ_TIMEOUT = 60.0  # seconds, of the tested transfers; above what a busy machine needs for an answer
 SHORT_TIMEOUT = 0.5  # the same where something stalls
 STALL = 60.0  # ends with the client's connection
 
 
 @dataclass(frozen=True)
 class Row:
-    """A fault, what has to come of it now and then and always, and what is special about its transfers.
+    """A fault, its required outcomes, and settings of its transfers.
 
-    ``sometimes`` and ``always`` are `RIGHT` or the name of the error that has to be in the chain. ``always`` is None
-    where the fault makes no sense more often.
+    ``sometimes`` and ``always`` are `RIGHT` or the name of the error that must be in the chain. ``always`` is None if
+    the fault makes no sense for every request.
     """
 
     name: str
@@ -77,14 +77,14 @@ class Row:
     sometimes: str
     always: str | None
     kinds: tuple[str, ...] = ALL
-    nth: int = 1  # the first request that it befalls now and then
-    times: int = 3  # how often
+    nth: int = 1  # the first affected request, for ``sometimes``
+    times: int = 3  # every how many requests
     transfer: dict[str, Any] = field(default_factory=dict)
     few_tries: int | None = None  # what *always* makes, where each takes long
     needs_token: bool = False
     overrides: dict[tuple[str, str], str] = field(default_factory=dict)  # (operation, kind) -> instead of sometimes
-    is_carried_out: bool = False  # all but the answer: a commit that always ends so has taken effect all the same
-    is_ours_alone: bool = False  # needs an option that the published connector does not have
+    is_carried_out: bool = False  # only the response is affected, so a commit with this fault has taken effect
+    is_ours_alone: bool = False  # needs an option that the published connector lacks
 
     def expected(self, operation: str, kind: str, *, is_always: bool) -> str:
         if kind == COMMIT and is_always and self.is_carried_out:
@@ -92,13 +92,15 @@ class Row:
         special = self.overrides.get((operation, kind))
         outcome = special or (self.always if is_always else self.sometimes)
         assert outcome is not None
-        # torch tells what went wrong with metadata in the text of an error of its own.
+        # torch reports errors of metadata in the message of a separate error.
         return "AssertionError" if kind == META and outcome != RIGHT else outcome
 
 
 RESPONSE, HTTP, AUTH = "ServiceResponseError", "HttpResponseError", "ClientAuthenticationError"
 _STALLS: dict[str, Any] = {"transfer": {"read_timeout": SHORT_TIMEOUT}, "few_tries": 2}
-_CHANGED = {(operation, GET): RIGHT for operation in ("epoch", "epoch, 2 workers", "pipes")}  # one request a blob
+_CHANGED = {
+    (operation, GET): RIGHT for operation in ("epoch", "epoch, 2 workers", "pipes")
+}  # one request for each blob
 
 ROWS = [
     Row("503", Status(503), RIGHT, HTTP),
@@ -127,7 +129,7 @@ ROWS = [
     Row("200 instead of 206", FullInsteadOfPartial(), RIGHT, RESPONSE, READ),
     Row("no ETag", MissingHeader("ETag"), RIGHT, RESPONSE, READ),
     Row("overwritten before it is read", ChangedEtag(), RIGHT, None, READ, times=1, overrides={
-        ("torch.load", GET): "UnpicklingError",  # inverted bytes are no archive
+        ("torch.load", GET): "UnpicklingError",  # inverted bytes are not an archive
         ("dcp.load", GET): "CheckpointError",
         ("dcp.load", META): "CheckpointError",
     }),
@@ -157,7 +159,7 @@ ROWS = [
 """Every fault of the specification, and a few more that services and proxies were seen to have."""
 
 
-# Which requests of an operation are of a kind. What it does not have, the row does not test.
+# The requests of an operation by kind. A row does not test kinds that the operation lacks.
 _DATASET = {GET: Match("get_blob"), LIST: Match("list_blobs")}
 TARGETS: dict[str, dict[str, Match]] = {
     "read all": {GET: Match("get_blob")},
@@ -177,7 +179,7 @@ TARGETS: dict[str, dict[str, Match]] = {
     "dcp.load": {GET: Match("get_blob", path=r"\.distcp$"), META: Match("get_blob", path=r"\.metadata$")},
 }
 OUTERMOST = {
-    "torch.save": ("FatalBlobIOWriteError", "RuntimeError"),  # torch's own, about its file, may come on top
+    "torch.save": ("FatalBlobIOWriteError", "RuntimeError"),  # torch can raise another error about its file
     "torch.save, one block": ("FatalBlobIOWriteError",),
     "dcp.save": ("CheckpointException",),
     "dcp.load": ("CheckpointException",),
@@ -219,7 +221,7 @@ def cells(row: Row, operation: str) -> Iterator[Cell]:
 
 
 def fill(service: FaultService, operation: str) -> None:
-    """The blobs that *operation* finds."""
+    """Create the blobs for *operation*."""
     service.create_container(CONTAINER)
     if operation in ("read all", "readinto", "small reads"):
         service.put(CONTAINER, BLOB, content(SIZE))
@@ -240,7 +242,7 @@ def saved(values: dict[str, torch.Tensor]) -> bytes:
 
 
 def old_checkpoint() -> dict[str, bytes]:
-    """A checkpoint as torch itself writes it."""
+    """A checkpoint written by torch itself."""
     if not _old_checkpoint:
         with TemporaryDirectory() as folder:
             dcp.save(state(1), storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
@@ -253,7 +255,7 @@ _old_checkpoint: dict[str, bytes] = {}
 
 
 def right_results(operation: str) -> list[bytes]:
-    """What *operation* may return when all is well: what the blobs held, or what they were overwritten with."""
+    """The right results of *operation*: the old content of the blobs, or what they were overwritten with."""
     if operation in ("read all", "readinto", "small reads"):
         return [content(SIZE), inverted(content(SIZE))]
     if operation in ("torch.load", "dcp.load"):
@@ -269,7 +271,7 @@ def right_results(operation: str) -> list[bytes]:
 
 
 def stored(service: FaultService, operation: str) -> str:
-    """What a save left behind, seen through torch's own door: ``"old"``, ``"new"`` or what is wrong with it."""
+    """The state after a save, read with torch: ``"old"``, ``"new"`` or what is wrong with it."""
     numel = 100 if operation.endswith("block") else NUMEL
     known = {bytes_of(state(1)): "old", bytes_of(state(2, numel)): "new"}
     try:
@@ -282,7 +284,7 @@ def stored(service: FaultService, operation: str) -> str:
                     (Path(folder) / name.rpartition("/")[2]).write_bytes(service.get(CONTAINER, name))
                 dcp.load(values, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         return known.get(bytes_of(values), "other values")
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the save has damaged what was there
+    except BaseException as error:  # noqa: BLE001 - any error means that the save has damaged the checkpoint
         return f"{type(error).__name__}: {error}"
 
 
@@ -292,7 +294,7 @@ def is_save(operation: str) -> bool:
 
 @contextmanager
 def serving(cell: Cell, context: Callable[[], Any]) -> Iterator[tuple[FaultService, Rule]]:
-    """A service with the blobs and the fault of *cell*; *context* makes the TLS context where tokens are needed."""
+    """A service with the blobs and the fault of *cell*; *context* creates the TLS context if tokens are needed."""
     with FaultService(ssl_context=context() if cell.row.needs_token else None) as service:
         fill(service, cell.operation)
         if cell.row.needs_token:

@@ -1,8 +1,8 @@
-"""What users do with blobs, each as a function that the fault matrix runs.
+"""What users do with blobs, as functions that the fault matrix runs.
 
-Imports nothing of the project's tests, and uses only what the published connector also has as far as it goes: run as a
-program it runs in another interpreter, in which another implementation of the package is installed. It reads one JSON
-request a line and answers each with one.
+This module imports nothing from the tests, and uses only functions that the published connector also has, if possible.
+As a program it runs in another interpreter, where another implementation of the package is installed. It reads one JSON
+request per line and writes one JSON response per line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTAINER = "data"
 BLOB = "blob"
 MODEL = "model.pt"
 FOLDER = "set/"
-NUMEL = 30_000  # more than what a checkpoint puts at once, given the blocks of the matrix
+NUMEL = 30_000  # more than a checkpoint writes with one Put Blob, with the block size of the matrix
 CHECKPOINT = "checkpoint"
 SIZE = 4 * 65536 - 100  # four parts
 SET_SIZES = (0, 1, 999, 65535, 65536, 65537, 150_000, 7000, 30_000, 12_345)
@@ -35,7 +35,7 @@ def content(size: int, seed: int = 0) -> bytes:
 
 
 def state(seed: int, numel: int = NUMEL) -> dict[str, torch.Tensor]:
-    """A state dict of three tensors; another *seed* makes other values."""
+    """A state dict of three tensors, with values from *seed*."""
     generator = torch.Generator().manual_seed(seed)
     return {f"layer{number}": torch.randn(numel + number, generator=generator) for number in range(3)}
 
@@ -46,11 +46,11 @@ def bytes_of(values: dict[str, Any]) -> bytes:
 
 @dataclass
 class Place:
-    """Where an operation works, and how it gets in."""
+    """The container of an operation, and its credential."""
 
     url: str  # of the container
     credential: Any = False
-    options: dict[str, Any] = field(default_factory=dict)  # what only one implementation understands
+    options: dict[str, Any] = field(default_factory=dict)  # for one of the implementations only
 
     def blob(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -114,7 +114,7 @@ def epoch(place: Place, workers: int = 0) -> bytes:
         return _joined((sample["url"], sample["data"]) for sample in samples)
     finally:
         if workers:
-            samples._shutdown_workers()  # left to the garbage collector, torch waits 5 s for each worker
+            samples._shutdown_workers()  # if left to the garbage collector, torch waits 5 s for each worker
 
 
 def epoch_of_workers(place: Place) -> bytes:
@@ -175,7 +175,7 @@ OPERATIONS: dict[str, Callable[[Place], bytes]] = {
 
 
 class Tokens:
-    """A ``TokenCredential`` that hands out the tokens it was given, one after the other, and then the last."""
+    """A ``TokenCredential`` that returns the given tokens in order, and then the last one again."""
 
     def __init__(self, *tokens: str) -> None:
         self._tokens = list(tokens)
@@ -188,7 +188,7 @@ class Tokens:
 
 
 def names_of(error: BaseException) -> list[str]:
-    """The class names of *error*, of what it was raised from, and of what torch collected in it."""
+    """The class names of *error*, of its causes, and of the errors that torch collected in it."""
     found: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -201,7 +201,7 @@ def names_of(error: BaseException) -> list[str]:
 
 
 def main() -> None:
-    """Say that all is loaded, then serve requests ``{"operation", "url", "tokens"}`` until the input ends."""
+    """Report that everything is loaded, then serve requests ``{"operation", "url", "tokens"}`` until the input ends."""
     torch.set_num_threads(1)
     answers, sys.stdout = sys.stdout, sys.stderr
     print("ready", file=answers, flush=True)
@@ -212,7 +212,7 @@ def main() -> None:
         try:
             data = OPERATIONS[request["operation"]](Place(request["url"], credential))
             answer = {"digest": hashlib.sha256(data).hexdigest()}
-        except BaseException as error:  # noqa: BLE001 - that is what is asked for
+        except BaseException as error:  # noqa: BLE001 - the error is the response
             traceback.print_exc()
             answer = {"error": names_of(error), "message": str(error)[:300]}  # type: ignore[dict-item]
         answer["seconds"] = round(time.monotonic() - begin, 2)  # type: ignore[assignment]

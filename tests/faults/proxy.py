@@ -1,6 +1,6 @@
 """A small HTTP proxy with a log: CONNECT tunnels for https, absolute requests for http.
 
-A route leads a name such as `account.blob.core.windows.net:443` to a server on loopback: a test can use real
+A route maps a name such as `account.blob.core.windows.net:443` to a server on loopback, so that a test can use real
 host names without a name server.
 """
 
@@ -23,19 +23,19 @@ _CONNECT_TIMEOUT = 60.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class ProxiedRequest:
-    """One request to the proxy: what it was asked for, and the status it answered itself or passed on."""
+    """One request to the proxy: its target, and the status that the proxy sent itself or passed on."""
 
     connection: int
-    method: str  # CONNECT for a tunnel; what goes through a tunnel is not seen
+    method: str  # CONNECT for a tunnel, whose contents are not logged
     target: str
     headers: Mapping[str, str]  # names in lower case
     status: int
 
 
 class LoggingProxy(LoopbackServer):
-    """Forwards to wherever it is asked to. With *user* and *password* it answers 407 to whoever lacks them.
+    """A proxy for any target. With *user* and *password* it responds with 407 to requests without them.
 
-    *routes* replaces `host:port` targets. With *ssl_context* the proxy itself is spoken to over TLS.
+    *routes* replaces `host:port` targets. With *ssl_context* clients connect to the proxy itself over TLS.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LoggingProxy(LoopbackServer):
                 _pump(connection.sock, upstream, lambda answer: self._note(connection, head, _status(answer)))
 
     def _forward(self, connection: Connection, head: Head, upstream: socket.socket) -> None:
-        """Pass one request on; with `Connection: close` the answer ends where the stream does."""
+        """Pass one request on with `Connection: close`, so that the response ends with the stream."""
         url = urlsplit(head.target)
         path = url.path + (f"?{url.query}" if url.query else "")
         body = connection.read_body(head)
@@ -107,13 +107,13 @@ class LoggingProxy(LoopbackServer):
 
 
 def _status(answer: bytes) -> int:
-    """The status in an answer's first line, or 0 if it has none."""
+    """The status in the first line of a response, or 0 if it has none."""
     words = answer.split(b" ", 2)
     return int(words[1]) if len(words) == 3 and words[1].isdigit() else 0
 
 
 def _pump(client: socket.socket, upstream: socket.socket, note: Callable[[bytes], None] | None = None) -> None:
-    """Copy both ways until either side ends. *note* is shown the first piece of the answer beforehand."""
+    """Copy in both directions until either side ends. *note* is called with the first piece of the response."""
     poll = select.poll()
     other = {client.fileno(): (client, upstream), upstream.fileno(): (upstream, client)}
     for descriptor in other:
@@ -128,6 +128,6 @@ def _pump(client: socket.socket, upstream: socket.socket, note: Callable[[bytes]
                 note(data)
                 note = None
             sink.sendall(data)
-            # TLS may hold decrypted bytes that no longer show as input on the socket.
+            # TLS can hold decrypted bytes, for which the socket is not readable.
             while isinstance(source, ssl.SSLSocket) and source.pending():
                 sink.sendall(source.recv(_PIECE))

@@ -38,8 +38,8 @@ PEER_OPERATIONS = ("read all", "small reads", "torch.load", "torch.save", "epoch
 PATIENCE = 240.0  # seconds for one cell; the published connector retries for more than a minute
 AT_ONCE = 24  # most of a cell is waiting
 
-Outcome = tuple[str, float]  # what came of it, and the seconds that it took
-Found = dict[tuple[str, str, bool], list[Outcome]]  # by row, operation, and whether the fault is there always
+Outcome = tuple[str, float]  # the outcome and the seconds that it took
+Found = dict[tuple[str, str, bool], list[Outcome]]  # by row, operation, and whether the fault is permanent
 
 
 class Peer:
@@ -51,7 +51,7 @@ class Peer:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer, or None if there is none in time; then the interpreter is ended."""
+        """The response; None if there is none in time, and then the interpreter is ended."""
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command,
@@ -102,7 +102,7 @@ def peers(python: str) -> Iterator[tuple[SimpleQueue[Peer], ssl.SSLContext]]:
 
 
 def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Outcome:
-    """What comes of *cell* with the published connector."""
+    """The outcome of *cell* with the published connector."""
     peer = pool.get()
     begin = time.monotonic()
     try:
@@ -135,7 +135,7 @@ def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Out
 
 
 def measure_all(python: str) -> Found:
-    """What comes of every cell with the published connector, as far as it has the operation."""
+    """The outcomes of all cells with the published connector, for operations that it has."""
     todo = [
         cell for row in ROWS if not row.is_ours_alone for operation in PEER_OPERATIONS for cell in cells(row, operation)
     ]
@@ -149,7 +149,7 @@ def measure_all(python: str) -> Found:
 
 
 def read_report(path: Path) -> Found:
-    """The outcomes in pytest's report; raises if a cell failed."""
+    """The outcomes in the report of pytest; raises if a cell failed."""
     found: Found = defaultdict(list)
     known = {f"test_cell[{row.name}-{operation}]": (row, operation) for row in ROWS for operation in TARGETS}
     for case in ElementTree.parse(path).getroot().iter("testcase"):
@@ -164,7 +164,7 @@ def read_report(path: Path) -> Found:
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """Outcomes, each once, with the longest time if that is worth a word."""
+    """The distinct outcomes, with the longest time if it is notable."""
     names = sorted(dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-"), key=_is_bad, reverse=True)
     longest = max((seconds for _, seconds in outcomes), default=0.0)
     return ", ".join(names) + (f" ({longest:.0f} s)" if longest >= 5 else "") if names else "-"
@@ -175,7 +175,7 @@ def _is_bad(outcome: str) -> bool:
 
 
 def table(found: Found, operations: list[str], is_always: bool) -> Iterator[str]:
-    """What came of each fault in each operation; the errors that are meant are named in the last column."""
+    """The outcome of each fault in each operation; the last column names the errors."""
     yield "| fault | " + " | ".join(operations) + " | error |"
     yield "|---" * (len(operations) + 2) + "|"
     for row in ROWS:
@@ -195,7 +195,7 @@ def _shortened(outcome: str) -> str:
 
 
 def side_by_side(ours: Found, theirs: Found) -> Iterator[str]:
-    """All outcomes of a fault in the operations that both have."""
+    """All outcomes of a fault in the operations that both implementations have."""
     yield "| fault | now and then | published | always | published |"
     yield "|---|---|---|---|---|"
     for row in ROWS:
@@ -209,7 +209,7 @@ def side_by_side(ours: Found, theirs: Found) -> Iterator[str]:
 
 
 def count(found: Found, operations: list[str]) -> dict[str, int]:
-    """How many outcomes of the shared operations are of which sort."""
+    """The number of outcomes of the shared operations, by kind."""
     sorts: dict[str, int] = defaultdict(int)
     for (row, operation, is_always), outcomes in found.items():
         if operation not in operations or any(r.is_ours_alone for r in ROWS if r.name == row):
@@ -285,7 +285,7 @@ flight.
 
 
 def several_jobs() -> str:
-    """The section that `tests.interleavings` wrote into the page, as it is."""
+    """The unchanged section that `tests.interleavings` has written into the page."""
     _, heading, rest = PAGE.read_text(encoding="utf-8").partition("## Several jobs at once\n")
     return heading + rest.partition("## Soak\n")[0]
 

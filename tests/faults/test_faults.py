@@ -1,4 +1,4 @@
-"""Every fault, seen on the wire by a client that knows nothing of the service's code."""
+"""Every fault, checked on the wire by an independent client."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ TIMEOUT = 60  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All the bytes that came until the connection ended, and how it ended."""
+    """All received bytes, and how the connection ended."""
 
     data: bytes
     end: str  # "FIN" or "RST"
@@ -99,7 +99,7 @@ def read_to_the_end(sock: socket.socket) -> Seen:
 
 
 class Client:
-    """One kept-alive connection. http.client connects again by itself if it finds the old one closed."""
+    """One kept-alive connection. http.client reconnects by itself if the connection was closed."""
 
     def __init__(self, service: FaultService, tls: ssl.SSLContext | None = None) -> None:
         if tls is None:
@@ -144,7 +144,7 @@ def taking(at_least: float, below: float = TIMEOUT) -> Iterator[None]:
 
 
 def assert_good(client: Client) -> None:
-    """The fault is used up: the next request is answered as if nothing had been."""
+    """The fault was used: the next request gets a normal response."""
     answer, body = client.get()
     assert (answer.status, body) == (200, CONTENT)
 
@@ -185,7 +185,7 @@ class TestInsteadOfTheOperation:
         assert client.get()[1] == b"plain"
 
     def test_status_before_the_body(self, service: FaultService) -> None:
-        """The answer comes although the request's body was not sent, and the connection ends."""
+        """The response is sent although the request body was not, and the connection ends."""
         service.script("put_blob", [Status(503, before_body=True)])
         with socket.create_connection((service.host, service.port), TIMEOUT) as sock:
             sock.sendall(f"PUT {BLOB} HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n".encode())
@@ -220,7 +220,7 @@ class TestInsteadOfTheOperation:
         assert service.log[0].body_length == after
 
     def test_connection_refused(self, service: FaultService, client: Client) -> None:
-        """Other connections are reset too, new ones are refused for a while, and then all is well."""
+        """Other connections are also reset, new ones are refused for a while, and then everything works."""
         service.script("head", [ConnectionRefused(seconds=5)])
         with socket.create_connection((service.host, service.port), TIMEOUT) as bystander:
             with pytest.raises(ConnectionResetError):
@@ -282,7 +282,7 @@ class TestAroundTheOperation:
         assert service.log[0].status is None
 
     def test_hold(self, service: FaultService, client: Client) -> None:
-        """The operation waits for the gate, others do not."""
+        """The operation waits for the gate; others do not."""
         gate = threading.Event()
         service.script("put_blob", [Hold(gate)])
         held = threading.Thread(target=put_new_blob, args=(service,))
@@ -349,7 +349,7 @@ class TestInTheAnswer:
         assert (seen.body, seen.end) == (CONTENT, "FIN")
 
     def test_length_too_short(self, service: FaultService) -> None:
-        """The surplus stays on the connection, in front of the next answer."""
+        """The remaining bytes stay on the connection, before the next response."""
         service.script("get_blob", [WrongLength(-7)])
         with socket.create_connection((service.host, service.port), TIMEOUT) as sock:
             request = f"GET {BLOB} HTTP/1.1\r\n"
@@ -445,7 +445,7 @@ class TestOnTheWire:
     @pytest.mark.parametrize(("fault", "end"), [(Torn, "FIN"), (TornReset, "RST")])
     @pytest.mark.parametrize(("after", "got"), [(0, 0), (1, 1), (500, 500), (999, 999), (5000, 999)])
     def test_torn(self, service: FaultService, fault: type[Torn | TornReset], end: str, after: int, got: int) -> None:
-        """Exactly that many bytes arrive, and the last one never does."""
+        """Exactly that many bytes arrive, and never the last one."""
         service.script("get_blob", [fault(after=after)])
         seen = watch(service)
         assert b"\r\nContent-Length: 1000\r\n" in seen.data
@@ -453,7 +453,7 @@ class TestOnTheWire:
         assert (service.log[0].status, service.log[0].sent) == (200, got)
 
     def test_a_large_torn_body(self, service: FaultService) -> None:
-        """Bytes before the reset are not lost to it, however many they are."""
+        """Bytes before the reset are never lost."""
         service.put("data", "blob", bytes(20 << 20))
         service.script("get_blob", [TornReset(after=10 << 20)])
         seen = watch(service)
@@ -522,7 +522,7 @@ class TestOnTheWire:
 
 
 def test_faults_over_https(https_fault_service: FaultService, loopback_tls: LoopbackTls) -> None:
-    """Faults happen inside TLS as they do without it."""
+    """Faults are the same with TLS as without it."""
     service = https_fault_service
     service.put("data", "blob", CONTENT)
     service.script("get_blob", [Torn(after=3), TornReset(after=3), Status(503), WrongBytes(), LostAnswer(), Stall(0.1)])
@@ -533,7 +533,7 @@ def test_faults_over_https(https_fault_service: FaultService, loopback_tls: Loop
         try:
             answer, body = client.get()
             outcomes.append((answer.status, body == CONTENT))
-        except (ConnectionResetError, http.client.IncompleteRead):  # over TLS, ssl may tell a reset as an end
+        except (ConnectionResetError, http.client.IncompleteRead):  # over TLS, ssl can report a reset as an end of file
             outcomes.append("broken")
             client.close()
     good = (200, True)
@@ -579,7 +579,7 @@ def test_every_fault_has_a_test() -> None:
 
 @pytest.mark.parametrize("fault", [Status(503), Torn(), Redirect("http://x")], ids=lambda fault: repr(fault))
 def test_faults_are_values(fault: Fault) -> None:
-    """Frozen, equal and hashable by content, and with a repr that builds them: good parameters for tests."""
+    """They are frozen, equal and hashable by content, and their repr can be evaluated, as parameters for tests."""
     same = eval(repr(fault))
     assert same == fault
     assert hash(same) == hash(fault)

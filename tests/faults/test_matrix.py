@@ -1,4 +1,4 @@
-"""Every fault in every operation: exact bytes or the error named, in time, nothing half-done, nothing left open."""
+"""Every fault in every operation: exact bytes or the named error, in time, nothing partial, nothing left open."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _QUICK_ROWS = {"503", "reset before the answer", "body cut short", "403", "commi
 
 
 def _is_slow(row: Row, operation: str) -> bool:
-    """What starts processes, waits, or writes and checks whole checkpoints is left to the slow run, but for a few."""
+    """Cells that start processes, wait, or write and check checkpoints run only with the slow tests, except a few."""
     if "workers" in operation or "Retry-After" in row.name:
         return True
     return row.name not in _QUICK_ROWS and (operation.startswith("dcp") or "stall" in row.name)
@@ -79,7 +79,7 @@ def test_cell(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """What the matrix says comes true."""
+    """The outcome is the one in the matrix."""
     if row.needs_token:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
     for cell in cells(row, operation):
@@ -94,7 +94,7 @@ def test_cell(
 
 
 def run(cell: Cell, service: FaultService) -> str:
-    """Carry *cell* out and check everything about it; returns the outcome."""
+    """Run *cell* and check everything about it; return the outcome."""
     tries = (cell.row.few_tries or _TRIES) if cell.is_always else _MANY_TRIES
     transfer = TransferConfig(**{**QUICK, "max_attempts": tries, **cell.row.transfer})  # type: ignore[arg-type]
     credential = Tokens("good", "fresh") if cell.row.needs_token else False
@@ -102,7 +102,7 @@ def run(cell: Cell, service: FaultService) -> str:
     begin = time.monotonic()
     try:
         result = OPERATIONS[cell.operation](place)
-    except BaseException as error:  # noqa: BLE001 - torch raises such a one; compared with the one expected
+    except BaseException as error:  # noqa: BLE001 - torch raises it; compared with the expected error
         chain, text = names_of(error), "".join(traceback.format_exception(error))
         seconds = time.monotonic() - begin
         del error
@@ -130,7 +130,7 @@ def check_error(cell: Cell, chain: list[str], text: str) -> str:
 
 
 def check_nothing_left(service: FaultService, transfer: TransferConfig) -> None:
-    """Memory is given back, and each connection is in the pool or closed."""
+    """All memory is given back, and each connection is in the pool or closed."""
     gc.collect()
     service.wait_until_idle()
     wait_until(lambda: engine_for(transfer).budget.in_flight == 0)

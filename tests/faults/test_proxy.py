@@ -1,4 +1,4 @@
-"""The proxy forwards as asked and logs what it was asked; clients are the standard library's and the SDK's."""
+"""The proxy forwards requests and logs them; the clients are those of the standard library and the SDK."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_tunnel(https_service: FaultService, logging_proxy: LoggingProxy, loop
 
 
 def test_a_route_stands_in_for_a_name_server(https_service: FaultService, loopback_tls: LoopbackTls) -> None:
-    """A real account's host name, verified against the certificate, ends at the service on loopback."""
+    """The host name of a real account, verified with the certificate, is routed to the service on loopback."""
     host = "account.blob.core.windows.net"
     context = ssl.create_default_context(cafile=str(loopback_tls.ca_path))
     with LoggingProxy(routes={f"{host}:443": https_service.address}) as proxy:
@@ -171,7 +171,7 @@ def test_close_does_not_wait_for_anybody(service: FaultService, logging_proxy: L
 
 
 def test_the_sdk_says_when_the_proxy_is_gone(service: FaultService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check of the tests above: with the proxy down the SDK cannot get around it."""
+    """Checks the tests above: without the proxy the SDK cannot reach the service."""
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     with LoggingProxy() as proxy, proxy.refusing_connections():

@@ -1,4 +1,4 @@
-"""A whole run with every kind of credential, in good days and bad: afterwards its secrets are nowhere to be found."""
+"""A full run with every kind of credential, with and without faults: afterwards its secrets are found nowhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAULTS: list[Fault] = [
 
 @dataclass
 class SignedPlace(Place):
-    """A place whose URLs carry a SAS."""
+    """A place whose URLs contain a SAS."""
 
     sas: str = ""
 
@@ -58,7 +58,7 @@ class SignedPlace(Place):
 
 @dataclass
 class Evidence:
-    """Everything that a run leaves behind, as bytes, with where it was found."""
+    """Everything that a run leaves behind, as bytes, with its location."""
 
     folder: Path
     found: dict[str, bytes] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Evidence:
                 self.add(f"file {path.name}", path.read_bytes())
 
     def search(self, secret: str) -> list[str]:
-        """Where *secret* is, in any of the forms that it may take."""
+        """Where *secret* is, in any encoding."""
         plain = secret.encode()
         forms = {plain, quote(secret, safe="").encode(), quote_plus(secret).encode(), plain.hex().encode()}
         forms |= {base64.b64encode(plain).rstrip(b"="), repr(secret)[1:-1].encode(), secret.encode("utf-16-le")}
@@ -102,7 +102,7 @@ class Evidence:
 
 @contextmanager
 def everything_logged(evidence: Evidence) -> Iterator[None]:
-    """All loggers at DEBUG into a file, workers' lines too; warnings as well."""
+    """Log all loggers at DEBUG, and warnings, to a file, including those of workers."""
     handler = logging.FileHandler(evidence.folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
@@ -124,7 +124,7 @@ def everything_logged(evidence: Evidence) -> Iterator[None]:
 
 
 def use_everything(place: Place, evidence: Evidence, operations: list[str]) -> None:
-    """Run *operations*, and collect what can be seen of the objects in use and of the errors."""
+    """Run *operations*, and collect reprs, pickles and errors."""
     for name in operations:
         try:
             OPERATIONS[name](place)
@@ -166,7 +166,7 @@ def account_key(service: FaultService) -> Place:
 
 
 class Provider(Tokens):
-    """Pickles as the providers of azure-identity do: without a token."""
+    """A credential that pickles without a token, like those of azure-identity."""
 
     def __init__(self) -> None:
         super().__init__(TOKEN)
@@ -194,7 +194,7 @@ def test_no_secret_is_left_anywhere(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Not in logs at DEBUG, reprs, pickles, errors with their chains, output, or files, local or in the container."""
+    """Not in DEBUG logs, reprs, pickles, errors with their chains, output, or files, local or in the container."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(loopback_tls.ca_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     evidence = Evidence(tmp_path)

@@ -1,1 +1,1 @@
-"""What holds across processes: forked and spawned children, pickles, signals, the end of the interpreter."""
+"""Behavior across processes: forked and spawned children, pickles, signals, interpreter exit."""

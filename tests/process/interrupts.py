@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import pytest
 
 S = TypeVar("S")
-_SHOWN = 3  # failures that are shown whole
+_SHOWN = 3  # failures that are shown in full
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Run:
 
 
 class Hang(BaseException):
-    """Raised where a visit takes too long."""
+    """Raised if a visit takes too long."""
 
 
 def interrupt() -> None:
@@ -112,7 +112,7 @@ def sweep(
     runs: list[Run] = []
     failures: list[tuple[Run, BaseException]] = []
     gc.collect()
-    gc.freeze()  # a collection at each place then looks at what is new only
+    gc.freeze()  # a collection at each place then visits only new objects
     try:
         for place in tracer.found:
             run = Run(place)
@@ -122,7 +122,7 @@ def sweep(
             except (Exception, Hang, KeyboardInterrupt, pytest.fail.Exception) as error:  # noqa: BLE001 - raised below
                 failures.append((run, error))
                 if isinstance(error, Hang):
-                    break  # what hangs once would hang for each of the other places
+                    break  # the other places would hang as well
     finally:
         gc.unfreeze()
     assert not failures, _report(failures, len(runs))
@@ -145,12 +145,12 @@ def _visit(
                 run.result = act(state)
         except Hang:
             raise
-        except BaseException as error:  # noqa: BLE001 - looked at by check
+        except BaseException as error:  # noqa: BLE001 - checked by check
             run.error = error
         if tracer.failure is not None:
             raise tracer.failure
         if tracer.raised is not None:
-            # It has been handled: its frames, and those of what it interrupted, hold nothing any more.
+            # The error was handled: clear its frames, and those that it interrupted.
             tracer.raised.__traceback__ = tracer.raised.__context__ = None
         check(state, run)
         del state
@@ -246,7 +246,7 @@ class _Tracing:
 
 
 class _Unraisable:
-    """Collects exceptions that finalizers raise, except the one that was put there."""
+    """Collects exceptions that finalizers raise, except the injected one."""
 
     def __init__(self, tracer: _Tracer) -> None:
         self._tracer = tracer
@@ -266,7 +266,7 @@ class _Unraisable:
 
 
 class _alarm:  # noqa: N801 - used as a function
-    """Raise `Hang` in the main thread after *seconds*; a timer that runs already is left as it was."""
+    """Raise `Hang` in the main thread after *seconds*; restore a timer that is already running."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -1,6 +1,6 @@
-"""Distributed checkpoints: an interrupt, a handler that saves and loads, or a finalizer at every line of both.
+"""Distributed checkpoints: an interrupt, a handler that saves and loads, or a finalizer at every line.
 
-An interrupted save leaves the old checkpoint or the new one, whole; an interrupted load leaves nothing taken. A
+An interrupted save leaves the old or the new checkpoint, complete; an interrupted load leaves no memory on loan. A
 checkpoint saved by a handler is right, and so is the save or load that it has interrupted.
 """
 
@@ -48,7 +48,7 @@ _numbers = itertools.count()
 pytestmark = [
     pytest.mark.untraced,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of sockets that an interrupt has left to the collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # for sockets that an interrupt leaves to the collector
 ]
 
 
@@ -61,7 +61,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 
 def state(seed: int) -> dict[str, Any]:
-    """Tensors that are received in place, cast, copied from strides, and an entry that is none."""
+    """Tensors that are received in place, cast or copied from strides, and an entry that is not a tensor."""
     tensor = torch.arange(600.0) + seed
     return {"weight": tensor, "half": tensor[:20].half(), "view": tensor.reshape(20, 30).t(), "step": seed}
 
@@ -76,7 +76,7 @@ def blank() -> dict[str, Any]:
 
 
 def loaded(reader: BlobStorageReader) -> int:
-    """The seed of the checkpoint, which is one of the states as a whole."""
+    """The seed of the checkpoint, which must be one complete state."""
     found = blank()
     load(found, reader)
     seed = int(found["step"])
@@ -88,7 +88,7 @@ def loaded(reader: BlobStorageReader) -> int:
 
 @dataclass
 class Job:
-    """A folder with a checkpoint of seed 1, and what is done to it."""
+    """A folder with a checkpoint of seed 1, and the operations on it."""
 
     url: str
     writer: BlobStorageWriter
@@ -112,7 +112,7 @@ class Job:
         return loaded(self.reader)
 
     def check(self, *expected: int) -> None:
-        """One of the checkpoints *expected* is there, and the folder takes the next one."""
+        """One of the checkpoints *expected* exists, and the next one can be saved."""
         wait_until(lambda: engine_for(TRANSFER).budget.in_flight == 0)
         assert loaded(self.reader) in expected
         save(state(3), self.writer, checkpoint_id=self.url)
@@ -125,7 +125,7 @@ def jobs(service: FaultService) -> Callable[[], Job]:
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether it is the interrupt, or what torch makes of one."""
+    """Whether *error* is the interrupt, or the error that torch raises for one."""
     if isinstance(error, CheckpointException):
         return all(isinstance(wrapped[0], KeyboardInterrupt) for wrapped in error.failures.values())
     return isinstance(error, KeyboardInterrupt)
@@ -159,7 +159,7 @@ ACTS: dict[str, tuple[Callable[[Job], int], int]] = {"save": (Job.save, 2), "loa
 def test_a_handler_saves_and_loads_at_every_line(
     service: FaultService, jobs: Callable[[], Job], act: str, is_shared: bool
 ) -> None:
-    """Into another folder, with a writer of its own or with the very one that it has interrupted."""
+    """In another folder, with a separate writer or with the interrupted one."""
     now: list[Job] = []
     url = f"{service.container_url('data')}/handler{next(_numbers)}"
     own = Job.at(url)
@@ -189,7 +189,7 @@ def test_a_handler_saves_and_loads_at_every_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_finalizers_run_at_every_line(service: FaultService, jobs: Callable[[], Job], act: str) -> None:
-    """Readers and writers of blobs that nobody closed are collected in the middle of a save and of a load."""
+    """Readers and writers that were not closed are collected during a save and a load."""
     do, expected = ACTS[act]
 
     def dropped() -> Iterator[BlobIO]:

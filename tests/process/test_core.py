@@ -1,4 +1,4 @@
-"""One blob in several processes: forked, spawned, pickled, interrupted; what is used before goes on after."""
+"""One blob in several processes: forked, spawned, pickled, interrupted. Objects used before still work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 
 def in_fork(action: Callable[[], Any], timeout: float = 20.0) -> Any:
-    """What *action* returns in a forked child."""
+    """The result of *action* in a forked child."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
@@ -90,7 +90,7 @@ def child(connection: Any, action: Callable[..., Any], *arguments: Any) -> None:
 
 
 def in_process(method: str, action: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> Any:
-    """What *action* returns in a child that was started by *method*."""
+    """The result of *action* in a child started with *method*."""
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(sender, action, *arguments))
@@ -109,11 +109,11 @@ def use_all(readers: list[BlobIO], url: str) -> list[tuple[int, bytes]]:
 
 
 class TestMethods:
-    """However the child is started, and whether or not the parent has read before."""
+    """With every start method, and whether or not the parent has read before."""
 
     @pytest.mark.parametrize("method", METHODS)
     def test_readers_go_on_in_a_child(self, service: FaultService, method: str) -> None:
-        """With the parent, which is not disturbed."""
+        """At the same time as the parent, which is not disturbed."""
         url, used = service.blob_url("c", "b"), [0, 1000, 200_000]
         readers = [BlobIO(url, "rb", credential=False, transfer=QUICK) for _ in used]
         for blob, size in zip(readers, used, strict=True):
@@ -151,7 +151,7 @@ class TestFork:
         assert blob.read() == DATA
 
     def test_in_the_middle_of_everything(self, service: FaultService) -> None:
-        """Threads of the parent hold whatever locks they hold: no child hangs, no transfer of the parent suffers."""
+        """Threads of the parent can hold any locks: no child hangs, and no transfer of the parent is affected."""
         service.put("c", "big", content(3 * MiB))
         is_over = threading.Event()
         errors: list[BaseException] = []
@@ -165,7 +165,7 @@ class TestFork:
                             pass
                     assert blob_client(service.blob_url("c", "b")).read()[0] == DATA
                     write_new(service.blob_url("c", f"busy-{number}"))
-            except BaseException as error:  # noqa: BLE001 - looked at below
+            except BaseException as error:  # noqa: BLE001 - checked below
                 errors.append(error)
 
         threads = [threading.Thread(target=keep_busy, args=(number,), daemon=True) for number in range(3)]
@@ -194,7 +194,7 @@ class TestFork:
     def test_while_a_thread_of_the_parent_is_in_a_call_of_the_same_object(
         self, service: FaultService, action: str
     ) -> None:
-        """The child does not wait for it: a reader is where it was before that call."""
+        """The child does not wait for it: a reader has the position before that call."""
         gate = threading.Event()
         transfer = replace(QUICK, read_timeout=60)
         if action == "write":
@@ -225,7 +225,7 @@ class TestFork:
         blob.abort()
 
     def test_connections_of_the_parent_are_let_go(self, service: FaultService) -> None:
-        """Idle ones and those in the middle of an answer: what the parent closes is closed."""
+        """Idle ones and those in mid-response: what the parent closes is closed."""
         gate = threading.Event()
         service.script(Match("get_blob", nth=3), [Stall(60, after=1000)])
         client = blob_client(service.blob_url("c", "b"), replace(QUICK, part_size=1 * MiB, read_timeout=60))
@@ -239,7 +239,7 @@ class TestFork:
         def sockets() -> list[str]:
             found = []
             for link in Path("/proc/self/fd").iterdir():
-                with suppress(FileNotFoundError):  # that of the listing itself
+                with suppress(FileNotFoundError):  # the descriptor of the listing itself
                     found.append(str(link.readlink()))
             return found
 
@@ -255,7 +255,7 @@ class TestFork:
         assert gate.wait(60)
 
     def test_a_writer_belongs_to_the_process_that_opened_it(self, service: FaultService) -> None:
-        """A child neither commits nor disturbs it, however it ends."""
+        """A child neither commits nor disturbs it, however the child ends."""
         blob = BlobIO(service.blob_url("c", "b"), "wb", credential=False, transfer=QUICK)
         blob.write(DATA[::-1][:300_000])
 
@@ -275,7 +275,7 @@ class TestFork:
         assert service.get("c", "b") == DATA[::-1]
 
     def test_a_token_that_is_just_being_fetched(self, https_fault_service: FaultService) -> None:
-        """The thread that fetches it does not exist in the child, which fetches its own."""
+        """The thread that fetches it does not exist in the child, which fetches another token."""
         service = https_fault_service
         service.put("c", "b", DATA)
         fetching, go_on = threading.Event(), threading.Event()
@@ -471,7 +471,7 @@ def rain(service: FaultService, seconds: float) -> None:
 
 @pytest.mark.untraced
 def test_interrupts_at_any_moment(service: FaultService) -> None:
-    """Ctrl-C, again and again: bytes are right or not returned, no buffer changes after, nothing is half committed."""
+    """Repeated Ctrl-C: bytes are right or not returned, no buffer changes later, no commit is partial."""
     rain(service, 3)
 
 
@@ -501,7 +501,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("way", ["read", "readinto", "small", "write", "small writes"])
 def test_an_interrupt_of_who_waits_gives_everything_back(service: FaultService, way: str) -> None:
-    """The engine is as before, and so is the position; the same object reads on."""
+    """The engine and the position are unchanged, and the same object can continue to read."""
     service.put("c", "big", content(3 * MiB))
     gate = threading.Event()
     service.script(Match("get_blob", nth=4), [Hold(gate)], repeat=True)
@@ -561,7 +561,7 @@ ENDS = {
 
 @pytest.mark.parametrize("what", ENDS)
 def test_the_interpreter_ends_at_once_with(service: FaultService, what: str) -> None:
-    """Whatever is open, nothing waits for it and nothing is committed."""
+    """Nothing waits for open blobs, and nothing is committed."""
     gate = threading.Event()
     service.script("put_block", [Hold(gate)], repeat=True)
     service.script(Match("get_blob", nth=2), [Hold(gate)], repeat=True)
@@ -580,7 +580,7 @@ def test_the_interpreter_ends_at_once_with(service: FaultService, what: str) -> 
 
 
 def test_at_exit_a_blob_can_still_be_written(service: FaultService) -> None:
-    """As programs do that save once more in an `atexit` handler."""
+    """For programs that save in an `atexit` handler."""
     program = (
         "import atexit, sys\nfrom azstoragetorch import TransferConfig\nfrom azstoragetorch.io import BlobIO\n"
         "transfer = TransferConfig(part_size=65536, block_size=65536)\n"

@@ -1,6 +1,6 @@
-"""Datasets, pipes and nodes: an interrupt, or a handler that works with this library, at every line of an iteration.
+"""Datasets, pipes and nodes: an interrupt, or a handler that uses this library, at every line of an iteration.
 
-No sample is lost or comes twice, no byte of the budget stays taken, and nothing hangs.
+No sample is lost or repeated, no byte of the budget stays on loan, and nothing hangs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def checked_name(blob: Blob) -> str:
 
 @dataclass
 class Reading:
-    """An iteration, and what it has yielded."""
+    """An iteration and the items that it has yielded."""
 
     samples: Any
     owner: Any = None
@@ -61,7 +61,7 @@ def iterable(url: str) -> IterableBlobDataset[str]:
 
 
 def check_all_are_read(reading: Reading, run: Run) -> None:
-    """After an interrupt the same iterator continues with what it has not yielded."""
+    """After an interrupt the same iterator continues with the remaining items."""
     assert run.error is None or isinstance(run.error, KeyboardInterrupt)
     assert [*reading.yielded, *reading.samples] == NAMES
     reading.samples = None
@@ -81,7 +81,7 @@ def test_an_interrupted_dataset_continues_where_it_was(fault_service: FaultServi
 
 
 def other_work(service: FaultService, name: str) -> Callable[[], None]:
-    """What a signal handler may do: read another dataset, write a blob."""
+    """What a signal handler can do: read another dataset, write a blob."""
     other = iterable(service.container_url("data"))
     service.create_container("saved")
 
@@ -110,7 +110,7 @@ def test_a_handler_inside_a_dataset_can_work(fault_service: FaultService, work: 
 
 
 def test_a_state_taken_by_a_handler_resumes_at_the_very_sample(fault_service: FaultService) -> None:
-    """The sample that is being made when the handler runs counts as not yet yielded."""
+    """The sample in progress when the handler runs counts as not yet yielded."""
     url = fill(fault_service)
     dataset = iterable(url)
     states: list[Any] = []
@@ -175,7 +175,7 @@ def plain(item: Any) -> Any:
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("work", ["interrupt", "state", "reset"])
 def test_nodes_lose_nothing(fault_service: FaultService, graph: str, work: str) -> None:
-    """An interrupted step yields its item when it is asked again; a handler may save the state, or begin anew."""
+    """An interrupted step yields its item on the next call; a handler can save the state, or start again."""
     url = fill(fault_service)
     whole = list(GRAPHS[graph](url))
     assert len(whole) == COUNT
@@ -202,7 +202,7 @@ def test_nodes_lose_nothing(fault_service: FaultService, graph: str, work: str) 
     def check(reading: Reading, run: Run) -> None:
         assert run.error is None or isinstance(run.error, (KeyboardInterrupt, StopIteration))
         if work == "reset":
-            # The step ends with nothing, or with the item that it had, or it has not looked yet and is of the new run.
+            # The step ends without an item, with the item that it had, or, if it had not started yet, in the new run.
             begun = reading.yielded[1:] if reading.yielded[1:] == whole[:1] else []
             assert [*begun, *reading.samples] == whole
         else:

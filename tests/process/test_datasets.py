@@ -1,4 +1,4 @@
-"""Datasets across processes: every blob exactly once, however workers and ranks were started."""
+"""Datasets across processes: every blob exactly once, with any start method of workers and ranks."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def make(kind: Any, url: str, **options: Any) -> Any:
 
 
 def matrix() -> list[Any]:
-    """All of it when slow tests run; otherwise what is quick, and one of each slower way to start."""
+    """Everything if slow tests run; otherwise the fast cases, and one of each slower start method."""
     samples = {(IterableBlobDataset, "spawn", 2, True, True), (IterableBlobDataset, "forkserver", 1, False, True)}
     kinds, contexts, both = (IterableBlobDataset, BlobDataset), ("fork", "spawn", "forkserver"), (False, True)
-    alone = itertools.product(kinds, ("fork",), (0,), both, (False,))  # nothing is started
+    alone = itertools.product(kinds, ("fork",), (0,), both, (False,))  # no process is started
     cases = [*alone, *itertools.product(kinds, contexts, (1, 2), both, both)]
     is_slow = [case[1] != "fork" and case not in samples for case in cases]
     return [pytest.param(*case, marks=[pytest.mark.slow] * slow) for case, slow in zip(cases, is_slow, strict=True)]
@@ -78,7 +78,7 @@ def test_every_blob_exactly_once_in_each_of_two_epochs(
     listings = len(fault_service.requests("list_blobs"))
     assert listings == (0 if kind is BlobDataset or is_used_before else 1)
     requests = Counter(request.blob for request in fault_service.requests("get_blob"))
-    assert requests == Counter(NAMES * 2) or is_used_before  # what was ahead when the first was dropped comes on top
+    assert requests == Counter(NAMES * 2) or is_used_before  # plus what was read ahead when the first one was dropped
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -92,7 +92,7 @@ def test_an_epoch_set_in_the_parent_reaches_workers(fault_service: FaultService,
         dataset.set_epoch(epoch)
         alone.set_epoch(epoch)
         orders.append(list(loader))
-        # Two workers in turn restore the order of one.
+        # Two workers, in turns, have the same order as one.
         assert orders[-1] == list(alone)
     assert orders[1] == orders[3]
     assert len({tuple(order) for order in orders}) == 3
@@ -121,7 +121,7 @@ def test_a_rank_without_samples_is_an_error_that_says_so(fault_service: FaultSer
     for workers in (0, 1):
         with pytest.raises(ValueError, match="rank 1 of world_size 2 is left without samples: the dataset has 1"):
             list(DataLoader(dataset, batch_size=None, num_workers=workers))
-    # There are enough for the ranks, but not for all of their workers.
+    # Enough for the ranks, but not for all of their workers.
     for name in NAMES[:4]:
         fault_service.put("data", name, b"")
     for even, count in (("drop", None), ("pad", 3), ("none", 2)):
@@ -175,11 +175,11 @@ def rank_main(rank: int, world: int, store: str, url: str, workers: int, context
 def test_ranks_over_gloo_share_the_blobs(
     container: Container, tmp_path: Path, world: int, workers: int, context: str | None
 ) -> None:
-    """Also from spawned workers, which have no process group."""
+    """Also in spawned workers, which have no process group."""
     for index, name in enumerate(NAMES):
         container.put(name, content(2000, index))
     container.client.set_container_access_policy({}, public_access="container")
-    # A forked rank would take this process's fork server for its own.
+    # A forked rank would use the fork server of this process.
     start = multiprocessing.get_context("spawn" if context == "forkserver" else "fork")
     ranks = [
         start.Process(
@@ -246,7 +246,7 @@ def warned_rank_main(rank: int, store: str, url: str, workers: int, folder: str,
     seen.touch()
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        with seen.open("a") as file:  # workers, which are forked, write here too
+        with seen.open("a") as file:  # also by forked workers
             file.write(f"{message}\n")
 
     warnings.simplefilter("always")
@@ -264,7 +264,7 @@ def warned_rank_main(rank: int, store: str, url: str, workers: int, folder: str,
 def test_ranks_that_all_read_everything_are_warned_of_once(
     fault_service: FaultService, tmp_path: Path, workers: int, options: dict[str, Any], count: int
 ) -> None:
-    """Once in each rank, whatever number of workers and epochs it has; the warning says what to pass."""
+    """Once in each rank, with any number of workers and epochs; the warning says what to pass."""
     url = url_of_filled(fault_service)
     (tmp_path / "seen").mkdir()
     arguments = (str(tmp_path / "store"), url, workers, str(tmp_path / "seen"), options)
@@ -290,7 +290,7 @@ def finish(samples: Any, into: str) -> None:
 def test_a_forked_child_can_continue_its_parents_iterator(
     fault_service: FaultService, tmp_path: Path, connections: int
 ) -> None:
-    """What the parent's threads had begun is read again; parent and child both yield all that is left."""
+    """What threads of the parent had started is read again; parent and child both yield all remaining items."""
     transfer = replace(QUICK, max_connections=connections)
     fault_service.latency = 0.02
     samples = iter(make(IterableBlobDataset, url_of_filled(fault_service), transfer=transfer))
@@ -322,7 +322,7 @@ def test_a_forked_child_can_take_a_batch_that_its_parent_reads_ahead(
 def test_a_forked_child_can_continue_while_a_thread_of_its_parent_takes_a_sample(
     fault_service: FaultService, tmp_path: Path
 ) -> None:
-    """The step in progress is the parent's: the child begins with the same blob."""
+    """The step in progress belongs to the parent: the child starts with the same blob."""
     entered, go_on = threading.Event(), threading.Event()
 
     def stop_once(blob: Blob) -> str:
@@ -381,7 +381,7 @@ def begin_and_step(steps: _Counting) -> None:
 
 
 def test_a_forked_child_can_reset_while_a_thread_of_its_parent_takes_a_step() -> None:
-    """The step in progress is the parent's: the child does not wait for it."""
+    """The step in progress belongs to the parent: the child does not wait for it."""
     steps = _Counting()
     with ThreadPoolExecutor() as pool:
         try:
@@ -390,7 +390,7 @@ def test_a_forked_child_can_reset_while_a_thread_of_its_parent_takes_a_step() ->
             child = multiprocessing.get_context("fork").Process(target=begin_and_step, args=(steps,))
             child.start()
             child.join(60)
-            child.kill()  # if it still waits
+            child.kill()  # in case it still waits
             child.join()
         finally:
             steps.go_on.set()

@@ -1,6 +1,6 @@
-"""At every line of the ground floor and of what is built on it: an interrupt, a transfer in a handler, a finalizer.
+"""An interrupt, a transfer in a handler, or a finalizer at every line of the engine and of transfers.
 
-None of them hangs, loses bytes of the budget, or leaves something that the next transfer trips over.
+None of them hangs, loses bytes of the budget, or breaks the next transfer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _limits = itertools.count(20)
 
 @pytest.fixture
 def transfer() -> TransferConfig:
-    """Of an engine that no other test uses."""
+    """A configuration whose engine no other test uses."""
     return replace(QUICK, max_connections=next(_limits))
 
 
@@ -52,7 +52,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 
 class Actor:
-    """One kind of transfer: made fresh, run in part or whole, closed; then its bytes are the budget's again."""
+    """One kind of transfer: created, run in part or in full, closed; then the budget has all bytes again."""
 
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         self.service = service
@@ -62,11 +62,11 @@ class Actor:
         raise NotImplementedError
 
     def close(self) -> None:
-        """As the owner does, whatever happened."""
+        """Close it, as its owner always does."""
 
 
 class Reading(Actor):
-    """In sequence, at the end, at random, a large piece: all that the window does."""
+    """Sequential, tail, random and large reads: everything that the window does."""
 
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         super().__init__(service, transfer)
@@ -84,7 +84,7 @@ class Reading(Actor):
 
 
 class Prefetching(Actor):
-    """Small blobs on one thread, results in order."""
+    """Small blobs on one thread, with results in order."""
 
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         super().__init__(service, transfer)
@@ -121,7 +121,7 @@ class Mapping(Actor):
 
 
 class Listing(Actor):
-    """Several pages, of which the next is fetched while one is read."""
+    """Several pages; the next one is fetched while one is used."""
 
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         super().__init__(service, transfer)
@@ -136,7 +136,7 @@ class Listing(Actor):
 
 
 class Borrowing(Actor):
-    """Loans that are waited for, and buffers."""
+    """Loans with waiting, and buffers."""
 
     engine: Engine | None = None
 
@@ -148,7 +148,7 @@ class Borrowing(Actor):
         assert engine.budget.in_flight == 0
 
     def close(self) -> None:
-        """Nobody is left in the queue, for whom others would wait."""
+        """Check that no waiter is left in the queue, for which others would wait."""
         assert self.engine is None or self.engine.budget.take(1) is not None
 
 
@@ -158,7 +158,7 @@ ACTORS = [Reading, Prefetching, Mapping, Listing, Borrowing]
 def visit(
     actor: type[Actor], service: FaultService, transfer: TransferConfig, do: Callable[[], object], turns: int
 ) -> None:
-    """Sweep over *actor*; after each visit nothing is held, and the same transfer succeeds."""
+    """Sweep over *actor*; after each visit nothing is on loan, and the same transfer succeeds."""
 
     def check(state: Actor, run: Run) -> None:
         if do is interrupt:
@@ -172,7 +172,7 @@ def visit(
         again.close()
 
     gc.collect()
-    gc.disable()  # nothing may need it
+    gc.disable()  # nothing must depend on it
     try:
         sweep(lambda: actor(service, transfer), lambda state: state.act(), check, files=FILES, do=do, turns=turns)
     finally:
@@ -182,7 +182,7 @@ def visit(
 pytestmark = [
     pytest.mark.untraced,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of sockets that an interrupt has left to the collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # for sockets that an interrupt leaves to the collector
 ]
 
 
@@ -196,7 +196,7 @@ def test_an_interrupt_at_every_line_loses_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
 def test_a_handler_transfers_at_every_line(actor: type[Actor], service: FaultService, transfer: TransferConfig) -> None:
-    """It reads, lists and writes with the very engine that it has interrupted."""
+    """It reads, lists and writes with the interrupted engine."""
     blob = blob_client(service.blob_url("c", "other"), transfer)
 
     def handle() -> None:
@@ -210,10 +210,10 @@ def test_a_handler_transfers_at_every_line(actor: type[Actor], service: FaultSer
 @pytest.mark.slow
 @pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.__name__)
 def test_finalizers_run_at_every_line(actor: type[Actor], service: FaultService, transfer: TransferConfig) -> None:
-    """Readers, iterations and listings that nobody closed are collected in the middle of the ground floor."""
+    """Readers, iterations and listings that were not closed are collected in the engine."""
 
     class Dropped:
-        """Gives up what it holds as the faces do it."""
+        """Closes its transfers like the public classes."""
 
         def __init__(self) -> None:
             self.reading = Reading(service, transfer)

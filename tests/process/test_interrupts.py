@@ -1,4 +1,4 @@
-"""The sweep of interrupts finds what it is there to find."""
+"""`sweep` finds the defects that it is for."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_free(account: Any, run: Run) -> None:
 
 
 def test_what_an_interrupt_leaves_behind_is_found(accounts: Any) -> None:
-    """With the line, and whether a call in it had returned."""
+    """The failure names the line, and whether a call in it had returned."""
     with pytest.raises(AssertionError, match=r"places failed(.|\n)*after a call in accounts.py:10 \(use\), time 1"):
         sweep(accounts.Careless, accounts.Careless.use, check_free, files=[accounts], do=interrupt)
 

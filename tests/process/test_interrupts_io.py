@@ -1,4 +1,4 @@
-"""`BlobIO`, interrupted at every line of its own modules: by Ctrl-C, by handlers that use blobs, by finalizers."""
+"""`BlobIO`, interrupted at every line of its modules: by Ctrl-C, by handlers that use blobs, by finalizers."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class TestHandlers:
         )
 
     def test_that_read_the_same_blob_get_its_next_bytes_or_an_error(self, service: FaultService) -> None:
-        """Never a wait, and never bytes twice or out of order."""
+        """It never waits, and bytes are never repeated or out of order."""
         now: list[BlobIO] = []
         nested: list[bytes] = []
 
@@ -169,7 +169,7 @@ class TestHandlers:
     @pytest.mark.parametrize("end", [BlobIO.close, BlobIO.abort])
     @pytest.mark.parametrize("name", ["read", "read on"])
     def test_that_close_the_blob_end_its_read(self, service: FaultService, name: str, end: Any) -> None:
-        """It fails as on a closed file, or was complete before; everything is given back."""
+        """It fails as on a closed file, or was complete before; all memory is given back."""
         now: list[BlobIO] = []
 
         def set_up() -> BlobIO:
@@ -188,7 +188,7 @@ class TestHandlers:
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     @pytest.mark.parametrize("end", [BlobIO.close, BlobIO.abort])
     def test_that_close_the_blob_end_its_write(self, service: FaultService, end: Any) -> None:
-        """What is committed then is what complete writes wrote, or nothing; the interrupted write never counts."""
+        """Only complete writes are committed, or nothing; the interrupted write never is."""
         now: list[BlobIO] = []
 
         def set_up() -> BlobIO:
@@ -210,7 +210,7 @@ class TestHandlers:
 class TestFinalizers:
     @pytest.mark.parametrize("mode", ["rb", "wb"])
     def test_of_wrappers_run_anywhere(self, service: FaultService, mode: str) -> None:
-        """Of a reader that reads ahead, and of a writer with bytes in its wrapper."""
+        """For a reader that reads ahead, and a writer with bytes in its wrapper."""
 
         def make_garbage() -> io.TextIOWrapper:
             wrapper = io.TextIOWrapper(open_blob(service, mode, "b" if mode == "rb" else "other"), encoding="latin-1")

@@ -1,4 +1,4 @@
-"""Requests and writes that are interrupted, re-entered or cancelled at every line: no hang, nothing lost or mixed."""
+"""Requests and writes that are interrupted, re-entered or cancelled at every line: nothing hangs, is lost or mixed."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def fault_service_with_data() -> Iterator[FaultService]:
 
 @pytest.fixture
 def served(fault_service_with_data: FaultService) -> Iterator[FaultService]:
-    """No connection of another test is in the pool, and none of this one stays there."""
+    """Start with an empty pool, and leave an empty one."""
     transport.close_idle_connections()
     yield fault_service_with_data
     transport.close_idle_connections()
 
 
 def write(client: BlobClient, data: bytes) -> None:
-    """By pieces that are collected, staged in the background and staged at once."""
+    """Write pieces that are collected, staged in the background and staged at once."""
     writer = client.writer()
     try:
         for start in range(0, 150_000, 30_000):
@@ -68,7 +68,7 @@ def use_everything(served: FaultService, name: str) -> None:
 
 
 def check_pool(client: BlobClient) -> None:
-    """Every idle connection is in the pool once, was not woken, and the next one works."""
+    """Every idle connection is in the pool once, was not interrupted, and works."""
     idle = [each for connections in transport._pool.get()._idle.values() for each in connections]
     assert len(set(map(id, idle))) == len(idle)
     assert not any(each._is_interrupted or each._was_closed for each in idle)
@@ -96,7 +96,7 @@ class TestRequests:
 
     @pytest.mark.untraced
     def test_requests_inside_any_line_of_another(self, served: FaultService, prepare: Callable[[], None]) -> None:
-        """As by a signal handler: both are right."""
+        """As in a signal handler: both are right."""
         client = blob_client(served.blob_url("c", "b"), replace(QUICK, part_size=1 << 20))
 
         def check(_: object, run: Run) -> None:
@@ -114,7 +114,7 @@ class TestRequests:
     def test_a_cancel_at_any_line_wakes_no_connection_of_the_pool(
         self, served: FaultService, prepare: Callable[[], None]
     ) -> None:
-        """The request ends as cancelled, or with its result; another one never meets its connection."""
+        """The request is cancelled or returns its result; another request never gets its connection."""
         client = blob_client(served.blob_url("c", "b"), replace(QUICK, part_size=1 << 20))
         scopes: list[Scope] = []
 
@@ -159,7 +159,7 @@ class TestWriter:
 
     @pytest.fixture(params=["free threads", "no free thread"])
     def config(self, request: pytest.FixtureRequest) -> Iterator[TransferConfig]:
-        """Without a free thread the writing thread stages the blocks of the background itself."""
+        """Without a free thread the writing thread itself stages the blocks."""
         config = replace(self.CONFIG, max_connections=3 if request.param == "free threads" else 1)
         release = threading.Event()
         if request.param == "no free thread":
@@ -171,7 +171,7 @@ class TestWriter:
     def test_an_interrupt_at_any_line_ends_it_and_commits_nothing(
         self, served: FaultService, steps: Callable[[upload.BlockWriter], None], config: TransferConfig
     ) -> None:
-        """Not what came before, not later; no byte of the budget stays taken, and nothing waits."""
+        """Nothing is committed, also not later; no byte of the budget stays on loan, and nothing waits."""
         served.put("c", "b", OLD)
         client = blob_client(served.blob_url("c", "b"), config)
         budget = engine_for(config).budget
@@ -189,7 +189,7 @@ class TestWriter:
             except FatalBlobIOWriteError:
                 assert run.was_reached
                 assert served.get("c", "b") == OLD
-            else:  # between two calls: it has what was taken, all of it
+            else:  # between two calls: it has all bytes that it was given
                 assert not run.was_reached or run.place.code.co_name in ("guarded", "_check", "_raise_failure")
                 assert served.get("c", "b") == NEW[:taken]
                 served.put("c", "b", OLD)
@@ -223,7 +223,7 @@ class TestWriter:
 
     @pytest.mark.untraced
     def test_another_write_inside_any_line(self, served: FaultService) -> None:
-        """As by a signal handler that saves while the interrupted code saves."""
+        """As in a signal handler that saves while the interrupted code saves."""
         client = blob_client(served.blob_url("c", "outer"), self.CONFIG)
         inner = blob_client(served.blob_url("c", "inner"), self.CONFIG)
 
@@ -270,7 +270,7 @@ class TestWriter:
 
 
 class TestNoFreeThread:
-    """A writer needs no thread but the one that writes."""
+    """A writer needs only the thread that writes."""
 
     @pytest.mark.parametrize("connections", [1, 2])
     def test_all_threads_are_busy_with_something_else(self, served: FaultService, connections: int) -> None:
@@ -285,7 +285,7 @@ class TestNoFreeThread:
         assert served.get("c", "b") == NEW
 
     def test_each_thread_of_the_engine_writes(self, served: FaultService) -> None:
-        """Writers inside the tasks of a map, which fill all threads."""
+        """Writers inside the tasks of a `map` that uses all threads."""
         config = replace(QUICK, max_connections=2, memory_limit=3 << 20)
 
         def task(number: int, _scope: Scope) -> None:
@@ -296,10 +296,10 @@ class TestNoFreeThread:
 
 
 class TestHandOver:
-    """The socket of a cancelled request is closed by the later of the request and the cancel, and by one of them."""
+    """The socket of a cancelled request is closed by the request or the cancel, whichever comes later."""
 
     def test_a_cancel_in_the_middle_closes_it(self, served: FaultService, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The request ends while the cancel is about to shut its socket down: the descriptor is still the same one."""
+        """The request ends while the cancel is about to shut down its socket: the descriptor still belongs to it."""
         origin = transport.Origin.of("http", served.address, QUICK)
         held = connection.Connection(origin)
         held.send("GET", "/devstoreaccount1/c/b", {}, None)

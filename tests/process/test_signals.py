@@ -1,4 +1,4 @@
-"""Processes that are killed, interrupted or ended in the middle of a transfer: nothing half-done, and no wait."""
+"""Processes that are killed, interrupted or ended during a transfer: no partial result, and no wait."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ f = BlobIO(url + "/blob", "rb", **access)
 ready()
 while f.read(100): pass""",
     "an epoch": 'ready()\nlist(IterableBlobDataset.from_container_url(url, prefix="set/", **access))',
-    # Small samples: with those that do not fit into a pipe torch's workers wait for ever once their parent is gone.
+    # Small samples: with larger ones than fit into a pipe, torch's workers wait forever after their parent has ended.
     "an epoch of workers": """
 def length(blob):
     with blob.reader() as file: return len(file.read())
@@ -71,7 +71,7 @@ list(it)""",
 
 @contextmanager
 def program(source: str, service: FaultService) -> Iterator[subprocess.Popen[str]]:
-    """*source* in a fresh interpreter, under way; killed at the end with its children, if they still run."""
+    """Start *source* in a new interpreter; kill it at the end with its children, if they still run."""
     process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + source, service.container_url("data")],
         cwd=ROOT,
@@ -97,7 +97,7 @@ def saved(seed: int) -> bytes:
 
 
 def slow_service(service: FaultService) -> FaultService:
-    """Blobs to read at a trickle, and one to overwrite whose blocks take their time."""
+    """Blobs that are read slowly, and one to overwrite whose blocks are slow."""
     service.put("data", "blob", content(2 * MiB))
     service.put("data", "model.pt", saved(1))
     for number in range(60):
@@ -114,7 +114,7 @@ def slow_service(service: FaultService) -> FaultService:
     "name", [pytest.param(name, marks=[] if name == "torch.save" else [pytest.mark.slow]) for name in WRITES]
 )
 def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name: str, how: signal.Signals) -> None:
-    """The blob is the old one, or (if the commit had been sent) the new one, whole; and the process ends at once."""
+    """The blob is the old one or, if the commit was sent, the complete new one; the process ends at once."""
     service = slow_service(fault_service)
     with program(WRITES[name], service) as process:
         wait_until(
@@ -127,7 +127,7 @@ def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name
         begin = time.monotonic()
         _, errors = process.communicate(timeout=_STALL)
         assert time.monotonic() - begin < _ENDS_WITHIN
-        # What torch.save itself raises on the way out may come on top of the interrupt.
+        # torch.save itself can raise another error while the interrupt propagates.
         assert process.returncode in {-how, 1 if name == "torch.save" and how == signal.SIGINT else -how}, errors
         assert (how == signal.SIGINT) == ("KeyboardInterrupt" in errors)
     wait_until(lambda: service.open_connections == 0)
@@ -148,7 +148,7 @@ def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name
     [pytest.param(name, marks=[] if name in ("read", "an epoch of workers") else [pytest.mark.slow]) for name in READS],
 )
 def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: signal.Signals) -> None:
-    """In the main process, and its workers with it."""
+    """In the main process, together with its workers."""
     service = slow_service(fault_service)
     with program(READS[name], service) as process:
         service.wait_for_requests(3, "get_blob")
@@ -158,13 +158,13 @@ def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: 
         # A DataLoader that is interrupted waits up to 5 s for each worker.
         assert time.monotonic() - begin < _ENDS_WITHIN + (10 if "workers" in name else 0)
         assert process.returncode in (-how, 1)
-        # Workers look after their parent between two batches.
+        # Workers check their parent between two batches.
         wait_until(lambda: service.open_connections == 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_worker_that_is_ended_ends_the_epoch(fault_service: FaultService, how: signal.Signals) -> None:
-    """With an error that names the worker; the other ends too."""
+    """With an error that names the worker; the other worker also ends."""
     service = slow_service(fault_service)
     with program(READS["an epoch of workers"], service) as process:
         service.wait_for_requests(3, "get_blob")
@@ -202,7 +202,7 @@ AT_EXIT = {
 
 @pytest.mark.parametrize("name", AT_EXIT)
 def test_the_interpreter_ends_with_transfers_open(fault_service: FaultService, name: str) -> None:
-    """Soon, without a crash, and nothing is committed."""
+    """Without delay or a crash, and nothing is committed."""
     service = slow_service(fault_service)
     with program(AT_EXIT[name], service) as process:
         begin = time.monotonic()
@@ -219,7 +219,7 @@ def test_the_interpreter_ends_with_transfers_open(fault_service: FaultService, n
 def test_a_cached_epoch_that_is_killed_leaves_a_cache_that_can_be_trusted(
     fault_service: FaultService, tmp_path: Path
 ) -> None:
-    """Wherever it is killed: the next epoch reads the right bytes, from the cache as far as it goes."""
+    """Wherever it is killed, the next epoch reads the right bytes, from the cache as far as possible."""
     for number in range(30):
         fault_service.put("data", f"set/{number:02d}", content(50_000, number))
     source = f"""
@@ -244,7 +244,7 @@ list(data)
 
 
 class CountingTokens:
-    """Hands out one token, slowly, and counts how often it was asked."""
+    """Returns one token, slowly, and counts the requests."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -258,7 +258,7 @@ class CountingTokens:
 def test_eight_threads_share_a_dataset_and_a_credential(
     https_fault_service: FaultService, loopback_tls: LoopbackTls
 ) -> None:
-    """Each reads every blob right, and one token does for all."""
+    """Each reads every blob correctly, and all use one token."""
     service = https_fault_service
     for number in range(24):
         service.put("data", f"{number:02d}", content(1000 * number, number))
