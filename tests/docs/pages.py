@@ -18,7 +18,7 @@ EMULATOR = "http://127.0.0.1:10000/devstoreaccount1/scratch"
 
 # A comment "<!-- not run: why -->" before a block keeps it from being run.
 BLOCK = re.compile(
-    r"(?:^(?:% |<!-- )not run: *(?P<reason>[^\n]*?)(?: -->)?\n\n?)?^ *```python\n(?P<code>.*?)^ *```$",
+    r"(?:^<!-- not run: *(?P<reason>[^\n]*) -->\n\n?)?^ *```python\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
 
