@@ -98,9 +98,8 @@ class Row:
 
 RESPONSE, HTTP, AUTH = "ServiceResponseError", "HttpResponseError", "ClientAuthenticationError"
 _STALLS: dict[str, Any] = {"transfer": {"read_timeout": SHORT_TIMEOUT}, "few_tries": 2}
-_CHANGED = {
-    (operation, GET): RIGHT for operation in ("epoch", "epoch, 2 workers", "pipes")
-}  # one request for each blob
+# These send one request for each blob.
+_CHANGED = {(operation, GET): RIGHT for operation in ("epoch", "epoch, 2 workers", "pipes")}
 
 ROWS = [
     Row("503", Status(503), RIGHT, HTTP),

@@ -1,4 +1,4 @@
-"""The scripted fault service: enough of the Azure Blob REST API over real sockets, failing as it is told.
+"""The fault service: enough of the Azure Blob REST API over real sockets, with scripted faults.
 
     with FaultService() as service:
         service.put("data", "blob", b"0123456789")
@@ -6,7 +6,7 @@
         ...  # read service.blob_url("data", "blob") with a client
         assert service.requests("get_blob")[1].status == 503
 
-Blobs live in memory, in this process. Without a fault that is due a request is answered as the service does.
+Blobs are in the memory of this process. A request without a fault gets the response of the real service.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .store import BlobStore, Request, ServiceError, error_xml, parse_range
 from .wire import Answer, Bytes, Connection, Head, LoopbackServer
 
 SERVICE_VERSION = "2025-05-05"
-_LAST_SEND = 1 << 16  # bytes; a request counts as under way until no more than these are left to send
+_LAST_SEND = 1 << 16  # bytes; a request counts as in flight until at most these are left to send
 
 _ERROR_CODES = {
     400: "InvalidInput",
@@ -48,11 +48,11 @@ _CHALLENGE = (
 
 @dataclass(slots=True, eq=False)
 class LoggedRequest:
-    """One request as it arrived, and what became of it. Kept up to date while the request is under way."""
+    """One received request and its outcome, which is updated while the request is in flight."""
 
     number: int  # from 1, in order of arrival
     connection: int
-    time: float  # time.monotonic() at which the head was there
+    time: float  # time.monotonic() when the headers were received
     operation: str
     method: str
     target: str
@@ -62,14 +62,14 @@ class LoggedRequest:
     blob: str
     body_length: int = 0  # bytes of body received
     fault: f.Fault | None = None
-    status: int | None = None  # None: no status line was sent
+    status: int | None = None  # None if no status line was sent
     is_carried_out: bool = False  # as far as the fault lets it be; the answer may still have to be sent
     sent: int = 0  # bytes of body handed to the socket, or about to be
-    finished: float | None = None  # time.monotonic() just before the last bytes of the answer
+    finished: float | None = None  # time.monotonic() just before the last bytes of the response
 
     @property
     def path(self) -> str:
-        """The path as sent, still percent-encoded."""
+        """The path as it was sent, percent-encoded."""
         return self.target.partition("?")[0]
 
     @property
@@ -78,7 +78,7 @@ class LoggedRequest:
 
     @property
     def range(self) -> tuple[int, int | None] | None:
-        """First and one-past-last byte asked for (None: to the end); None for all, or an invalid range."""
+        """The first byte and the one after the last (None: to the end) of the range; None without a valid range."""
         try:
             return parse_range(self.headers)
         except ServiceError:
@@ -88,7 +88,7 @@ class LoggedRequest:
 class FaultService(LoopbackServer):
     """A blob service on loopback whose faults are scripted.
 
-    Everything it has is public to the test: blobs, uncommitted blocks, every request, every connection.
+    Tests can access everything: blobs, uncommitted blocks, every request, every connection.
     """
 
     def __init__(
@@ -102,22 +102,22 @@ class FaultService(LoopbackServer):
     ) -> None:
         self.account = account
         self.store = BlobStore(versioning=versioning, hierarchical=hierarchical)
-        self.latency = 0.0  # seconds before every answer
+        self.latency = 0.0  # seconds before every response
         self.log: list[LoggedRequest] = []
-        self.keeps_log = True  # a test that measures memory over many requests turns it off
-        self.active = 0  # requests under way now
-        self.peak_active = 0  # the most there were at once since the log was reset
+        self.keeps_log = True  # turned off by tests that measure memory over many requests
+        self.active = 0  # requests in flight now
+        self.peak_active = 0  # the maximum since the log was reset
         self._rules: list[f.Rule] = []
         self._tokens: set[str] | None = None
         self._sas: str | None = None
-        self.challenge = _CHALLENGE  # WWW-Authenticate of an answer that a token is missing or not accepted
+        self.challenge = _CHALLENGE  # WWW-Authenticate of responses to a missing or rejected token
         self._numbers = itertools.count(1)
         self._book = threading.Lock()  # of the log, the rules and the counters
         super().__init__(ssl_context=ssl_context, host=host)
         self.origin = f"{'https' if ssl_context else 'http'}://{self.address}"
         self.url = f"{self.origin}/{account}"
 
-    # ---- addresses
+    # ---- URLs
 
     def container_url(self, container: str) -> str:
         return f"{self.url}/{container}"
@@ -129,15 +129,15 @@ class FaultService(LoopbackServer):
     # ---- blobs
 
     def create_container(self, container: str) -> None:
-        """Does nothing if it is there. `put` calls it too."""
+        """Create the container if it does not exist. `put` calls this too."""
         self.store.create_container(container)
 
     def put(self, container: str, name: str, data: Bytes, *, metadata: Mapping[str, str] | None = None) -> str:
-        """Make *data* the blob, bypassing scripts and log, and return its ETag with quotes."""
+        """Set the content of the blob, bypassing scripts and log; return its quoted ETag."""
         return self.store.put(container, name, bytes(data), metadata=metadata).etag
 
     def get(self, container: str, name: str) -> bytes:
-        """The committed blob. KeyError if there is none."""
+        """The content of the committed blob; KeyError if it does not exist."""
         blob = self.store.find(container, name)
         if blob is None:
             raise KeyError(f"{container}/{name}")
@@ -150,38 +150,38 @@ class FaultService(LoopbackServer):
         self.store.delete(container, name)
 
     def names(self, container: str) -> list[str]:
-        """Names of the committed blobs, sorted."""
+        """The sorted names of the committed blobs."""
         return self.store.names(container)
 
     def uncommitted(self, container: str, name: str) -> dict[str, bytes]:
-        """Staged blocks that no block list has committed, by block id."""
+        """The uncommitted blocks, by block id."""
         return self.store.uncommitted(container, name)
 
     def snapshot(self, container: str, name: str) -> str:
-        """Take a snapshot and return its id, for `snapshot=` in a URL."""
+        """Create a snapshot; return its id, for `snapshot=` in a URL."""
         return self.store.snapshot(container, name)
 
-    # ---- who may come in
+    # ---- authorization
 
     def allow_anonymous(self) -> None:
-        """The default: credentials are neither needed nor looked at."""
+        """The default: credentials are neither required nor checked."""
         self._tokens = self._sas = None
 
     def require_token(self, *accepted: str) -> None:
-        """Answer 401 unless the bearer token is one of *accepted*. May be called again while requests run."""
+        """Respond with 401 unless the bearer token is one of *accepted*. Can be called again while requests run."""
         self._tokens, self._sas = set(accepted), None
 
     def require_sas(self, sig: str) -> None:
-        """Answer 403 unless the query's `sig`, decoded, is *sig*."""
+        """Respond with 403 unless the decoded `sig` of the query is *sig*."""
         self._tokens, self._sas = None, sig
 
     # ---- script and log
 
     def script(self, match: f.Match | str, faults: Iterable[f.Fault], *, repeat: bool = False) -> f.Rule:
-        """Let *faults* befall the requests that *match* selects, one each, in order; then all is well.
+        """Apply *faults* to the requests that *match* selects, one each, in order; later requests have none.
 
-        A string is the name of an operation. With *repeat* the faults start over for ever. When several rules
-        are due, the oldest acts and the others wait for their next request.
+        A string is the name of an operation. With *repeat* the faults repeat forever. If several rules match a request,
+        the oldest applies and the others wait for their next request.
         """
         rule = f.Rule(f.Match(match) if isinstance(match, str) else match, tuple(faults), repeat)
         with self._book:
@@ -193,7 +193,7 @@ class FaultService(LoopbackServer):
             self._rules.clear()
 
     def unused_faults(self) -> list[f.Rule]:
-        """Rules whose faults have not all come to pass: most often a test that tests less than it says."""
+        """Rules with unused faults: usually the test does not test what it says."""
         with self._book:
             return [rule for rule in self._rules if not rule.is_exhausted]
 
@@ -205,7 +205,7 @@ class FaultService(LoopbackServer):
         path: str | None = None,
         status: int | None = None,
     ) -> list[LoggedRequest]:
-        """The logged requests for which all that is given holds; *path* is a regex for the decoded path."""
+        """The logged requests that match all given arguments; *path* is a regex for the decoded path."""
         match = f.Match(operation, method, path)
         with self._book:
             log = list(self.log)
@@ -217,11 +217,11 @@ class FaultService(LoopbackServer):
             self.peak_active = self.active
 
     def wait_until_idle(self, timeout: float = 60.0) -> None:
-        """Wait until no request is under way; TimeoutError if that takes more than *timeout* seconds."""
+        """Wait until no request is in flight; TimeoutError after *timeout* seconds."""
         _wait_until(lambda: self.active == 0, timeout, "requests are still under way")
 
     def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 60.0) -> None:
-        """Wait until *count* requests have arrived; TimeoutError if it takes more than *timeout* seconds."""
+        """Wait until *count* requests have arrived; TimeoutError after *timeout* seconds."""
         _wait_until(lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived")
 
     # ---- serving
@@ -268,7 +268,7 @@ class FaultService(LoopbackServer):
                 self.active -= 1
 
     def _respond(self, connection: Connection, head: Head, entry: LoggedRequest) -> bool:
-        """Carry out and answer one request. False: the connection ends here."""
+        """Carry out one request and send the response; return False if the connection must end."""
         fault = entry.fault
         if isinstance(fault, f.ResetUpload):
             entry.body_length = len(connection.read_body(head, limit=fault.after))
@@ -302,7 +302,7 @@ class FaultService(LoopbackServer):
         for number, step in enumerate(steps):
             match step:
                 case Send(data, body_bytes, status):
-                    # The books come first: a peer that has the answer must find them closed.
+                    # The log is updated first: a client that has the response must find it complete.
                     entry.status = entry.status or status
                     entry.sent += body_bytes
                     if number == last:
@@ -325,7 +325,7 @@ class FaultService(LoopbackServer):
         return "close" not in answer.headers.get("Connection", "")
 
     def _answer(self, entry: LoggedRequest, body: Bytes) -> Answer:
-        """Carry the operation out, as far as the request's fault lets it."""
+        """Carry out the operation, as far as the fault of the request allows."""
         fault = entry.fault
         headers = entry.headers
         match fault:
@@ -407,7 +407,7 @@ class FaultService(LoopbackServer):
         return Answer(error.status, headers, error_xml(error.code, _request_id(entry)))
 
     def _complete(self, entry: LoggedRequest, answer: Answer) -> Answer:
-        """Add the headers that every answer has."""
+        """Add the headers that every response has."""
         headers = {
             "Content-Length": str(len(answer.body)),
             "Server": "Windows-Azure-Blob/1.0 Microsoft-HTTPAPI/2.0",
@@ -425,7 +425,7 @@ class FaultService(LoopbackServer):
         return Answer(answer.status, headers, answer.body)
 
     def _split(self, raw_path: str) -> tuple[str, str]:
-        """Container and blob of a path, with or without the account before them."""
+        """The container and blob of a path, with or without the account before them."""
         path = raw_path.removeprefix("/")
         account, _, rest = path.partition("/")
         if account == self.account:

@@ -1,4 +1,4 @@
-"""Blobs in memory with the semantics of the Azure Blob service: each operation when nothing goes wrong."""
+"""Blobs in memory with the semantics of the Azure Blob service: all operations, without faults."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .wire import Answer, Bytes
 
 MAX_COMMITTED_BLOCKS = 50_000
 MAX_UNCOMMITTED_BLOCKS = 100_000
-MAX_RANGE_CHECKSUM = 4 << 20  # bytes; the service refuses a checksum over a longer range
+MAX_RANGE_CHECKSUM = 4 << 20  # bytes; the service refuses a checksum of a longer range
 MAX_PAGE = 5_000
 
-# Request header of a write -> property, which is also the header of a read.
+# request header of a write -> property, which is also the response header of a read
 _SETTINGS = {
     "x-ms-blob-content-type": "Content-Type",
     "x-ms-blob-content-encoding": "Content-Encoding",
@@ -69,7 +69,7 @@ def error_xml(code: str, request_id: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One operation with its body, ready to be carried out."""
+    """One operation with its body."""
 
     operation: str
     container: str
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class StoredBlob:
-    """One version of a blob. Never changed: a write makes a new one."""
+    """One version of a blob. Immutable: a write creates a new one."""
 
     data: Bytes
     etag: str  # with its quotes
@@ -100,7 +100,7 @@ class StoredBlob:
 
 @dataclass(slots=True)
 class _Slot:
-    """Everything under one name."""
+    """All versions under one name."""
 
     current: StoredBlob | None = None
     uncommitted: dict[str, Bytes] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class _Container:
 
 @dataclass(frozen=True, slots=True)
 class ListPage:
-    """One page of List Blobs before it is written as XML. An item without a blob is a BlobPrefix."""
+    """One page of List Blobs before it is serialized as XML. An item without a blob is a BlobPrefix."""
 
     container: str
     prefix: str
@@ -131,11 +131,10 @@ class ListPage:
 
 
 class BlobStore:
-    """Containers and blobs. Safe to use from many threads.
+    """Containers and blobs. Thread-safe.
 
-    *versioning* keeps overwritten and deleted blobs readable by `versionid`. *hierarchical* makes it act like
-    an account with a hierarchical namespace: writing `a/b` also makes the directory `a`, a blob of no bytes
-    with `hdi_isfolder`.
+    *versioning* keeps overwritten and deleted blobs readable by `versionid`. *hierarchical* simulates an account with a
+    hierarchical namespace: writing `a/b` also creates the directory `a`, an empty blob with `hdi_isfolder`.
     """
 
     def __init__(self, *, versioning: bool = False, hierarchical: bool = False) -> None:
@@ -163,7 +162,7 @@ class BlobStore:
         blocks: tuple[tuple[str, int], ...] = (),
         copy_headers: Mapping[str, str] | None = None,
     ) -> StoredBlob:
-        """Make *data* the current blob and drop uncommitted blocks; make the container if there is none."""
+        """Set the content of the blob and drop uncommitted blocks; create the container if it does not exist."""
         with self._lock:
             self.create_container(container)
             tick = self._tick()
@@ -190,7 +189,7 @@ class BlobStore:
             return slot.current if slot else None
 
     def delete(self, container: str, name: str) -> None:
-        """Remove the blob with its snapshots; its versions stay."""
+        """Delete the blob with its snapshots; its versions stay."""
         with self._lock:
             holder = self._containers[container]
             slot = holder.slots[name]
@@ -207,7 +206,7 @@ class BlobStore:
             return list(self._containers[container].names)
 
     def uncommitted(self, container: str, name: str) -> dict[str, bytes]:
-        """Staged blocks that no block list has committed yet, by id as sent."""
+        """The uncommitted blocks, by id."""
         with self._lock:
             slot = self._slot(container, name)
             return {block_id: bytes(data) for block_id, data in slot.uncommitted.items()} if slot else {}
@@ -224,7 +223,7 @@ class BlobStore:
     # ---- over HTTP
 
     def carry_out(self, request: Request) -> Answer:
-        """Do what *request* asks for. Raises ServiceError when the service would refuse."""
+        """Carry out *request*; raise ServiceError if the service would refuse it."""
         with self._lock:
             return getattr(self, f"_do_{request.operation}")(request)  # type: ignore[no-any-return]
 
@@ -269,12 +268,12 @@ class BlobStore:
             )
 
     def new_marker(self, start: str) -> str:
-        """A marker under which the listing goes on at *start*. No two are alike."""
+        """A unique marker with which the listing continues at *start*."""
         with self._lock:
             return f"{self._tick()}!{base64.urlsafe_b64encode(start.encode()).decode()}"
 
     def same_place(self, marker: str) -> str:
-        """A new marker for the place that *marker* stands for."""
+        """A new marker for the same position as *marker*."""
         return self.new_marker(_read_marker(marker))
 
     def render(self, page: ListPage, endpoint: str) -> Answer:
@@ -562,7 +561,7 @@ class BlobStore:
     # ---- parts
 
     def _tick(self) -> int:
-        """The time in units of 100 ns, never twice the same."""
+        """The time in units of 100 ns, never the same twice."""
         self._last_tick = max(self._last_tick + 1, time.time_ns() // 100)
         return self._last_tick
 
@@ -592,7 +591,7 @@ class BlobStore:
             slot.uncommitted = {}
 
     def _read_target(self, request: Request) -> StoredBlob:
-        """The version that *request* names, if its conditions hold."""
+        """The requested version, if the conditions of *request* hold."""
         self._holder(request)
         slot = self._slot(request.container, request.blob)
         blob = slot.current if slot else None
@@ -647,9 +646,9 @@ class BlobStore:
 
 
 def parse_range(headers: Mapping[str, str]) -> tuple[int, int | None] | None:
-    """First and one-past-last byte asked for (None: to the end), or None for the whole blob.
+    """The first byte and the one after the last (None: to the end) of the range, or None for the whole blob.
 
-    As with the service, x-ms-range wins over Range, and there are no suffix ranges.
+    As in the service, x-ms-range takes precedence over Range, and suffix ranges are not supported.
     """
     value = headers.get("x-ms-range") or headers.get("range")
     if value is None:
@@ -668,7 +667,7 @@ def md5_header(data: Bytes) -> str:
 
 
 def crc64_header(data: Bytes) -> str:
-    """The service's CRC-64 (NVME's polynomial), little-endian. Takes about a second for 10 MB."""
+    """The CRC-64 of the service (polynomial of NVMe), little-endian. Takes about a second for 10 MB."""
     crc = 0xFFFFFFFFFFFFFFFF
     for byte in bytes(data):
         crc = _CRC64[(crc ^ byte) & 0xFF] ^ (crc >> 8)
@@ -686,7 +685,7 @@ _CRC64 = tuple(_crc64_table())
 
 
 def _verify_checksums(request: Request) -> dict[str, str]:
-    """Compare the body with the checksums sent along; they are also those of the answer."""
+    """Compare the body with the checksums of the request, which are also those of the response."""
     checks = {}
     if sent := request.headers.get("content-md5"):
         if sent != md5_header(request.body):
@@ -700,7 +699,7 @@ def _verify_checksums(request: Request) -> dict[str, str]:
 
 
 def _may_proceed(blob: StoredBlob | None, headers: Mapping[str, str]) -> bool:
-    """If-Match and If-Unmodified-Since, and for writes If-None-Match and If-Modified-Since."""
+    """Check If-Match and If-Unmodified-Since, and for writes If-None-Match and If-Modified-Since."""
     if (wanted := headers.get("if-match")) is not None and (blob is None or not _names(wanted, blob)):
         return False
     if blob is None:
@@ -715,7 +714,7 @@ def _may_proceed(blob: StoredBlob | None, headers: Mapping[str, str]) -> bool:
 
 
 def _is_unmodified_for_reader(blob: StoredBlob, headers: Mapping[str, str]) -> bool:
-    """Reads answer 304 where writes answer 412."""
+    """Reads respond with 304 where writes respond with 412."""
     only = {name: headers[name] for name in ("if-none-match", "if-modified-since") if name in headers}
     return not _may_proceed(blob, only)
 
@@ -736,7 +735,7 @@ def _metadata(request: Request) -> dict[str, str]:
 def _name_xml(tag: str, name: str) -> str:
     if _INVALID_IN_XML.search(name):
         return f'<{tag} Encoded="true">{quote(name)}</{tag}>'
-    # A bare carriage return would be read as a line feed.
+    # An unescaped carriage return would be read as a line feed.
     return f"<{tag}>{escape(name, {chr(13): '&#13;'})}</{tag}>"
 
 
@@ -761,7 +760,7 @@ def _moment(tick: int) -> datetime:
 
 
 def _stamp(tick: int) -> str:
-    """A snapshot or version id: a time to seven places."""
+    """A snapshot or version id: a time with seven decimal places."""
     return f"{datetime.fromtimestamp(tick // 10**7, timezone.utc):%Y-%m-%dT%H:%M:%S}.{tick % 10**7:07d}Z"
 
 

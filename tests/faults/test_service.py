@@ -1,4 +1,4 @@
-"""Without faults the service answers as Azure Blob Storage does: over bare HTTP, and through the SDK."""
+"""Without faults the service behaves like Azure Blob Storage: over plain HTTP, and with the SDK."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
 ) -> Reply:
-    """One request on a connection of its own. *path* starts at the container."""
+    """Send one request on a separate connection. *path* starts at the container."""
     with open_connection(service) as connection:
         connection.request(method, f"/{service.account}/{path}", body, dict(headers or {}))
         answer = connection.getresponse()
@@ -92,7 +92,7 @@ def service(fault_service: FaultService) -> FaultService:
 
 @pytest.fixture
 def sdk(service: FaultService) -> Iterator[ContainerClient]:
-    """The container `data` through the SDK, which is told not to retry."""
+    """The SDK client of the container `data`, without retries."""
     with ContainerClient(service.url, "data", credential=None, retry_total=0) as client:
         yield client
 
@@ -202,13 +202,13 @@ class TestReading:
 
     @pytest.mark.parametrize("name", ODD_NAMES)
     def test_odd_names(self, service: FaultService, sdk: ContainerClient, name: str) -> None:
-        """The same name is put directly, read over bare HTTP, and listed and read by the SDK."""
+        """The same name is written directly, read over plain HTTP, and listed and read with the SDK."""
         service.put("odd", name, b"odd")
         path = service.blob_url("odd", name).removeprefix(f"{service.url}/")
         assert ask(service, "GET", path).body == b"odd"
         with ContainerClient(service.url, "odd", retry_total=0) as client:
             assert [blob.name for blob in client.list_blobs()] == [name]
-            if ".." not in name:  # `requests` resolves dots before it sends, so the SDK cannot name that blob
+            if ".." not in name:  # `requests` resolves dots before it sends, so the SDK cannot read that blob
                 assert client.download_blob(name).readall() == b"odd"
 
 
@@ -303,7 +303,7 @@ class TestWriting:
         assert commit("Committed").error_code == "InvalidBlockList"
         assert commit("Uncommitted").status == 201
         assert commit("Uncommitted").error_code == "InvalidBlockList"
-        assert commit("Latest").status == 201  # so a commit whose answer was lost can be sent again
+        assert commit("Latest").status == 201  # so a commit whose response was lost can be sent again
         stage(b"second")
         assert commit("Committed").status == 201
         assert service.get("data", "new") == b"first"
@@ -439,7 +439,7 @@ class TestListing:
 
     @pytest.mark.parametrize("size", [1, 2, 5000])
     def test_delimiter(self, sdk: ContainerClient, names: list[str], size: int) -> None:
-        # The SDK puts the prefixes of a page before its blobs.
+        # The SDK returns the prefixes of a page before its blobs.
         top = [item.name for item in sdk.walk_blobs(results_per_page=size)]
         assert sorted(top) == ["a/", "a0", "b", "ten"]
         below = [item.name for item in sdk.walk_blobs("a/", results_per_page=size)]
@@ -524,7 +524,7 @@ class TestCredentials:
         assert ask(service, "GET", "data/ten?sig=a%2Bb%2Fc%3D").body == TEN
         assert ask(service, "GET", "data/ten").error_code == "AuthenticationFailed"
         assert ask(service, "GET", "data/ten?sig=other").status == 403
-        # As for the service, a plus in a query that was not encoded is a space.
+        # As in the service, an unencoded plus in a query is a space.
         assert ask(service, "GET", "data/ten?sig=a+b%2Fc%3D").status == 403
 
     def test_the_sdk_with_a_signature(self, service: FaultService) -> None:
@@ -597,7 +597,7 @@ class TestLog:
 
 class TestLife:
     def test_many_connections_at_once(self, service: FaultService) -> None:
-        """All of them are served at the same time, and closing leaves neither threads nor connections."""
+        """All are served at the same time, and closing leaves neither threads nor connections."""
         barrier = threading.Barrier(96)
         bodies: list[bytes] = []
 
@@ -634,7 +634,7 @@ class TestLife:
         service.wait_until_idle()
 
     def test_close_does_not_wait_for_clients(self, service: FaultService) -> None:
-        """Idle, slow and half-sent requests end at once, and their sockets with them."""
+        """Idle, slow and incomplete requests end at once, and their sockets are closed."""
         service.latency = 60.0
         socks = [socket.create_connection((service.host, service.port), 60) for _ in range(3)]
         try:
@@ -663,7 +663,7 @@ class TestLife:
             connection.request("GET", f"/{service.account}/data/ten")
             assert connection.getresponse().read() == TEN
             while not service.drop_idle_connections():
-                time.sleep(0.001)  # the answer is here before its thread waits for the next request
+                time.sleep(0.001)  # the response can arrive before its thread waits for the next request
             connection.sock.settimeout(60)
             assert connection.sock.recv(1) == b""
 
@@ -680,7 +680,7 @@ class TestLife:
         assert ask(service, "GET", "data/ten").body == TEN
 
     def test_a_forked_child_does_not_keep_connections_open(self, service: FaultService) -> None:
-        """A client sees the end of its connection although a child holds copies of the sockets."""
+        """A client sees the end of its connection although a child has copies of the sockets."""
         with open_connection(service) as connection:
             connection.request("GET", f"/{service.account}/data/ten")
             connection.getresponse().read()
@@ -739,7 +739,7 @@ class TestScript:
         assert statuses == [200, 500, 200, 200, 503, 200, 200, 200]
 
     def test_where(self, service: FaultService) -> None:
-        """Parts of one blob differ in nothing but their ranges, and come in any order."""
+        """Parts of one blob differ only in their ranges, and arrive in any order."""
         service.script(Match("get_blob", where=lambda request: request.range == (4, 8)), [Status(500)])
         parts = ["bytes=0-3", "bytes=8-9", "bytes=4-7", "bytes=4-7"]
         assert [ask(service, "GET", "data/ten", {"Range": part}).status for part in parts] == [206, 206, 500, 206]

@@ -1,7 +1,7 @@
-"""HTTP/1.1 on bare sockets, server side, with the control that faults need.
+"""An HTTP/1.1 server on plain sockets, with the control that faults need.
 
-A connection here can send half a head, or end with FIN after too few bytes, or with RST: `http.server` hides
-all of that. A server is an acceptor thread and a thread for each connection; `close()` leaves none behind.
+A connection can send incomplete headers, or end with FIN after too few bytes, or with RST, which `http.server` does not
+allow. A server has an acceptor thread and a thread for each connection; `close()` ends all of them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from urllib.parse import unquote_plus
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_MAX_HEAD = 1 << 20  # bytes; far above what any client here sends, so that a broken one is noticed
+_MAX_HEAD = 1 << 20  # bytes; far more than any client here sends, to detect a broken one
 _RECEIVE = 1 << 16
-_JOIN_TIMEOUT = 60.0  # seconds; a connection's thread only ever blocks on its socket, which close() shuts down
+_JOIN_TIMEOUT = 60.0  # seconds; the thread of a connection blocks only on its socket, which close() shuts down
 
 Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A request's first line and headers; header names in lower case."""
+    """The first line and headers of a request; header names are lower-case."""
 
     method: str
     target: str
@@ -43,19 +43,19 @@ class Head:
 
     @property
     def raw_path(self) -> str:
-        """The path as sent, still percent-encoded."""
+        """The path as it was sent, percent-encoded."""
         return self.target.partition("?")[0]
 
     @property
     def query(self) -> dict[str, str]:
-        """Decoded query parameters. As for the service a `+` is a space here, and a plus in the path."""
+        """The decoded query parameters. As in the service, `+` is a space here, and a plus in the path."""
         pairs = (pair.partition("=") for pair in self.target.partition("?")[2].split("&") if pair)
         return {unquote_plus(name): unquote_plus(value) for name, _, value in pairs}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server means to send."""
+    """A response that a server is about to send."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class PeerGoneError(Exception):
 
 
 class Connection:
-    """One accepted socket. Only its own thread reads, writes and closes it; others may `interrupt()` it."""
+    """One accepted socket. Only its thread reads, writes and closes it; other threads can `interrupt()` it."""
 
     def __init__(self, sock: socket.socket, number: int) -> None:
         self.number = number
@@ -86,7 +86,7 @@ class Connection:
         self._reset_at_end = False
 
     def read_head(self) -> Head | None:
-        """The next request's head, or None when the peer closed the connection between requests."""
+        """The headers of the next request; None if the peer closed the connection between requests."""
         self.is_waiting_for_request = not self._received
         while (end := self._received.find(b"\r\n\r\n")) < 0:
             if len(self._received) > _MAX_HEAD:
@@ -109,7 +109,7 @@ class Connection:
         return Head(words[0], words[1], headers)
 
     def read_body(self, head: Head, limit: int | None = None) -> bytearray:
-        """The request's body, or its first *limit* bytes."""
+        """The request body, or its first *limit* bytes."""
         if head.headers.get("expect", "").lower() == "100-continue":
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if head.headers.get("transfer-encoding", "").lower() == "chunked":
@@ -129,10 +129,10 @@ class Connection:
         self.sock.sendall(data)
 
     def wait(self, seconds: float) -> None:
-        """Let time pass. Raises PeerGoneError as soon as the peer hangs up or the server closes."""
+        """Sleep. Raises PeerGoneError as soon as the peer disconnects or the server closes."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        # Nobody pipelines here, so input in the middle of an answer is the peer's end of stream.
+        # Clients do not pipeline here, so input during a response is the end of stream of the peer.
         if poll.poll(seconds * 1000):
             raise PeerGoneError
 
@@ -144,18 +144,18 @@ class Connection:
             poll.poll()
 
     def reset_at_end(self) -> None:
-        """End with RST instead of FIN, once the peer's kernel has what was sent so far."""
+        """End with RST instead of FIN, after the kernel of the peer has received everything sent so far."""
         self._reset_at_end = True
 
     def interrupt(self, *, reset: bool = False) -> None:
         """From another thread: make the owner end the connection, with RST if *reset*."""
         self._reset_at_end |= reset
         with suppress(OSError):
-            # Shutting down the sending side too would put a FIN before the reset.
+            # Shutting down the sending side as well would send a FIN before the reset.
             self._shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Once closed, closing again does nothing."""
+        """Close the socket. Idempotent."""
         if self.sock.fileno() < 0:
             return
         with suppress(OSError):
@@ -163,12 +163,12 @@ class Connection:
                 self._drain()
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
-                # Unlike close(), this reaches the peer even if a forked child still holds the descriptor.
+                # Unlike close(), this reaches the peer even if a forked child has the descriptor.
                 self._shutdown(socket.SHUT_WR)
         self.sock.close()
 
     def _shutdown(self, how: int) -> None:
-        # SSLSocket's own also turns encryption off, under the feet of whoever is sending.
+        # SSLSocket.shutdown also drops the TLS state, which another thread may be using to send.
         socket.socket.shutdown(self.sock, how)
 
     def _drain(self) -> None:
@@ -210,7 +210,7 @@ class Connection:
 
 
 class LoopbackServer:
-    """Accepts on 127.0.0.1 and runs `serve()` for each connection in a thread of its own.
+    """Accepts on 127.0.0.1 and runs `serve()` for each connection in a separate thread.
 
     Subclasses override `serve`. With *ssl_context* every connection is TLS.
     """
@@ -241,7 +241,7 @@ class LoopbackServer:
         self.close()
 
     def close(self) -> None:
-        """Stop accepting, end every connection and join every thread. Calling it again does nothing."""
+        """Stop accepting, end every connection and join every thread. Idempotent."""
         if self._is_abandoned or self._closing.is_set():
             return
         self._closing.set()
@@ -265,16 +265,16 @@ class LoopbackServer:
 
     @property
     def open_connections(self) -> int:
-        """Connections this side still holds open. A peer's close is noticed within moments, not at once."""
+        """The number of open connections. A close by the peer is noticed with a short delay."""
         return len(self._connections)
 
     @property
     def connections_opened(self) -> int:
-        """Connections accepted since the start."""
+        """The number of connections accepted since the start."""
         return self._connections_opened
 
     def drop_connections(self, *, reset: bool = False) -> int:
-        """End every open connection, with RST if *reset*, and return how many there were."""
+        """End every open connection, with RST if *reset*; return their number."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -282,7 +282,7 @@ class LoopbackServer:
         return len(connections)
 
     def drop_idle_connections(self) -> int:
-        """Close kept-alive connections on which no request is under way, as a service does after a while."""
+        """Close connections without a request in flight, as a service does after a while."""
         with self._lock:
             idle = [connection for connection in self._connections if connection.is_waiting_for_request]
         for connection in idle:
@@ -291,7 +291,7 @@ class LoopbackServer:
 
     @contextmanager
     def refusing_connections(self) -> Iterator[None]:
-        """Within the block every connection attempt is refused and no old connection lives on."""
+        """Within the block all connections are closed and new ones are refused."""
         self._refuse()
         try:
             yield
@@ -299,7 +299,7 @@ class LoopbackServer:
             self._listen()
 
     def refuse_for(self, seconds: float) -> None:
-        """Refuse connections for *seconds*; blocks meanwhile, so only a connection's thread calls it."""
+        """Refuse connections for *seconds*; this blocks, so only the thread of a connection calls it."""
         self._refuse()
         if not self._closing.wait(seconds):
             self._listen()
@@ -310,7 +310,7 @@ class LoopbackServer:
             if self._closing.is_set():
                 return
             self._listener.close()
-            # Bound without listen(): connections are refused, and nobody else can take the port meanwhile.
+            # Bound without listen(): connections are refused, and no other process can use the port.
             self._listener = _bind(self.host, self.port)
         self.drop_connections(reset=True)
 
@@ -370,7 +370,7 @@ class LoopbackServer:
                 connection.sock.do_handshake()
             self.serve(connection)
         except (PeerGoneError, OSError):
-            pass  # the peer left, or close() interrupted us: either way only cleaning up remains
+            pass  # the peer disconnected, or close() interrupted this thread: clean up
         finally:
             connection.close()
             with self._lock:
@@ -378,9 +378,9 @@ class LoopbackServer:
                 self._threads.discard(threading.current_thread())
 
     def _abandon_in_child(self) -> None:
-        """After fork: let go of the parent's sockets, or its FINs and resets would not reach the peers.
+        """In a forked child: close the copies of the parent's sockets, which would keep its connections open.
 
-        Takes no lock: at the moment of the fork any thread of the parent may have held it.
+        Takes no lock: any thread of the parent can have held it at the fork.
         """
         self._is_abandoned = True
         for connection in list(self._connections):

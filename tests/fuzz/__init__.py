@@ -1,1 +1,1 @@
-"""Bytes from outside, mutated for as long as one likes: what reads them gives a right answer or the error named."""
+"""Fuzzing of parsers of external bytes: they return a right result or raise the named error."""

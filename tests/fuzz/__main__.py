@@ -1,7 +1,7 @@
-"""Fuzz for a while: `python -m tests.fuzz [seconds for each target] [target ...]`.
+"""Fuzz: `python -m tests.fuzz [seconds for each target] [target ...]`.
 
-Inputs that reach lines of the package that none reached before are mutated further, and kept in ``corpus`` when they
-are short; one that breaks a promise is kept there as well, and ends the run with an error. The input that is checked is
+Inputs that reach new lines of the package are mutated further, and stored in ``corpus`` if they are short. An input
+that violates a check is stored as well, and ends the run with an error. The input that is checked is
 always on disk too, for one that ends the process.
 """
 
@@ -22,11 +22,11 @@ from typing import Any
 from .targets import CORPUS, TARGETS, Target
 
 _PACKAGE = str(Path(__file__).parent.parent.parent / "azstoragetorch")
-_MEMORY = 8 << 30  # bytes of address space; an input that asks for more breaks a promise
+_MEMORY = 8 << 30  # bytes of address space; an input must not need more
 _SLOW = 5.0  # seconds
 _HANG = 60  # seconds after which the process ends, with a traceback
 _TRACED = 50_000  # bytes; longer inputs are not looked through for new lines, which takes long
-_SHORT = 20_000  # bytes of an input that is kept on disk
+_SHORT = 20_000  # bytes of a stored input
 _KEPT = 60  # files for each target
 
 
@@ -57,7 +57,7 @@ def mutated(data: bytes, others: list[bytes], words: tuple[bytes, ...], dice: ra
 
 
 def lines_reached(target: Target, data: bytes) -> set[tuple[str, int]]:
-    """The lines of the package that checking *data* runs through."""
+    """The lines of the package that are executed to check *data*."""
     reached: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
@@ -76,7 +76,7 @@ def lines_reached(target: Target, data: bytes) -> set[tuple[str, int]]:
 
 
 def fuzz(name: str, seconds: float) -> bool:
-    """Whether all inputs were dealt with as promised."""
+    """Whether no input violated a check."""
     target, folder = TARGETS[name], CORPUS / name
     folder.mkdir(parents=True, exist_ok=True)
     dice = random.Random()
@@ -99,7 +99,7 @@ def fuzz(name: str, seconds: float) -> bool:
             target.check(data)
             assert time.process_time() - begin < _SLOW, "takes too long"
             found = lines_reached(target, data) - reached if len(data) < _TRACED and not dice.randrange(4) else set()
-        except Exception:  # noqa: BLE001 - whatever it is, it is not what was promised
+        except Exception:  # noqa: BLE001 - any other error is a violation
             path = keep(folder, data, "broken-")
             traceback.print_exc()
             sys.stderr.write(f"{name}: broken by {path} after {count} inputs\n")

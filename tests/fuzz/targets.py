@@ -1,4 +1,4 @@
-"""What is fuzzed: seeds, and a check that raises when an input is not dealt with as promised."""
+"""The fuzz targets: seeds, and a check that raises if an input is handled wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SECRET = "c2VjcmV0"
 
 @dataclass(frozen=True)
 class Target:
-    """*check* gets an input and raises if a promise is broken; *words* are what mutations put in.
+    """*check* gets an input and raises if it is handled wrong; mutations insert *words*.
 
     *mutate* knows what inputs consist of; without it, they are mutated as bytes alone.
     """
@@ -41,7 +41,7 @@ class Target:
 
 
 def check_listing(raw: bytes) -> None:
-    """A page with columns of one length, or the error that says that it is none; both readers agree."""
+    """The result is a page with columns of one length, or an error; both parsers agree."""
     try:
         page = parse_page(raw, _CONTAINER)
     except AzureError:
@@ -77,7 +77,7 @@ def listing_seeds() -> list[bytes]:
 
 
 def check_url(raw: bytes) -> None:
-    """An address that is the same when it is parsed again, or ValueError; a SAS is in neither."""
+    """The result is a URL that parses to itself, or ValueError; neither contains the SAS."""
     text = raw.decode("utf-8", "surrogateescape")
     for parse in (parse_url, parse_blob_url, parse_container_url):
         error, parsed = None, None
@@ -108,7 +108,7 @@ def url_seeds() -> list[bytes]:
 
 
 def check_tar(raw: bytes) -> None:
-    """Members with no more bytes than came in, holes and compression apart, or ReadError."""
+    """The result is members with no more bytes than the input, except for holes and compression, or ReadError."""
     total = 0
     try:
         for number, member in enumerate(walk(io.BytesIO(raw), "the tar")):

@@ -1,4 +1,4 @@
-"""What fuzzing has found worth keeping stays dealt with, and a little fuzzing each time."""
+"""Inputs found by fuzzing are still handled right; plus a little fuzzing each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Explore all of it, and write the table in ``docs/reliability.md``.
+"""Explore everything, and write the table in ``docs/reliability.md``.
 
 python -m tests.interleavings [NUMBER OF RANDOM ORDERS OF THREE]
 """
@@ -47,7 +47,7 @@ Three actors of any of these kinds at once, in random orders, half of them with 
 
 
 def main(count: int, seed: int) -> int:
-    """Run everything, on all processors; the number of violations."""
+    """Run everything, on all processors; return the number of violations."""
     began = time.monotonic()
     pairs = combinations(2)
     chunks = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
@@ -73,7 +73,7 @@ def main(count: int, seed: int) -> int:
 
 
 def write(lines: list[str], random_ones: Tally) -> None:
-    """Put the section into the page, in the place of the one that is there."""
+    """Replace the section in the page."""
     section = _SECTION.format(rows="\n".join(lines), random=random_ones.runs, random_steps=random_ones.steps)
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(HEADING if HEADING in page else NEXT)

@@ -1,4 +1,4 @@
-"""What runs at the same time: the package's own operations on folders of one container."""
+"""The concurrent actors: operations of the package on folders of one container."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .explorer import Actor, Program, begin, current_actor
 from .memory import Memory
 
 BASE = "http://127.0.0.1:1/devstoreaccount1/c/run"
-# One request of an actor at a time, and no pause between two tries.
+# One request of an actor at a time, and no pause between two attempts.
 SERIAL = TransferConfig(max_connections=1, max_concurrency=1, max_backoff=0, max_attempts=4)
 OPTIONS: dict[str, Any] = {"credential": False, "transfer": SERIAL}
 KEYS = ("x", "y")
@@ -56,7 +56,7 @@ class Values:
 
 
 def save(folder: str, step: int, writer: BlobStorageWriter | None = None, **options: Any) -> str:
-    """A save of two data blobs, as torch runs it; returns its id."""
+    """Save two data blobs, as torch does; return the id of the save."""
     url = f"{BASE}/{folder}"
     writer = BlobStorageWriter(url, blobs_per_rank=2, **OPTIONS) if writer is None else writer
     writer.reset(url)
@@ -70,7 +70,7 @@ def save(folder: str, step: int, writer: BlobStorageWriter | None = None, **opti
 
 
 def load(folder: str) -> int:
-    """A load by two ranks, as torch runs it; returns the step that both have, of which all has to be."""
+    """Load with two ranks, as torch does; return the step, which must be the same everywhere."""
     states = [{key: torch.zeros(2) for key in KEYS} for _ in range(2)]
     readers = [BlobStorageReader(f"{BASE}/{folder}", **OPTIONS) for _ in states]
     planners = [DefaultLoadPlanner() for _ in states]
@@ -90,7 +90,7 @@ def load(folder: str) -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of actor: its name in the table, and what it does to *folder* when it is the actor *number*."""
+    """A kind of actor: its name in the table, and its operation on *folder* as actor *number*."""
 
     name: str
     work: Callable[[str, int, BlobStorageWriter], Any]
@@ -136,13 +136,13 @@ NOW = 1_790_000_000  # seconds since 1970; the clocks of all actors agree and st
 
 
 class Programs:
-    """Programs by what they do, so that what was found out about one serves all combinations that it is part of."""
+    """A cache of programs, so that what was found about one is used by all combinations with it."""
 
     def __init__(self) -> None:
         self._made: dict[object, Program] = {}
 
     def of(self, kinds: tuple[Kind, ...], folder: str) -> list[Program]:
-        """Programs that do *kinds* in *folder*: one each, but the savers with one writer share theirs."""
+        """The programs for *kinds* in *folder*: one each, except that savers with the same writer share one."""
         together = tuple((number, kind) for number, kind in enumerate(kinds) if kind.same_writer)
         apart = [((number, kind),) for number, kind in enumerate(kinds) if not kind.same_writer]
         return [self._get(members, folder) for members in ([together] if together else []) + apart]
@@ -165,7 +165,7 @@ def _actors(members: tuple[tuple[int, Kind], ...], folder: str) -> list[Actor]:
 
 
 def _known() -> object:
-    """What the actors of the last process share."""
+    """The state that the actors of the last process share."""
     known = _folder._known.get()
     return tuple(known.metadata), tuple(known.paths)
 
@@ -178,7 +178,7 @@ def _random_bytes(size: int) -> bytes:
 
 @contextmanager
 def predictable() -> Iterator[None]:
-    """Have ids count, for each actor, and clocks stand still."""
+    """Make ids count up for each actor, and stop the clocks."""
     randomness = SimpleNamespace(urandom=_random_bytes)
     clock = SimpleNamespace(time=lambda: float(NOW), gmtime=lambda: time.gmtime(NOW), strftime=time.strftime)
     replaced = {
@@ -202,7 +202,7 @@ OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
 
 
 def started(name: str) -> Memory:
-    """The blobs at the beginning: nothing, a checkpoint, a newer one in another folder, or leftovers of dead saves."""
+    """The initial blobs: none, a checkpoint, a newer one in another folder, or leftovers of killed saves."""
     memory = Memory()
     if name in ("a checkpoint", "a checkpoint and leftovers"):
         memory = _run_alone(memory, 7, lambda: save("step-1", 1))

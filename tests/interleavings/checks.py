@@ -1,4 +1,4 @@
-"""What must hold after every request, and when all actors have ended."""
+"""The conditions that must hold after every request, and after all actors have ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .explorer import State
 
 @functools.lru_cache(maxsize=100_000)
 def _needs(content: bytes) -> tuple[str | None, tuple[tuple[str, int, str], ...]]:
-    """The id of the save whose metadata *content* is, and its data blobs: names, least sizes, ETags."""
+    """The id of the save with the metadata *content*, and its data blobs: names, minimal sizes, ETags."""
     metadata = load_metadata(content)
     needed: dict[str, tuple[int, str]] = {}
     for info in metadata.storage_data.values():
@@ -33,7 +33,7 @@ class Rules:
 
     kinds: tuple[Kind, ...]
     folder: str
-    had_one: bool  # at the beginning
+    had_one: bool  # the initial state
 
     @property
     def _prefix(self) -> str:
@@ -41,16 +41,16 @@ class Rules:
 
     @property
     def _is_exposed(self) -> bool:
-        """A first save while its folder is swept: see the last point of the argument in `_commit`."""
+        """Whether it is a first save while its folder is cleaned: see the last point of the argument in `_commit`."""
         return not self.had_one and any(kind.sweeps for kind in self.kinds) and any(kind.saves for kind in self.kinds)
 
     def _current(self, state: State) -> dict[str, bytes]:
-        """The metadata that is there, by name."""
+        """The existing metadata, by name."""
         found = {name: state.memory.blobs[name].data for name in state.memory.blobs if name.endswith(".metadata")}
         return {name: data for name, data in found.items() if not is_tombstone(data)}
 
     def after_step(self, state: State) -> list[str]:
-        """A checkpoint that is there loads whole, and is there as long as nobody deletes it on purpose."""
+        """An existing checkpoint can be loaded completely, and exists until it is deleted on purpose."""
         if self._is_exposed:
             return []
         return self._broken(state)
@@ -69,7 +69,7 @@ class Rules:
         return wrong
 
     def at_end(self, state: State) -> list[str]:
-        """No success is false, errors are clear, and who is not in the way of others succeeds."""
+        """No reported success is false, errors are clear, and actors without conflicts succeed."""
         died = any(outcome.is_killed for outcome in state.outcomes.values())
         wrong = [] if self._is_exposed and died else self._broken(state)
         committed = {
@@ -97,7 +97,7 @@ class Rules:
         return wrong + self._unfair(state)
 
     def _is_hidden(self, state: State, number: int) -> bool:
-        """Whether readers prefer a checkpoint of all ranks that was there before the change *number*."""
+        """Whether readers prefer a checkpoint of all ranks that existed before the change *number*."""
         of_all = f"{self._prefix}.metadata"
         before = [content for name, content in state.memory.history[:number] if name == of_all]
         is_other = state.memory.history[number][0] != of_all

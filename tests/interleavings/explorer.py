@@ -23,12 +23,12 @@ from azstoragetorch._blob import transport
 
 from .memory import LOST, Memory, Reply, Wire, wire
 
-PATIENCE = 120.0  # seconds for an actor to get to its next request
+PATIENCE = 120.0  # seconds for an actor to reach its next request
 FAULTS = ("lost before", "lost after", "killed")
 
 
 class Killed(BaseException):
-    """The actor's process is no more."""
+    """The process of the actor was killed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an actor has ended."""
+    """The outcome of an actor."""
 
     result: Any = None
     error: BaseException | None = None
@@ -53,7 +53,7 @@ class Outcome:
 
 
 class Actor:
-    """Work on a thread, which stops before each request."""
+    """Runs on a thread that stops before each request."""
 
     def __init__(self, number: int, work: Callable[[], Any]) -> None:
         self.number = number
@@ -70,7 +70,7 @@ class Actor:
         _current.actor = self
         try:
             self.outcome = Outcome(self.work())
-        except BaseException as error:  # noqa: BLE001 - looked at by the checks
+        except BaseException as error:  # noqa: BLE001 - checked by the rules
             error.__traceback__ = error.__context__ = None  # they refer to all that the actor had
             self.outcome = Outcome(error=error)
         self._stopped.release()
@@ -113,7 +113,7 @@ _current = _Current()
 
 
 def current_actor() -> Actor:
-    """The actor whose thread this is."""
+    """The actor of the current thread."""
     assert _current.actor is not None, "a thread that belongs to no actor"
     return _current.actor
 
@@ -213,7 +213,7 @@ class Program:
 
 @dataclass
 class State:
-    """Everything at one moment."""
+    """The state of everything at one moment."""
 
     programs: Sequence[Program]
     nodes: tuple[Node, ...]
@@ -251,7 +251,7 @@ class State:
 
 @dataclass
 class Tally:
-    """What an exploration came to."""
+    """The counts of an exploration."""
 
     runs: int = 0  # orders
     states: int = 0
@@ -259,7 +259,7 @@ class Tally:
     violations: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
-        """Count what *other* came to as well."""
+        """Add the counts of *other*."""
         self.runs += other.runs
         self.states += other.states
         self.steps += other.steps

@@ -1,4 +1,4 @@
-"""A blob service in memory, in the place of `transport.send`: one call is one request, carried out at once."""
+"""A blob service in memory that replaces `transport.send`: one call is one request, carried out at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Answer:
         return data
 
     def close(self) -> None:
-        """There is no connection."""
+        """Do nothing: there is no connection."""
 
     def __enter__(self) -> Answer:
         return self
@@ -72,7 +72,7 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """There is no connection."""
+        """Do nothing: there is no connection."""
 
 
 class _Headers(dict[str, str]):
@@ -99,7 +99,7 @@ def wire(method: str, target: str, headers: Mapping[str, str], body: object) -> 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the service answers to one request; without a status the answer is lost. Equal replies have one effect."""
+    """The reply to one request; without a status the response is lost. Equal replies have the same effect."""
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
@@ -107,7 +107,7 @@ class Reply:
     is_head: bool = False
 
     def answer(self) -> Answer:
-        """The answer for the client, which consumes it."""
+        """The response for the client, which consumes it."""
         if not self.status:
             raise ConnectionResetError("the answer was lost")
         found = Answer(self.status, dict(self.headers), self.body)
@@ -136,7 +136,7 @@ class Memory:
 
     @property
     def key(self) -> object:
-        """Equal for equal memories."""
+        """A key that is equal for equal memories."""
         return frozenset(self.blobs.items()), self.history, frozenset(self.writes.items())
 
     def serve(self, request: Wire) -> Reply:

@@ -1,4 +1,4 @@
-"""Which actors are run together, how often, and the table of it."""
+"""The combinations of actors, and the table of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STARTS = ("nothing", "a checkpoint", "leftovers", "a checkpoint and leftovers", 
 
 @dataclass(frozen=True)
 class Combination:
-    """Actors that run at the same time, and what is there at the beginning."""
+    """Concurrent actors and an initial state."""
 
     kinds: tuple[Kind, ...]
     beginning: str
@@ -42,7 +42,7 @@ def _started(name: str) -> Memory:
 
 
 def combinations(count: int) -> list[Combination]:
-    """All combinations of *count* actors that have to do with each other, with each beginning that matters to them."""
+    """All combinations of *count* actors that can affect each other, with each relevant initial state."""
     return [
         Combination(kinds, beginning)
         for kinds in itertools.combinations_with_replacement(KINDS, count)
@@ -74,7 +74,7 @@ THREES = combinations(3)
 
 
 def wander_once(randomness: random.Random, programs: Programs) -> Tally:
-    """One random order of three random actors, with a random fault half of the time."""
+    """Run one random order of three random actors, with a random fault half of the time."""
     three = randomness.choice(THREES)
     rules = three.rules
     return wander(programs.of(three.kinds, three.folder), three.start, rules.after_step, rules.at_end, randomness)
@@ -97,7 +97,7 @@ def wander_often(seed: int, count: int) -> Tally:
 
 
 def rows(found: Mapping[Combination, Tally]) -> list[str]:
-    """The table's rows: all beginnings of two actors together."""
+    """The rows of the table: all initial states of two actors together."""
     totals: dict[tuple[str, ...], Tally] = {}
     for pair, tally in found.items():
         totals.setdefault(tuple(kind.name for kind in pair.kinds), Tally()).add(tally)

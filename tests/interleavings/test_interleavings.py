@@ -28,18 +28,18 @@ def _exploring() -> Iterator[None]:
 
 
 PAIRS = combinations(2)
-COMMIT = 5  # the request of a save that commits, from 0: after one that reads, two uploads and two looks
+COMMIT = 5  # the index of the request that commits a save: after one read, two uploads and two checks
 
 
 @pytest.fixture(scope="module")
 def programs() -> Programs:
-    """What is found out about one kind of actor serves all pairs that it is part of."""
+    """Results for one kind of actor are used in all pairs with it."""
     return Programs()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_two_at_once_in_every_order(pair: Combination, programs: Programs) -> None:
-    """A checkpoint that was committed and not deleted on purpose loads, and no reported success is false."""
+    """A committed checkpoint that was not deleted on purpose can be loaded, and no reported success is false."""
     tally = explore_all(pair, faults=False, programs=programs)
     assert tally.violations == []
     assert tally.runs
@@ -63,11 +63,11 @@ def test_three_at_once_in_random_orders_with_random_faults(programs: Programs) -
         assert wander_once(randomness, programs).violations == []
 
 
-# -- the explorer sees what is wrong ----------------------------------------------------------------------------------
+# -- the explorer detects wrong protocols ------------------------------------------------------------------------------
 
 
 def unconditional(client: BlobClient, data: bytes, *, etag: str | None, properties: Any = MappingProxyType({})) -> Any:
-    """A commit as it was: put whatever is there, and again if the answer is lost."""
+    """An old version of the commit: overwrite anything, and again if the response is lost."""
     client.put(data)
     return True, client.get_properties()
 
@@ -77,7 +77,7 @@ def found(pair: Combination, fault: Fault | None = None) -> Tally:
 
 
 def test_an_unconditional_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer of one is lost, the other saves and deletes the data of the first, which puts its metadata again."""
+    """The response to one is lost, the other saves and deletes its data, then the first writes its metadata again."""
     monkeypatch.setattr(BlobClient, "replace", unconditional)
     assert found(Combination((SAVE, SAVE), "a checkpoint"), Fault(0, COMMIT, "lost after")).violations
 
@@ -99,14 +99,14 @@ def test_a_first_save_that_does_not_look_again_is_caught(monkeypatch: pytest.Mon
 
 
 def test_a_commit_that_is_not_looked_for_when_its_answer_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The save says that it has no effect, and is the checkpoint."""
+    """The save reports that it has no effect, but it is the checkpoint."""
     monkeypatch.setattr(BlobClient, "has_content", lambda *_: False)
     pair = Combination((SAVE, LOAD), "a checkpoint")
     assert found(pair, Fault(0, COMMIT, "lost after")).violations
 
 
 def test_a_state_that_saves_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two saves by one writer, whose state is that of the writer: the second takes over the first."""
+    """Two saves by one writer that stores their state: the second overwrites that of the first."""
     methods = {name: member for name, member in vars(_save.Saves).items() if callable(member)}
     monkeypatch.setattr(_writer, "Saves", type("SharedSaves", (), methods))
     assert found(Combination((ASYNC, ASYNC), "a checkpoint")).violations
@@ -114,7 +114,7 @@ def test_a_state_that_saves_share_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_ranks_that_do_not_compare_versions_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlobStorageReader, "_check_agreed", lambda *_: None)
-    monkeypatch.setattr(BlobClient, "delete", lambda *_, **__: True)  # else the data of the older version is missing
+    monkeypatch.setattr(BlobClient, "delete", lambda *_, **__: True)  # or the data of the older version is missing
     assert found(Combination((SAVE, LOAD), "a checkpoint")).violations
 
 

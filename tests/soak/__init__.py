@@ -1,1 +1,1 @@
-"""Hours of use in minutes: everything at once, epoch after epoch, against a service that keeps failing."""
+"""Hours of use in minutes: all features at once, epoch after epoch, with a service that keeps failing."""

@@ -1,6 +1,6 @@
 """Soak: `python -m tests.soak [seconds]`. Prints the figures of every epoch, and writes them to build/soak.md.
 
-Ends with 1 if a byte was wrong, or if something that is used was not flat at the end.
+Exits with 1 if a byte was wrong, or if the use of a resource still grew at the end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .work import CACHE_BYTES, TRANSFER, Soak
 
 _ROOT = Path(__file__).parent.parent.parent
 _FIGURES = _ROOT / "build" / "soak.md"
-_WARM_UP = 2  # epochs, in which pools fill and libraries load what they need
-_FEWEST = 6  # epochs that are looked at
-_NOISE = 16.0  # MiB of resident memory, for what the allocator has not given back
+_WARM_UP = 2  # epochs, in which pools are filled and libraries are loaded
+_FEWEST = 6  # epochs that are compared
+_NOISE = 16.0  # MiB of resident memory that the allocator may not have returned
 
 
 @dataclass
 class Figures:
-    """What is used when an epoch is over. The counters of the run come first, what has to be flat after."""
+    """Resources in use after an epoch. The counters of the run come first, then values that must not grow."""
 
     epoch: int
     seconds: int
@@ -78,12 +78,12 @@ class Service:
 
 
 def descriptors() -> tuple[int, int]:
-    """Open sockets, and all else that is open."""
+    """The numbers of open sockets and of other open descriptors."""
     kinds = []
     for link in Path("/proc/self/fd").iterdir():
         try:
             kinds.append(str(link.readlink()).startswith("socket:"))
-        except OSError:  # that of the listing itself
+        except OSError:  # the descriptor of the listing itself
             continue
     return sum(kinds), len(kinds) - sum(kinds)
 
@@ -93,7 +93,7 @@ def size_of(folder: Path) -> int:
 
 
 def is_flat(name: str, values: list[float]) -> bool:
-    """Whether the last third of *values* is no more than the first one."""
+    """Whether the last third of *values* is not higher than the first one."""
     third = max(2, len(values) // 3)
     first, last = values[:third], values[-third:]
     if name == "memory":
@@ -156,8 +156,8 @@ def main(seconds: float) -> int:
         folder = Path(name)
         temporary = folder / "tmp"
         temporary.mkdir()
-        get_temp_dir()  # multiprocessing's own is removed when all is over
-        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)  # of this process and its children alone
+        get_temp_dir()  # that of multiprocessing is removed at exit
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)  # of this process and its children only
         soak = Soak(str(service.figures()["url"]), folder / "cache")
         rows = [row(field.name.replace("_", " ") for field in fields(Figures)), "|---" * len(fields(Figures)) + "|"]
         say("\n".join(rows))

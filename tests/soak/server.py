@@ -1,4 +1,4 @@
-"""The service of a soak, in a process of its own: every line on stdin is answered with one of figures."""
+"""The service of a soak, in a separate process: for every line on stdin it prints a line of counters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PUT: list[Fault] = [*ANY, ResetUpload(100), LostAnswer()]
 
 
 def scripts(service: FaultService) -> list[Rule]:
-    """Faults in a random order of their own for each kind of request, for ever."""
+    """Repeat faults forever, in a separate random order for each kind of request."""
     dice = random.Random()
 
     def mixed(faults: Sequence[Fault], share: float, length: int = 4000) -> list[Fault]:
@@ -63,7 +63,7 @@ def scripts(service: FaultService) -> list[Rule]:
 
 
 def fired(rule: Rule) -> int:
-    """Faults of *rule* that came to pass."""
+    """The number of faults of *rule* that occurred."""
     rounds, rest = divmod(rule.fired, len(rule.faults))
     return sum((rounds + (number < rest)) for number, fault in enumerate(rule.faults) if not isinstance(fault, Fine))
 

@@ -1,4 +1,4 @@
-"""What one epoch of a soak does. Each part checks every byte and is given the epoch's number."""
+"""The parts of one epoch of a soak. Each gets the number of the epoch and checks every byte."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from tests.faults.effects import inverted
 CONTAINER = "data"
 PER_SET, SET_COUNT = 1000, 10
 NAMES = [f"set{folder}/{number:04d}" for folder in range(SET_COUNT) for number in range(PER_SET)]
-CHANGING = r"/set[0-4]/"  # blobs that others overwrite now and then
-MOVING = "moving"  # of many parts, overwritten while it is read
+CHANGING = r"/set[0-4]/"  # blobs that are overwritten now and then
+MOVING = "moving"  # a blob of many parts, overwritten while it is read
 TRANSFER = TransferConfig(
     part_size=64 * KiB,
     block_size=64 * KiB,
@@ -54,10 +54,10 @@ TRANSFER = TransferConfig(
     max_attempts=10,
     max_backoff=0.2,
 )
-CACHE_BYTES = 1 * MiB  # less than a set, so that what is cached has to go
+CACHE_BYTES = 1 * MiB  # less than a set, so that cached data must be evicted
 HASTY = replace(TRANSFER, max_attempts=1)
-_PATIENCE = 300.0  # seconds for ranks to start and end in, on a busy machine
-_MODEL = 300_000  # numbers in the largest tensor of a checkpoint
+_PATIENCE = 300.0  # seconds for ranks to start and end, on a busy machine
+_MODEL = 300_000  # elements of the largest tensor of a checkpoint
 
 
 def content_of(name: str) -> bytes:
@@ -67,12 +67,12 @@ def content_of(name: str) -> bytes:
 
 @cache
 def sums(name: str) -> tuple[int, int]:
-    """Checksums of what the blob *name* may hold: what it was made with, or its inverse."""
+    """The checksums of the two possible contents of the blob *name*: the original one and its inverse."""
     return zlib.crc32(content_of(name)), zlib.crc32(inverted(content_of(name)))
 
 
 def check(samples: Iterable[tuple[str, bytes]], names: Iterable[str]) -> int:
-    """Each of *names* once, with the right bytes; returns how many."""
+    """Check that each of *names* comes once, with the right bytes; return their number."""
     found = [(url.partition("/data/")[2], zlib.crc32(data)) for url, data in samples]
     assert sorted(name for name, _ in found) == sorted(names)
     wrong = [name for name, checksum in found if checksum not in sums(name)]
@@ -99,7 +99,7 @@ class Soak:
         self.map = BlobDataset.from_container_url(self.url, prefix="set", **self.access)
 
     def epoch(self, number: int) -> int:
-        """All parts; returns the items that were checked."""
+        """Run all parts; return the number of checked items."""
         parts = [
             self.iterable_dataset,
             self.map_dataset,
@@ -116,7 +116,7 @@ class Soak:
         return sum(part(number) for part in parts)
 
     def iterable_dataset(self, number: int) -> int:
-        """All blobs, shuffled; and once more, left in the middle."""
+        """All blobs, shuffled; and again, stopped in the middle."""
         self.iterable.set_epoch(number)
         for _ in itertools.islice(self.iterable, 100):
             pass
@@ -139,14 +139,14 @@ class Soak:
         return check((pair(sample) for batch in loader for sample in batch), names)
 
     def cached(self, number: int) -> int:
-        """Through a cache that is too small for the set."""
+        """With a cache that is too small for the set."""
         dataset = BlobDataset.from_container_url(
             self.url, prefix="set7/", cache_dir=self.cache, cache_bytes=CACHE_BYTES, **self.access
         )
         return check((pair(dataset[index]) for index in range(0, 1000, 5)), set_names(7)[::5])
 
     def pipes(self, number: int) -> int:
-        """To the end; and in two halves, resumed."""
+        """To the end; and in two halves, with a resume."""
         folder = number % SET_COUNT
 
         def graph() -> ResumableDataPipe:
@@ -164,7 +164,7 @@ class Soak:
         return count + check([*samples, *again], names)
 
     def tars(self, number: int) -> int:
-        """Write shards of samples, and take them apart again."""
+        """Write shards of samples, and read them again."""
         samples = [{"__key__": name.replace("/", "-"), "bin": content_of(name)} for name in set_names(8)[:300]]
         urls = list(
             BlobTarShardWriter(
@@ -178,8 +178,8 @@ class Soak:
         return len(found)
 
     def nodes(self, number: int) -> int:
-        """Left in the middle, and resumed."""
-        folder = 5 + number % 5  # listed ones, which have to be as they were listed
+        """Stopped in the middle, and resumed."""
+        folder = 5 + number % 5  # listed blobs, which must not change after the listing
 
         def loader() -> Any:
             lister = BlobLister(f"{self.url}/set{folder}/", credential=False, transfer=TRANSFER)
@@ -193,7 +193,7 @@ class Soak:
         return check([*samples, *again], set_names(folder))
 
     def files(self, number: int) -> int:
-        """Blobs written and read in every way; a writer and a reader that are given up."""
+        """Blobs written and read in every way; an aborted writer and a dropped reader."""
         dice = random.Random(number)
         data = dice.randbytes(dice.randrange(2 * MiB))
         url = f"{self.url}/files/{number % 3}"
@@ -219,7 +219,7 @@ class Soak:
         return 5 + self.moving()
 
     def moving(self) -> int:
-        """A blob that is overwritten while it is read: one version or the other, or an error."""
+        """A blob that is overwritten while it is read: one of the two versions, or an error."""
         for _ in range(5):
             try:
                 with BlobIO(f"{self.url}/{MOVING}", "rb", **self.access) as file:
@@ -229,7 +229,7 @@ class Soak:
         return 5
 
     def checkpoints(self, number: int) -> int:
-        """Save, load, keep the last two; an abandoned save is cleaned up."""
+        """Save, load, keep the last two; clean up an unfinished save."""
         base = f"{self.url}/checkpoints"
         state = {"weight": torch.full((_MODEL,), float(number)), "bias": torch.arange(100.0), "step": number}
         dcp.save(state, storage_writer=BlobStorageWriter(f"{base}/step-{number}", **self.access), no_dist=True)
@@ -250,7 +250,7 @@ class Soak:
         return 2
 
     def errors(self, number: int) -> int:
-        """What fails: a blob that is not there, a checkpoint that is not there, a try without another."""
+        """Errors: a missing blob, a missing checkpoint, a request without retries."""
         for action in (
             lambda: BlobIO(f"{self.url}/none", "rb", **self.access).read(),
             lambda: BlobStorageReader(f"{self.url}/none", **self.access).read_metadata(),

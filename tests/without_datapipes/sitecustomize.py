@@ -1,8 +1,8 @@
 """A torch without DataPipes, for every process that has this folder in PYTHONPATH.
 
 Today torch.utils.data and the workers of DataLoader import the DataPipes themselves, so hiding the modules would break
-torch. Here torch and torchdata get empty classes in their place, which nothing is an instance of: a DataLoader treats
-every dataset as one that is not a pipe, as a torch without pipes would. For everybody else the modules
+torch. Here torch and torchdata get empty classes without instances in their place: a DataLoader treats every dataset as
+one that is not a pipe, as a torch without pipes would. For all other code the modules
 ``torch.utils.data.datapipes``, ``graph`` and ``graph_settings`` and the names that torch.utils.data takes from them do
 not exist. Whatever else such a release of torch would change is not simulated.
 """
@@ -20,7 +20,7 @@ GONE = (f"{DATA}.datapipes", f"{DATA}.graph", f"{DATA}.graph_settings")
 
 
 def is_for_torch() -> bool:
-    """Whether the import or the look-up in progress is one of torch's own."""
+    """Whether torch itself does the current import or attribute lookup."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
