@@ -51,7 +51,7 @@ class TestWrongArguments:
         [
             (("not a url", "rb"), {}, ValueError, "blob_url is not a URL"),
             ((f"{ACCOUNT}", "rb"), {}, ValueError, "blob_url .* no container"),
-            ((f"{ACCOUNT}/c", "rb"), {}, ValueError, "blob_url .* no blob"),
+            ((f"{ACCOUNT}/c", "rb"), {}, ValueError, "blob_url .* not of a blob"),
             ((f"{ACCOUNT}/c/b", "r"), {}, ValueError, "mode must be 'rb', 'wb' or 'xb', not 'r'"),
             ((f"{ACCOUNT}/c/b", "ab"), {}, ValueError, "mode must be"),
             ((f"{ACCOUNT}/c/b", "r+b"), {}, ValueError, "mode must be"),
