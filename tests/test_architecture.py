@@ -242,7 +242,7 @@ def misplaced_dependencies(module: Module) -> Iterator[str]:
             continue
         known = max((name for name in MAY_IMPORT if begins_with(dotted, name)), key=len, default=None)
         if known is None:
-            yield f"{module.dotted} imports {dotted}, which is no declared dependency"
+            yield f"{module.dotted} imports {dotted}, which is not a declared dependency"
         elif not any(module.name == room or (room and begins_with(module.name, room)) for room in MAY_IMPORT[known]):
             yield f"{module.dotted} imports {dotted}, which belongs to {sorted(MAY_IMPORT[known])}"
 

@@ -191,7 +191,7 @@ def test_its_length_is_not_known(container: Container) -> None:
 
 
 def test_it_lists_lazily_by_page(fault_service: FaultService, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no request before the first item, and one page is read ahead, not the whole listing."""
+    """Nothing is requested before the first item, and one page is read ahead, not the whole listing."""
     for number in range(12_000):
         fault_service.put("data", f"{number:06d}", b"")
     pipe = AzureBlobFileLister(fault_service.container_url("data"), credential=False)

@@ -246,7 +246,7 @@ class TestInterrupts:
             run_threads(2, act)
 
     def test_and_one_that_is_still_connecting(self, service: FaultService) -> None:
-        """If there is no socket to shut down yet, the request is not sent after connecting."""
+        """Without a socket to shut down yet, the request is not sent after connecting."""
         connection = transport.Connection(transport.Origin.of("http", service.address, QUICK))
         connection.interrupt()
         with pytest.raises(ConnectionAbortedError):

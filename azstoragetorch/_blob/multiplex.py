@@ -44,7 +44,7 @@ class Multiplexer:
     # it was registered), the epoll set, and `_turns`, which says whether the thread runs. A connection is used by one
     # request at a time, so there is at most one read for a descriptor.
     #
-    # A read ends once: by whoever removes it from `_reads` (`_claim`). The thread removes it after a complete response,
+    # A read ends once: in the thread that removes it from `_reads` (`_claim`). The thread removes it after a complete response,
     # an error (a cancel of its scope shuts the socket down, which is an error here) or a stall, and calls `done` or
     # `failed`. An interrupted `begin` removes its own read, closes the connection and raises.
     #
@@ -68,7 +68,7 @@ class Multiplexer:
     # The same holds for a thread that dies, after it has failed all reads.
     #
     # An interrupt in `_start` does not show whether a thread was started. So a turn is a deque with one item, and
-    # whoever pops the item first has the turn: the new thread, which runs, or the interrupted `begin`, which ends it.
+    # the first one to pop the item has the turn: the new thread, which runs, or the interrupted `begin`, which ends it.
 
     def __init__(self) -> None:
         self._reads: dict[int, _Read] = {}  # by descriptor

@@ -230,7 +230,7 @@ class ReadAhead:
         assert opened is not None
         content.span = opened.span
         if not len(opened.span) or content.loan is None:
-            opened.close()  # there is no memory for a segment: the read is received directly
+            opened.close()  # no memory for a segment: receive the read directly
             return
         content.loan.shrink(window.reserve_for(opened.span, self._config.effective_part_size))
         content.opened = opened

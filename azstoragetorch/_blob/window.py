@@ -98,7 +98,7 @@ def segments_ahead(
     for gap in gaps(wanted, held):
         for piece in split(gap, limit):
             if len(piece) < limit and piece.stop == wanted.stop < size:
-                return pieces  # too small for a request of its own: the next read extends it
+                return pieces  # too small for a separate request: the next read extends it
             pieces.append(piece)
     return pieces
 

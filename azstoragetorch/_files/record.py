@@ -47,7 +47,7 @@ class Record:
 
     @classmethod
     def of(cls, path: Path) -> Record | None:
-        """Open and lock the record for *path*; None if there is no private folder.
+        """Open and lock the record for *path*; None without a private folder.
 
         Raises:
             CopyError: another process is downloading to *path*.
@@ -78,7 +78,7 @@ class Record:
         return sum(map(len, kept.spans)) if kept is not None else 0
 
     def read(self) -> RecordedDownload | None:
-        """The recorded state; None if there is none."""
+        """The recorded state; None if nothing is recorded."""
         return _parse(self._place)
 
     def begin(self, identity: str, part: Path, inode: int) -> None:
@@ -118,13 +118,13 @@ def _place_of(path: Path) -> Path | None:
 
 
 def _private_folder() -> Path | None:
-    """A folder that only this user can write to; None if there is none."""
+    """A folder that only this user can write to; None if it cannot be created."""
     try:
         base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_STATE_HOME")
         folder = (Path(base) if base else Path.home() / ".local" / "state") / "azstoragetorch"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         return None
     if sys.platform != "win32" and (found.st_uid != current_user_id() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         return None

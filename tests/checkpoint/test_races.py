@@ -307,7 +307,7 @@ def test_cached_metadata_is_the_callers_to_change(url: str) -> None:
 
 
 def test_an_old_failure_does_not_block_the_next_load(fault_service: FaultService, url: str) -> None:
-    """For the metadata of one rank, which torch requests if there is none of all ranks."""
+    """For the metadata of one rank, which torch requests if that of all ranks is missing."""
     dcp.save(state(1), storage_writer=writer(url), no_dist=True, use_collectives=False)
     reader = BlobStorageReader(url, credential=False)
     fault_service.script(Match("get_blob", path="metadata"), [Status(403)])
@@ -319,7 +319,7 @@ def test_an_old_failure_does_not_block_the_next_load(fault_service: FaultService
 
 
 def test_what_a_save_costs_in_requests(fault_service: FaultService, url: str) -> None:
-    """One more than an undisturbed save: a check, if there was no checkpoint before."""
+    """One more than an undisturbed save: a check, if no checkpoint existed before."""
     sent = []
     for step in (1, 2):
         fault_service.log.clear()

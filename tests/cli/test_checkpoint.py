@@ -219,7 +219,7 @@ def test_prune(container: Container, command: Command) -> None:
     for number in range(1, 5):
         save(container, f"run/step-{number}")
     url = f"{container.url}/run"
-    assert command("checkpoint", "prune", url, "--keep", "2").code == 2  # there is no terminal to ask on
+    assert command("checkpoint", "prune", url, "--keep", "2").code == 2  # no terminal to ask on
     assert len(command("checkpoint", "prune", url, "--keep", "2", "--dry-run").out.splitlines()) == 2
     assert len(command("checkpoint", "ls", url).out.splitlines()) == 4
     ended = command("checkpoint", "prune", url, "--keep", "2", "--yes", "--json")

@@ -51,7 +51,7 @@ class Peer:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The response; None if there is none in time, and then the interpreter is ended."""
+        """The response; None if it does not come in time, and then the interpreter is ended."""
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command,

@@ -238,7 +238,7 @@ def test_no_secret_is_left_anywhere(
     evidence.add_files()
     log = (tmp_path / "log.txt").read_text()
     assert "azstoragetorch DEBUG" in log
-    assert "[redacted]" in log or way_in is token, "the log tells of requests, without what is secret in them"
+    assert "[redacted]" in log or way_in is token, "the log has the requests, without what is secret in them"
     assert len(secrets) > 2
     for secret in secrets:
         assert not evidence.search(secret), secret[:6]

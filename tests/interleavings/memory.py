@@ -64,7 +64,7 @@ class Answer:
         return data
 
     def close(self) -> None:
-        """Do nothing: there is no connection."""
+        """Do nothing: connections do not exist here."""
 
     def __enter__(self) -> Answer:
         return self
@@ -72,7 +72,7 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Do nothing: there is no connection."""
+        """Do nothing: connections do not exist here."""
 
 
 class _Headers(dict[str, str]):

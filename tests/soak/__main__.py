@@ -28,7 +28,7 @@ _ROOT = Path(__file__).parent.parent.parent
 _FIGURES = _ROOT / "build" / "soak.md"
 _WARM_UP = 2  # epochs, in which pools are filled and libraries are loaded
 _FEWEST = 6  # epochs that are compared
-_NOISE = 16.0  # MiB of resident memory that the allocator may not have returned
+_NOISE = 16.0  # MiB of resident memory that the allocator can keep
 
 
 @dataclass
