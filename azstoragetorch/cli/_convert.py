@@ -99,7 +99,7 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
             save(state, storage_writer=writer, no_dist=True)
         except CheckpointException as error:
             raise next(iter(_causes(error)), CheckpointError(str(error))) from None
-    session.output.note(f"{len(state):,} entries are in {url} now")
+    session.output.note(f"{url} has {len(state):,} entr{'y' if len(state) == 1 else 'ies'} now")
     session.output.record({"source": str(place), "url": str(url), "entries": len(state)})
 
 
@@ -142,23 +142,40 @@ def _open_target(session: Session, place: Path | BlobURL | Standard) -> Iterator
 
 def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool) -> Any:
     """What `torch.save` wrote to *place*."""
-    import torch
-
     if isinstance(place, BlobURL):
         with (
             BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob,
             session.output.progress("reading", blob.size) as bar,
         ):
-            return torch.load(_Watched(blob, bar), map_location="cpu", weights_only=not trust)
+            return _load(_Watched(blob, bar), trust)
     if isinstance(place, Path) and not has_unknown_length(place, place.stat()):
         # What releases before 1.6 wrote is not a zip file, and cannot be mapped.
-        is_zip = zipfile.is_zipfile(place)
-        return torch.load(place, map_location="cpu", mmap=is_zip, weights_only=not trust)
+        if zipfile.is_zipfile(place):
+            return _load(place, trust, mmap=True)
+        with place.open("rb") as file:
+            return _load(file, trust)
     stream = open_to_read(place) if isinstance(place, Path) else os.fdopen(os.dup(0), "rb")
     with stream, tempfile.TemporaryFile() as file:  # torch.load seeks
         shutil.copyfileobj(stream, file)
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=not trust)
+        return _load(file, trust)
+
+
+def _load(file: Any, trust: bool, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote to *file*.
+
+    Raises:
+        ValueError: another program wrote it.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", mmap=mmap, weights_only=not trust)
+    except pickle.UnpicklingError:
+        # Trusting a file that is not a pickle does not help.
+        if not mmap and file.seek(0) == 0 and file.read(2)[:1] not in (b"P", b"\x80"):
+            raise ValueError("it is neither a zip archive nor a pickle") from None
+        raise
 
 
 @contextmanager

@@ -98,7 +98,9 @@ def advice(error: BaseException) -> str:
     if isinstance(cause, ClientAuthenticationError) and cause.status_code is None:
         first = text.strip().split("\n", 1)[0].strip()
         of_az = re.search(r"AzureCliCredential: ([^\n]*)", text)
-        return f"not signed in. {SIGN_IN} The reason: {first}" + (f" `az`: {of_az[1]}." if of_az else "")
+        # DefaultAzureCredential's error begins with the same advice, in terms of programs.
+        reason = "" if first.startswith("no credential was found") else f" The reason: {first}"
+        return f"not signed in. {SIGN_IN}{reason}" + (f" `az`: {of_az[1]}." if of_az else "")
     return text
 
 

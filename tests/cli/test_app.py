@@ -121,6 +121,7 @@ def test_without_a_login_it_says_how_to_get_one() -> None:
     (line,) = ended.err.splitlines()
     ways = [line.index(way) for way in ("az login", "--sas-env", "AZURE_STORAGE_KEY", "--anonymous")]
     assert ways == sorted(ways)
+    assert line.count("az login") == line.count("--sas-env") == 1
     assert "credential=" not in line
     assert "\\n" not in line
 

@@ -127,6 +127,9 @@ def test_import_of_something_else_is_an_error(
         assert ended.code == 1, ended.err
         assert "state.pt" in ended.err
         assert len(ended.err.splitlines()) == 1
+        if data == b"not a checkpoint":
+            assert "neither a zip archive nor a pickle" in ended.err
+            assert "--trust" not in ended.err, "that would not help"
     assert container.names() == ["state.pt"]
 
 
