@@ -41,5 +41,5 @@ def test_a_checker_infers_samples_and_finds_misspellings(tmp_path: Path) -> None
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(program)]
-    checked = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr

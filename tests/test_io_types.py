@@ -59,7 +59,7 @@ def test_a_file_of_bytes_is_what_torch_and_others_take(tmp_path: Path, checker: 
         env={**os.environ, "PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -319,7 +319,7 @@ def test_re_iterating_while_a_read_blocks_loses_and_steals_nothing(
         thread.start()
     wait_for(lambda: rule.fired)
     if wrap == "none":
-        wait_for(lambda: waits(thread))
+        wait_for(lambda: len(stolen) == 1 and waits(thread))
     whole = list(loader)  # nobody waits for the read that blocks
     assert [name_of(sample) for sample in whole] == [f"{number:03d}" for number in range(COUNT)]
     if wrap == "none":
