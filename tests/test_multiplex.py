@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -60,14 +61,18 @@ def container(service: FaultService, config: TransferConfig = QUICK) -> Containe
     return ContainerClient(url, CredentialHolder(False, url.sas), config)
 
 
-def read_all(client: ContainerClient, names: list[str], started: list[bool] | None = None) -> list[Head]:
-    def start(name: str, scope: Scope, done: object, failed: object) -> bool:
-        is_started = client.blob(name).start_head(scope, done, failed)  # type: ignore[arg-type]
+def prefetch(
+    client: ContainerClient, names: Iterable[str], started: list[bool] | None = None
+) -> OrderedPrefetch[str, Head]:
+    """The heads of *names* in order, 16 at once; *started* gets whether the multiplexer could start each."""
+
+    def start(name: str, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
+        is_started = client.blob(name).start_head(scope, done, failed)
         if started is not None:
             started.append(is_started)
         return is_started
 
-    ahead = OrderedPrefetch(
+    return OrderedPrefetch(
         client.engine,
         iter(names),
         lambda name, scope: client.blob(name).head(scope),
@@ -76,6 +81,10 @@ def read_all(client: ContainerClient, names: list[str], started: list[bool] | No
         depth=16,
         start=start,
     )
+
+
+def read_all(client: ContainerClient, names: list[str], started: list[bool] | None = None) -> list[Head]:
+    ahead = prefetch(client, names, started)
     try:
         return [item.result() for item in ahead]
     finally:
@@ -175,15 +184,7 @@ def test_refusals_have_their_type_and_place(fault_service: FaultService, blobs: 
     client = container(fault_service)
     warm(client, blobs)
     names = [*list(blobs)[:20], "missing", *list(blobs)[20:]]
-    ahead = OrderedPrefetch(
-        client.engine,
-        iter(names),
-        lambda name, scope: client.blob(name).head(scope),
-        cost=lambda _name: 1,
-        size=lambda head: 1,
-        depth=16,
-        start=lambda name, scope, done, failed: client.blob(name).start_head(scope, done, failed),
-    )
+    ahead = prefetch(client, names)
     for item in ahead:
         if item.item == "missing":
             with pytest.raises(ResourceNotFoundError, match="missing"):
@@ -206,15 +207,7 @@ def test_closing_gives_up_what_is_under_way(fault_service: FaultService, blobs: 
     client = container(fault_service)
     warm(client, blobs)
     fault_service.script(Match("get_blob", nth=2), [Stall(60, None)], repeat=True)
-    ahead = OrderedPrefetch(
-        client.engine,
-        iter(blobs),
-        lambda name, scope: client.blob(name).head(scope),
-        cost=lambda _name: 1000,
-        size=lambda head: 1000,
-        depth=16,
-        start=lambda name, scope, done, failed: client.blob(name).start_head(scope, done, failed),
-    )
+    ahead = prefetch(client, blobs)
     next(ahead)
     ahead.close()
     with taking():

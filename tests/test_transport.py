@@ -19,6 +19,7 @@ import pytest
 from azure.core.credentials import AccessToken
 from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
 
+from azstoragetorch import TransferConfig
 from azstoragetorch._blob import transport
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError, FatalBlobIOWriteError
@@ -208,42 +209,35 @@ class TestAnswers:
         assert https_fault_service.log == []
 
 
+def cancel_in_flight(service: FaultService, config: TransferConfig) -> None:
+    """Cancel a read while it waits for the service: it ends at once."""
+    scope = Scope()
+    client = blob_client(service.blob_url("c", "b"), config)
+
+    def act(number: int) -> None:
+        if number:
+            service.wait_for_requests(1)
+            time.sleep(0.1)
+            scope.cancel()
+        else:
+            with pytest.raises(Cancelled):
+                client.head(scope)
+
+    with taking():
+        run_threads(2, act)
+
+
 class TestInterrupts:
     @pytest.mark.parametrize("after", [None, 0, 50_000], ids=["head", "body", "middle"])
     def test_cancelling_ends_a_request_that_stalls(self, service: FaultService, after: int | None) -> None:
         service.script("get_blob", [Stall(60, after=after)])
-        scope = Scope()
-        client = blob_client(service.blob_url("c", "b"), replace(QUICK, part_size=1 << 20, read_timeout=60))
-
-        def act(number: int) -> None:
-            if number:
-                service.wait_for_requests(1)
-                time.sleep(0.1)
-                scope.cancel()
-            else:
-                with pytest.raises(Cancelled):
-                    client.head(scope)
-
-        with taking():
-            run_threads(2, act)
+        cancel_in_flight(service, replace(QUICK, part_size=1 << 20, read_timeout=60))
 
     def test_and_one_over_tls(self, https_fault_service: FaultService) -> None:
         service = https_fault_service
         service.put("c", "b", DATA)
         service.script("get_blob", [Stall(60)])
-        scope = Scope()
-
-        def act(number: int) -> None:
-            if number:
-                service.wait_for_requests(1)
-                time.sleep(0.1)
-                scope.cancel()
-            else:
-                with pytest.raises(Cancelled):
-                    blob_client(service.blob_url("c", "b"), replace(QUICK, read_timeout=60)).head(scope)
-
-        with taking():
-            run_threads(2, act)
+        cancel_in_flight(service, replace(QUICK, read_timeout=60))
 
     def test_and_one_that_is_still_connecting(self, service: FaultService) -> None:
         """Without a socket to shut down yet, the request is not sent after connecting."""

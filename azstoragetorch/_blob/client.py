@@ -231,8 +231,8 @@ class BlobClient(_Client):
         }
         if self.config.validate_content:
             headers["Content-MD5"] = md5_of([memoryview(data)])
-        with self.service.send(Request("PUT", self.url, headers=headers, body=data, accept=CREATED)) as answer:
-            return BlobProperties(BlobVersion(len(data), answer.headers.get("ETag", "")), None, properties)
+        with self.service.send(Request("PUT", self.url, headers=headers, body=data, accept=CREATED)) as response:
+            return BlobProperties(BlobVersion(len(data), response.headers.get("ETag", "")), None, properties)
 
     def _properties_after(self, failure: Exception) -> BlobProperties | None:
         try:

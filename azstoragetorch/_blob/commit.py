@@ -50,8 +50,8 @@ def get_properties(service: Service, url: BlobURL, scope: Scope | None = None) -
 
 
 def _get_properties(service: Service, url: BlobURL, scope: Scope | None) -> BlobProperties:
-    with service.send(Request("HEAD", url, accept=frozenset({200}), scope=scope)) as answer:
-        headers = answer.headers
+    with service.send(Request("HEAD", url, accept=frozenset({200}), scope=scope)) as response:
+        headers = response.headers
     length, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
     if not (length.isascii() and length.isdigit() and etag):
         what = f"HEAD {url}: the service sent no valid length and ETag: {length!r}, {etag!r}"
@@ -67,13 +67,13 @@ def read_tags(service: Service, url: BlobURL, scope: Scope | None = None) -> dic
     request = Request("GET", url, "comp=tags", scope=scope, purpose="tags")
 
     def ask() -> bytes:
-        with service.send(request) as answer:
-            return answer.read()
+        with service.send(request) as response:
+            return response.read()
 
     try:
         root = ET.fromstring(retrying(service.config, ask, scope))  # noqa: S314 - as in `listing`
     except (ET.ParseError, LookupError, ValueError) as error:
-        raise picklable(ServiceResponseError(f"GET (tags) {url}: the answer is not XML: {error}")) from error
+        raise picklable(ServiceResponseError(f"GET (tags) {url}: the response is not XML: {error}")) from error
     return {tag.findtext("Key") or "": tag.findtext("Value") or "" for tag in root.iter("Tag")}
 
 
@@ -125,7 +125,8 @@ def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
 # connection turns out to be dead, which is not counted here. It does not do that with a conditional write: the service
 # would refuse the second request because of the first, and that would be taken for another writer's blob.
 #
-# `BlobClient.replace` follows the same rules for a commit under If-Match.
+# `BlobClient.replace`, which writes under If-Match, checks after every attempt without a response or with a failed
+# condition, since it has to know the current ETag in any case.
 class Commit:
     """The commit of one writer to *url*; with *create_only* the blob must not exist.
 
@@ -200,8 +201,8 @@ class Commit:
 
     def _committed_blocks(self) -> list[str]:
         query = "comp=blocklist&blocklisttype=committed"
-        with self._service.send(Request("GET", self._url, query, scope=self._scope, purpose="block list")) as answer:
-            raw = answer.read()
+        with self._service.send(Request("GET", self._url, query, scope=self._scope, purpose="block list")) as response:
+            raw = response.read()
         try:
             return parse_block_list(raw)
         except ValueError as error:

@@ -120,8 +120,8 @@ def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope:
 def _fetch_once(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
     if marker:
         query += f"&marker={quote(marker, safe='')}"
-    with service.send(Request("GET", container, query, scope=scope, purpose="list")) as answer:
-        raw = answer.read()
+    with service.send(Request("GET", container, query, scope=scope, purpose="list")) as response:
+        raw = response.read()
     if not raw.rstrip().endswith(b"</EnumerationResults>"):
         raise Transient(_malformed(container, "the document ends early"))
     return raw

@@ -44,9 +44,9 @@ class Multiplexer:
     # it was registered), the epoll set, and `_turns`, which says whether the thread runs. A connection is used by one
     # request at a time, so there is at most one read for a descriptor.
     #
-    # A read ends once: in the thread that removes it from `_reads` (`_claim`). The thread removes it after a complete response,
-    # an error (a cancel of its scope shuts the socket down, which is an error here) or a stall, and calls `done` or
-    # `failed`. An interrupted `begin` removes its own read, closes the connection and raises.
+    # A read ends once, by the call that removes it from `_reads` (`_claim`). The thread removes it after a complete
+    # response, an error (a cancel of its scope shuts the socket down, which is an error here) or a stall, and calls
+    # `done` or `failed`. An interrupted `begin` removes its own read, closes the connection and raises.
     #
     # Registration. A connection stays registered when it goes back to the pool, which saves two system calls for each
     # read. The price: it can become readable while another request uses it, or when the service closes it, and
@@ -88,7 +88,8 @@ class Multiplexer:
     ) -> bool:
         """Start to read the first *length* bytes; return False if no connection is idle or the request cannot be sent.
 
-        If it returns True, exactly one of *done* and *failed* is called later, on another thread.
+        If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
+        if no thread can be started.
         """
         connection = take_idle(service.origin)
         if connection is None:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 #
 # A buffer goes back to the pool when the last of the three parties drops its reference (`_Content.__del__`), not when
 # the segment is evicted: the receiving thread may write into it until it notices the cancel. For the same reason the
-# job refers to the content, never to the segment: with a reference cycle the memory would be free only after a garbage
+# job refers to the content, never to the segment: in a reference cycle the memory would be freed only by a garbage
 # collection.
 #
 # An interrupt (Ctrl-C, or an exception from a signal handler) can end `receive` on the reading thread, or its wait for

@@ -130,11 +130,11 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
 
 
 def _receive_head(connection: Connection, method: str) -> _HTTPResponse:
-    answer = _HTTPResponse(connection.socket, method=method)
-    answer.is_head = method == "HEAD"
-    with on_error(answer.close):
-        answer.begin()
-    return answer
+    response = _HTTPResponse(connection.socket, method=method)
+    response.is_head = method == "HEAD"
+    with on_error(response.close):
+        response.begin()
+    return response
 
 
 class Response:
