@@ -42,6 +42,7 @@ __all__ = [
     "ContainerClient",
     "Head",
     "Page",
+    "RangeRead",
     "ReadAhead",
 ]
 

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -53,6 +53,16 @@ def _run_traced(work: Callable[[], None]) -> None:
     if (profile := threading.getprofile()) is not None:
         sys.setprofile(profile)
     work()
+
+
+def one_at_a_time() -> AbstractContextManager[bool]:
+    """A context manager for code that the calls of one `Engine.map` enter one at a time.
+
+    It is a lock, and cannot stop anything else: only those calls wait for it, nothing else waits for them, and what is
+    inside waits for no other of them. A signal handler that interrupts one of them, and transfers, makes other calls,
+    which its own thread makes if no other does. It is not for state that a handler or a finalizer needs as well.
+    """
+    return threading.Lock()
 
 
 class Engine:
@@ -197,15 +207,14 @@ class _Map(Generic[T, R]):
     caller closes the list before it looks whether somebody is left in there. So no call runs when the caller continues,
     and a helper whose turn comes too late takes nothing.
 
-    Drawing from the list needs a lock, since a generator cannot be entered twice. Only helpers of this very call wait
-    for it, and nothing else waits for them: a thread that waits for work does it itself if nobody has begun.
+    One thread at a time draws from the list, since a generator cannot be entered twice.
     """
 
     def __init__(self, function: Callable[[T, Scope], R], items: Iterable[T], scope: Scope) -> None:
         self._function: Callable[[T, Scope], R] | None = function
         self._items: Iterator[tuple[int, T]] = enumerate(items)
         self._scope = scope
-        self._drawing = threading.Lock()
+        self._drawing = one_at_a_time()
         self._is_closed = False
         self._helpers: set[object] = set()
         self._bell = Bell()

@@ -121,7 +121,8 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._cells: torch.Tensor = torch.zeros(_FIRST_WORKER + _MOST_WORKERS, dtype=torch.int64)
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to without it
+            self._cells = torch.zeros(_FIRST_WORKER + _MOST_WORKERS, dtype=torch.int64, device="cpu")
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
         self._known_load = 0
 

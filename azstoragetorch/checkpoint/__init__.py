@@ -15,7 +15,7 @@ from azstoragetorch.checkpoint._catalog import keep_last, latest_checkpoint, lis
 from azstoragetorch.checkpoint._cleaning import clean, delete_checkpoint
 from azstoragetorch.checkpoint._convert import checkpoint_to_torch_save, load_keys, torch_save_to_checkpoint
 from azstoragetorch.checkpoint._inspect import CheckpointSummary, Entry, inspect_checkpoint
-from azstoragetorch.checkpoint._progress import Progress, TqdmProgress
+from azstoragetorch.checkpoint._progress import ProgressCallback, TqdmProgress
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 
@@ -24,7 +24,7 @@ __all__ = [
     "BlobStorageWriter",
     "CheckpointSummary",
     "Entry",
-    "Progress",
+    "ProgressCallback",
     "TqdmProgress",
     "checkpoint_to_torch_save",
     "clean",

@@ -34,7 +34,7 @@ def list_checkpoints(
 def latest_checkpoint(
     base_url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> str | None:
-    """The last of :func:`list_checkpoints`, or None if there is none: a job resumes from it or starts afresh."""
+    """The last of :func:`list_checkpoints`, or None without one: a job resumes from it or starts afresh."""
     base = Folder(base_url, credential, transfer)
     for name in reversed(_names(base)):
         if base.child(name).is_complete():

@@ -13,7 +13,7 @@ A save
   5. if nothing was seen, checks that one of its data blobs is still there, or else takes its metadata back;
   6. deletes the data that what was seen referred to.
 
-A save of one rank alone writes the metadata blob of that rank, which readers use only if there is no checkpoint of all
+A save of one rank alone writes the metadata blob of that rank, which readers use only without a checkpoint of all
 ranks. After (4) it looks for one, and if there is one it deletes its metadata and fails: so it does not succeed with a
 checkpoint that is not loaded. A save of all ranks that commits later replaces it.
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._progress import Progress
+from azstoragetorch.checkpoint._progress import ProgressCallback
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 from azstoragetorch.exceptions import CheckpointError
@@ -28,7 +28,7 @@ def load_keys(
     weights_only: bool = True,
     credential: Credential = None,
     transfer: TransferConfig | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Load entries of the checkpoint in the folder *url* as whole CPU tensors, without a model to load them into.
 
@@ -36,7 +36,7 @@ def load_keys(
         url: URL of the folder.
         keys: Which entries: flat keys such as ``"model.layer.weight"``, or the beginning of a path in the nested state
             dict such as ``"model"`` or ``"model.layer"``. None for all.
-        weights_only: Read entries that are no tensors as `torch.load` does with ``weights_only=True``, which runs no
+        weights_only: Read entries other than tensors as `torch.load` does with ``weights_only=True``, which runs no
             foreign code. Pass False for a checkpoint that you trust.
         credential: As for :class:`BlobStorageReader`.
         transfer: As for :class:`BlobStorageReader`.
@@ -114,7 +114,7 @@ def _paths_of(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
             isinstance(step, str) or (isinstance(step, int) and 0 <= step < limit) for step in path
         )
         if not is_path:
-            raise CheckpointError(f"the metadata places {key!r} at {path!r:.100}, which is no path", key=str(key))
+            raise CheckpointError(f"the metadata places {key!r} at {path!r:.100}, which is not a path", key=str(key))
         paths[key] = tuple(path)
     return paths
 

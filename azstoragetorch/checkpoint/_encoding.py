@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch.checkpoint._format import Item, Payload, envelope, has_payload
-from azstoragetorch.checkpoint._host import Lanes, host_bytes
+from azstoragetorch.checkpoint._host import Copiers, host_bytes
 from azstoragetorch.checkpoint._planning import contiguous_strides
-from azstoragetorch.checkpoint._progress import Meter
+from azstoragetorch.checkpoint._progress import ProgressCounter
 
 ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more
@@ -35,20 +35,20 @@ class Encoder:
         name: str,
         items: Sequence[WriteItem],
         planner: SavePlanner,
-        planner_lock: threading.Lock,
+        planner_calls: AbstractContextManager[Any],
         extensions: tuple[Any, ...],
         chunk: int,
-        meter: Meter,
+        counter: ProgressCounter,
     ) -> None:
         self.name = name
         self.size_hint = sum(size_hint(item) + ENVELOPE for item in items)
         self._items = items
         self._planner = planner
-        self._planner_lock = planner_lock
+        self._planner_calls = planner_calls
         self._extensions = extensions
         self._chunk = chunk
-        self._meter = meter
-        self._lanes = Lanes()
+        self._counter = counter
+        self._copiers = Copiers()
         self._at = 0
         self.written: list[tuple[MetadataIndex, Item]] = []
         self.key: str | None = None
@@ -81,7 +81,7 @@ class Encoder:
                         small = bytearray()
                     else:
                         yield piece
-                self._meter.add(min(size_hint(item), self._at - begin))
+                self._counter.add(min(size_hint(item), self._at - begin))
         except Exception as error:
             self.error = error
             raise
@@ -90,7 +90,7 @@ class Encoder:
         self.is_done = True
 
     def _encode(self, item: WriteItem) -> Iterator[memoryview]:
-        with self._planner_lock:
+        with self._planner_calls:
             value = self._planner.resolve_data(item)
         if isinstance(value, torch.Tensor):
             value = value.detach()
@@ -112,7 +112,7 @@ class Encoder:
             payload = Payload(len(around.head), value.dtype, tuple(shape), contiguous_strides(shape))
             self._note(item, len(around.head) + payload.nbytes + len(around.tail), payload=payload)
             yield memoryview(around.head)
-            yield from host_bytes(value, self._lanes.of(value.device), self._chunk)
+            yield from host_bytes(value, self._copiers.of(value.device), self._chunk)
             yield memoryview(around.tail)
 
     def _transform(self, value: Any) -> tuple[memoryview, tuple[str, ...]]:

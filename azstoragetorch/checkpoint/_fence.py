@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 _HEADER = "x-ms-meta-azstoragetorch_cleaned"
-_TOMBSTONE = b"azstoragetorch: there is no checkpoint here; data of interrupted saves is being deleted. "
+_TOMBSTONE = b"azstoragetorch: not a checkpoint; data of interrupted saves is being deleted. "
 TOMBSTONE_SIZE = len(_TOMBSTONE) + 32  # bytes; no metadata is as short as that
 
 

@@ -1,8 +1,8 @@
 """Between tensors, wherever they are, and the host memory that blobs are sent from and received into.
 
 A contiguous tensor on the CPU is used in place. Everything else - other devices, other layouts in memory, other types -
-goes through buffers of limited size: pinned ones and a stream of its own for an accelerator, so that copying overlaps
-with the network; ordinary ones, by the same code, for the CPU.
+is copied through buffers of limited size: pinned ones and a separate stream for an accelerator, so that copying
+overlaps with the network; ordinary ones, by the same code, for the CPU.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def select(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
-class Lane:
-    """Copies between a device and the host beside whatever else the device does."""
+class Copier:
+    """Copies between a device and the host, while the device does other work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -70,14 +70,14 @@ class Lane:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.is_pinned)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Begin to copy; `wait` tells when it is done."""
+        """Begin to copy; `wait` returns when it is done."""
         # A tensor that was made in inference mode can be written to in that mode alone, which is one of the thread.
         mode = torch.inference_mode() if target.is_inference() else torch.no_grad()
         with mode, self._beside():
             target.copy_(source, non_blocking=self.is_pinned)
 
     def mark(self) -> Any:
-        """A point in the lane that can be waited for."""
+        """What `wait` takes to wait for the copies that have begun by now."""
         return self._stream.record_event() if self._stream is not None else None
 
     def wait(self, mark: Any = None) -> None:
@@ -94,23 +94,23 @@ class Lane:
         return context
 
 
-class Lanes:
-    """A lane for each device that turns up. Used by one thread at a time."""
+class Copiers:
+    """A copier for each device, made when it is needed. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        self._lanes: dict[torch.device, Lane] = {}
+        self._copiers: dict[torch.device, Copier] = {}
 
-    def of(self, device: torch.device) -> Lane:
-        """The lane to and from *device*."""
-        if device not in self._lanes:
-            self._lanes[device] = Lane(device)
-        return self._lanes[device]
+    def of(self, device: torch.device) -> Copier:
+        """The copier to and from *device*."""
+        if device not in self._copiers:
+            self._copiers[device] = Copier(device)
+        return self._copiers[device]
 
 
-def host_bytes(tensor: torch.Tensor, lane: Lane, limit: int) -> Iterator[memoryview]:
+def host_bytes(tensor: torch.Tensor, copier: Copier, limit: int) -> Iterator[memoryview]:
     """The elements of *tensor* as bytes in host memory, in the order of their indices.
 
-    In place where they lie so; else in copies of at most *limit* bytes, of which the next is on its way while one is
+    In place where they lie so; else in copies of at most *limit* bytes, of which the next is made while one is
     used.
     """
     tensor = tensor.detach()
@@ -120,12 +120,12 @@ def host_bytes(tensor: torch.Tensor, lane: Lane, limit: int) -> Iterator[memoryv
     previous: tuple[torch.Tensor, Any] | None = None
     for box in boxes(tuple(tensor.shape), tensor.itemsize, limit):
         part = select(tensor, box)
-        buffer = lane.buffer(part.nbytes)
-        lane.copy(buffer.view(tensor.dtype).view(part.shape), part)
+        buffer = copier.buffer(part.nbytes)
+        copier.copy(buffer.view(tensor.dtype).view(part.shape), part)
         if previous is not None:
-            lane.wait(previous[1])
+            copier.wait(previous[1])
             yield view_of(previous[0])
-        previous = buffer, lane.mark()
+        previous = buffer, copier.mark()
     if previous is not None:
-        lane.wait(previous[1])
+        copier.wait(previous[1])
         yield view_of(previous[0])

@@ -63,7 +63,7 @@ def inspect_checkpoint(
     """What the checkpoint in the folder *url* holds, from its metadata alone. ``print`` shows it as a table.
 
     Raises:
-        CheckpointNotFoundError: there is no checkpoint, or only an interrupted save.
+        CheckpointNotFoundError: the folder has no complete checkpoint.
         CheckpointError: the metadata is broken, or may run foreign code.
         AzureError: the service refused, or could not be reached.
     """

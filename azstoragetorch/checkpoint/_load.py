@@ -21,15 +21,15 @@ from azstoragetorch._engine.budget import Budget, BufferPool
 from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.memory import expect_filling
 from azstoragetorch._engine.scope import Cancelled, Scope
-from azstoragetorch._engine.threads import engine_for
+from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
-from azstoragetorch.checkpoint._host import Lane, is_in_place, select, view_of
+from azstoragetorch.checkpoint._host import Copier, is_in_place, select, view_of
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, contiguous_strides, join
-from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.checkpoint._progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of
 from azstoragetorch.checkpoint._receiving import DataBlobs
-from azstoragetorch.checkpoint._sharing import Source, source_of
+from azstoragetorch.checkpoint._sharing import ReadKey, read_key
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -45,7 +45,7 @@ class Load:
         folder: Folder,
         planner: LoadPlanner,
         registry: Any = None,
-        keep: Collection[Source] = (),
+        keep: Collection[ReadKey] = (),
         *,
         weights_only: bool = False,
     ) -> None:
@@ -53,23 +53,21 @@ class Load:
         self._weights_only = weights_only
         self._registry = registry
         self._keep = frozenset(keep)
-        self.kept: dict[Source, torch.Tensor | bytes] = {}
+        self.kept: dict[ReadKey, torch.Tensor | bytes] = {}
         """What was loaded of what other ranks wait for; `accept` hands it to the planner."""
         self._config = folder.transfer
         self._budget = Budget(folder.transfer.memory_limit)
         self._buffers = BufferPool(folder.transfer.memory_limit)
         self._blobs = DataBlobs(folder)
         self._touched: set[str] = set()
-        # Planners are called by one thread at a time. Only threads of this load wait for it, and nothing else waits for
-        # them: a signal handler that comes while it is held, and transfers, does its own transfer itself if need be.
-        self._planner_lock = threading.Lock()
-        self._lanes: dict[tuple[int, torch.device], Lane] = {}
+        self._planner_calls = one_at_a_time()
+        self._copiers: dict[tuple[int, torch.device], Copier] = {}
 
     def touched(self) -> frozenset[str]:
         """The entries of the state dict that may have been written to."""
         return frozenset(self._touched)
 
-    def run(self, wanted: Iterable[tuple[ReadItem, Item]], progress: Progress | None = None) -> None:
+    def run(self, wanted: Iterable[tuple[ReadItem, Item]], progress: ProgressCallback | None = None) -> None:
         """Load everything that is *wanted*."""
         with many_objects():
             reads = reads_of(wanted)
@@ -85,10 +83,10 @@ class Load:
                 self._decode(read, memoryview(b""))
             else:
                 self._finish(read)
-        meter = Meter(progress, sum(request.stop - request.start for request in requests))
+        counter = ProgressCounter(progress, sum(request.stop - request.start for request in requests))
 
         def run(request: Request, scope: Scope) -> None:
-            self._run(request, reads, meter, scope)
+            self._run(request, reads, counter, scope)
 
         engine_for(self._config).map(run, requests, self._config.max_concurrency)
 
@@ -113,7 +111,7 @@ class Load:
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    def _run(self, request: Request, reads: list[Read], meter: Meter, scope: Scope) -> None:
+    def _run(self, request: Request, reads: list[Read], counter: ProgressCounter, scope: Scope) -> None:
         pieces = [(piece, reads[piece.read]) for piece in request.pieces]
         keys = [read.key for _, read in pieces]
         try:
@@ -124,7 +122,7 @@ class Load:
             raise CheckpointError(
                 f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
             ) from plain(error)
-        meter.add(request.stop - request.start)
+        counter.add(request.stop - request.start)
 
     def _load(self, request: Request, pieces: list[tuple[Piece, Read]], keys: list[str], scope: Scope) -> None:
         places = [self._place(piece, read) for piece, read in pieces]
@@ -132,7 +130,7 @@ class Load:
             scope.check()
             self._transfer(request, pieces, places, buffers, keys, scope)
         for _, read in pieces:
-            with self._planner_lock:
+            with self._planner_calls:
                 read.pieces_left -= 1
                 is_done = not read.pieces_left
             if is_done and read.payload is not None:
@@ -154,7 +152,7 @@ class Load:
                 expect_filling(target)
                 self._touched.add(read.key)
         self._blobs.receive(request, targets, keys, scope)
-        lanes = set()
+        copiers = set()
         for (piece, read), place, buffer in zip(pieces, places, buffers, strict=True):
             if read.payload is None:
                 self._decode(read, view_of(buffer))
@@ -163,23 +161,25 @@ class Load:
             for sink in read.sinks:
                 if sink is not read or place is None:
                     self._touched.add(sink.key)
-                    lane = self._lane(sink)
-                    lane.copy(select(self._target(sink), piece.box), source)
-                    lanes.add(lane)
-        for lane in lanes:
-            lane.wait()
+                    copier = self._copier(sink)
+                    copier.copy(select(self._target(sink), piece.box), source)
+                    copiers.add(copier)
+        for copier in copiers:
+            copier.wait()
 
     @contextmanager
     def _staging(
         self, pieces: list[tuple[Piece, Read]], places: list[torch.Tensor | None]
     ) -> Iterator[list[torch.Tensor]]:
         """Buffers for those of *pieces* that have no place to be received into, under the memory limit."""
-        lanes = [
-            None if place is not None else self._lane(read) for (_, read), place in zip(pieces, places, strict=True)
+        copiers = [
+            None if place is not None else self._copier(read) for (_, read), place in zip(pieces, places, strict=True)
         ]
         lengths = [-(-(piece.stop - piece.start) // _ALIGNMENT) * _ALIGNMENT for piece, _ in pieces]
-        pageable = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and not lane.is_pinned)
-        pinned = sum(n for n, lane in zip(lengths, lanes, strict=True) if lane is not None and lane.is_pinned)
+        pageable = sum(
+            n for n, copier in zip(lengths, copiers, strict=True) if copier is not None and not copier.is_pinned
+        )
+        pinned = sum(n for n, copier in zip(lengths, copiers, strict=True) if copier is not None and copier.is_pinned)
         # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
         pageable = 1 << (pageable - 1).bit_length() if 0 < pageable <= _REUSED else pageable
         decoded = sum(piece.stop - piece.start for piece, read in pieces if read.payload is None)
@@ -187,12 +187,12 @@ class Load:
             area = self._area(pageable)
             buffers: list[torch.Tensor] = []
             at = 0
-            for (piece, _), lane, length in zip(pieces, lanes, lengths, strict=True):
+            for (piece, _), copier, length in zip(pieces, copiers, lengths, strict=True):
                 size = piece.stop - piece.start
-                if lane is None:
+                if copier is None:
                     buffers.append(_NOTHING)
-                elif lane.is_pinned:
-                    buffers.append(lane.buffer(size))
+                elif copier.is_pinned:
+                    buffers.append(copier.buffer(size))
                 else:
                     buffers.append(torch.frombuffer(area, dtype=torch.uint8, count=size, offset=at))
                     at += length
@@ -229,7 +229,7 @@ class Load:
 
     def _target(self, read: Read) -> torch.Tensor:
         """The tensor that *read* is for."""
-        with self._planner_lock:
+        with self._planner_calls:
             if read.target is None:
                 target = self._planner.resolve_tensor(read.wanted)
                 if tuple(target.shape) != read.box.lengths:
@@ -245,7 +245,7 @@ class Load:
 
     def target(self, wanted: ReadItem) -> torch.Tensor:
         """The tensor that *wanted*, which another rank may fetch, is for."""
-        with self._planner_lock:
+        with self._planner_calls:
             return _bare(self._planner.resolve_tensor(wanted))
 
     def touch(self, wanted: ReadItem) -> None:
@@ -257,7 +257,7 @@ class Load:
         self.touch(wanted)
         if self._weights_only and not isinstance(value, torch.Tensor):
             _check_harmless(wanted.dest_index.fqn, value)
-        with self._planner_lock:
+        with self._planner_calls:
             if isinstance(value, torch.Tensor):
                 self._planner.commit_tensor(wanted, value)
             else:
@@ -272,7 +272,7 @@ class Load:
             self._deliver(done, target)
 
     def _deliver(self, read: Read, value: torch.Tensor | bytes) -> None:
-        source = source_of(read.wanted)
+        source = read_key(read.wanted)
         if source in self._keep:
             self.kept[source] = value
         else:
@@ -300,9 +300,9 @@ class Load:
             self._touched.add(sink.key)
             target = self._target(sink)
             _check_cast(sink.key, tensor.dtype, target.dtype)
-            lane = self._lane(sink)
-            lane.copy(target, tensor)
-            lane.wait()
+            copier = self._copier(sink)
+            copier.copy(target, tensor)
+            copier.wait()
         self._finish(read)
 
     def _extensions(self, descriptors: tuple[str, ...]) -> Iterable[Any]:
@@ -313,14 +313,14 @@ class Load:
         found: Iterable[Any] = self._registry.from_descriptor_list(descriptors)
         return found
 
-    def _lane(self, read: Read) -> Lane:
-        """The lane of this thread to the device that *read* is for."""
+    def _copier(self, read: Read) -> Copier:
+        """The copier of this thread to the device that *read* is for."""
         device = torch.device("cpu") if read.payload is None else self._target(read).device
         key = threading.get_ident(), device
-        with self._planner_lock:
-            if key not in self._lanes:
-                self._lanes[key] = Lane(device)
-            return self._lanes[key]
+        with self._planner_calls:
+            if key not in self._copiers:
+                self._copiers[key] = Copier(device)
+            return self._copiers[key]
 
 
 def _check_harmless(key: str, content: bytes) -> None:

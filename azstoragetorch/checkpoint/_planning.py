@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from azstoragetorch._engine.config import KiB
 
-NEAR = 16 * KiB  # a gap this small is always fetched along: it holds what stands between two tensors
-FAR = 512 * KiB  # a gap this large costs more than a request of its own: some 10 ms at 60 MB/s
+NEAR = 16 * KiB  # a gap this small is always fetched as well: it holds what stands between two tensors
+FAR = 512 * KiB  # a gap this large costs more than a separate request: some 10 ms at 60 MB/s
 WASTE = 1 / 4  # share of a request that may be fetched in vain, beyond small gaps
 EXCESS = 1 / 4  # share by which a request may be too long, rather than to be cut into two that are short
 _GRAIN = 16  # boxes are cut at rows of at most this fraction of a request, so that requests come out about full
@@ -27,7 +27,7 @@ class Box(NamedTuple):
     lengths: tuple[int, ...]
 
 
-class Source(NamedTuple):
+class StoredBox(NamedTuple):
     """A box of a stored array: ``base`` is the byte in the blob of its element zero, strides count elements."""
 
     blob: str
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 class Piece(NamedTuple):
     """Bytes ``start <= i < stop`` of a blob that hold ``box``, which is counted from the box of the whole read.
 
-    ``is_dense`` says that they hold nothing else; ``read`` tells the reads apart.
+    ``is_dense`` says that they hold nothing else; ``read`` is the number of the read.
     """
 
     blob: str
@@ -60,7 +60,7 @@ class Request(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def extent(source: Source, box: Box) -> tuple[int, int]:
+def extent(source: StoredBox, box: Box) -> tuple[int, int]:
     """First byte and one past the last byte in the blob of *box*, which lies in ``source.box``."""
     first = last = 0
     for base, offset, length, stride in zip(source.box.offsets, box.offsets, box.lengths, source.strides, strict=True):
@@ -69,10 +69,10 @@ def extent(source: Source, box: Box) -> tuple[int, int]:
     return source.base + first * source.itemsize, source.base + (last + 1) * source.itemsize
 
 
-def cut(source: Source, read: int, limit: int) -> Iterator[Piece]:
+def cut(source: StoredBox, read: int, limit: int) -> Iterator[Piece]:
     """Cut the box of *source* into pieces of at most about *limit* bytes, in the order of their indices.
 
-    Every piece is made of whole rows of some dimension. Rows that lie far apart become pieces of their own.
+    Every piece is made of whole rows of some dimension. Rows that lie far apart become separate pieces.
     """
     lengths = source.box.lengths
     rank = len(lengths)
@@ -102,7 +102,7 @@ def cut(source: Source, read: int, limit: int) -> Iterator[Piece]:
 def boxes(lengths: Sequence[int], itemsize: int, limit: int) -> Iterator[Box]:
     """Boxes of at most *limit* bytes, or of one element, that make up an array of *lengths*, in order."""
     strides = contiguous_strides(lengths)
-    whole = Source("", 0, itemsize, strides, Box((0,) * len(lengths), tuple(lengths)))
+    whole = StoredBox("", 0, itemsize, strides, Box((0,) * len(lengths), tuple(lengths)))
     if all(lengths):
         for piece in cut(whole, 0, limit):
             yield piece.box
@@ -174,6 +174,6 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _piece(source: Source, read: int, box: Box) -> Piece:
+def _piece(source: StoredBox, read: int, box: Box) -> Piece:
     start, stop = extent(source, box)
     return Piece(source.blob, start, stop, read, box, stop - start == math.prod(box.lengths) * source.itemsize)

@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 import logging
-import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the bytes done and the bytes planned on this rank, from any thread but one call at a time."""
 
 log = logging.getLogger("azstoragetorch")
 
 
-class Meter:
-    """Counts bytes and reports them. An error of the callback ends the reports with a warning, and nothing else."""
+class ProgressCounter:
+    """Counts bytes and reports them. An error of the callback ends the reports with a warning, and nothing else.
 
-    def __init__(self, report: Progress | None, planned: int) -> None:
+    A thread that counts while another one reports leaves its count to that one, so no thread waits for the callback.
+    """
+
+    def __init__(self, report: ProgressCallback | None, planned: int) -> None:
         self._report = report
         self._planned = planned
         self._done = 0
-        # Only threads of one save or load wait for it, and nothing else waits for them.
-        self._lock = threading.Lock()
+        self._counts: deque[int] = deque()
+        self._turn: deque[None] = deque([None])  # held by the thread that reports
         self.add(0)
 
     def add(self, count: int) -> None:
         """*count* bytes more are done."""
-        if self._report is not None:
-            with self._lock:
-                self._done += count
-                self._call()
-
-    def _call(self) -> None:
-        report = self._report
-        if report is not None:  # a thread that held the lock before may have ended the reports
+        if self._report is None:
+            return
+        self._counts.append(count)
+        # The thread that gives the turn back looks at the counts after that, so none is left behind.
+        while self._counts:
             try:
-                report(self._done, self._planned)
+                self._turn.pop()
+            except IndexError:
+                return
+            try:
+                self._report_counts()
+            finally:
+                self._turn.append(None)
+
+    def _report_counts(self) -> None:
+        while self._counts and self._report is not None:
+            self._done += self._counts.popleft()
+            try:
+                self._report(self._done, self._planned)
             except Exception:
                 self._report = None
                 log.warning(
                     "the progress callback failed, so it is not called again; the transfer continues", exc_info=True
                 )
+        if self._report is None:
+            self._counts.clear()
 
 
 class TqdmProgress:

@@ -1,7 +1,4 @@
-"""What torch calls to load a checkpoint: metadata, plans, and the errors that all ranks get.
-
-The bytes are the affair of a `Load`.
-"""
+"""What torch calls to load a checkpoint: metadata, plans, errors that all ranks raise. `Load` gets the bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._folder import Version, describe, plain
 from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
-from azstoragetorch.checkpoint._progress import Progress
+from azstoragetorch.checkpoint._progress import ProgressCallback
 from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing, this_node
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
@@ -29,8 +26,8 @@ log = logging.getLogger("azstoragetorch")
 
 
 @dataclass(frozen=True)
-class _Seat:
-    """What a rank reports with its plan: the version that it has read, None for one of its own, and its node."""
+class _RankState:
+    """What a rank reports with its plan: the version that it has read, unless it has a separate one; its node."""
 
     version: Version | None
     node: str
@@ -42,8 +39,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
     Reads what :class:`BlobStorageWriter` wrote, on any number of ranks, and what torch's ``FileSystemWriter`` and
     ``FsspecWriter`` wrote. Each rank fetches just the bytes that it needs, whatever the sharding was at saving.
 
-    The metadata, which is a pickle, is read by an unpickler that runs no foreign code. Entries that are no tensors
-    are pickles too, which are the planner's to read: torch's default planner trusts them.
+    The metadata, which is a pickle, is read by an unpickler that runs no foreign code. Entries other than
+    tensors are pickles too, which the planner reads: torch's default planner trusts them.
 
     A load that fails may have written to some tensors: ``touched`` of its error names them.
 
@@ -52,7 +49,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
             ``dcp.load`` names another one in the same account.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds what a load
-            takes beside the tensors themselves.
+            takes in addition to the tensors themselves.
         version: Load this one only: the ``save_id`` of the ``storage_meta`` in what ``dcp.save`` returned, or the ETag
             of ``.metadata``. By default what is there.
         load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: what all ranks of a
@@ -66,7 +63,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Raises:
-        ValueError: *url* is none, or names a snapshot; ``load_once_per`` is none of the three.
+        ValueError: *url* is not a URL, or names a snapshot; ``load_once_per`` is not one of the three.
         TypeError: an argument has a wrong type.
 
     Loading raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
@@ -85,7 +82,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         check_etags: bool = True,
         extension_registry: Any = None,
         weights_only: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         if load_once_per not in SHARING:
             raise ValueError(f"load_once_per must be one of {', '.join(map(repr, SHARING))}, not {load_once_per!r}")
@@ -121,7 +118,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """The metadata of the checkpoint, or with ``rank=`` that of one rank that did not coordinate.
 
         Raises:
-            CheckpointNotFoundError: there is no checkpoint, or only an interrupted save.
+            CheckpointNotFoundError: the folder has no complete checkpoint.
             CheckpointError: the metadata is broken, or may run foreign code.
             AzureError: the service refused, or could not be reached.
         """
@@ -162,7 +159,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say which version this rank has read, and where it runs."""
-        plan.storage_data = _Seat(self._version, this_node())
+        plan.storage_data = _RankState(self._version, this_node())
         expect_exchange(self._group)
         return plan
 
@@ -172,10 +169,10 @@ class BlobStorageReader(FolderStorage, StorageReader):
         Raises:
             CheckpointError: ranks have read different versions, since another was saved in the meantime.
         """
-        seats = [plan.storage_data for plan in plans]
-        self._check_agreed([seat.version for seat in seats if isinstance(seat, _Seat)])
-        for plan, seat in zip(plans, seats, strict=True):
-            plan.storage_data = seat.node if isinstance(seat, _Seat) else None
+        states = [plan.storage_data for plan in plans]
+        self._check_agreed([state.version for state in states if isinstance(state, _RankState)])
+        for plan, state in zip(plans, states, strict=True):
+            plan.storage_data = state.node if isinstance(state, _RankState) else None
         if self._load_once_per != "rank" and len(plans) > 1:
             shared = plan_sharing(plans, by_node=self._load_once_per == "node", size_of=self._size_of)
             for plan, sharing in zip(plans, shared, strict=True):

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from azstoragetorch._engine.config import KiB
 from azstoragetorch.checkpoint._format import Item, Payload
-from azstoragetorch.checkpoint._planning import Box, Piece, Request, Source, contiguous_strides, cut, join
+from azstoragetorch.checkpoint._planning import Box, Piece, Request, StoredBox, contiguous_strides, cut, join
 from azstoragetorch.exceptions import CheckpointError
 
 _PROBED = 256 * KiB  # items of unknown inner layout below are fetched and decoded whole
@@ -19,7 +19,7 @@ _PROBED = 256 * KiB  # items of unknown inner layout below are fetched and decod
 
 @dataclass(slots=True, eq=False)
 class Read:
-    """One thing to load: all that is known of it, and how far it is. Without *payload* its item is decoded whole."""
+    """One thing to load, what is known about it, and how far it is. Without *payload* its item is decoded whole."""
 
     wanted: ReadItem
     item: Item
@@ -52,7 +52,7 @@ class Read:
 
 
 def reads_of(wanted: Iterable[tuple[ReadItem, Item]]) -> list[Read]:
-    """What to read for all that is *wanted*: reads of the very same bytes follow the first of them."""
+    """What to read for everything *wanted*: reads of the very same bytes follow the first of them."""
     reads: dict[Any, Read] = {}
     for item_wanted, item in wanted:
         is_tensor = item_wanted.type == LoadItemType.TENSOR
@@ -111,4 +111,4 @@ def _pieces(number: int, read: Read, limit: int) -> Iterator[Piece]:
         yield Piece(item.path, base, base + nbytes, number, read.box)  # most are like this
     elif all(read.wanted.lengths):
         strides = contiguous_strides(payload.shape)
-        yield from cut(Source(item.path, base, payload.dtype.itemsize, strides, read.box), number, limit)
+        yield from cut(StoredBox(item.path, base, payload.dtype.itemsize, strides, read.box), number, limit)

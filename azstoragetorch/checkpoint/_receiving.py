@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import nullcontext
+from functools import partial
 
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 
+from azstoragetorch._blob.client import RangeRead
 from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._engine.job import Job
 from azstoragetorch._engine.ranges import ByteRange, split
-from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch.checkpoint._folder import Folder, plain
 from azstoragetorch.checkpoint._planning import Request
 from azstoragetorch.checkpoint._reads import named
@@ -72,29 +73,32 @@ class _Blob:
 
     def __init__(self, folder: Folder, path: str) -> None:
         self.client = folder.blob(path)
-        self.etag: str | None = None  # as the metadata tells it, or else the first answer
+        self.etag: str | None = None  # from the metadata, or else the first answer
         self._size: int | None = None
-        # Only threads of the same load wait for it, for the first request of this blob, which waits for none of them.
-        self._lock = threading.Lock()
+        self._first: dict[None, Job[RangeRead]] = {}  # the request whose answer says which version is read
 
     def receive(self, span: ByteRange, targets: list[memoryview], keys: list[str], scope: Scope) -> None:
         """Receive the bytes of *span* into *targets*, one after the other."""
-        client = self.client
-        with self._lock if self.etag is None else nullcontext():
-            # The first answer tells the version that all others are pinned to.
-            read = None
-            if self.etag is None:
-                read = client.open_range(span, scope=scope)
-                self.etag, self._size = read.version.etag, read.version.size
-        if read is None:
-            if self._size is not None and span.stop > self._size:
-                raise _truncated(self._size, client.url, span, keys)
-            read = client.open_range(span, etag=self.etag, scope=scope)
-            self._size = read.version.size
+        read = self._open(span, keys, scope)
         if read.span != span:
             read.close()
-            raise _truncated(read.version.size, client.url, span, keys)
+            raise _truncated(read.version.size, self.client.url, span, keys)
         read.receive(targets)
+
+    def _open(self, span: ByteRange, keys: list[str], scope: Scope) -> RangeRead:
+        if self.etag is None:
+            ours = Job(partial(self.client.open_range, span, scope=scope))
+            first = self._first.setdefault(None, ours)
+            with on_error(self._first.clear):  # else the error's traceback and this are a reference cycle
+                read = first.result()
+            self.etag, self._size = read.version.etag, read.version.size
+            if first is ours:
+                return read
+        if self._size is not None and span.stop > self._size:
+            raise _truncated(self._size, self.client.url, span, keys)
+        read = self.client.open_range(span, etag=self.etag, scope=scope)
+        self._size = read.version.size
+        return read
 
 
 def _truncated(size: int, url: BlobURL, span: ByteRange, keys: list[str]) -> CheckpointError:

@@ -43,17 +43,17 @@ _PACKED = 1 * MiB  # smaller tensors travel together
 _PARCEL = 32 * MiB  # bytes of small tensors that travel together, and the most of a large one at once
 _ALIGNMENT = 16  # bytes; elements of any type may lie there
 
-Source = tuple[bool, str, tuple[int, ...] | None, tuple[int, ...], tuple[int, ...]]
+ReadKey = tuple[bool, str, tuple[int, ...] | None, tuple[int, ...], tuple[int, ...]]
 """What a read is of: whether a tensor, which entry and chunk, which box of it."""
 
-Form = tuple[torch.dtype, tuple[int, ...]]
+TensorForm = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of what travels as the bare elements of a dense tensor."""
 
 
-class Loaded(Protocol):
-    """What the exchange needs of a load under way."""
+class LoadInProgress(Protocol):
+    """What the exchange needs of a load in progress."""
 
-    kept: dict[Source, torch.Tensor | bytes]
+    kept: dict[ReadKey, torch.Tensor | bytes]
 
     def target(self, wanted: ReadItem) -> torch.Tensor:
         """The tensor that *wanted* is for."""
@@ -89,13 +89,13 @@ class _Report:
 
     failure: str | None
     ranks: tuple[int, ...]
-    forms: list[Form | None]
+    forms: list[TensorForm | None]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self.failure, self.ranks, self.forms)
 
 
-def _received(failure: str | None, ranks: tuple[int, ...], forms: list[Form | None]) -> _Report:
+def _received(failure: str | None, ranks: tuple[int, ...], forms: list[TensorForm | None]) -> _Report:
     """Unpickle a report. In a rank that has failed before its exchange, join the gathering that follows there."""
     if _pending.is_expected:
         _pending.is_expected = False
@@ -107,11 +107,11 @@ def _received(failure: str | None, ranks: tuple[int, ...], forms: list[Form | No
 
 
 def this_node() -> str:
-    """What tells the node of this process apart: the host, and the agent of torchrun that started it."""
+    """The node of this process: the host, and the agent of torchrun that started it."""
     return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
 
 
-def source_of(wanted: ReadItem) -> Source:
+def read_key(wanted: ReadItem) -> ReadKey:
     """What *wanted* is a read of, whatever tensor it goes to."""
     index = wanted.storage_index
     offset = None if index.offset is None else tuple(index.offset)
@@ -125,29 +125,29 @@ class Sharing:
 
     rank: int
     group: tuple[int, ...]
-    owners: tuple[tuple[Source, int], ...]
+    owners: tuple[tuple[ReadKey, int], ...]
 
     def mine(self, items: Sequence[ReadItem]) -> list[ReadItem]:
         """What this rank fetches itself."""
         others = {source for source, owner in self.owners if owner != self.rank}
-        return [item for item in items if source_of(item) not in others]
+        return [item for item in items if read_key(item) not in others]
 
-    def kept(self) -> set[Source]:
+    def kept(self) -> set[ReadKey]:
         """What this rank fetches for others too."""
         return {source for source, owner in self.owners if owner == self.rank}
 
-    def exchange(self, items: Sequence[ReadItem], load: Loaded, failure: Exception | None, group: Any) -> None:
+    def exchange(self, items: Sequence[ReadItem], load: LoadInProgress, failure: Exception | None, group: Any) -> None:
         """Take part in the broadcasts. *failure* is that of this rank's own part; *group* is that of the load.
 
         Raises:
             CheckpointError: another rank failed, or wants the same in another type.
             Exception: *failure*, or what the planner raised.
         """
-        wanted = {source_of(item): item for item in items}
-        forms: list[Form | None] = []
+        wanted = {read_key(item): item for item in items}
+        forms: list[TensorForm | None] = []
         if failure is None:
             try:
-                forms = [_form_of(wanted[source], load) for source, _ in self.owners]
+                forms = [_tensor_form(wanted[source], load) for source, _ in self.owners]
             except Exception as error:  # noqa: BLE001 - raised when the others know
                 failure = error
         told: list[Any] = [None] * dist.get_world_size(group)
@@ -182,7 +182,7 @@ class Sharing:
 class _Broadcasts:
     """The broadcasts of one rank. They are the same on all ranks, whatever happens to what is sent."""
 
-    def __init__(self, sharing: Sharing, wanted: dict[Source, ReadItem], load: Loaded, group: Any) -> None:
+    def __init__(self, sharing: Sharing, wanted: dict[ReadKey, ReadItem], load: LoadInProgress, group: Any) -> None:
         self._sharing = sharing
         self._wanted = wanted
         self._load = load
@@ -190,7 +190,7 @@ class _Broadcasts:
         self._device = _device_of(group)
         self._failure: Exception | None = None
 
-    def run(self, forms: Sequence[Form | None]) -> None:
+    def run(self, forms: Sequence[TensorForm | None]) -> None:
         """Send and receive everything; *forms* are those of the owned, in order."""
         for owner, parcel in _parcels(self._sharing.owners, forms):
             src = self._sharing.group.index(owner)
@@ -202,11 +202,11 @@ class _Broadcasts:
         if self._failure is not None:
             raise self._failure
 
-    def _send_objects(self, sources: list[Source], src: int, is_owner: bool) -> None:
+    def _send_objects(self, sources: list[ReadKey], src: int, is_owner: bool) -> None:
         values: list[Any] = [self._load.kept[source] if is_owner else None for source in sources]
         dist.broadcast_object_list(values, group=self._group, group_src=src)
         for source, value in zip(sources, values, strict=True):
-            with self._noting():
+            with self._deferring_errors():
                 content = value
                 if isinstance(value, torch.Tensor) and not is_owner:
                     content = self._load.target(self._wanted[source])
@@ -215,14 +215,14 @@ class _Broadcasts:
                         content.copy_(value)
                 self._load.accept(self._wanted[source], content)
 
-    def _send_tensors(self, parcel: list[tuple[Source, Form | None]], src: int, is_owner: bool) -> None:
+    def _send_tensors(self, parcel: list[tuple[ReadKey, TensorForm | None]], src: int, is_owner: bool) -> None:
         values: list[torch.Tensor] = []
         for source, form in parcel:
             assert form is not None
             dtype, shape = form
             value: Any = self._load.kept[source] if is_owner else None
             if value is None:
-                with self._noting():
+                with self._deferring_errors():
                     value = self._load.target(self._wanted[source])
                     self._load.touch(self._wanted[source])
             values.append(value if value is not None else torch.empty(shape, dtype=dtype, device="cpu"))
@@ -233,7 +233,7 @@ class _Broadcasts:
             for box in boxes(tuple(value.shape), value.itemsize, _PARCEL):
                 self._send([select(value, box)], src, is_owner)
         for (source, _), value in zip(parcel, values, strict=True):
-            with self._noting():
+            with self._deferring_errors():
                 self._load.accept(self._wanted[source], value)
 
     def _send(self, values: list[torch.Tensor], src: int, is_owner: bool) -> None:
@@ -259,7 +259,7 @@ class _Broadcasts:
                     value.copy_(copy)
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _deferring_errors(self) -> Iterator[None]:
         """Keep the first error of the planner for when all is sent."""
         try:
             yield
@@ -274,18 +274,18 @@ def plan_sharing(plans: Sequence[LoadPlan], *, by_node: bool, size_of: Callable[
         groups.setdefault(plan.storage_data if by_node else None, []).append(rank)
     shared: list[Sharing | None] = [None] * len(plans)
     for ranks in groups.values():
-        counts = [Counter(map(source_of, plans[rank].items)) for rank in ranks]
+        counts = [Counter(map(read_key, plans[rank].items)) for rank in ranks]
         alike = [
             item
             for item in plans[ranks[0]].items
-            if len(ranks) > 1 and all(count[source_of(item)] == 1 for count in counts)
+            if len(ranks) > 1 and all(count[read_key(item)] == 1 for count in counts)
         ]
         loads = dict.fromkeys(ranks, 0)
         owners = []
         for item in sorted(alike, key=lambda item: -size_of(item.storage_index)):
             owner = min(ranks, key=lambda rank: (loads[rank], rank))
             loads[owner] += size_of(item.storage_index)
-            owners.append((source_of(item), owner))
+            owners.append((read_key(item), owner))
         for rank in ranks:
             shared[rank] = Sharing(rank, tuple(ranks), tuple(owners))
     return [sharing for sharing in shared if sharing is not None]
@@ -304,7 +304,7 @@ def _absent(rank: int, sent: Any) -> CheckpointError:
     )
 
 
-def _form_of(item: ReadItem, load: Loaded) -> Form | None:
+def _tensor_form(item: ReadItem, load: LoadInProgress) -> TensorForm | None:
     """The form in which *item* travels; None for what is pickled: no tensors, and tensors that are not dense."""
     if item.type == LoadItemType.BYTE_IO:
         return None
@@ -315,10 +315,10 @@ def _form_of(item: ReadItem, load: Loaded) -> Form | None:
 
 
 def _parcels(
-    owners: Sequence[tuple[Source, int]], forms: Sequence[Form | None]
-) -> Iterator[tuple[int, list[tuple[Source, Form | None]]]]:
+    owners: Sequence[tuple[ReadKey, int]], forms: Sequence[TensorForm | None]
+) -> Iterator[tuple[int, list[tuple[ReadKey, TensorForm | None]]]]:
     """What travels together: entries of one owner and of one kind, as long as they are small."""
-    parcels: dict[tuple[int, bool], list[tuple[Source, Form | None]]] = {}
+    parcels: dict[tuple[int, bool], list[tuple[ReadKey, TensorForm | None]]] = {}
     totals: Counter[tuple[int, bool]] = Counter()
     for (source, owner), form in zip(owners, forms, strict=True):
         size = math.prod(form[1]) * form[0].itemsize if form is not None else 0

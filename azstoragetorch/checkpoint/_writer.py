@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,8 +24,7 @@ from azstoragetorch._blob.client import BlobVersion
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope, on_error
-from azstoragetorch._engine.threads import engine_for
-from azstoragetorch.checkpoint._alarm import alarmed
+from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch.checkpoint._cleaning import delete_of_rank
 from azstoragetorch.checkpoint._commit import commit
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
@@ -39,8 +37,9 @@ from azstoragetorch.checkpoint._format import (
     new_save_id,
     storage_info,
 )
+from azstoragetorch.checkpoint._joint_failure import fail_together
 from azstoragetorch.checkpoint._planning import partition
-from azstoragetorch.checkpoint._progress import Meter, Progress
+from azstoragetorch.checkpoint._progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._save import Save, Saves
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import (
@@ -63,7 +62,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     A save is all or nothing: it takes effect by the one request that puts ``.metadata``, after the data of all ranks.
     Whatever happens before, a checkpoint that was there stays as it is and loadable; its data is deleted after. What
-    an interrupted save leaves behind is no checkpoint, and :func:`~azstoragetorch.checkpoint.clean` removes it.
+    an interrupted save leaves behind is not a checkpoint, and :func:`~azstoragetorch.checkpoint.clean` removes it.
 
     The folder is in torch's own file format: downloaded, it loads with ``FileSystemReader``.
 
@@ -81,7 +80,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Raises:
-        ValueError: *url* is none, or names a snapshot; ``blobs_per_rank`` is less than 1.
+        ValueError: *url* is not a URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
         TypeError: an argument has a wrong type.
 
     Saving raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
@@ -97,7 +96,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         overwrite: bool = True,
         blobs_per_rank: int | None = None,
         extensions: Sequence[Any] = (),
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         if blobs_per_rank is not None and (isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int)):
             raise TypeError(f"blobs_per_rank must be an integer or None, not {type(blobs_per_rank).__name__}")
@@ -157,7 +156,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             if save.is_own and save.folder.is_complete():
                 if not self._overwrite:
                     raise _exists(save)
-                # Readers look for it first, so they would go on loading it.
+                # Readers look for it first, so they would still load it.
                 raise _error(
                     save,
                     "there is a checkpoint that was saved with collectives, which one without cannot replace; delete "
@@ -173,7 +172,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Agree on the name of the alarm; those of data are unique without it. Called by torch on the coordinator."""
+        """Agree on the name of the blob that signals a failure. Called by torch on the coordinator."""
         if len(plans) == 1:
             return plans
         planning = new_save_id()
@@ -197,24 +196,24 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     def _write(self, save: Save, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         sizes = [size_hint(item) for item in plan.items]
-        meter = Meter(self._progress, sum(sizes))
+        counter = ProgressCounter(self._progress, sum(sizes))
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
         config = save.folder.transfer
         largest = max((self._block_size(sum(sizes[at] + ENVELOPE for at in run)) for run in runs), default=1)
         at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
-        planner_lock = threading.Lock()
+        planner_calls = one_at_a_time()
 
         def write(numbered: tuple[int, range], scope: Scope) -> list[WriteResult]:
             number, run = numbered
             name = data_name(save.rank, number, save.save_id, is_own=save.is_own)
             items = [plan.items[at] for at in run]
-            encoder = Encoder(name, items, planner, planner_lock, self._extensions, config.block_size, meter)
+            encoder = Encoder(name, items, planner, planner_calls, self._extensions, config.block_size, counter)
             return self._write_blob(save, encoder, at_once // blobs_at_once, scope)
 
         scope = Scope()
         try:
-            with alarmed(save.folder, plan.storage_data, scope):
+            with fail_together(save.folder, plan.storage_data, scope):
                 results = engine_for(config).map(write, list(enumerate(runs)), blobs_at_once, scope)
         except Cancelled:
             raise _error(save, "gave up, since another rank has failed; the save has no effect") from None
@@ -300,7 +299,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
         writer = save.folder.blob(name).writer()
         try:
-            with scope.holding(writer.cancel):
+            with on_error(writer.abort), scope.holding(writer.cancel):
                 pieces = encoder.pieces(scope)
                 first: list[memoryview] = []
                 if encoder.size_hint <= single:
@@ -311,11 +310,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                     rest = itertools.chain(first, pieces)
                     writer.write_pieces(rest, block_size=block_size, concurrency=concurrency)
                     writer.commit()
-        except BaseException as error:
-            writer.abort()
-            scope.check()  # another blob has failed, which is the error to tell
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:  # noqa: BLE001 - of the service, the planner or an extension
+            scope.check()  # another blob has failed, which is the error to raise
             cause = error.__cause__ if isinstance(error, FatalBlobIOWriteError) and error.__cause__ else error
             is_item = cause is encoder.error
             place = f"{encoder.key!r} in {name}" if is_item else name
@@ -375,7 +371,7 @@ def _error(save: Save, what: str, *, key: str | None = None) -> CheckpointError:
 
 
 def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The first of *pieces*, until they are longer than *size* together: what is no tensor tells its size late."""
+    """The first of *pieces*, until they are longer than *size* together; only of tensors the size is known before."""
     taken = 0
     for piece in pieces:
         yield piece

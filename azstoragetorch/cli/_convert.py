@@ -25,7 +25,7 @@ from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
 from azstoragetorch.io import BlobIO
 
 if TYPE_CHECKING:
-    from azstoragetorch.checkpoint import Progress
+    from azstoragetorch.checkpoint import ProgressCallback
 
 _RUN = "https://ACCOUNT.blob.core.windows.net/CONTAINER/run"
 
@@ -112,7 +112,9 @@ def _place(text: str, stream: str) -> Path | BlobURL | Standard:
         raise click.UsageError(str(error)) from None
 
 
-def _loaded(session: Session, url: BlobURL, keys: tuple[str, ...], trust: bool, progress: Progress) -> dict[str, Any]:
+def _loaded(
+    session: Session, url: BlobURL, keys: tuple[str, ...], trust: bool, progress: ProgressCallback
+) -> dict[str, Any]:
     from azstoragetorch.checkpoint import load_keys
 
     credential = session.access.credential(url)
@@ -220,7 +222,7 @@ class _Watched:
         return count
 
 
-def steps(bar: Bar) -> Progress:
+def steps(bar: Bar) -> ProgressCallback:
     """Reports to *bar* how far a save or load is."""
     before = 0
 

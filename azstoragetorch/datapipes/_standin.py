@@ -227,7 +227,7 @@ def apply_random_seed(datapipe: Any, rng: torch.Generator) -> Any:
     """Give each pipe of a graph that has a seed the next one of *rng*."""
     for pipe in get_all_graph_pipes(traverse_dps(datapipe)):
         if hasattr(type(pipe), "set_seed"):
-            pipe.set_seed(int(torch.empty((), dtype=torch.int64).random_(generator=rng).item()))
+            pipe.set_seed(int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=rng).item()))
     return datapipe
 
 

@@ -148,7 +148,7 @@ class Shuffler(IterDataPipe[Any]):
         worker = get_worker_info()
         self._epochs += 1
         if worker is None:
-            return int(torch.empty((), dtype=torch.int64).random_().item())
+            return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
         return worker.seed - worker.id + self._epochs
 
     def _shuffled(self, rng: random.Random) -> Iterator[Any]:

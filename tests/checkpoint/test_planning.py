@@ -16,7 +16,7 @@ from azstoragetorch.checkpoint._planning import (
     WASTE,
     Box,
     Piece,
-    Source,
+    StoredBox,
     boxes,
     contiguous_strides,
     cut,
@@ -28,7 +28,7 @@ MiB = 1 << 20
 
 
 @st.composite
-def sources(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
+def sources(draw: st.DrawFn) -> tuple[StoredBox, tuple[int, ...]]:
     shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
     box = []
     for size in shape:
@@ -36,12 +36,12 @@ def sources(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
         box.append((offset, draw(st.integers(1, size - offset))))
     itemsize = draw(st.sampled_from([1, 2, 4, 8, 16]))
     whole = Box(tuple(o for o, _ in box), tuple(n for _, n in box))
-    return Source("blob", draw(st.integers(0, 1000)), itemsize, contiguous_strides(shape), whole), shape
+    return StoredBox("blob", draw(st.integers(0, 1000)), itemsize, contiguous_strides(shape), whole), shape
 
 
 @given(sources(), st.integers(1, 5000))
 def test_pieces_hold_every_element_of_the_box_once_and_lie_where_they_say(
-    case: tuple[Source, tuple[int, ...]], limit: int
+    case: tuple[StoredBox, tuple[int, ...]], limit: int
 ) -> None:
     source, shape = case
     where = torch.arange(math.prod(shape)).reshape(shape) * source.itemsize + source.base
@@ -114,9 +114,9 @@ def test_far_apart_is_not_fetched_along() -> None:
 
 def test_rows_far_apart_are_fetched_alone_and_close_ones_with_what_lies_between() -> None:
     """A column slice: rows of 4 MiB of which 1 MiB is wanted, then rows of 16 KiB of which 2 KiB is."""
-    wide = Source("b", 0, 4, (MiB, 1), Box((0, 0), (8, MiB // 4)))
+    wide = StoredBox("b", 0, 4, (MiB, 1), Box((0, 0), (8, MiB // 4)))
     assert [p.is_dense for p in cut(wide, 0, 8 * MiB)] == [True] * 8
-    narrow = Source("b", 0, 4, (4096, 1), Box((0, 512), (256, 512)))
+    narrow = StoredBox("b", 0, 4, (4096, 1), Box((0, 512), (256, 512)))
     (piece,) = cut(narrow, 0, 8 * MiB)
     assert not piece.is_dense
     assert piece.stop - piece.start == 255 * 16384 + 2048
@@ -124,7 +124,7 @@ def test_rows_far_apart_are_fetched_alone_and_close_ones_with_what_lies_between(
 
 def test_tensors_beyond_2_and_4_gib_are_cut_by_exact_arithmetic() -> None:
     shape = (70_000, 40_000)  # 11.2 GB of float32
-    source = Source("b", 704, 4, contiguous_strides(shape), Box((0, 0), shape))
+    source = StoredBox("b", 704, 4, contiguous_strides(shape), Box((0, 0), shape))
     pieces = list(cut(source, 0, 8 * MiB))
     assert (pieces[0].start, pieces[-1].stop) == (704, 704 + 70_000 * 40_000 * 4)
     assert all(a.stop == b.start for a, b in pairwise(pieces))

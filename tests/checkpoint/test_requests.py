@@ -293,22 +293,22 @@ def test_scattering_leaves_out_gaps_and_copies_overlaps() -> None:
 
 
 def test_the_way_of_accelerators_works_on_the_cpu_too() -> None:
-    """The same code: slices of limited size through the buffers of a lane, waited for one later."""
-    lane = host.Lane(torch.device("cpu"))
-    assert not lane.is_pinned
+    """The same code: slices of limited size through the buffers of a copier, waited for one later."""
+    copier = host.Copier(torch.device("cpu"))
+    assert not copier.is_pinned
     for tensor in (
         torch.randn(300, 70).t(),
         torch.randn(5, 6, 7, 8).permute(3, 1, 0, 2),
         torch.randn(100, dtype=torch.complex64).conj(),
         torch.arange(1000)[::3],
     ):
-        pieces = list(host.host_bytes(tensor, lane, 1000))
+        pieces = list(host.host_bytes(tensor, copier, 1000))
         assert all(piece.nbytes <= 1000 for piece in pieces)
         expected = tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8)
         assert b"".join(pieces) == bytes(expected.tolist())
 
 
-class LateLane(host.Lane):
+class LateCopier(host.Copier):
     """As late as an accelerator can be: copied data is there only after waiting for it."""
 
     is_pinned = True
@@ -339,9 +339,9 @@ class LateLane(host.Lane):
 def test_copies_are_waited_for_before_what_they_are_of_is_used(
     fault_service: FaultService, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything that uses lanes; without an accelerator, that is data with another memory layout than stored."""
-    monkeypatch.setattr(host, "Lane", LateLane)
-    monkeypatch.setattr(_load, "Lane", LateLane)
+    """Everything that uses copiers; without an accelerator, that is data with another memory layout than stored."""
+    monkeypatch.setattr(host, "Copier", LateCopier)
+    monkeypatch.setattr(_load, "Copier", LateCopier)
     state = {
         "transposed": torch.randn(3000, 500).t(),
         "sparse": torch.eye(50).to_sparse(),
@@ -372,7 +372,7 @@ def test_tensors_on_an_accelerator_go_through_pinned_memory(fault_service: Fault
         {key: torch.zeros_like(value) for key, value in state.items()}, BlobStorageReader(url, credential=False)
     )
     assert all(torch.equal(found[key], value) for key, value in state.items())
-    assert host.Lane(torch.device("cuda")).is_pinned
+    assert host.Copier(torch.device("cuda")).is_pinned
 
 
 def test_tensors_beyond_4_gib_are_planned_in_the_metadata_without_their_bytes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from azstoragetorch import TransferConfig
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, TqdmProgress, load_keys
+from azstoragetorch.checkpoint._progress import ProgressCounter
 from tests.azurite.container import Container
 from tests.checkpoint.states import alone, blank, load, reason, rich_state, same, save
 
@@ -397,6 +399,29 @@ def test_progress_counts_all_bytes_planned(container: Container, url: str) -> No
         assert seen[0][0] == 0
         assert seen[-1][0] == seen[-1][1] >= 4_000_040
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_no_thread_waits_for_the_progress_callback() -> None:
+    """A thread that counts while another one reports leaves its count to that one, and nothing is left behind."""
+    inside, leave = threading.Event(), threading.Event()
+    calls = []
+
+    def report(done: int, planned: int) -> None:
+        calls.append((done, planned))
+        if done == 1:
+            inside.set()
+            assert leave.wait(60)
+
+    counter = ProgressCounter(report, 10)
+    slow = threading.Thread(target=counter.add, args=(1,))
+    slow.start()
+    assert inside.wait(60)
+    for _ in range(9):
+        counter.add(1)
+    assert calls == [(0, 10), (1, 10)]
+    leave.set()
+    slow.join(60)
+    assert calls == [(done, 10) for done in range(11)]
 
 
 def test_an_error_of_the_progress_callback_is_a_warning_and_nothing_else(

@@ -1,8 +1,8 @@
-"""How the ranks of a save learn early that one of them has failed.
+"""How the ranks of a save notice early that one of them has failed.
 
 torch reports it when all have ended, which for a large job is minutes of uploading in vain. A rank that fails puts an
-empty blob, whose name all ranks have got with their plans; the others look for it every few seconds. Its name is that
-of a data blob, so `clean` removes it with what else an interrupted save leaves.
+empty blob, whose name all ranks have received with their plans; the others look for it every few seconds. Its name is
+that of a data blob, so `clean` removes it with the rest of an interrupted save.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _uses: dict[str, Iterator[int]] = {}  # in this process, of the plans of one pla
 
 
 @contextmanager
-def alarmed(folder: Folder, planning: object, scope: Scope) -> Iterator[None]:
+def fail_together(folder: Folder, planning: object, scope: Scope) -> Iterator[None]:
     """While inside, cancel *scope* soon after another rank has failed, and signal the others if this one does.
 
-    *planning* is the string that sets the plans of all ranks apart from others; anything else means that there is one
-    rank. A failure that cannot be signaled or seen this way, torch reports later.
+    *planning* is a string that the plans of all ranks share, and no other plans; anything else means that the save has
+    one rank. torch reports later what cannot be signaled or seen this way.
     """
     if not isinstance(planning, str):
         yield
