@@ -6,6 +6,7 @@ when an object is pickled for a child process; a plain pickle, which may be load
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -121,9 +122,7 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):  # a tensor made in that mode could not be written to without it
-            self._cells = torch.zeros(_FIRST_WORKER + _MOST_WORKERS, dtype=torch.int64, device="cpu")
-        self._cells.share_memory_()  # type: ignore[no-untyped-call]
+        self._cells = _shared([0] * (_FIRST_WORKER + _MOST_WORKERS))
         self._known_load = 0
 
     @property
@@ -192,7 +191,20 @@ class Shared:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cells.share_memory_()  # type: ignore[no-untyped-call]
+        if not self._cells.is_shared():  # type: ignore[no-untyped-call]
+            self._cells = _shared(self._cells.tolist())
+
+
+def _shared(values: list[int]) -> torch.Tensor:
+    """A tensor of *values* in memory that this process shares with its workers."""
+    with torch.inference_mode(False):  # a tensor made in that mode could not be written to without it
+        cells = torch.tensor(values, dtype=torch.int64, device="cpu")
+        try:
+            return cells.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
+        except RuntimeError:
+            # /dev/shm is full or read-only, so only forked workers can be started, and they see this memory as well.
+            memory = torch.frombuffer(mmap.mmap(-1, cells.nbytes), dtype=torch.int64)
+            return memory.copy_(cells)
 
 
 def _speaks_for_all() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from typing import Any
@@ -192,6 +193,41 @@ def async_saves(rank: int, url: str, credential: Any, kind: str) -> None:
         load(rank, url, credential, ["columns"], step)
 
 
+def overlapping_saves_by_a_process(rank: int, url: str, credential: Any) -> None:
+    """Saves that torch's background process has in its queue at the same time: one writer or two, one folder or two."""
+    group = dist.new_group(backend="gloo")
+    first = BlobStorageWriter(url, credential=credential)
+    process = dcp.state_dict_saver.AsyncCheckpointerType.PROCESS
+
+    def begin(step: int, place: str, writer: BlobStorageWriter) -> Any:
+        return dcp.async_save(
+            {"x": torch.full((1000,), float(step)), "step": step},
+            checkpoint_id=place,
+            storage_writer=writer,
+            process_group=group,
+            async_checkpointer_type=process,
+        )
+
+    def loaded(place: str) -> int:
+        state = {"x": torch.zeros(1000), "step": -1}
+        dcp.load(state, storage_reader=BlobStorageReader(place, credential=credential))
+        assert state["x"].unique().tolist() == [float(state["step"])]  # type: ignore[attr-defined, arg-type]
+        return int(state["step"])
+
+    begin(0, f"{url}/0", first).result()  # starts the process, which two threads at once would start twice
+    step = 0
+    for second in (first, BlobStorageWriter(url, credential=credential)):
+        for places in ((f"{url}/a", f"{url}/b"), (f"{url}/c", f"{url}/c")):
+            steps = step + 1, step + 2
+            step += 2
+            futures = [begin(*each) for each in zip(steps, places, (first, second), strict=True)]
+            for future in futures:
+                future.result()
+            found = [loaded(place) for place in places]
+            assert set(found) <= set(steps)
+            assert places[0] == places[1] or found == list(steps)
+
+
 def replicated(step: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     state: dict[str, Any] = {f"layer{n}": torch.randn(100, 10 * n + 1, generator=generator) for n in range(12)}
@@ -297,6 +333,19 @@ def save_parallel(rank: int, url: str, credential: Any, kind: str) -> dict[str, 
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, storage_writer=BlobStorageWriter(url, credential=credential))
     return everything_of(model, optimizer)
+
+
+def save_parallel_asynchronously(rank: int, url: str, credential: Any, kind: str) -> dict[str, Any]:
+    """What is saved is what was there at the call, though training continues."""
+    model, optimizer = parallel(kind)
+    expected = copy.deepcopy(everything_of(model, optimizer))  # some of it is the optimizer's own memory
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    group = dist.new_group(backend="gloo")
+    future = dcp.async_save(state, storage_writer=BlobStorageWriter(url, credential=credential), process_group=group)
+    model(torch.ones(4, 16)).sum().backward()
+    optimizer.step()
+    getattr(future, "upload_completion", future).result()
+    return expected
 
 
 def load_parallel(rank: int, url: str, credential: Any, kind: str) -> dict[str, Any]:

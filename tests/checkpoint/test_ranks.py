@@ -163,6 +163,19 @@ def test_asynchronous_saves(container: Container, base: str, kind: str) -> None:
     run_ranks(2, jobs.async_saves, base, container.key, kind, env=[{"MASTER_ADDR": "127.0.0.1"}] * 2)
 
 
+def test_an_asynchronous_save_of_a_fully_sharded_model(container: Container, base: str) -> None:
+    saved = run_ranks(2, jobs.save_parallel_asynchronously, base, container.key, "fully sharded")
+    loaded = run_ranks(2, jobs.load_parallel, base, container.key, "fully sharded")
+    for expected, found in zip(saved, loaded, strict=True):
+        same(expected, found)
+
+
+@pytest.mark.slow
+def test_saves_that_overlap_in_torchs_background_process(container: Container, base: str) -> None:
+    env = [{"MASTER_ADDR": "127.0.0.1"}]
+    run_ranks(1, jobs.overlapping_saves_by_a_process, base, container.key, env=env, timeout=240)
+
+
 def test_what_all_ranks_need_alike_is_fetched_once(container: Container, base: str) -> None:
     run_ranks(2, jobs.save_replicated, base, container.key)
     size = sum(container.client.get_blob_client(n).get_blob_properties().size for n in container.names())
