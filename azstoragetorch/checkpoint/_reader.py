@@ -33,6 +33,20 @@ class _RankState:
     node: str
 
 
+class _Unread(Metadata):
+    """In the place of metadata that could not be read: raises the reason as soon as the planner or the reader uses it.
+
+    torch logs what `read_metadata` raises and raises an AssertionError instead, after it has asked for the metadata of
+    the rank alone. It passes on what planners and readers raise.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("__") else self.reason
+
+
 class BlobStorageReader(FolderStorage, StorageReader):
     """Loads distributed checkpoints from folders of blobs, for `torch.distributed.checkpoint.load`.
 
@@ -117,24 +131,29 @@ class BlobStorageReader(FolderStorage, StorageReader):
     def read_metadata(self, *_args: Any, **kwargs: Any) -> Metadata:
         """The metadata of the checkpoint, or with ``rank=`` that of one rank that did not coordinate.
 
+        With ``rank=``, which torch passes when the first call has failed, the errors are raised on use of the result.
+
         Raises:
             CheckpointNotFoundError: the folder has no complete checkpoint.
             CheckpointError: the metadata is broken, or may run foreign code.
             AzureError: the service refused, or could not be reached.
         """
         rank = kwargs.get("rank")
-        if rank is not None and self._failure is not None:
-            # torch looks for a rank's own metadata after any failure; only a missing one is a reason to.
-            raise self._failure
-        self._failure = None
+        before, self._failure = self._failure, None
+        if rank is not None and before is not None and not isinstance(before, CheckpointNotFoundError):
+            self._failure = before
+            return _Unread(before)  # torch asks after any failure; only a missing checkpoint is a reason to
         try:
             metadata, version = self._folder.load(rank)
             self._check_version(version)
         except Exception as error:
-            if not isinstance(error, CheckpointNotFoundError):
+            is_missing = isinstance(error, CheckpointNotFoundError)
+            if not is_missing:
                 log.warning("%s: the metadata could not be read: %s", self.checkpoint_id, error)
+            if rank is None:
                 self._failure = error
-            raise
+                raise
+            return _Unread(before if is_missing and before is not None else error)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self._load_id
@@ -150,7 +169,13 @@ class BlobStorageReader(FolderStorage, StorageReader):
             )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - torch's
-        """Begin a load on this rank; called by torch."""
+        """Begin a load on this rank; called by torch.
+
+        Raises:
+            Exception: the metadata could not be read; what `read_metadata` raised.
+        """
+        if isinstance(metadata, _Unread):
+            raise metadata.reason
         rank = kwargs.get("rank")
         self._rank = rank if rank is not None else 0
         self._storage = metadata.storage_data or {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from azure.core.exceptions import ClientAuthenticationError
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 
 from azstoragetorch import TransferConfig
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, clean, latest_checkpoint
@@ -449,9 +450,24 @@ def test_refused_metadata_is_not_taken_for_missing(fault_service: FaultService, 
     with pytest.raises(ClientAuthenticationError):
         mine.read_metadata()
     with pytest.raises(ClientAuthenticationError):
-        mine.read_metadata(rank=0)
+        _ = mine.read_metadata(rank=0).state_dict_metadata
     mine.reset()
     assert mine.read_metadata().state_dict_metadata
+
+
+@pytest.mark.parametrize("planner", [None, _EmptyStateDictLoadPlanner()])
+@pytest.mark.parametrize(("status", "error"), [(404, CheckpointNotFoundError), (403, ClientAuthenticationError)])
+def test_why_metadata_cannot_be_read_is_what_torch_raises(
+    fault_service: FaultService, url: str, caplog: pytest.LogCaptureFixture, planner: Any, status: int, error: Any
+) -> None:
+    """Not an AssertionError of torch; and torch logs one failure, not a second one that follows from it."""
+    fault_service.script(Match("get_blob", path="metadata"), [Status(status)] * 100)
+    state_dict: dict[str, Any] = {} if isinstance(planner, _EmptyStateDictLoadPlanner) else {"x": torch.zeros(3)}
+    with pytest.raises(dcp.CheckpointException) as caught:
+        load(state_dict, BlobStorageReader(url, credential=False), planner=planner)
+    assert type(reason(caught.value)) is error
+    assert str(caught.value).strip().splitlines()[-1].startswith(f"{error.__module__}.{error.__name__}: ")
+    assert "Rank local metadata is not found" not in caplog.text
 
 
 def test_what_is_there_instead_of_a_checkpoint_is_said(fault_service: FaultService, url: str) -> None:

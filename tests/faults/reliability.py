@@ -242,7 +242,7 @@ are released. {runs} runs, all with the expected result, with torch {torch} and 
   last column.
 - A cell with several results covers several kinds of requests, such as listing and reading.
 - For `torch.save`, the error is the cause of a `FatalBlobIOWriteError`. For `torch.distributed.checkpoint`, it is
-  part of the `CheckpointException` that torch raises. torch raises `AssertionError` for metadata that cannot be read.
+  part of the `CheckpointException` that torch raises.
 
 ## Now and then
 
