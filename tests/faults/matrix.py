@@ -138,7 +138,9 @@ ROWS = [
         "ClientRequestIdMismatchError", is_carried_out=True),
     Row("401, good after a new token", Status(401), RIGHT, AUTH, times=1, needs_token=True),
     Row("403", Status(403), AUTH, AUTH),
-    Row("404", Status(404), "ResourceNotFoundError", "ResourceNotFoundError", (*READ, LIST, PUT, COMMIT)),
+    Row("404", Status(404), "ResourceNotFoundError", "ResourceNotFoundError", (*READ, LIST, PUT, COMMIT), overrides={
+        ("dcp.load", META): "CheckpointNotFoundError",
+    }),
     Row("409", Status(409, "LeaseIdMismatchWithBlobOperation"), HTTP, HTTP),
     Row("412", Status(412), "ResourceModifiedError", "ResourceModifiedError", (LIST, HEAD, PUT, COMMIT)),
     Row("412 to a read", Status(412), "BlobChangedError", "BlobChangedError", READ),

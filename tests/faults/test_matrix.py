@@ -16,7 +16,6 @@ from tests.support import wait_until
 
 from .fixtures import LoopbackTls
 from .matrix import (
-    META,
     OUTERMOST,
     READ_TIMEOUT,
     RIGHT,
@@ -125,7 +124,7 @@ def check_error(cell: Cell, chain: list[str], text: str) -> str:
     outermost = OUTERMOST.get(cell.operation, chain[:1])
     assert chain[0] in outermost, f"{cell.kind}: {chain} {text}"
     assert outermost[0] in chain, f"{cell.kind}: {chain} {text}"
-    assert cell.kind != META or "metadata read failed" in text, text
+    assert "AssertionError" not in chain, text  # torch's, for metadata that cannot be read
     return cell.expected
 
 
