@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import pytest
 from azstoragetorch._blob.client import BlobClient, ContainerClient
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
+from azstoragetorch._engine.budget import Budget, Loan
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 
 T = TypeVar("T")
@@ -84,6 +85,21 @@ def taking(at_least: float = 0.0, at_most: float = 30.0) -> Iterator[None]:
     begin = time.monotonic()
     yield
     assert at_least <= time.monotonic() - begin < at_most
+
+
+def watch_peak(budget: Budget) -> Callable[[], int]:
+    """Watch *budget* from now on; the function returns the most bytes that were on loan at once."""
+    amounts = [0]
+    lend = partial(Budget._lend, budget)  # not what an earlier test has put there
+
+    def lend_and_look(amount: int) -> Loan | None:
+        loan = lend(amount)
+        if loan is not None:
+            amounts.append(budget.in_flight)
+        return loan
+
+    budget._lend = lend_and_look  # type: ignore[method-assign]
+    return lambda: max(amounts)
 
 
 def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -> list[T]:

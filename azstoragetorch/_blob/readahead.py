@@ -99,13 +99,9 @@ class _Segment:
 
     def __init__(self, content: _Content, job: Job[None] | None, *, is_kept: bool) -> None:
         self.content = content
+        self.span = content.span
         self.job = job
         self.is_kept = is_kept
-
-    @property
-    def span(self) -> ByteRange:
-        """The position of the segment in the blob."""
-        return self.content.span
 
     @property
     def reserved(self) -> int:
@@ -236,8 +232,9 @@ class ReadAhead:
         content.opened = opened
         self._add(engine, content, is_kept=False)
 
-    def _start(self, engine: Engine, span: ByteRange, *, is_kept: bool) -> bool:
+    def _start(self, span: ByteRange, *, is_kept: bool) -> bool:
         """Start to fetch *span*; return False if the budget has no memory for it now."""
+        engine = engine_for(self._config)
         loan = engine.budget.take(window.reserve_for(span, self._config.effective_part_size))
         if loan is None:
             return False
@@ -284,12 +281,11 @@ class ReadAhead:
     def _fetch_missing(self, span: ByteRange, end: ByteRange | None) -> list[ByteRange]:
         """Start to fetch the gaps of *span* as segments; return those that are to be received directly."""
         assert self.version is not None
-        engine = engine_for(self._config)
         direct = []
         for gap in gaps(span, self._spans()):
             if len(gap) < window.DIRECT_READ:
                 wanted = window.extend(gap, self.version.size, self._spans(), end)
-                if self._start(engine, wanted, is_kept=end is not None):
+                if self._start(wanted, is_kept=end is not None):
                     continue
             direct.append(gap)
         return direct
@@ -297,12 +293,11 @@ class ReadAhead:
     def _fetch_ahead(self, span: ByteRange) -> None:
         """Start to read ahead after *span*, as far as the budget has memory."""
         assert self.version is not None
-        engine = engine_for(self._config)
         streak, part = self._pattern.streak, self._config.effective_part_size
         for piece in window.segments_ahead(
             span, streak, self.version.size, self._spans(), part, self._config.read_ahead
         ):
-            if not self._start(engine, piece, is_kept=False):
+            if not self._start(piece, is_kept=False):
                 return
 
     def _spans(self) -> list[ByteRange]:

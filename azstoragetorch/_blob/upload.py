@@ -131,6 +131,11 @@ class BlockWriter:
         Raises:
             FatalBlobIOWriteError: staging this or an earlier block failed; nothing will be committed.
         """
+        block, length = self._collected, data.nbytes
+        if block is not None and length < block.nbytes - self._filled:  # most small writes end here
+            copy(block[self._filled : self._filled + length], data)
+            self._filled += length
+            return
         while data.nbytes:
             if data.nbytes >= busy_length(self._staged, self._config):
                 self._stage_from_caller(data)
@@ -232,7 +237,8 @@ class BlockWriter:
             )
         if not self._is_whole and not self._failures:
             self._failures.append(KeyboardInterrupt())  # an interrupt came where no handler could record it
-        self._raise_failure()
+        if self._failures:
+            self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self._failures:

@@ -48,6 +48,7 @@ _SOVEREIGN_CLOUDS = (
 EMULATOR_ACCOUNT = "devstoreaccount1"
 _MAX_NAME = 1024  # characters that the service allows
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
+_PLAIN_CONTAINER = re.compile(r"[\w.-]*", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PLAIN_NAME = re.compile(r"(?:[\w~-][\w.~-]*/)*[\w~-][\w.~-]*", re.ASCII)
 _HOST = re.compile(r"[\w.:-]*")
@@ -96,7 +97,7 @@ class BlobURL:
     @property
     def path(self) -> str:
         """The percent-encoded path, as in requests."""
-        container = f"{self.account_path}/{quote(self.container, safe='$')}"
+        container = f"{self.account_path}/{_encode_container(self.container)}"
         return f"{container}/{_encode_name(self.blob)}" if self.blob else container
 
     @property
@@ -437,6 +438,10 @@ def _advice(text: str) -> str:
 
 def _encode_name(name: str) -> str:
     return name if _PLAIN.fullmatch(name) else quote(name, safe="~/")  # faster than quote for most names
+
+
+def _encode_container(name: str) -> str:
+    return name if _PLAIN_CONTAINER.fullmatch(name) else quote(name, safe="$")
 
 
 def _decode(text: str, argument: str) -> str:

@@ -6,19 +6,20 @@ The one protocol of the package for "this is being fetched". A `Job` is in one o
     claimed   a thread does the work, or it was handed to something that reports back, such as the multiplexer
     over      there is an outcome: a result, an error, or that it was given up
 
-* open -> claimed: the first to put its token under the key of ``_claim`` (``dict.setdefault``, one step). A thread of
-  an engine does it when its turn comes; a thread that needs the result does it at once. So a job needs no free thread,
-  and work that waits for work cannot starve.
+* open -> claimed: the first to enter its token as ``claim`` of the job's state (``dict.setdefault``, one step). A
+  thread of an engine does it when its turn comes; a thread that needs the result does it at once. So a job needs no
+  free thread, and work that waits for work cannot starve.
 * claimed -> open: only by the claimant, when what it had handed the work to did not do it, or when it was interrupted.
-* claimed -> over: the first to put an outcome under the key of ``_outcome``. A claimant that is interrupted at any line
-  leaves through the ``except`` of `run`, which knows by its token whether the work was its own.
+* claimed -> over: the first to enter an ``outcome``. A claimant that is interrupted at any line leaves through the
+  ``except`` of `run`, which knows by its token whether the work was its own.
 * open -> over: by `give_up`.
 
 No thread holds a lock while it waits, and no lock exists that a signal handler or a finalizer, which run inside this
 code, could meet: states change by single steps on dicts and lists, which the interpreter does not divide. A thread that
 waits sleeps on a lock that only a `Bell` knows. It enters the lock there, then looks at the state, then sleeps; the
 thread that changes the state does so first and rings after. So either the sleeper sees the change or the bell finds the
-sleeper.
+sleeper. Most jobs are over before anybody waits, so a job has no bell until then; the same order holds for it: it is
+entered before the waiting thread looks at the state, and looked up after the change.
 
 Two claimants never finish, and the token has what it takes to notice: a handler that needs a job which the interrupted
 code below it has claimed would wait for itself, and a forked child for a thread of its parent. Such a caller does the
@@ -35,7 +36,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from azstoragetorch._engine.process import Process, here
 from azstoragetorch._engine.scope import Cancelled, on_error
@@ -96,6 +97,14 @@ class _Outcome(Generic[R]):
         self.error = error
 
 
+class _State(TypedDict, total=False):
+    """What is known of a job: each entry is made in one step, and the first one stays unless the job is given up."""
+
+    claim: _Token
+    outcome: _Outcome[Any]
+    bell: Bell
+
+
 class Job(Generic[R]):
     """Work that is done at most once.
 
@@ -104,28 +113,32 @@ class Job(Generic[R]):
         bell: Rung when the job is over, or open again; several jobs may share one.
     """
 
-    __slots__ = ("__weakref__", "_bell", "_claim", "_outcome", "_work")
+    __slots__ = ("__weakref__", "_state", "_work")
 
     def __init__(self, work: Callable[[], R], bell: Bell | None = None) -> None:
         self._work: Callable[[], R] | None = work
-        self._bell = Bell() if bell is None else bell
-        self._claim: dict[None, _Token] = {}
-        self._outcome: dict[None, _Outcome[R]] = {}
+        self._state: _State = {} if bell is None else {"bell": bell}
 
     @property
     def is_over(self) -> bool:
         """Whether there is an outcome."""
-        return bool(self._outcome)
+        return "outcome" in self._state
 
     @property
     def is_open(self) -> bool:
         """Whether nothing has begun."""
-        return not self._claim and not self._outcome
+        return "claim" not in self._state and "outcome" not in self._state
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the work was done, and well."""
+        outcome = self._state.get("outcome")
+        return outcome is not None and outcome.error is None and outcome is not _GIVEN_UP
 
     @property
     def error(self) -> BaseException | None:
         """What the work raised, if it did."""
-        outcome = self._outcome.get(None)
+        outcome = self._state.get("outcome")
         return outcome.error if outcome is not None else None
 
     def run(self) -> bool:
@@ -136,13 +149,13 @@ class Job(Generic[R]):
         """
         token = _Token(threading.get_ident())
         try:
-            if self._claim.setdefault(None, token) is not token:
+            if self._state.setdefault("claim", token) is not token:
                 return False
             work = self._work
             if work is not None:
                 self._end(_Outcome(work()))
         except BaseException as error:
-            if self._claim.get(None) is not token or not isinstance(error, (Exception, Cancelled)):
+            if self._state.get("claim") is not token or not isinstance(error, (Exception, Cancelled)):
                 self._reopen(token)
                 raise
             self._end(_Outcome(error=error))
@@ -155,13 +168,14 @@ class Job(Generic[R]):
         second to open the job again. It returns False if neither will be.
         """
         token = _Token(threading.get_ident())
-        with on_error(partial(self._reopen, token)):
-            if self._claim.setdefault(None, token) is not token:
+        reopen = partial(self._reopen, token)
+        with on_error(reopen):
+            if self._state.setdefault("claim", token) is not token:
                 return True
-            is_begun = start(self._succeed, partial(self._reopen, token))
+            is_begun = start(self._succeed, reopen)
             token.thread = 0  # from here on this thread may wait for it
         if not is_begun:
-            self._reopen(token)
+            reopen()
         return is_begun
 
     def result(self) -> R:
@@ -171,19 +185,20 @@ class Job(Generic[R]):
             BaseException: what the work raised.
             RuntimeError: the job was given up.
         """
-        while not self._outcome:
-            work, claim = self._work, self._claim.get(None)
+        state = self._state
+        while "outcome" not in state:
+            work, claim = self._work, state.get("claim")
             if claim is None:
                 self.run()
             elif work is not None and (claim.thread == threading.get_ident() or claim.process is not here()):
                 return work()  # that claimant cannot finish before this
             else:
-                self._bell.wait_until(self._has_changed)
-        if self._outcome[None] is _GIVEN_UP:
-            raise RuntimeError("the work was given up")
-        if self.error is not None:
-            raise self.error  # in no variable: its traceback refers to this frame
-        return self._outcome[None].result  # type: ignore[return-value]  # there is one
+                state.setdefault("bell", Bell()).wait_until(self._has_changed)
+        outcome: _Outcome[R] = state["outcome"]
+        if outcome.error is None and outcome is not _GIVEN_UP:
+            return outcome.result  # type: ignore[return-value]  # there is one
+        del outcome  # the traceback of the error refers to this frame
+        raise self.error or RuntimeError("the work was given up")
 
     def give_up(self) -> bool:
         """Never begin if nothing has; forget the outcome if there is one. Work in progress is not stopped.
@@ -191,27 +206,32 @@ class Job(Generic[R]):
         Whether nothing had begun, so that what the work would have used is the caller's to clean up.
         """
         token = _Token(0)
-        is_unused = self._claim.setdefault(None, token) is token
-        self._outcome[None] = _GIVEN_UP
+        is_unused = self._state.setdefault("claim", token) is token
+        self._state["outcome"] = _GIVEN_UP
         self._work = None
-        self._bell.ring()
+        self._ring()
         return is_unused
 
     def _succeed(self, result: R) -> None:
         self._end(_Outcome(result))
 
     def _reopen(self, token: _Token) -> None:
-        if self._claim.get(None) is token:
-            self._claim.pop(None, None)
-        self._bell.ring()
+        if self._state.get("claim") is token:
+            self._state.pop("claim", None)
+        self._ring()
 
     def _has_changed(self) -> bool:
-        return bool(self._outcome) or not self._claim
+        return "outcome" in self._state or "claim" not in self._state
 
     def _end(self, outcome: _Outcome[R]) -> None:
-        self._outcome.setdefault(None, outcome)
+        self._state.setdefault("outcome", outcome)
         self._work = None
-        self._bell.ring()
+        self._ring()
+
+    def _ring(self) -> None:
+        bell = self._state.get("bell")
+        if bell is not None:
+            bell.ring()
 
 
 _GIVEN_UP: _Outcome[Any] = _Outcome()

@@ -62,7 +62,7 @@ class NameFilter:
                 f"{self._container}: a listed {_why(names[min(out)])}. invalid_names='skip' leaves such blobs out"
             )
         self._refused.update(names[index] for index in out)
-        if not self._rules.include_folder_markers:
+        if not self._rules.include_folder_markers and 0 in sizes:
             out.update(index for index, size in enumerate(sizes) if not size and names[index][-1:] == "/")
         if not out:
             return names, sizes, etags

@@ -55,17 +55,43 @@ class Prefetched(Generic[T, R]):
         if job is None:
             with timed("blocked_seconds"):
                 return self._work(self.item)
-        with on_error(self.give_up):
-            if job.is_over:
-                return job.result()
-            with timed("blocked_seconds"):
-                return job.result()
+        if job.has_result:
+            return job.result()
+        with on_error(self.give_up), timed("blocked_seconds"):
+            return job.result()
 
     def give_up(self) -> None:
         """Do not begin the work ahead, if it has not begun, and keep no result of it."""
         job, self._job = self._job, None
         if job is not None:
             job.give_up()
+
+
+class _Beginning(Generic[T, R]):
+    """Work that is begun without a thread that waits for it. It refers to the loan until it ends."""
+
+    __slots__ = ("_done", "_engine", "_failed", "_item", "_job", "_loan", "_prefetch")
+
+    def __init__(self, prefetch: OrderedPrefetch[T, R], engine: Engine, item: T, job: Job[R], loan: Loan) -> None:
+        self._prefetch = prefetch
+        self._engine = engine
+        self._item = item
+        self._job = job
+        self._loan = loan
+
+    def __call__(self, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
+        """Begin; False if that is not possible."""
+        self._done = done
+        self._failed = failed
+        return self._prefetch._begin_one(self._item, self._succeed, self._fail)  # noqa: SLF001 - of this module
+
+    def _succeed(self, result: R) -> None:
+        self._loan.shrink(self._prefetch._size(result))  # noqa: SLF001 - of this module
+        self._done(result)
+
+    def _fail(self) -> None:
+        self._failed()
+        self._engine.submit(self._job.run)
 
 
 class OrderedPrefetch(Generic[T, R]):
@@ -179,24 +205,14 @@ class OrderedPrefetch(Generic[T, R]):
                 self._begin(engine, item, job, loan)
 
     def _begin(self, engine: Engine, item: T, job: Job[R], loan: Loan) -> None:
-        start = self._start
-        if start is not None:
-
-            def hand_over(done: Callable[[R], None], failed: Callable[[], None]) -> bool:
-                def fetched(result: R) -> None:
-                    loan.shrink(self._size(result))
-                    done(result)
-
-                def missed() -> None:
-                    failed()
-                    engine.submit(job.run)
-
-                return start(item, self._scope, fetched, missed)
-
+        if self._start is not None:
             with suppress(Exception):  # the thread meets it again, and `result` raises it
-                if job.hand_over(hand_over):
+                if job.hand_over(_Beginning(self, engine, item, job, loan)):
                     return
         engine.submit(job.run)
+
+    def _begin_one(self, item: T, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
+        return self._start is not None and self._start(item, self._scope, done, failed)
 
     def _do(self, item: T) -> R:
         return self._work(item, self._scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
@@ -157,10 +157,9 @@ class Contents:
     def blob(self, index: int) -> Blob:
         """A blob by its index in the catalog."""
         catalog = self.catalog
-        which = catalog.container_index(index)
-        container = self._containers[which]
+        container = self._containers[catalog.container_index(index)]
         _ = container.service  # made once for all blobs
-        client = container.at(replace(catalog.containers[which], blob=catalog.name(index)))
+        client = container.at(catalog.url(index))
         size, etag = catalog.size(index), catalog.etag(index)
         if self._cache is not None:
             version = None if etag is None or size is None else BlobVersion(size, etag)

@@ -6,13 +6,13 @@ the position, as after an interrupt between any two lines, it is thrown away and
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from azstoragetorch._blob.client import Head
+from azstoragetorch._engine.process import Process, here
 from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
 from azstoragetorch._samples.resume import ResumeState
 from azstoragetorch._samples.sharding import Order
@@ -81,21 +81,22 @@ class Samples(Iterator[T_co], Generic[T_co]):
         self._on_error = on_error
         self._position = position
         self._on_end = on_end
-        self._running: int | None = None  # the process in which a step is in progress
+        self._running: Process | None = None  # in which a step is in progress
         self._ahead: OrderedPrefetch[Planned, Head] | None = self._fetch_ahead()
 
     def _fetch_ahead(self) -> OrderedPrefetch[Planned, Head]:
         return self._contents.fetch_ahead(self._position.plan(), is_eager=self._transform is None)
 
     def __next__(self) -> T_co:
-        if self._running == os.getpid():
+        process = here()
+        if self._running is process:
             raise ValueError("the iterator is already running: a transform or a signal handler asks it for a sample")
         if self._running is not None:
             self._drop_ahead()  # forked: a thread of the parent was in the middle of a step
         place = self._position.consumed
         try:
             try:
-                self._running = os.getpid()
+                self._running = process
                 return self._next()
             finally:
                 self._running = None
