@@ -7,6 +7,7 @@ and a plan can be entered at any point, which is what makes resuming exact and c
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, overload
@@ -31,6 +32,34 @@ def shard_range(length: int, shards: int, shard: int, even: Even = "none") -> ra
     return range(shard, even_length(length, shards, even), shards)
 
 
+DEFAULT_GROUP = 1  # the value of torch's SHARDING_PRIORITIES.DEFAULT
+
+
+class Shardable:
+    """A pipe that is told which shard it is: by DataLoader, or by torch's ``graph_settings.apply_sharding``."""
+
+    _shard_groups: dict[int, tuple[int, int]] | None = None  # number of shards, and which one it is, by group
+
+    def apply_sharding(self, num_of_instances: int, instance_id: int, sharding_group: int = DEFAULT_GROUP) -> None:
+        """Be shard *instance_id* of *num_of_instances*, within the shards of other groups; DataLoader calls it."""
+        groups = self._shard_groups or {}
+        if not 0 <= instance_id < num_of_instances:
+            raise ValueError(f"instance_id({instance_id}) should be between 0 and {num_of_instances - 1}")
+        if any((group == DEFAULT_GROUP) != (sharding_group == DEFAULT_GROUP) for group in groups):
+            raise RuntimeError(f"{type(self).__name__} cannot mix DEFAULT and non DEFAULT groups")
+        self._shard_groups = {**groups, int(sharding_group): (num_of_instances, instance_id)}
+
+    def _shard_over_groups(self) -> tuple[int, int] | None:
+        """The number of shards over all groups, and which one it is; None if it was not told."""
+        if self._shard_groups is None:
+            return None
+        shards, shard = 1, 0
+        for _, (others, other) in sorted(self._shard_groups.items(), reverse=True):
+            shard += shards * other
+            shards *= others
+        return shards, shard
+
+
 def even_length(length: int, shards: int, even: Even) -> int:
     """*length* with the surplus dropped, or with what is missing for equal shards added, as *even* says."""
     if even == "drop":
@@ -40,7 +69,24 @@ def even_length(length: int, shards: int, even: Even) -> int:
     return length
 
 
-class Permutation(Sequence[int]):
+class _Positions(Sequence[int], ABC):
+    """A sequence that computes its elements."""
+
+    @abstractmethod
+    def _at(self, index: int) -> int:
+        """The element at *index*, which may be out of range, but not negative."""
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        return self._at(index)
+
+
+class Permutation(_Positions):
     """A permutation of ``range(length)`` by (seed, epoch), the same on every machine and version of Python.
 
     A Feistel network over pairs (i // columns, i % columns): no memory, and any element costs a few microseconds.
@@ -62,13 +108,7 @@ class Permutation(Sequence[int]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._length))]
+    def _at(self, index: int) -> int:
         if not 0 <= index < self._length:
             raise IndexError(index)
         if self._table is not None:
@@ -84,7 +124,7 @@ class Permutation(Sequence[int]):
                 return index
 
 
-class Remaining(Sequence[int]):
+class Remaining(_Positions):
     """The positions of a sequence of *length* that its shards have not consumed, in order.
 
     Shard s of ``len(consumed)`` has consumed the first ``consumed[s]`` of its positions. What remains can be striped
@@ -103,20 +143,14 @@ class Remaining(Sequence[int]):
     def __len__(self) -> int:
         return len(self._ragged) + len(self._rest)
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(index)
         ragged = len(self._ragged)
         return self._ragged[index] if index < ragged else self._rest[index - ragged]
 
 
-class Order(Sequence[int]):
+class Order(_Positions):
     """The sequence of one epoch, or what is left of it.
 
     Args:
@@ -137,13 +171,7 @@ class Order(Sequence[int]):
     def __len__(self) -> int:
         return len(self._layers[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> int:
         for layer in reversed(self._layers):
             index = layer[index]
         return index

@@ -9,15 +9,15 @@ from itertools import cycle, islice
 from typing import Any, Literal, TypeVar
 
 from azstoragetorch._samples.items import BlobInfo, BlobRange
-from azstoragetorch._samples.sharding import EVEN, Even, shard_range
+from azstoragetorch._samples.sharding import EVEN, Even, Shardable, shard_range
 from azstoragetorch._samples.workers import Placement
-from azstoragetorch.datapipes._base import SHARDING_PRIORITIES, IterDataPipe, functional_datapipe, own_share
+from azstoragetorch.datapipes._base import IterDataPipe, functional_datapipe, own_share
 
 T = TypeVar("T")
 
 
 @functional_datapipe("shard_blobs")
-class BlobSharderIterDataPipe(IterDataPipe[T]):
+class BlobSharderIterDataPipe(Shardable, IterDataPipe[T]):
     """Yields the share of this worker and rank, and all without them. One of these, or `sharding_filter`, to a graph.
 
     DataLoader tells it the number of shards (workers x ranks) and which one it is; by hand,
@@ -50,80 +50,58 @@ class BlobSharderIterDataPipe(IterDataPipe[T]):
         self.by = by
         self.even = even
         self._placement = Placement("rank_and_worker")
-        self._groups: dict[int, tuple[int, int]] = {}
-        self._shards = 1
-        self._shard = 0
 
-    def apply_sharding(
-        self,
-        num_of_instances: int,
-        instance_id: int,
-        sharding_group: SHARDING_PRIORITIES = SHARDING_PRIORITIES.DEFAULT,
-    ) -> None:
-        """Be shard *instance_id* of *num_of_instances*, within the shards of other groups; DataLoader calls it."""
-        if not 0 <= instance_id < num_of_instances:
-            raise ValueError(f"instance_id({instance_id}) should be between 0 and {num_of_instances - 1}")
-        is_default = sharding_group == SHARDING_PRIORITIES.DEFAULT
-        if any((group == SHARDING_PRIORITIES.DEFAULT) != is_default for group in self._groups):
-            raise RuntimeError("BlobSharder cannot mix DEFAULT and non DEFAULT groups")
-        self._groups[int(sharding_group)] = (num_of_instances, instance_id)
-        self._shards, self._shard = 1, 0
-        for _, (instances, instance) in sorted(self._groups.items(), reverse=True):
-            self._shard += self._shards * instance
-            self._shards *= instances
-
-    def _settle(self) -> None:
-        if not self._groups:
-            self._shards, self._shard = own_share(self, self._placement)
+    def _place(self) -> tuple[int, int]:
+        return self._shard_over_groups() or own_share(self, self._placement)
 
     def __len__(self) -> int:
-        self._settle()
+        shards, shard = self._place()
         if self.by == "index" and isinstance(self.source_datapipe, Sized):
-            return len(shard_range(len(self.source_datapipe), self._shards, self._shard, self.even))
+            return len(shard_range(len(self.source_datapipe), shards, shard, self.even))
         raise TypeError(f"{type(self).__name__} has no length: it needs by='index' and a source that has one")
 
     def __iter__(self) -> Iterator[T]:
-        self._settle()
-        if self._shards == 1:
+        shards, shard = self._place()
+        if shards == 1:
             yield from self.source_datapipe
         elif self.by == "index":
-            yield from self._by_index()
+            yield from self._by_index(shards, shard)
         elif self.by == "hash":
-            yield from self._by_hash()
+            yield from self._by_hash(shards, shard)
         else:
             items = list(self.source_datapipe)
-            shares = balance([_size_of(item) for item in items], self._shards, self.even)
-            for index in shares[self._shard]:
+            shares = balance([_size_of(item) for item in items], shards, self.even)
+            for index in shares[shard]:
                 yield items[index]
 
-    def _by_index(self) -> Iterator[T]:
+    def _by_index(self, shards: int, shard: int) -> Iterator[T]:
         first: list[T] = []
         round_: list[T] = []
         for item in self.source_datapipe:
-            if self.even == "pad" and len(first) < self._shards:
+            if self.even == "pad" and len(first) < shards:
                 first.append(item)
             round_.append(item)
-            is_full = len(round_) == self._shards
-            if is_full if self.even != "none" else len(round_) == self._shard + 1:
-                yield round_[self._shard]
+            is_full = len(round_) == shards
+            if is_full if self.even != "none" else len(round_) == shard + 1:
+                yield round_[shard]
             if is_full:
                 round_ = []
         if self.even == "pad" and round_:
-            yield (round_ + list(islice(cycle(first), self._shards)))[self._shard]
+            yield (round_ + list(islice(cycle(first), shards)))[shard]
 
-    def _by_hash(self) -> Iterator[T]:
+    def _by_hash(self, shards: int, shard: int) -> Iterator[T]:
         if self.even == "none":
             for item in self.source_datapipe:
-                if _hash_of(item) % self._shards == self._shard:
+                if _hash_of(item) % shards == shard:
                     yield item
             return
         mine: list[T] = []
         some: list[T] = []  # for a shard that has nothing of its own to repeat
-        counts = [0] * self._shards
+        counts = [0] * shards
         for item in self.source_datapipe:
-            shard = _hash_of(item) % self._shards
-            counts[shard] += 1
-            if shard == self._shard:
+            owner = _hash_of(item) % shards
+            counts[owner] += 1
+            if owner == shard:
                 mine.append(item)
             elif not some:
                 some.append(item)

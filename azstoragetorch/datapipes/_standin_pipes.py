@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate, get_worker_info
 
+from azstoragetorch._samples.sharding import Shardable
 from azstoragetorch._samples.workers import Placement
 from azstoragetorch.datapipes._standin import (
-    SHARDING_PRIORITIES,
     IterDataPipe,
     check_function,
     functional_datapipe,
@@ -165,33 +165,15 @@ class Shuffler(IterDataPipe[Any]):
 
 
 @functional_datapipe("sharding_filter")
-class ShardingFilter(IterDataPipe[Any]):
+class ShardingFilter(Shardable, IterDataPipe[Any]):
     """Every n-th item, by worker and rank, or as `apply_sharding` says."""
 
     def __init__(self, source_datapipe: Iterable[Any]) -> None:
         self.source_datapipe = source_datapipe
         self._placement = Placement("rank_and_worker")
-        self._groups: dict[int, tuple[int, int]] = {}
-
-    def apply_sharding(
-        self,
-        num_of_instances: int,
-        instance_id: int,
-        sharding_group: SHARDING_PRIORITIES = SHARDING_PRIORITIES.DEFAULT,
-    ) -> None:
-        """Be shard *instance_id* of *num_of_instances*, within the shards of other groups."""
-        if not 0 <= instance_id < num_of_instances:
-            raise ValueError(f"instance_id({instance_id}) should be between 0 and {num_of_instances - 1}")
-        self._groups[int(sharding_group)] = num_of_instances, instance_id
 
     def _place(self) -> tuple[int, int]:
-        if not self._groups:
-            return own_share(self, self._placement)
-        shards, shard = 1, 0
-        for _, (instances, instance) in sorted(self._groups.items(), reverse=True):
-            shard += shards * instance
-            shards *= instances
-        return shards, shard
+        return self._shard_over_groups() or own_share(self, self._placement)
 
     def __iter__(self) -> Iterator[Any]:
         shards, shard = self._place()
