@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from azstoragetorch._blob import transport
 from azstoragetorch._blob.client import BlobClient, ContainerClient
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.url import parse_blob_url, parse_container_url
@@ -100,6 +101,11 @@ def watch_peak(budget: Budget) -> Callable[[], int]:
 
     budget._lend = lend_and_look  # type: ignore[method-assign]
     return lambda: max(amounts)
+
+
+def idle_connections() -> int:
+    """The number of connections of this process that wait for a request."""
+    return sum(map(len, transport._pool.get()._idle.values()))
 
 
 def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -> list[T]:

@@ -36,7 +36,17 @@ from tests.faults import (
     WrongLength,
 )
 from tests.faults.fixtures import LoopbackTls
-from tests.support import QUICK, ROOT, blob_client, container_client, content, run_python, run_threads, taking
+from tests.support import (
+    QUICK,
+    ROOT,
+    blob_client,
+    container_client,
+    content,
+    idle_connections,
+    run_python,
+    run_threads,
+    taking,
+)
 
 DATA = content(200_000)
 ONE_TRY = replace(QUICK, max_attempts=1)
@@ -90,7 +100,7 @@ class TestPool:
     def test_connections_that_were_closed_while_idle_cost_no_try(self, service: FaultService, reset: bool) -> None:
         run_threads(4, lambda _: read(service))
         service.wait_until_idle()
-        before = transport.idle_connections()
+        before = idle_connections()
         if reset:
             assert service.drop_connections(reset=True)
         else:
@@ -136,9 +146,9 @@ class TestPool:
 
     def test_idle_connections_can_be_closed(self, service: FaultService) -> None:
         read(service)
-        assert transport.idle_connections() >= 1
+        assert idle_connections() >= 1
         transport.close_idle_connections()
-        assert transport.idle_connections() == 0
+        assert idle_connections() == 0
         assert read(service, ONE_TRY) == DATA
 
     def test_none_is_left_at_exit(self, service: FaultService) -> None:

@@ -279,11 +279,6 @@ class Pool:
         for connection in list(self._made):
             connection.forget()
 
-    @property
-    def idle_count(self) -> int:
-        """The number of idle connections."""
-        return sum(map(len, list(self._idle.values())))
-
 
 _pool = PerProcess(Pool, Pool.forget)
 
@@ -363,11 +358,6 @@ def take_idle(origin: Origin) -> Connection | None:
 def give_back(connection: Connection) -> None:
     """Return a connection from `take_idle` to the pool, after the whole response was received."""
     _pool.get().give_back(connection)
-
-
-def idle_connections() -> int:
-    """The number of idle connections of this process."""
-    return _pool.get().idle_count
 
 
 def close_idle_connections() -> None:

@@ -12,7 +12,7 @@ import pytest
 from azstoragetorch._blob import transport
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.threads import engine_for
-from tests.support import wait_until
+from tests.support import idle_connections, wait_until
 
 from .fixtures import LoopbackTls
 from .matrix import (
@@ -133,6 +133,6 @@ def check_nothing_left(service: FaultService, transfer: TransferConfig) -> None:
     gc.collect()
     service.wait_until_idle()
     wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
-    wait_until(lambda: service.open_connections <= transport.idle_connections())
+    wait_until(lambda: service.open_connections <= idle_connections())
     transport.close_idle_connections()
     wait_until(lambda: service.open_connections == 0)

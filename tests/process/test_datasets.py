@@ -205,9 +205,8 @@ EPOCHS = """
 import gc, os, sys
 from dataclasses import replace
 from pathlib import Path
-from azstoragetorch._blob.transport import idle_connections
 from azstoragetorch.datasets import IterableBlobDataset
-from tests.support import QUICK
+from tests.support import QUICK, idle_connections
 
 patient = replace(QUICK, max_attempts=10)
 dataset = IterableBlobDataset.from_container_url(sys.argv[1], credential=False, transfer=patient, shuffle=True)
