@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from itertools import chain
 from typing import Any
@@ -132,6 +133,30 @@ def test_epochs_differ_and_repeat(fault_service: FaultService) -> None:
     resumed = build(fault_service, "map")
     resumed.load_state_dict(dataset.state_dict())
     assert list(resumed) == orders[1][1:], "a state brings its epoch"
+
+
+@pytest.mark.parametrize("is_shuffled", [True, False])
+def test_a_forgotten_set_epoch_is_reported_once(fault_service: FaultService, is_shuffled: bool) -> None:
+    """Only if the graph shuffles, and neither for an epoch that was set again nor for one that is resumed."""
+    fill(fault_service)
+
+    def messages(epochs: list[int | None]) -> list[str]:
+        dataset = build(fault_service, "map")
+        if not is_shuffled:
+            listed = AzureBlobFileLister(fault_service.container_url("data"), credential=False)
+            dataset = listed.sharding_filter().to_resumable()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for epoch in epochs:
+                if epoch is not None:
+                    dataset.set_epoch(epoch)
+                list(dataset)
+            dataset.load_state_dict(dataset.state_dict())
+            list(dataset)
+        return [str(warning.message) for warning in caught if "set_epoch" in str(warning.message)]
+
+    assert len(messages([None, None, None])) == is_shuffled
+    assert messages([0, 1, 2]) == messages([3, 3]) == []
 
 
 def test_set_epoch_reaches_persistent_workers(fault_service: FaultService) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, TypeAlias
@@ -140,10 +141,16 @@ class Shared:
         if epoch == self.epoch and _speaks_for_all():
             self._cells[_ENDED] = self._cells[_TIMES_SET] + 1
 
-    @property
-    def repeats_epoch(self) -> bool:
-        """Whether an iteration has come to its end since the epoch was set."""
-        return int(self._cells[_ENDED]) == int(self._cells[_TIMES_SET]) + 1
+    def warn_of_repeated_epoch(self, subject: str) -> None:
+        """Warn once, at the start of an iteration, if another one has ended since the epoch was set."""
+        is_repeated = int(self._cells[_ENDED]) == int(self._cells[_TIMES_SET]) + 1
+        if is_repeated and self.is_first_warning("epoch"):
+            warnings.warn(
+                f"{subject}: epoch {self.epoch} begins a second time, in the same order. Call "
+                "dataset.set_epoch(epoch) before each epoch",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def is_first_warning(self, of: Literal["ranks", "epoch"]) -> bool:
         """Whether nobody has warned of this yet; now this process does. One of several workers is asked."""

@@ -115,9 +115,15 @@ class ResumableDataPipe(IterableDataset[Any]):
         if state is not None and self._load and not self._shared.is_first_use(self._load):
             state = None
         epoch = self._shared.epoch if state is None else state["epoch"]
-        readings = list(dict.fromkeys(_outer_readers(traverse_dps(self.source_datapipe))))
+        graph = traverse_dps(self.source_datapipe)
+        readings = list(dict.fromkeys(_outer_readers(graph)))
+        if state is None and any(hasattr(pipe, "set_seed") for pipe in get_all_graph_pipes(graph)):
+            self._warn_of_repetition()
         self._run = _Run(epoch, 0 if state is None else state["position"], readings)
         return self._samples(self._run, [] if state is None else [tuple(read) for read in state["read"]])
+
+    def _warn_of_repetition(self) -> None:
+        self._shared.warn_of_repeated_epoch("the graph has a pipe that shuffles")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}
@@ -157,6 +163,7 @@ class ResumableDataPipe(IterableDataset[Any]):
             yield sample
         if is_unchecked and reader is not None:
             _compare(expected, [reader.skipped])
+        self._shared.note_end(run.epoch)
 
 
 @dataclass

@@ -267,14 +267,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
                 UserWarning,
                 stacklevel=3,
             )
-        is_repeated = self._seed is not None and not is_resumed and self._shared.repeats_epoch
-        if is_repeated and self._shared.is_first_warning("epoch"):
-            warnings.warn(
-                f"shuffle=True: epoch {self._shared.epoch} begins a second time, in the same order. Call "
-                "dataset.set_epoch(epoch) before each epoch",
-                UserWarning,
-                stacklevel=3,
-            )
+        if self._seed is not None and not is_resumed:
+            self._shared.warn_of_repeated_epoch("shuffle=True")
 
     def __len__(self) -> int:
         """Raise TypeError, as the number of samples depends on workers, ranks and ``on_error``."""
