@@ -27,7 +27,6 @@ from recipes.demo.train import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
 UNDISTURBED = "undisturbed.pt"
-MiB = 1 << 20
 
 
 @dataclass
@@ -106,11 +105,7 @@ def show_epochs(run: Run) -> None:
 
 
 def written(event: dict[str, Any]) -> str:
-    return rate(event["checkpoint_size"], event["checkpoint_seconds"])
-
-
-def rate(size: int, seconds: float) -> str:
-    return f"{CHECKPOINT}, {size:,} bytes at {size / MiB / seconds:.3g} MiB/s"
+    return f"{CHECKPOINT}, {event['checkpoint_size']:,} bytes"
 
 
 def show_stop(stopped: Run) -> None:
@@ -127,7 +122,7 @@ def show_resumed(stopped: Run, resumed: Run, undisturbed: Run) -> None:
     """Count the images of the epoch with the stop: in all of it, and before and after."""
     start = resumed.start
     epoch = start["epoch"]
-    say(f"resumed in epoch {epoch} at batch {start['batch'] + 1}: loaded {rate(start['size'], start['seconds'])}")
+    say(f"resumed in epoch {epoch} at batch {start['batch'] + 1}: loaded {written(start)}")
     before = [batch for batch in stopped.batches if batch[0] == epoch]
     after = [batch for batch in resumed.batches if batch[0] == epoch]
     times = Counter(number for _, _, ids in before + after for number in ids)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,21 +46,17 @@ def show_ranks(url: str, name: str, key: str, say: Callable[[str], object] = pri
     """Save on two ranks, load on one, and check that it is the same."""
     credential = AzureNamedKeyCredential(name, key)
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
         meeting = Path(folder, "store").as_uri()
         mp.spawn(save_shards, (meeting, url, name, key), nprocs=RANKS)
-        seconds = time.perf_counter() - begin
     summary = inspect_checkpoint(url, credential=credential)
-    say(f"{RANKS} ranks saved {summary.nbytes / MiB:.0f} MiB in {summary.blobs} blobs, all in all in {seconds:.1f} s")
+    say(f"{RANKS} ranks saved {summary.nbytes / MiB:.0f} MiB in {summary.blobs} blobs, each rank its half")
     target = {key: torch.zeros_like(value) for key, value in weights().items()}
-    begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         dcp.load(target, storage_reader=BlobStorageReader(url, credential=credential))
-    seconds = time.perf_counter() - begin
     if not all(torch.equal(target[key], value) for key, value in weights().items()):
         raise SystemExit("what was loaded is not what was saved")
-    say(f"1 rank loaded the same from it at {summary.nbytes / MiB / seconds:.0f} MiB/s")
+    say(f"1 rank loaded the same from it: {len(target)} tensors, equal bit by bit")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,18 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import ResourceNotFoundError
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from azstoragetorch import join_url
 from azstoragetorch.io import BlobIO
+from recipes.access import credential_of_environment
 from recipes.demo.images import digit_images, read_labels
 
 CHECKPOINT = "checkpoint.pt"
@@ -102,11 +103,10 @@ class Job:
         }
 
     def _save(self) -> dict[str, Any]:
-        began = time.perf_counter()
         with BlobIO(self._url, "wb", credential=self._credential) as blob:
             torch.save(self._saved, blob)
             size = blob.tell()
-        return {"checkpoint_size": size, "checkpoint_seconds": time.perf_counter() - began}
+        return {"checkpoint_size": size}
 
     def _stop(self, *_: object) -> None:
         """Save the last finished batch, here and now: the machine is about to be taken away."""
@@ -116,7 +116,7 @@ class Job:
         raise SystemExit
 
     def _resume(self) -> None:
-        began, size = time.perf_counter(), 0
+        size = 0
         try:
             with BlobIO(self._url, "rb", credential=self._credential) as blob:
                 self._saved = torch.load(blob)
@@ -127,41 +127,36 @@ class Job:
             self._model.load_state_dict(self._saved["model"])
             self._optimizer.load_state_dict(copy.deepcopy(self._saved["optimizer"]))
         epoch, batch = self._saved["epoch"], self._saved["batch"]
-        seconds = time.perf_counter() - began
         start = {"event": "start", "epoch": epoch, "batch": batch, "batches": self._batches}
-        self._report({**start, "size": size, "seconds": seconds})
+        self._report({**start, "checkpoint_size": size})
 
     def _train_epoch(self) -> None:
-        began, size = time.perf_counter(), 0
         epoch, batch, seen = self._saved["epoch"], self._saved["batch"], list(self._saved["seen"])
         self._images.set_epoch(epoch)
         if self._saved["data"] is not None:
             self._training.load_state_dict(self._saved["data"])
-        for pixels, digits, sizes, numbers in self._training:
+        for pixels, digits, _, numbers in self._training:
             loss = nn.functional.cross_entropy(self._model(pixels), digits)
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
-            size += int(sizes.sum())
             batch += 1
             seen = seen + numbers.tolist()  # a new list: the state that is saved holds the one before
             self._saved = self._state(epoch=epoch, batch=batch, seen=seen)  # one step: the handler sees old or new
             ids = numbers.tolist()
             self._report({"event": "batch", "epoch": epoch, "batch": batch, "loss": loss.item(), "ids": ids})
-        correct, validated = self._validate()
-        seconds = time.perf_counter() - began
+        correct = self._validate()
         self._saved = self._state(epoch=epoch + 1, batch=0, seen=[])
         done = {"event": "epoch", "epoch": epoch, "accuracy": correct / self._held_back, "seen": seen}
-        self._report({**done, "size": size + validated, "seconds": seconds, **self._save()})
+        self._report({**done, **self._save()})
 
-    def _validate(self) -> tuple[int, int]:
-        """How many of the images that were held back are classified correctly, and their bytes."""
-        correct = size = 0
+    def _validate(self) -> int:
+        """How many of the images that were held back are classified correctly."""
+        correct = 0
         with torch.no_grad():
-            for pixels, digits, sizes, _ in self._validation:
+            for pixels, digits, _, _ in self._validation:
                 correct += int((self._model(pixels).argmax(1) == digits).sum())
-                size += int(sizes.sum())
-        return correct, size
+        return correct
 
 
 def print_line(event: dict[str, Any]) -> None:
@@ -176,10 +171,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="the name of the blob for the state")
     parser.add_argument("--hold-in", type=int, help="wait for SIGTERM inside a step of this epoch")
     options = parser.parse_args()
-    credential = None  # the SAS in the URL, or what DefaultAzureCredential finds
-    if "AZURE_STORAGE_KEY" in os.environ:
-        credential = AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
-    job = Job(options.container_url, credential, options.checkpoint, print_line)
+    warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # a call of torchdata's
+    job = Job(options.container_url, credential_of_environment(), options.checkpoint, print_line)
     if options.hold_in is not None:
         job.hold_in(options.hold_in)
     job.run(options.epochs)
