@@ -267,7 +267,7 @@ class TestFork:
                 answers.append(str(caught.value))
             return answers[0]
 
-        assert "open the blob for writing there" in in_fork(use)
+        assert "open the blob in the child" in in_fork(use)
         in_fork(blob.abort)
         assert service.get("c", "b") == DATA
         blob.write(DATA[::-1][300_000:])
