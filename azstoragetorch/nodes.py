@@ -10,7 +10,7 @@ They compose with torchdata's own::
     node = ParallelMapper(BlobReader(node), decode, num_workers=4)
     loader = Loader(node)  # with state_dict() and load_state_dict()
 
-A state is small, JSON-able and a fresh copy; what is under way is no part of it, and is fetched again. A node that is
+A state is small, JSON-able and a fresh copy; what is in flight is not part of it, and is fetched again. A node that is
 reset while another thread is inside `next`, as Prefetcher does, interrupts that thread; it gets the end of the
 iteration that was given up, and no item of the new one.
 """
@@ -113,7 +113,7 @@ class _Listed(_Run):
 class BlobLister(_Node[BlobInfo, _Listed]):
     """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob below its roots, lexicographically by root.
 
-    Roots, masks and errors are those of :class:`azstoragetorch.datapipes.AzureBlobFileLister`. Each reset lists anew.
+    Roots, masks and errors are those of :class:`azstoragetorch.datapipes.AzureBlobFileLister`. Each reset lists again.
 
     Resuming lists up to the position again and compares what it passes: it raises ``ValueError`` if blobs were added
     or removed there. The state holds a position and a checksum.
@@ -189,7 +189,7 @@ class BlobSharder(_Node[T, _Sharded]):
         world_size: Number of ranks; by default torch.distributed's.
 
     Raises:
-        ValueError: *rank* is no rank of *world_size*, or only one of the two is given.
+        ValueError: *rank* is not a rank of *world_size*, or only one of the two is given.
     """
 
     def __init__(self, source: Any, rank: int | None = None, world_size: int | None = None) -> None:
@@ -248,15 +248,15 @@ class _Reads(_Run):
 
 
 class BlobReader(_Node[tuple[str, bytes], _Reads]):
-    """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, many on their way at once.
+    """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, many in flight at once.
 
-    What is on its way is bounded by bytes; a single blob that is larger is always admitted. It is no part of the state:
+    What is in flight is bounded by bytes; a single blob that is larger is always admitted. It is not part of the state:
     resuming fetches it again. Where a read fails, so does `next`, and the state is still before that blob.
 
     Args:
         source: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
         concurrency: Requests at once; by default ``transfer.max_connections``.
-        memory_limit: Bytes on their way at most; by default ``transfer.memory_limit``.
+        memory_limit: Bytes in flight at most; by default ``transfer.memory_limit``.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 

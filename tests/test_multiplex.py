@@ -14,7 +14,7 @@ from azstoragetorch import TransferConfig, metrics
 from azstoragetorch._blob import multiplex
 from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
-from azstoragetorch._blob.transport import close_idle_connections, idle_connections
+from azstoragetorch._blob.transport import close_idle_connections
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._samples.prefetch import OrderedPrefetch
@@ -41,7 +41,7 @@ from tests.faults.faults import (
 )
 from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
-from tests.support import taking, wait_until
+from tests.support import idle_connections, taking, wait_until
 
 QUICK = TransferConfig(max_backoff=0.01, part_size=64 << 10, max_connections=16)
 IMPATIENT = replace(QUICK, read_timeout=0.8, max_attempts=20)  # others may take too long as well on a busy machine

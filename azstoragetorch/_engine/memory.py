@@ -49,7 +49,7 @@ def filled_bytes(length: int, fill: Callable[[memoryview], object]) -> bytes:
 
     *fill* writes every byte or raises, and keeps no view.
     """
-    if length < 2:  # CPython shares these; they may not be written to
+    if length < 2:  # CPython shares these; they must not be written to
         small = bytearray(length)
         fill(memoryview(small))
         return bytes(small)
@@ -84,7 +84,9 @@ def copy(target: memoryview, source: memoryview) -> None:
 
     A large copy lets other threads run meanwhile and takes the page faults of fresh memory all at once.
     """
-    if target.nbytes < _LARGE_COPY or source.readonly:  # there is no public way to the address of a read-only view
+    if (
+        target.nbytes < _LARGE_COPY or source.readonly
+    ):  # Python has no public way to get the address of a read-only view
         target[:] = source
         return
     address = ctypes.addressof(ctypes.c_char.from_buffer(target))

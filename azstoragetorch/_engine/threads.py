@@ -123,8 +123,8 @@ class Engine:
         """Make a thread if one more is allowed; False if that failed."""
         if not _took_one(self._spare):
             return True
-        # Whoever takes the permit first has the token: the thread, or this one after an interrupt, which says nothing
-        # about whether the thread was made.
+        # The side that takes the permit first has the token: the thread, or this one after an interrupt, which says
+        # nothing about whether the thread was made.
         permit: deque[None] = deque([None])
         with on_error(partial(self._take_back, permit)):
             if start_thread(partial(self._work, permit)):

@@ -122,7 +122,7 @@ class BlobCache:
             self._give_up(error)
 
     def drop(self, url: BlobURL, etag: str) -> None:
-        """Remove a file that is no good."""
+        """Remove a damaged file."""
         with suppress(OSError):
             self._path(url, etag).unlink()
 

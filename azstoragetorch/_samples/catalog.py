@@ -56,8 +56,8 @@ class Catalog:
         """Append the blobs that *urls* name.
 
         Raises:
-            ValueError: one is no URL of a blob.
-            TypeError: one is no text.
+            ValueError: a URL does not name a blob.
+            TypeError: a URL is not a string.
         """
         of = array("I")
         names: list[str] = []

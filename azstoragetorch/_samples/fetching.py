@@ -161,7 +161,7 @@ def split_ranges(item: Item, clients: ClientFactory, chunk_size: int, align: byt
 
     Raises:
         ResourceNotFoundError: there is no such blob.
-        ValueError: its length is no multiple of the record length *align*.
+        ValueError: its length is not a multiple of the record length *align*.
     """
     url = parse_blob_url(url_of(item))
     if isinstance(item, BlobInfo):

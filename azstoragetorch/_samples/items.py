@@ -8,7 +8,7 @@ from azstoragetorch._blob.url import BlobURL
 
 
 class BlobInfo(NamedTuple):
-    """A blob as a listing tells of it: its URL without a SAS, its length in bytes, its quoted ETag."""
+    """A blob as a listing describes it: its URL without a SAS, its length in bytes, its quoted ETag."""
 
     url: str
     size: int
@@ -19,7 +19,7 @@ class BlobRange(NamedTuple):
     """Bytes ``start <= i < stop`` of the version *etag* of a blob of *size* bytes.
 
     With a delimiter in *align* it stands for the records that start in these bytes: reading it skips what belongs to
-    a record that started before, and goes on past *stop* to the end of its last record.
+    a record that started before, and continues past *stop* to the end of its last record.
     """
 
     url: str

@@ -124,7 +124,7 @@ def _fan_out(run: _Run, prefix: str, first: str, last: str, catalog: Catalog) ->
 
 
 def _survey(run: _Run, prefix: str, first: str, last: str) -> list[str | Catalog] | None:
-    """What comes behind *last*, in order: folders to be listed, and blobs beside them.
+    """What comes behind *last*, in order: folders to be listed, and blobs next to them.
 
     None if the folders are too many, too few or too small for fanning out to help.
     """

@@ -1,7 +1,7 @@
 """How far an epoch is: small, JSON-able states of shards, and how those of several become one. Pure.
 
 A state says which order was read (seed, epoch, fingerprint of the listing), how it was striped, and how many samples
-of a shard were consumed. What was under way is no part of it.
+of a shard were consumed. What was in flight is not part of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ResumeState:
         return {**self._common(), "positions": list(self.positions)}
 
     def of_shard(self, shard: int, position: int | None) -> dict[str, Any]:
-        """As a fresh dict that tells of one shard only."""
+        """As a new dict that describes one shard only."""
         return {**self._common(), "shard": shard, "position": position}
 
     def _common(self) -> dict[str, Any]:
@@ -81,9 +81,9 @@ class ResumeState:
         return cls(fingerprint, seed, epoch, shards, positions, consumed)
 
     def for_shard(self, shard: int, shards: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """Where *shard* of *shards* goes on: what was consumed before striping (for `Order`), and its position.
+        """Where *shard* of *shards* continues: what was consumed before striping (for `Order`), and its position.
 
-        With the number of shards unchanged each goes on exactly where it was; otherwise what is left is striped anew.
+        With the number of shards unchanged each continues exactly where it was; otherwise the rest is striped again.
 
         Raises:
             ValueError: this state does not know enough.

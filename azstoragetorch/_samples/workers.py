@@ -53,7 +53,7 @@ class Placement:
 
     Raises:
         ValueError: an argument is out of range, or one of *rank* and *world_size* is missing.
-        TypeError: *rank* or *world_size* is no integer.
+        TypeError: *rank* or *world_size* is not an integer.
     """
 
     def __init__(self, by: ShardBy = "worker", rank: int | None = None, world_size: int | None = None) -> None:
@@ -119,7 +119,7 @@ class Shared:
     """What the parent sets and workers that live on see: the epoch, a state loaded there, and who has begun from it.
 
     Lies in shared memory, which forked, spawned and forkserver workers see alike. A plain pickle or a copy gets
-    memory of its own.
+    separate memory.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,7 @@ class Reading(IterDataPipe[Any]):
         self._to_skip = count
 
     def _depth(self) -> int:
-        # Twice what can be under way at once: results wait for their turn while the next are fetched.
+        # Twice what can be in flight at once: results wait for their turn while the next are fetched.
         return 2 * self._clients.config.max_connections if self.prefetch is None else 1 + self.prefetch
 
     def _fetched(self, *, whole: bool) -> Iterator[tuple[str, Item, Fetched]]:
@@ -88,7 +88,7 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
     """Yields ``(url, stream)`` for each blob, open for reading.
 
     The stream is a `StreamWrapper` around a :class:`~azstoragetorch.io.BlobIO`: seekable, pinned to one version of its
-    blob, and readable for as long as it is kept, also after the pipe was iterated anew. Its first part
+    blob, and readable for as long as it is kept, also after the pipe was iterated again. Its first part
     (``transfer.part_size``) is fetched ahead and the rest as it is read, so blobs of any size can be opened. Filter
     before opening, not after.
 
@@ -152,13 +152,13 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
 class AzureBlobFileLoaderIterDataPipe(Reading):
     """Yields ``(url, stream)`` for each blob, where the stream is a `StreamWrapper` around a `BytesIO` of all of it.
 
-    The next blobs are on their way while one is consumed, in order, within ``transfer.memory_limit``; a single blob
+    The next blobs are in flight while one is consumed, in order, within ``transfer.memory_limit``; a single blob
     that is larger is always admitted. Of a blob whose size is not known beforehand (a URL) only the first part is
     fetched ahead, so put `list_blobs_by_azure` in front of large ones. A :class:`BlobRange` gives the records in it.
 
     Args:
         source_datapipe: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
-        prefetch: How many items to have on their way at most; the default is twice ``transfer.max_connections``.
+        prefetch: How many items to have in flight at most; the default is twice ``transfer.max_connections``.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 

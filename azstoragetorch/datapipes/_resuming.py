@@ -47,7 +47,7 @@ class ResumableDataPipe(IterableDataset[Any]):
         source_datapipe: The end of the graph. It should have `sharding_filter` or `shard_blobs` behind the lister;
             without, every worker reads all and drops what is not its share, with a warning.
         seed: Of all pipes that have one.
-        shard_by: ``"rank_and_worker"``; ``"worker"`` or ``"none"`` if the graph itself tells ranks or workers apart.
+        shard_by: ``"rank_and_worker"``; ``"worker"`` or ``"none"`` if the graph itself distinguishes ranks or workers.
         rank: Instead of torch.distributed's.
         world_size: Instead of torch.distributed's.
     """
@@ -91,7 +91,7 @@ class ResumableDataPipe(IterableDataset[Any]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next iteration go on where *state* was taken, in its epoch.
+        """Make the next iteration continue where *state* was taken, in its epoch.
 
         Raises:
             ValueError: *state* is of another seed or number of shards, or no state of this class.
@@ -168,7 +168,7 @@ class ResumableDataPipe(IterableDataset[Any]):
 
 @dataclass
 class _Run:
-    """One iteration: what `state_dict` tells about it."""
+    """One iteration: what `state_dict` reports about it."""
 
     epoch: int
     position: int

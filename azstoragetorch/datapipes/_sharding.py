@@ -96,7 +96,7 @@ class BlobSharderIterDataPipe(Shardable, IterDataPipe[T]):
                     yield item
             return
         mine: list[T] = []
-        some: list[T] = []  # for a shard that has nothing of its own to repeat
+        some: list[T] = []  # for a shard without items that it could repeat
         counts = [0] * shards
         for item in self.source_datapipe:
             owner = _hash_of(item) % shards

@@ -25,7 +25,7 @@ _COPY = 8 * MiB  # taken from a stream at once
 class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
     """Writes each ``(name, data)`` to a blob and yields its URL, in order.
 
-    A blob is written whole or not at all, and its URL is yielded when it is. The next blobs are on their way
+    A blob is written whole or not at all, and its URL is yielded when it is. The next blobs are in flight
     meanwhile, within ``transfer.memory_limit``, so some may be written already when an error is raised or iteration
     stops. Data that is a stream is copied in its turn, a piece at a time.
 
@@ -120,7 +120,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
         url_pattern: URL of the tars with ``{shard}`` for their number from 0, for example
             ``".../train-{shard:06d}.tar"``; ``{worker}`` is the number of the DataLoader worker and rank, which
             must be in it if there are several.
-        max_size: Bytes of a tar at most, headers and all. A single sample that is larger gets a tar of its own.
+        max_size: Bytes of a tar at most, headers and all. A single sample that is larger gets a separate tar.
         max_count: Samples in a tar at most.
         overwrite: False raises ``ResourceExistsError`` if there is a blob, which stays as it is.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.

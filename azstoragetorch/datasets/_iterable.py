@@ -1,4 +1,4 @@
-"""The iterable dataset: which sample comes when, in which process, and how to go on after an interruption."""
+"""The iterable dataset: which sample comes when, in which process, and how to resume after an interruption."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _ContainerOptions(ListOptions, _SampleOptions, total=False):
 
 
 class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
-    """Iterable dataset: blobs one after the other, the next ones on their way while one is used.
+    """Iterable dataset: blobs one after the other, the next ones in flight while one is used.
 
     Make one with `from_container_url` or `from_blob_urls`.
 
@@ -316,7 +316,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on from here: a small fresh dict of plain values, good for JSON.
+        """What it takes to resume from here: a small fresh dict of plain values, good for JSON.
 
         It is about the iterator made last in this process, and about the samples that it has yielded; what it has
         fetched ahead does not count. Before the first iterator it stands for the beginning of the epoch.
@@ -328,7 +328,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         return self._current.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the next iteration go on where *state* was taken; those after it begin anew.
+        """Have the next iteration resume where *state* was taken; those after it start from the beginning.
 
         Load it in the main process before its loader begins: each of its workers takes up its shard; workers that live
         on from before refuse to go on. With another number of workers or ranks *state* must tell of all shards, see
@@ -396,8 +396,8 @@ def _seed(shuffle: bool, seed: int) -> int | None:
 def merge_states(states: object) -> dict[str, Any]:
     """One state of those of all ranks and workers, with which any number of them can go on.
 
-    What the shards have not consumed is striped anew over those that load it; nothing is lost and nothing comes
-    twice. With the number of shards unchanged, each goes on exactly where it was.
+    What the shards have not consumed is striped again over those that load it; nothing is lost and nothing comes
+    twice. With the number of shards unchanged, each continues exactly where it was.
 
     Args:
         states: States of `IterableBlobDataset` or of loaders that hold one, in any nesting of lists and dicts; such as

@@ -127,7 +127,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
     ) -> BlobDataset[Any]:
         """A dataset of the blobs in a container, listed now.
 
-        Directory markers of hierarchical accounts are no samples. An empty listing makes an empty dataset and warns.
+        Directory markers of hierarchical accounts are not samples. An empty listing makes an empty dataset and warns.
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
@@ -140,7 +140,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
                 it, with one warning that counts, or ``"raise"`` ValueError.
             include_folder_markers: Whether empty blobs whose names end in a slash, which tools create as folders, are
                 samples.
-            cache_dir: As for `from_blob_urls`, except that the listing tells the versions.
+            cache_dir: As for `from_blob_urls`, except that the listing has the versions.
             cache_bytes: As for `from_blob_urls`.
 
         Raises:
