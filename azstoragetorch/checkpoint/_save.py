@@ -55,7 +55,7 @@ class Saves(threading.local):
         return save
 
     def begin_again(self, prepared: Save) -> Save:
-        """Begin the save *prepared* anew: with another id, so that it begins now."""
+        """Begin the save *prepared* again: with another id, so that it begins now."""
         save = Save(prepared.folder)
         self._open = [save if other is prepared else other for other in self._open]
         return save

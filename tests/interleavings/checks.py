@@ -39,10 +39,16 @@ class Rules:
     def _prefix(self) -> str:
         return f"run/{self.folder}/"
 
-    @property
-    def _is_exposed(self) -> bool:
-        """Whether it is a first save while its folder is cleaned: see the last point of the argument in `_commit`."""
-        return not self.had_one and any(kind.sweeps for kind in self.kinds) and any(kind.saves for kind in self.kinds)
+    def _is_exposed(self, state: State, name: str, content: bytes) -> bool:
+        """Whether *content* was committed where no checkpoint was, while the folder is cleaned.
+
+        See the last point of the argument in `_commit`.
+        """
+        written = [other for where, other in state.memory.history if where == name]
+        first = written.index(content)
+        if not any(kind.sweeps for kind in self.kinds) or (first == 0 and self.had_one):
+            return False
+        return first == 0 or written[first - 1] is None or is_tombstone(written[first - 1] or b"")
 
     def _current(self, state: State) -> dict[str, bytes]:
         """The existing metadata, by name."""
@@ -51,14 +57,14 @@ class Rules:
 
     def after_step(self, state: State) -> list[str]:
         """An existing checkpoint can be loaded completely, and exists until it is deleted on purpose."""
-        if self._is_exposed:
-            return []
-        return self._broken(state)
+        return self._broken(state, is_strict=False)
 
-    def _broken(self, state: State) -> list[str]:
+    def _broken(self, state: State, *, is_strict: bool) -> list[str]:
         wrong = []
         current = self._current(state)
         for name, content in current.items():
+            if not is_strict and self._is_exposed(state, name, content):
+                continue
             for path, size, etag in _needs(content)[1]:
                 stored = state.memory.blobs.get(name.rpartition("/")[0] + "/" + path)
                 if stored is None or len(stored.data) < size or stored.etag != etag:
@@ -71,7 +77,7 @@ class Rules:
     def at_end(self, state: State) -> list[str]:
         """No reported success is false, errors are clear, and actors without conflicts succeed."""
         died = any(outcome.is_killed for outcome in state.outcomes.values())
-        wrong = [] if self._is_exposed and died else self._broken(state)
+        wrong = self._broken(state, is_strict=not died)
         committed = {
             _needs(content)[0]: number
             for number, (name, content) in enumerate(state.memory.history)
