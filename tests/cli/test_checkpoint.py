@@ -126,7 +126,7 @@ def test_import_of_something_else_is_an_error(
         ended = command("checkpoint", "import", place, f"{container.url}/step")
         assert ended.code == 1, ended.err
         assert "state.pt" in ended.err
-        assert len(ended.err.splitlines()) == 1
+        assert len(ended.err.strip().splitlines()) == 1  # old releases of rich end a bar by an empty line
         if data == b"not a checkpoint":
             assert "neither a zip archive nor a pickle" in ended.err
             assert "--trust" not in ended.err, "that would not help"

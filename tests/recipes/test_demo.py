@@ -122,8 +122,7 @@ def report(event):
     demo.print_line(event)
 
 demo.BlobIO = Interrupted
-credential = demo.AzureNamedKeyCredential(os.environ["AZURE_STORAGE_ACCOUNT"], os.environ["AZURE_STORAGE_KEY"])
-demo.Job(sys.argv[1], credential, demo.CHECKPOINT, report).run(3)
+demo.Job(sys.argv[1], demo.credential_of_environment(), demo.CHECKPOINT, report).run(3)
 """
 
 
