@@ -219,7 +219,7 @@ class TestWhatACopyKeeps:
 class TestCutShort:
     def test_an_interrupted_download_says_what_is_kept(self, fault_service: FaultService, tmp_path: Path) -> None:
         _, _, said = interrupted_download(fault_service, tmp_path / "f", 4 * MiB, part=1 * MiB)
-        (line,) = said.splitlines()
+        (line,) = said.strip().splitlines()
         kept = Record.kept_bytes(tmp_path / "f") / MiB
         assert kept >= 1
         assert line == f"azstoragetorch: interrupted; run it again to resume ({kept:.1f} MiB of 4.0 MiB kept)"
@@ -249,7 +249,7 @@ class TestCutShort:
         _, said = process.communicate(timeout=60)
         hold.gate.set()
         assert process.returncode == 128 + number
-        (line,) = said.splitlines()
+        (line,) = said.strip().splitlines()
         assert line == "azstoragetorch: interrupted; run it again to resume (2.0 MiB of 6.0 MiB kept)"
 
     @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a small disk")
