@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import pathlib
 import pickle
 import struct
@@ -317,6 +318,47 @@ def test_equal_descriptions_are_read_once_and_given_to_each_key_apart() -> None:
     assert first.properties is not second.properties
     assert first.chunks is not second.chunks
     assert first.chunks[0] is not second.chunks[0]
+
+
+def text(value: str) -> bytes:
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def large(described: bytes = b"", planned: bytes = b"N", stored: bytes = b"") -> bytes:
+    """The code of metadata in whose tables a memo may be used, which has these:
+
+    0 the class Metadata, 1 what describes an entry, 2 the class of an index, 3 a place, 4 "fqn", 5 "index", 6 a list
+    """
+    place = text("relative_path") + text("x") + text("offset") + b"K\x00" + text("length") + b"K\x01"
+    module = b"ctorch.distributed.checkpoint."
+    memo = (
+        module + b"metadata\nMetadata\n\x94" + module + b"metadata\nBytesStorageMetadata\n)\x81\x94"
+        + module + b"metadata\nMetadataIndex\n\x94" + module + b"filesystem\n_StorageInfo\n)\x81\x94}(" + place + b"ub"
+        + text("fqn") + b"\x94" + text("index") + b"\x94]\x94"
+    )  # fmt: skip
+    tables = text("state_dict_metadata") + b"}" + described + text("planner_data") + planned
+    tables += text("storage_data") + b"}" + stored
+    return module + b"metadata\nMetadata\n)\x81}(" + text("noted") + b"(" + memo + b"t" + tables + b"ub."
+
+
+def in_batches(entries: Iterator[bytes]) -> bytes:
+    return b"".join(b"(" + b"".join(batch) + b"u" for batch in iter(lambda: [*itertools.islice(entries, 1000)], []))
+
+
+CROWDED = {
+    "entries": large(in_batches(text(f"{n:06x}") + b"h\x01" for n in range(10_000))),
+    "items": large(
+        stored=in_batches(b"h\x02)\x81\x94}\x94(h\x04" + text(f"{n:06x}") + b"h\x05Nubh\x03" for n in range(10_000))
+    ),
+    "one list many times": large(planned=b"]" + (b"(" + b"h\x06" * 1000 + b"e") * 40),
+}
+
+
+@pytest.mark.parametrize("code", CROWDED.values(), ids=CROWDED.keys())
+def test_objects_that_are_many_times_as_large_as_the_file_are_not_made(code: bytes) -> None:
+    """Each would take 25 to 40 times the memory of its pickle."""
+    with pytest.raises(CheckpointError, match=r"than fit into its size|is too large"):
+        load_metadata(b"\x80\x04" + code)
 
 
 MEMORY = {

@@ -26,6 +26,7 @@ from .pickles import example
 
 SLOWEST = 1.0  # seconds of processor time for one input
 _TIMES, _ANYWAY = 20, 64 << 20  # memory of one input: so many times its length, and so many bytes anyway
+_RELEASES = Path(__file__).parent.parent / "checkpoint" / "stock"  # what releases of torch write
 _PAGE = resource.getpagesize()
 _ENUM = metadata_classes._MEM_FORMAT_ENCODING
 _WATCHED: tuple[Any, ...] = (
@@ -134,7 +135,12 @@ def described(metadata: Any) -> str:
     """All that *metadata* says; paths as pure ones, since others are made for this system alone."""
     storage = [(key.fqn, key.offset, key.index, sorted(_set(info))) for key, info in metadata.storage_data.items()]
     where = metadata.storage_meta
-    meta = where and (where.save_id, where.load_id, str(where.checkpoint_id), [*(where.modules or ())])
+    meta = where and (
+        where.save_id,
+        where.load_id,
+        str(where.checkpoint_id),
+        [*(getattr(where, "modules", None) or ())],
+    )
     return repr((metadata.state_dict_metadata, metadata.planner_data, storage, meta, metadata.version))
 
 
@@ -170,4 +176,11 @@ def metadata_seeds() -> list[bytes]:
         stock = (Path(folder) / ".metadata").read_bytes()
     metadata = pickle.loads(stock)
     ours = dump_metadata(metadata)
-    return [stock, ours, *(pickle.dumps(metadata, protocol) for protocol in (0, 2, 5)), dump_metadata(example())]
+    others = [path.read_bytes() for path in sorted(_RELEASES.glob("f*"))]
+    return [
+        stock,
+        ours,
+        *(pickle.dumps(metadata, protocol) for protocol in (0, 2, 5)),
+        dump_metadata(example()),
+        *others,
+    ]

@@ -51,7 +51,9 @@ _NAMES = (
 )
 _STRINGS = (
     "", "a", "d/..", "../x", "/x", "http://h/x", ".metadata", "__0.metadata", "x\r\ny: z", "\x00", "\ud800", "ä" * 90,
-    '"0x8D"', '"\r\n"', "__class__", "__dict__", "__init__", "fqn", "offset", "index", "relative_path", "length",
+    '"0x8D"', '"\r\n"', "torch._inductor",
+    "torch.strided", "TORCH_CHANNELS_LAST", "__class__", "__dict__", "__init__", "fqn", "offset", "index",
+    "relative_path", "length",
     "payload", "etag", "transform_descriptors", "state_dict_metadata", "storage_data", "planner_data", "version",
     "properties", "size", "chunks", "offsets", "sizes", "1" * 255,
 )  # fmt: skip

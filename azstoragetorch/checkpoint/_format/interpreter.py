@@ -31,7 +31,7 @@ _WAITING = 65536  # in any case
 _CONTAINERS = 1024  # in any case
 _DEPTH = 64  # of nested marks; metadata has 7
 _LONGEST = 9  # bytes of a number
-_SHORT = 6  # bytes of the opcode of a string that takes much more memory than that
+_SHORT = 8  # bytes of the opcode of a string that takes much more memory than that
 
 
 _UNREFERENCED = Name("nothing", "refers to this")  # the state of an instance that was read in one go

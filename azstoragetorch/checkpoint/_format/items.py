@@ -126,12 +126,13 @@ def _is_payload(facts: Any, length: int) -> bool:
     if type(facts) is not tuple or len(facts) != 4:
         return False
     offset, dtype, shape, stride = facts
-    if not (_are_counts((offset,)) and isinstance(dtype, torch.dtype) and _are_counts(shape) and _are_counts(stride)):
+    if not (are_counts((offset,)) and isinstance(dtype, torch.dtype) and are_counts(shape) and are_counts(stride)):
         return False
     return len(shape) == len(stride) and int(offset) + math.prod(shape) * dtype.itemsize <= length
 
 
-def _are_counts(values: Any) -> bool:
+def are_counts(values: Any) -> bool:
+    """Whether *values* are numbers that may be lengths or strides, one for each dimension of a tensor."""
     is_short = type(values) is tuple and len(values) <= DIMENSIONS
     return is_short and all(type(value) is int and 0 <= value <= LARGEST for value in values)
 

@@ -20,9 +20,9 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from azstoragetorch.checkpoint._format import records
+from azstoragetorch.checkpoint._format import items, records
 from azstoragetorch.checkpoint._format.interpreter import parse
-from azstoragetorch.checkpoint._format.items import check_etag, check_facts, check_place, check_transforms, shown
+from azstoragetorch.checkpoint._format.properties import read_properties, values_of
 from azstoragetorch.checkpoint._format.records import LARGEST, Array, Call, Name, Table
 from azstoragetorch.exceptions import CheckpointError
 
@@ -31,6 +31,10 @@ VERSION = "1.0.0"  # what FileSystemWriter writes into Metadata.version
 _STEPS = 128  # of the path of an entry in the nested state dict
 _NESTED = 16  # levels of what other planners than torch's note
 _BYTES_PER_SHARD = 16  # a shard takes at least 20
+_BYTES_PER_ENTRY = 40  # an entry with its index and place takes at least 55; without these, objects are much larger
+_BYTES_PER_ITEM = 64  # an item takes at least 70 in large metadata
+_ENTRIES = 4096  # in any case
+_ROOM = 8  # bytes for each byte
 _LONG = 4096  # characters of a field such as the id of a save
 
 
@@ -69,7 +73,7 @@ def _with_equal_parts_once(metadata: dcp.Metadata) -> dcp.Metadata:
     for key, entry in described.items() if isinstance(described, dict) else ():
         if type(entry) is dcp.TensorStorageMetadata:
             made = entry.properties
-            like = (made.dtype, made.layout, made.requires_grad, made.memory_format, made.pin_memory)
+            like = values_of(made)
             chunks = [dcp.ChunkStorageMetadata(once(chunk.offsets), once(chunk.sizes)) for chunk in entry.chunks]
             entry = dcp.TensorStorageMetadata(properties.setdefault(like, made), once(entry.size), chunks)
         entries[key] = entry
@@ -139,6 +143,8 @@ class _Maker:
     def __init__(self, length: int) -> None:
         # Objects may be shared, so walking through them takes longer than reading them: this bounds it.
         self._visits = length + 1024
+        self._room = _ROOM * length + (1 << 20)  # bytes of containers in what planners note
+        self._length = length
         self._shards = length // _BYTES_PER_SHARD + 64
         self._facts: dict[int, Any] = {}
         self._paths: set[str] = set()
@@ -163,14 +169,20 @@ class _Maker:
             setattr(made, name, self._plain(value, name))
         return made
 
+    def _counted(self, table: Any, name: str, each: int) -> Iterator[tuple[Any, Any]]:
+        """The pairs of a dict that is much larger as an object: it takes at least *each* bytes of a pickle for each."""
+        pairs = _pairs(table, name)
+        if len(table) // 2 > self._length // each + _ENTRIES:
+            raise CheckpointError(f"the metadata has more entries in {name!r} than fit into its size")
+        return pairs
+
     # -- entries of the state dict ------------------------------------------------------------------------------------
 
     def _entries(self, table: Any) -> dict[str, Any]:
         entries: dict[str, Any] = {}
-        pairs = _pairs(table, "state_dict_metadata")
-        for key, value in pairs:
+        for key, value in self._counted(table, "state_dict_metadata", _BYTES_PER_ENTRY):
             if type(key) is not str:
-                raise CheckpointError(f"the metadata has an entry named {shown(key)}, which is not a string")
+                raise CheckpointError(f"the metadata has an entry named {items.shown(key)}, which is not a string")
             if type(value) is list and value[0] is records.BYTES and len(value) == 1:
                 entries[key] = dcp.BytesStorageMetadata()
                 continue
@@ -202,7 +214,7 @@ class _Maker:
         if type(record) is not list or record[0] is not records.TENSOR:
             return None
         properties, size, chunks = _values(record, _TENSOR_FIELDS)
-        made = _properties(properties)
+        made = read_properties(properties)
         if type(size) is not torch.Size or type(chunks) is not Array or made is None:
             return None
         numel = math.prod(size) or math.prod(length or 1 for length in size)
@@ -218,7 +230,7 @@ class _Maker:
 
     def _storage(self, table: Any) -> dict[dcp.MetadataIndex, Any]:
         indices, infos, hashes = [], [], []
-        for key, value in _pairs(table, "storage_data"):
+        for key, value in self._counted(table, "storage_data", _BYTES_PER_ITEM):
             if type(key) is not list or key[0] is not records.INDEX:
                 raise CheckpointError(f"the metadata has {_kind(key)} where an index is due")
             fqn, number, offset = _values(key, _INDEX_FIELDS)
@@ -249,21 +261,21 @@ class _Maker:
                 and offset + length <= LARGEST
             )
             if not is_placed:
-                check_place(path, offset, length, fqn)
+                items.check_place(path, offset, length, fqn)
                 self._paths.add(path)
             info: Any = _StorageInfo(path, offset, length)
             if facts is not None:
                 if self._facts.get(id(facts)) != length:  # the record is alive, so no other has its id
-                    check_facts(facts, length, path)
+                    items.check_facts(facts, length, path)
                     self._facts[id(facts)] = length
                 info.payload = facts
             if etag is not None:
                 if type(etag) is not str or etag not in self._etags:
-                    check_etag(etag)
+                    items.check_etag(etag)
                     self._etags.add(etag)
                 info.etag = etag
             if transforms is not None:
-                info.transform_descriptors = list(check_transforms(transforms))
+                info.transform_descriptors = list(items.check_transforms(transforms))
         except CheckpointError as error:
             raise CheckpointError(f"{error} ({fqn!r:.200})", key=fqn) from None
         return info
@@ -274,7 +286,7 @@ class _Maker:
         if type(value) is not Table:
             return self._plain(value, "planner_data")
         paths = {}
-        for key, path in _pairs(value, "planner_data"):
+        for key, path in self._counted(value, "planner_data", _BYTES_PER_ENTRY):
             if type(key) is not str:
                 break
             if type(path) is not tuple or len(path) > _STEPS or not {*map(type, path)} <= {str, int}:
@@ -289,7 +301,9 @@ class _Maker:
     def _plain(self, value: Any, name: str, depth: int = 0) -> Any:
         """*value* as plain objects of Python, which are not shared."""
         self._visits -= 1
-        if self._visits < 0 or depth > _NESTED:
+        if type(value) in (tuple, Array, Table):
+            self._room -= 200 + 50 * len(value) if type(value) is Table else 64 + 10 * len(value)
+        if self._visits < 0 or self._room < 0 or depth > _NESTED:
             raise CheckpointError(f"the metadata has a field {name!r:.100} that is too large")
         if value is None or type(value) in (str, int, float, bool, torch.Size):
             return value
@@ -308,14 +322,6 @@ _CHUNK_FIELDS = ["offsets", "sizes"]
 _INDEX_FIELDS = ["fqn", "index", "offset"]
 _STORAGE_META_FIELDS = ["checkpoint_id", "save_id", "load_id", "modules"]
 _INFO_FIELDS = ["relative_path", "offset", "length", "payload", "etag", "transform_descriptors"]
-_MEMORY_FORMATS = {
-    0: torch.contiguous_format,
-    1: torch.channels_last,
-    2: torch.preserve_format,
-    "TORCH_CONTIGUOUS_FORMAT": torch.contiguous_format,
-    "TORCH_CHANNELS_LAST": torch.channels_last,
-    "TORCH_PRESERVE_FORMAT": torch.preserve_format,
-}
 
 
 def _pairs(table: Any, name: str) -> Iterator[tuple[Any, Any]]:
@@ -349,30 +355,10 @@ def _fields(record: list[Any]) -> dict[str, Any]:
 def _no_index(fqn: Any, offset: Any, number: Any) -> CheckpointError:
     """Why these cannot be the fields of an index."""
     if type(fqn) is not str:
-        return CheckpointError(f"the metadata has an index of {shown(fqn)}, which is not a string")
+        return CheckpointError(f"the metadata has an index of {items.shown(fqn)}, which is not a string")
     if offset is not None and type(offset) is not torch.Size:
         return CheckpointError(f"the metadata has an index of {fqn!r:.200} at {_kind(offset)}", key=fqn)
-    return CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {shown(number)}", key=fqn)
-
-
-def _properties(record: Any) -> tuple[Any, ...] | None:
-    """The arguments of TensorProperties, or None if *record* is not one."""
-    if type(record) is not list or record[0] is not records.PROPERTIES or len(record) != 2:
-        return None
-    state = record[1]
-    if type(state) is not tuple or len(state) != 5:
-        return None
-    dtype, layout, requires_grad, memory_format, pin_memory = state
-    layout, memory_format = _layout(layout), _memory_format(memory_format)
-    is_right = (
-        type(dtype) is torch.dtype
-        and type(layout) is torch.layout
-        and type(memory_format) is torch.memory_format
-        and type(requires_grad) is type(pin_memory) is bool
-    )
-    if not is_right:
-        return None
-    return dtype, layout, requires_grad, memory_format, pin_memory
+    return CheckpointError(f"the metadata has an index of {fqn!r:.200} with the hint {items.shown(number)}", key=fqn)
 
 
 def _chunk(record: Any, size: torch.Size) -> tuple[torch.Size, torch.Size] | None:
@@ -386,27 +372,6 @@ def _chunk(record: Any, size: torch.Size) -> tuple[torch.Size, torch.Size] | Non
         if first + count > whole:
             return None
     return offsets, sizes
-
-
-def _layout(value: Any) -> Any:
-    """The layout, from a constant or from a call that names it; anything else for what is not one."""
-    if type(value) is Call and value[0] is records.LAYOUT and type(value[1]) is tuple and len(value[1]) == 1:
-        name = value[1][0]
-        return getattr(torch, name.removeprefix("torch."), None) if type(name) is str else None
-    return value
-
-
-def _memory_format(value: Any) -> Any:
-    """The memory format, from the member of an enum; anything else for what is not one."""
-    if type(value) is Call and type(value[1]) is tuple:
-        function, arguments = value
-        if function is records.MEMBER and len(arguments) == 2 and arguments[0] is records.MEMORY_FORMAT:
-            arguments = arguments[1:]
-        elif function is not records.MEMORY_FORMAT:
-            return None
-        if len(arguments) == 1 and type(arguments[0]) in (int, str):
-            return _MEMORY_FORMATS.get(arguments[0])
-    return None
 
 
 def _storage_meta(record: Any) -> dcp.StorageMeta | None:
@@ -434,7 +399,7 @@ def _where(value: Any) -> Any:
 def _text(value: Any, name: str) -> str | None:
     if value is None or (type(value) is str and len(value) <= _LONG):
         return value
-    raise CheckpointError(f"the metadata has {shown(value)} as {name}, which is to be a short string")
+    raise CheckpointError(f"the metadata has {items.shown(value)} as {name}, which is to be a short string")
 
 
 def _kind(value: Any) -> str:
