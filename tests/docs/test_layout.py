@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
+
+import pytest
 
 from azstoragetorch import TransferConfig
 from tests.docs.pages import ROOT
@@ -46,3 +49,12 @@ def test_every_variable_and_extra_is_listed() -> None:
     read = set(re.findall(r"""["'](AZURE_STORAGE_\w+|\w+_CA_BUNDLE|SSL_CERT_\w+|XDG_\w+|LOCALAPPDATA)["']""", source))
     read |= set(re.findall(r"""environ\.get\(["'](\w+)["']""", source))
     assert {name for name in read - {"PATH"} if f"`{name}`" not in page} == set()
+
+
+@pytest.mark.parametrize("chart", sorted((DOCS / "performance").glob("*.svg")), ids=lambda path: path.stem)
+def test_a_chart_follows_the_theme(chart: Path) -> None:
+    """Its colors are variables with a light and a dark value, and its background is transparent."""
+    style, rest = re.split(r"</style>\s+<defs>", chart.read_text(encoding="utf-8"), maxsplit=1)
+    assert "@media (prefers-color-scheme: dark)" in style
+    assert re.findall(r"(?:fill|stroke): #\w+", rest) == []
+    assert set(re.findall(r"var\((--\w+)\)", rest)) <= set(re.findall(r"(--\w+): #", style))
