@@ -104,6 +104,7 @@ def sweep(
     """
     names = {str(file.__file__ if isinstance(file, ModuleType) else file) for file in files}
     tracer = _Tracer(names, turns, after_calls)
+    gc.collect()  # what other tests have dropped, so that no finalizer of it runs in a visit
     state = set_up()
     with tracer.on():
         act(state)
@@ -181,6 +182,8 @@ class _Tracer:
         self._do = do
         self._counts: Counter[tuple[CodeType, int, str]] = Counter()
         self._is_on = False
+        # Kept here, since the interpreter goes on calling a function that it is told to drop during the call.
+        self._callbacks = self._trace, self._line, self._profile
 
     def on(self) -> _Tracing:
         return _Tracing(self)
@@ -188,8 +191,8 @@ class _Tracer:
     def start(self) -> None:
         self._is_on = True
         if self._after_calls:
-            sys.setprofile(self._profile)
-        sys.settrace(self._trace)
+            sys.setprofile(self._callbacks[2])
+        sys.settrace(self._callbacks[0])
 
     def stop(self) -> None:
         self._is_on = False
@@ -197,12 +200,12 @@ class _Tracer:
         sys.setprofile(None)
 
     def _trace(self, frame: FrameType, _event: str, _argument: Any) -> Any:
-        return self._line if self._is_on and frame.f_code.co_filename in self._files else None
+        return self._callbacks[1] if self._is_on and frame.f_code.co_filename in self._files else None
 
     def _line(self, frame: FrameType, event: str, _argument: Any) -> Any:
         if event == "line" and self._is_on:
             self._reached(frame, "line")
-        return self._line
+        return self._callbacks[1]
 
     def _profile(self, frame: FrameType, event: str, _argument: Any) -> None:
         # The return of a Python function counts for the line that called it; that of C is seen in the calling frame.
