@@ -10,7 +10,7 @@
         └── CheckpointError                a distributed checkpoint cannot be saved, read or managed
             ├── CheckpointConflictError    another save was committed while this one was in progress
             ├── CheckpointExistsError      there is one, and it was not to be overwritten
-            └── CheckpointNotFoundError    there is none, or an incomplete one
+            └── CheckpointNotFoundError    no checkpoint, or an incomplete one
 
 What the service refuses is raised as the matching ``azure.core.exceptions`` type
 (``ResourceNotFoundError``, ``ClientAuthenticationError``, ``ServiceResponseError``, ...), since that is what
@@ -48,7 +48,7 @@ class FatalBlobIOWriteError(AZStorageTorchError):
 
 
 class BlobChangedError(AZStorageTorchError):
-    """The blob was overwritten or deleted and made anew while it was being read.
+    """The blob was overwritten, or deleted and created again, while it was being read.
 
     A read pins the version (ETag) that it saw first, so bytes of two versions are never mixed. Open the blob
     again to read the new version.

@@ -221,7 +221,7 @@ class BlobSharder(_Node[T, _Sharded]):
 
 
 def _state_of(source: Any) -> State:
-    """A copy of the state of *source*, which may be a node that goes on changing what it gives out."""
+    """A copy of the state of *source*, which may be a node that changes the state it returned before."""
     return copy.deepcopy(source.state_dict())
 
 

@@ -109,7 +109,7 @@ def test_records_of_fixed_length_are_never_cut(fault_service: FaultService, reco
 def test_a_blob_that_is_no_whole_number_of_records_is_refused(fault_service: FaultService) -> None:
     fault_service.put("data", "a", b"12345")
     source = IterableWrapper([fault_service.blob_url("data", "a")])
-    with pytest.raises(ValueError, match=r"data/a has 5 bytes, which is no multiple of the record length 2"):
+    with pytest.raises(ValueError, match=r"data/a has 5 bytes, which is not a multiple of the record length 2"):
         list(source.split_blob_ranges(10, 2, credential=False))
 
 

@@ -362,7 +362,7 @@ def test_urls_may_come_from_a_generator_with_states_and_signatures_of_their_own(
             "blob_url .* is the URL of a container, not of a blob",
         ),
         (lambda url: BlobDataset.from_blob_urls(7), TypeError, "blob_urls must be a URL or an iterable"),  # type: ignore[call-overload]
-        (lambda url: BlobDataset.from_blob_urls([7]), TypeError, "blob_urls must be texts"),  # type: ignore[list-item]
+        (lambda url: BlobDataset.from_blob_urls([7]), TypeError, "blob_urls must be strings"),  # type: ignore[list-item]
         (lambda url: BlobDataset.from_container_url(f"{url}/blob"), ValueError, "container_url .* not of a container"),
         (
             lambda url: IterableBlobDataset.from_container_url("https://x.y"),

@@ -2,8 +2,8 @@
 
 Any number of processes may use one folder at once: files appear whole, by renaming, and are never changed after; the
 count of bytes is kept under a file lock. Only one call of a process waits for that lock; any other one leaves its bytes
-to that call, since it may be a signal handler inside it. The least recently used leave. A disk that is full or cannot
-be written is no error: blobs are then read through, which is said once.
+to that call, since it may be a signal handler inside it. The least recently used blobs are evicted. A disk that is
+full or read-only does not raise: blobs are then read from the service, with one warning.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BlobCache:
         if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022):
             raise ValueError(
                 f"cache_dir {str(self.folder)!r} can be written by others, who could plant data in it: "
-                "use a folder of your own (mode 0700)"
+                "use a folder that only you can write to (mode 0700)"
             )
 
     def open(self, url: BlobURL, etag: str) -> int | None:

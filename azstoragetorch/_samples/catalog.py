@@ -65,7 +65,7 @@ class Catalog:
         base, current = "", 0
         for url in urls:
             if not isinstance(url, str):
-                raise TypeError(f"blob_urls must be texts, not {type(url).__name__}")
+                raise TypeError(f"blob_urls must be strings, not {type(url).__name__}")
             if base and url.startswith(base) and needs_no_parsing(url, len(base)):
                 name = url[len(base) :]
             else:

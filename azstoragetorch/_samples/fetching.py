@@ -175,7 +175,7 @@ def split_ranges(item: Item, clients: ClientFactory, chunk_size: int, align: byt
     if isinstance(align, int):
         if size % align:
             raise ValueError(
-                f"{url} has {size} bytes, which is no multiple of the record length {align}: it is truncated, or "
+                f"{url} has {size} bytes, which is not a multiple of the record length {align}: it is truncated, or "
                 "its records have another length"
             )
         step = max(align, chunk_size // align * align)

@@ -60,7 +60,7 @@ def pair_of(item: Any, wanted: str) -> tuple[Any, Any]:
     """The two halves of *item*.
 
     Raises:
-        TypeError: it is no pair, with words for what was *wanted*.
+        TypeError: it is not a pair; the message names what was *wanted*.
     """
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return item[0], item[1]

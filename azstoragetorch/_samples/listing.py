@@ -84,7 +84,7 @@ def _list(run: _Run, prefix: str, catalog: Catalog, after: str = "") -> bool:
 
 
 def _fan_out(run: _Run, prefix: str, first: str, last: str, catalog: Catalog) -> bool:
-    """List all behind *last* folder by folder, several at once; False, with nothing appended, if that is no good."""
+    """List all behind *last* folder by folder, several at once; False, with nothing appended, if it is not faster."""
     units = _survey(run, prefix, first, last)
     if units is None:
         return False

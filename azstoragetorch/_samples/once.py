@@ -1,7 +1,7 @@
 """Work that one of several forked processes does, and all of them have the result of.
 
-DataLoader forks its workers without asking anybody, so there is no moment at which a parent could prepare something
-for them. Instead they share a nameless file: the first to lock it does the work, the others find the result.
+DataLoader forks its workers without a hook in which the parent could prepare something for them. Instead the workers
+share an unnamed file: the first to lock it does the work, and the others find the result.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OnceAmongForks:
                 return made
             # Children that the parent is yet to have inherit what it made.
             if os.getpid() != self._pid or multiprocessing.active_children():
-                with suppress(OSError):  # no room: whoever does not find it makes it again
+                with suppress(OSError):  # no space: a process that does not find the result computes it again
                     _write(descriptor, data)
             return data
 

@@ -1,8 +1,8 @@
 """Records of a blob that is read in ranges: which belong to a range, and how to read no more than these.
 
-A range owns the records that start in it. Who reads a range looks for the first delimiter in it to find where its
-records begin, and reads past its end to finish the last one. So ranges can be read by different processes that know
-nothing of each other, and each record is read by exactly one.
+A range owns the records that start in it. The reader of a range looks for the first delimiter in it to find where its
+records begin, and reads past its end to finish the last one. So different processes can read the ranges without
+coordination, and each record is read by exactly one.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class ResumeState:
         """The state in a dict that `to_dict` made.
 
         Raises:
-            ValueError: it is none, or one of a newer version.
+            ValueError: *state* is not a state, or a newer version saved it.
         """
         if not isinstance(state, Mapping) or not state.keys() >= _MARKS:
             raise ValueError("state: not the state of a dataset; pass what state_dict() or merge_states() returned")
@@ -112,8 +112,8 @@ def merge(states: object) -> ResumeState:
     """One state of all the states in *states*: of datasets or of loaders, in any nesting of lists and dicts.
 
     Raises:
-        ValueError: there is none, or they are not of the same epoch, order and striping, or one shard comes with two
-            positions.
+        ValueError: there are no states, they are not of the same epoch, order and striping, or two of them give
+            different positions of one shard.
     """
     merged: ResumeState | None = None
     for found in _find(states):
@@ -132,7 +132,9 @@ def merge(states: object) -> ResumeState:
         pairs = zip(merged.positions, state.positions, strict=True)
         merged = replace(merged, positions=tuple(theirs if ours is None else ours for ours, theirs in pairs))
     if merged is None:
-        raise ValueError("states: there is no state of a dataset in here")
+        raise ValueError(
+            "states: no state of a dataset was found in it; pass what state_dict of datasets or loaders returned"
+        )
     return merged
 
 

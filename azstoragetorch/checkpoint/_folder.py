@@ -232,8 +232,8 @@ class Folder:
             raise CheckpointError(f"{where}: {error}", checkpoint=self.url, key=error.key, rank=rank) from None
 
     def _not_found(self, name: str, rank: int | None) -> CheckpointNotFoundError:
-        """Say why there is no checkpoint here, as far as a look at the folder tells."""
-        why = "there is no checkpoint here"
+        """The error for a folder without a checkpoint, with the reason that its listing suggests."""
+        why = "no checkpoint was found here"
         try:
             for page in self._container.pages(prefix=self.address.blob):
                 if self.address.blob in page.names:
@@ -254,7 +254,7 @@ def _save_id(metadata: Metadata) -> str | None:
     return str(found) if found is not None else None
 
 
-def plain(error: BaseException) -> BaseException:
+def picklable(error: BaseException) -> BaseException:
     """*error* if it can be sent to another rank, else one that can and says the same."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - made a moment ago

@@ -22,7 +22,7 @@ from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.memory import expect_filling
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for, one_at_a_time
-from azstoragetorch.checkpoint._folder import Folder, plain
+from azstoragetorch.checkpoint._folder import Folder, picklable
 from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
 from azstoragetorch.checkpoint._host import Copier, is_in_place, select, view_of
 from azstoragetorch.checkpoint._planning import Box, Piece, Request, contiguous_strides, join
@@ -121,7 +121,7 @@ class Load:
         except Exception as error:  # noqa: BLE001 - of torch, the planner or an extension
             raise CheckpointError(
                 f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
-            ) from plain(error)
+            ) from picklable(error)
         counter.add(request.stop - request.start)
 
     def _load(self, request: Request, pieces: list[tuple[Piece, Read]], keys: list[str], scope: Scope) -> None:
@@ -330,7 +330,7 @@ def _check_harmless(key: str, content: bytes) -> None:
     except Exception as error:  # noqa: BLE001 - torch raises errors of many types for what it does not load
         raise CheckpointError(
             f"{key!r} holds more than weights_only=True admits, so it was not unpickled: {error!s:.300}", key=key
-        ) from plain(error)
+        ) from picklable(error)
 
 
 def _bare(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._folder import Version, describe, plain
+from azstoragetorch.checkpoint._folder import Version, describe, picklable
 from azstoragetorch.checkpoint._format import Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
 from azstoragetorch.checkpoint._progress import ProgressCallback
@@ -240,7 +240,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
             except Exception as error:  # noqa: BLE001 - raised below
                 failure = failure or self._failed(error, load)
         if failure is not None:
-            raise failure from plain(failure.__cause__ or failure)
+            raise failure from picklable(failure.__cause__ or failure)
         future: Future[None] = Future()
         future.set_result(None)
         return future

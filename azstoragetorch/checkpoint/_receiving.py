@@ -11,7 +11,7 @@ from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.job import Job
 from azstoragetorch._engine.ranges import ByteRange, split
 from azstoragetorch._engine.scope import Scope, on_error
-from azstoragetorch.checkpoint._folder import Folder, plain
+from azstoragetorch.checkpoint._folder import Folder, picklable
 from azstoragetorch.checkpoint._planning import Request
 from azstoragetorch.checkpoint._reads import named
 from azstoragetorch.exceptions import BlobChangedError, CheckpointError
@@ -59,11 +59,11 @@ class DataBlobs:
             )
             raise CheckpointError(
                 f"the data blob {request.blob} with {named(keys)} {state} ({error})", key=keys[0]
-            ) from plain(error)
+            ) from picklable(error)
         except AzureError as error:
             raise CheckpointError(
                 f"{named(keys)} in {request.blob}: {type(error).__name__}: {error}", key=keys[0]
-            ) from plain(error)
+            ) from picklable(error)
         for target, source in copies:
             target[:] = source
 

@@ -28,7 +28,7 @@ from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch.checkpoint._cleaning import delete_of_rank
 from azstoragetorch.checkpoint._commit import commit
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
-from azstoragetorch.checkpoint._folder import Seen, describe, plain
+from azstoragetorch.checkpoint._folder import Seen, describe, picklable
 from azstoragetorch.checkpoint._format import (
     VERSION,
     data_name,
@@ -259,7 +259,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 raise
             raise _exists(save) from error
         except (AzureError, FatalBlobIOWriteError) as error:
-            raise _error(save, f"the metadata could not be written: {error}") from plain(error)
+            raise _error(save, f"the metadata could not be written: {error}") from picklable(error)
 
     def _discard(self, save: Save, paths: frozenset[str], seen: Seen) -> None:
         """Delete the data of the checkpoint that was replaced. The save counts, whatever comes of that."""
@@ -319,7 +319,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 save,
                 f"could not save {place}, so the save has no effect: {describe(cause)}",
                 key=encoder.key if is_item else None,
-            ) from plain(cause)
+            ) from picklable(cause)
         return [WriteResult(index, item.length, storage_info(item)) for index, item in encoder.written]
 
     # -- committing ---------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class BlobRangeSplitterIterDataPipe(IterDataPipe[BlobRange]):
     Raises:
         ValueError, TypeError: *chunk_size* or *align* is wrong.
 
-    Iterating raises ``ValueError`` where the length of a blob is no multiple of the record length. The number of
+    Iterating raises ``ValueError`` if the length of a blob is not a multiple of the record length. The number of
     ranges is not known in advance: ``len()`` raises TypeError.
     """
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class BlobSharderIterDataPipe(Shardable, IterDataPipe[T]):
     """Yields the share of this worker and rank, and all without them. One of these, or `sharding_filter`, to a graph.
 
-    DataLoader tells it the number of shards (workers x ranks) and which one it is; by hand,
+    DataLoader passes it the number of shards (workers x ranks) and its index; by hand,
     ``torch.utils.data.graph_settings.apply_sharding`` does. Every shard must see the same source in the same order,
     which holds for listings that do not change and for `shuffle` under DataLoader.
 

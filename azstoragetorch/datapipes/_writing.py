@@ -37,9 +37,9 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 
-    Iterating raises ``TypeError`` where the source yields no pair or, with the URL, where data is no bytes, and
-    :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` where the service refuses. The length is that of the
-    source.
+    Iterating raises ``TypeError`` if the source yields something other than a pair or, with the URL, data that
+    is not bytes, and :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` if the service refuses. The length is
+    that of the source.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ def _files_of(sample: Mapping[str, Any], url: str) -> list[bytes]:
     parts = []
     for extension, value in sample.items():
         if not isinstance(extension, str):
-            raise TypeError(f"{url}: the sample {key!r} has the extension {extension!r}, which is no text")
+            raise TypeError(f"{url}: the sample {key!r} has the extension {extension!r}, which is not a string")
         if extension.startswith("__"):
             continue
         name = f"{key}.{extension}"

@@ -78,7 +78,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
     before each epoch, or all have the same order.
 
     **Resuming.** `state_dict` and `load_state_dict` save and restore the exact place, by hand or under
-    ``torchdata.stateful_dataloader.StatefulDataLoader``. `merge_states` makes it possible to go on with another
+    ``torchdata.stateful_dataloader.StatefulDataLoader``. With `merge_states`, a job resumes with another
     number of ranks or workers.
     """
 
@@ -301,7 +301,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         elif loaded.fingerprint != catalog.fingerprint:
             raise ValueError(
                 "state: the listing has changed since the state was saved (blobs were added, removed or renamed): "
-                "restore the blobs, or begin the epoch anew without the state"
+                "restore the blobs, or start the epoch again without the state"
             )
         consumed, position = loaded.for_shard(place.shard, place.shards)
         state = replace(loaded, shards=place.shards, consumed=consumed, positions=())
@@ -330,9 +330,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Have the next iteration resume where *state* was taken; those after it start from the beginning.
 
-        Load it in the main process before its loader begins: each of its workers takes up its shard; workers that live
-        on from before refuse to go on. With another number of workers or ranks *state* must tell of all shards, see
-        `merge_states`.
+        Load it in the main process before the loader starts; each worker then resumes its shard. Persistent workers
+        that were started before refuse to continue. With another number of workers or ranks, *state* must cover
+        all shards; see `merge_states`.
 
         Raises:
             ValueError: *state* is not one, or one of another order. Whether it fits the listing and the shards is
@@ -371,7 +371,9 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         check_count("batch_size", batch_size, 1)
         check_count("num_workers", num_workers, 1)
         if self._placement.by == "none":
-            raise ValueError("with shard_by='none' all workers read the same: there is no state of all of them")
+            raise ValueError(
+                "with shard_by='none' all workers read the same blobs, so a state of all of them cannot be made"
+            )
         loaded = None if resumed_from is None else ResumeState.from_dict(resumed_from)
         places = [self._placement.of_worker(worker, num_workers) for worker in range(num_workers)]
         begun = [self._begin(place, loaded) for place in places]
@@ -394,7 +396,7 @@ def _seed(shuffle: bool, seed: int) -> int | None:
 
 
 def merge_states(states: object) -> dict[str, Any]:
-    """One state of those of all ranks and workers, with which any number of them can go on.
+    """Merge the states of all ranks and workers into one, from which any number of them can resume.
 
     What the shards have not consumed is striped again over those that load it; nothing is lost and nothing comes
     twice. With the number of shards unchanged, each continues exactly where it was.
@@ -404,7 +406,7 @@ def merge_states(states: object) -> dict[str, Any]:
             the list that ``torch.distributed.all_gather_object`` fills with ``loader.state_dict()``.
 
     Raises:
-        ValueError: there is none, they do not belong together, or a loader's state is some steps old
+        ValueError: there are no states, they do not belong together, or the state of a loader is some steps old
             (``snapshot_every_n_steps``).
     """
     return merge(states).to_dict()

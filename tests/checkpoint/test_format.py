@@ -235,7 +235,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         ({"state_dict_metadata": {1: tensor}}, "named 1"),
         ({"storage_data": {MetadataIndex("a"): size}}, "not in torch's file format: it has a Size"),
         ({"storage_data": {MetadataIndex("a"): _StorageInfo("x", -1, 10)}}, "places 'a' at -1, length 10"),
-        ({"storage_data": {"a": _StorageInfo("x", 0, 10)}}, "has a str where an index is due"),
+        ({"storage_data": {"a": _StorageInfo("x", 0, 10)}}, "has a str in the place of an index"),
     ]
     for changes, words in forged:
         with pytest.raises(CheckpointError, match=words):

@@ -99,9 +99,9 @@ class _EnvelopeSink(io.RawIOBase):
 
 
 def probe(head: bytes, tail: bytes, length: int) -> Payload | None:
-    """What the first and last bytes of an item of *length* bytes tell about a dense payload between them.
+    """The dense payload that the first and last bytes of an item of *length* bytes describe.
 
-    None if the item has to be decoded whole: it is no single dense tensor, or says so elsewhere.
+    None if the item has to be decoded as a whole: it is not a single dense tensor, or these bytes do not show that.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -120,7 +120,7 @@ def probe(head: bytes, tail: bytes, length: int) -> Payload | None:
             tuple(tensor.shape),
             tuple(tensor.stride()),
         )
-    except Exception:  # noqa: BLE001 - whatever it is, decoding the whole item will tell, or fail with a reason
+    except Exception:  # noqa: BLE001 - decoding the whole item loads it, or fails with a reason
         return None
     fits = payload.nbytes and payload.is_contiguous and payload.offset + payload.nbytes <= length
     return payload if fits else None

@@ -25,7 +25,7 @@ _ETAG = re.compile(r'(?:W/)?"[!#-~]{0,254}"')  # what may stand in a header
 
 
 class Item(NamedTuple):
-    """Where one item is. ``payload`` is None where only decoding the whole item tells what it holds."""
+    """Where one item is. ``payload`` is None if the item has to be decoded to know what it holds."""
 
     path: str
     offset: int
@@ -103,7 +103,7 @@ def _is_inside(path: str) -> bool:
 def check_etag(etag: Any) -> None:
     """Raise unless *etag* can be an ETag: it becomes the value of a header."""
     if etag is not None and not (type(etag) is str and _ETAG.fullmatch(etag)):
-        raise CheckpointError(f"the checkpoint has {shown(etag)} where the ETag of a blob is due")
+        raise CheckpointError(f"the checkpoint has {shown(etag)} in the place of the ETag of a blob")
 
 
 def check_transforms(names: Any) -> tuple[str, ...]:

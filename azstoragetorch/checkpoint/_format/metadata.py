@@ -42,7 +42,7 @@ _LONG = 4096  # characters of a field such as the id of a save
 def many_objects() -> Iterator[None]:
     """Make very many objects without the garbage collector looking through them again and again.
 
-    Reading the metadata of 100,000 items takes three times as long with it, and there is no garbage to find.
+    Reading the metadata of 100,000 items takes three times as long with it, and it would not find garbage.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -232,7 +232,7 @@ class _Maker:
         indices, infos, hashes = [], [], []
         for key, value in self._counted(table, "storage_data", _BYTES_PER_ITEM):
             if type(key) is not list or key[0] is not records.INDEX:
-                raise CheckpointError(f"the metadata has {_kind(key)} where an index is due")
+                raise CheckpointError(f"the metadata has {_kind(key)} in the place of an index")
             fqn, number, offset = _values(key, _INDEX_FIELDS)
             if not (
                 type(fqn) is str
