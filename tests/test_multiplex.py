@@ -272,3 +272,26 @@ def test_a_read_that_begins_while_no_thread_can_be_made_ends(
     )
     assert ends[0] is not None
     assert ends[0].is_set()
+
+
+def test_a_handler_in_the_start_of_the_thread_gets_its_read(
+    fault_service: FaultService, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that runs just before the thread is started, and waits for a read, has the thread started."""
+    client = container(fault_service)
+    warm(client, blobs)
+    multiplex._multiplexers.get().clear()
+    begin, ends = multiplex.start_thread, list[bool]()
+
+    def start_interrupted(work: Callable[[], None]) -> bool:
+        monkeypatch.setattr(multiplex, "start_thread", begin)
+        ended = start(client, "002")
+        assert ended is not None
+        ends.append(ended.wait(20))
+        return begin(work)
+
+    monkeypatch.setattr(multiplex, "start_thread", start_interrupted)
+    ended = start(client, "001")
+    assert ends == [True], "the handler waits for a thread that only the interrupted code starts"
+    assert ended is not None
+    assert ended.wait(60)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import select
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -61,20 +60,22 @@ class Multiplexer:
     # step 2 finds the read. If it registers before the thread has unregistered, the same holds. Both may register: the
     # second call gets FileExistsError.
     #
-    # The thread. `_turns` holds the turn of the one thread that runs. `begin` enters its read first and then its own
-    # turn with `setdefault`; if that succeeds, it starts a thread for the turn. A thread that has had no read for
-    # `_IDLE_SECONDS` removes its turn first and then looks for reads. So at least one of the two sees the other. A
-    # thread that finds a read enters its turn again, or exits if another `begin` was faster and has started a thread.
-    # The same holds for a thread that dies, after it has failed all reads.
+    # The thread. `_turns` holds the turn of the one thread that runs. `begin` enters its read first and then a turn,
+    # with `setdefault`, which keeps a turn that is there. A thread that has had no read for `_IDLE_SECONDS` removes its
+    # turn first and then looks for reads. So at least one of the two sees the other. A thread that finds a read enters
+    # its turn again, or exits if another `begin` was faster and has entered one. The same holds for a thread that dies,
+    # after it has failed all reads. Only the thread that has taken a turn removes it.
     #
-    # An interrupt in `_start` does not show whether a thread was started. So a turn is a deque with one item, and
-    # the first one to pop the item has the turn: the new thread, which runs, or the interrupted `begin`, which ends it.
+    # A `begin` that finds a turn for which no thread was started yet starts one too. The `begin` that entered the turn
+    # may have been ended by an interrupt, or it waits below a signal handler that waits for a read of its own. Of the
+    # threads that are started for one turn, the first one to `take` it runs, and the others exit. A `begin` that cannot
+    # start a thread takes the turn as well, to fail all reads.
 
     def __init__(self) -> None:
         self._reads: dict[int, _Read] = {}  # by descriptor
         self._watched: dict[int, Connection] = {}  # registered, also while other requests use them
         self._epoll = select.epoll()
-        self._turns: dict[None, deque[None]] = {}  # the turn of the thread that runs, if one does
+        self._turns: dict[None, _Turn] = {}  # the turn of the thread that runs, if one does
         self._last_active = self._last_sweep = 0.0
 
     def begin(
@@ -132,34 +133,35 @@ class Multiplexer:
 
     def _start(self) -> None:
         """Start the thread if it is not running."""
-        turn: deque[None] = deque([None])
-        with on_error(partial(self._end_turn, turn)):
-            if self._turns.setdefault(None, turn) is not turn or start_thread(partial(self._run, turn)):
-                return
-        self._end_turn(turn)
+        turn, me = self._turns.setdefault(None, _Turn()), object()
+        if turn.is_started:
+            return
+        with on_error(partial(self._fail_all, turn, me)):
+            if start_thread(partial(self._run, turn)):
+                turn.is_started = True
+            elif turn.take(me):
+                self._fail_all(turn, me)
 
-    def _end_turn(self, turn: deque[None]) -> None:
-        """End *turn* unless a thread has begun it; fail its reads."""
-        if _took_one(turn) and self._turns.get(None) is turn:
-            self._fail_all(turn)
-
-    def _fail_all(self, turn: deque[None]) -> None:
-        while True:
+    def _fail_all(self, turn: _Turn, me: object) -> None:
+        """Fail all reads and end *turn*, if *me* has taken it. After an interrupt, call it again."""
+        while turn.owner is me and self._turns.setdefault(None, turn) is turn:
             for descriptor, read in list(self._reads.items()):
                 self._end(descriptor, read, is_good=False)
-            if self._has_ended(turn):
+            self._turns.pop(None, None)
+            if not self._reads:
                 return
 
-    def _has_ended(self, turn: deque[None]) -> bool:
+    def _has_ended(self, turn: _Turn) -> bool:
         self._turns.pop(None, None)
         return not self._reads or self._turns.setdefault(None, turn) is not turn
 
-    def _run(self, turn: deque[None]) -> None:
-        if not _took_one(turn):
-            return
-        scratch = memoryview(bytearray(_MAX_HEAD_BYTES))
-        self._last_active = time.monotonic()
-        with on_error(partial(self._fail_all, turn)):
+    def _run(self, turn: _Turn) -> None:
+        me = object()
+        with on_error(partial(self._fail_all, turn, me)):
+            if not turn.take(me):
+                return
+            scratch = memoryview(bytearray(_MAX_HEAD_BYTES))
+            self._last_active = time.monotonic()
             while self._is_wanted() or not self._has_ended(turn):
                 for descriptor, _ in self._epoll.poll(_POLL_SECONDS):
                     self._advance(descriptor, scratch)
@@ -204,12 +206,23 @@ class Multiplexer:
             self._epoll.unregister(descriptor)
 
 
-def _took_one(turn: deque[None]) -> bool:
-    try:
-        turn.pop()
-    except IndexError:
-        return False
-    return True
+class _Turn:
+    """The turn of one thread. Several may be started for it; the first one to take it has it for good."""
+
+    __slots__ = ("_owners", "is_started")
+
+    def __init__(self) -> None:
+        self._owners: dict[None, object] = {}
+        self.is_started = False  # at least one thread was
+
+    def take(self, me: object) -> bool:
+        """Take it for *me*; return False if it was taken before."""
+        return self._owners.setdefault(None, me) is me
+
+    @property
+    def owner(self) -> object:
+        """Who has taken it."""
+        return self._owners.get(None)
 
 
 class _UnexpectedResponseError(Exception):
