@@ -17,7 +17,7 @@ PEER ?= build/peer/bin/python
 FUZZ_SECONDS ?= 60
 SOAK_SECONDS ?= 600
 
-# A venv that has what $(VENV) has, but for some packages, which $(2) names to pip.
+# A venv with the packages of $(VENV), except those that $(2) names to pip.
 define beside
 $(BIN)/python -m venv --without-pip --clear $(1)
 $(BIN)/python -c 'import sys; from sysconfig import get_path; open(get_path("purelib", vars={"base": sys.argv[1]}) + "/beside.pth", "w").write(get_path("purelib"))' $(1)
@@ -30,19 +30,19 @@ endef
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(DEV) $(AZURITE)  ## make .venv and .tools: pinned torch, the project with its extras, Azurite
+setup: $(DEV) $(AZURITE)  ## create .venv and .tools: pinned torch, the project with its extras, Azurite
 
-demo: setup  ## train on images in Azurite, SIGTERM in mid-epoch, resume at the very batch
+demo: setup  ## train on images in Azurite, stop mid-epoch with SIGTERM, resume at the exact batch
 	$(BIN)/python -m recipes.demo
 
-bench: setup  ## compare with other libraries and write docs/performance.md; BENCH= says where (default: Azurite)
+bench: setup  ## compare with other libraries and write docs/performance.md; BENCH= selects servers (default: Azurite)
 	$(BIN)/python -m recipes.benchmarks $(BENCH)
 
 # Most tests wait for sockets and processes: several at once, also on few CPUs.
-test: setup  ## run the tests; SLOW=1 adds those marked slow, ARGS= goes to pytest
+test: setup  ## run the tests; SLOW=1 adds slow tests, ARGS= is passed to pytest
 	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
 
-docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 asks other sites too
+docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 also checks links to other sites
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
 	$(BIN)/python docs/links.py build/docs
@@ -56,53 +56,53 @@ format: $(DEV)  ## apply style and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-types: $(DEV)  ## check types and syntax, for the oldest and the newest Python; ALL=1 for those between too
+types: $(DEV)  ## check types for the oldest and the newest Python; ALL=1 adds the versions in between
 	$(BIN)/mypy --python-version 3.10
 	$(foreach minor,$(if $(ALL),11 12 13),$(BIN)/mypy --python-version 3.$(minor) &&) $(BIN)/mypy --python-version 3.14
 
-check: lint types test  ## lint, types and test
+check: lint types test  ## run lint, types, and test
 
-fuzz: $(DEV)  ## look for inputs that break a promise; FUZZ_SECONDS= is the time for each target
+fuzz: $(DEV)  ## fuzz parsers and planners; FUZZ_SECONDS= is the time for each target
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
-soak: $(DEV)  ## use everything for SOAK_SECONDS= (600) under random faults; memory, threads and files have to stay flat
+soak: $(DEV)  ## use everything under random faults for SOAK_SECONDS= (600); memory, threads, and open files must not grow
 	$(BIN)/python -m tests.soak $(SOAK_SECONDS)
 
-coverage: setup  ## run the tests and report the branches of the package that none took; ARGS= goes to pytest
+coverage: setup  ## run the tests and report branches of the package that no test takes; ARGS= is passed to pytest
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 -m "not untraced" --numprocesses=2 --timeout=300 $(ARGS)
 
-reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## write docs/reliability.md from a run; PEER= is a Python with the published connector
+reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## run every fault and write docs/reliability.md; PEER= is a Python with the published connector
 	$(BIN)/python -m pytest tests/faults/test_matrix.py --numprocesses=2 --junitxml=build/matrix.xml
 	$(BIN)/python -m tests.faults.reliability build/matrix.xml build/soak.md $(PEER)
 
-interleavings: $(DEV)  ## run saves, loads and cleaning in every order and write the table in docs/reliability.md; ORDERS= of three at random
+interleavings: $(DEV)  ## run saves, loads, and cleaning in every order and write the table in docs/reliability.md; ORDERS= is the number of random orders of three
 	$(BIN)/python -m tests.interleavings $(or $(ORDERS),100000)
 
-oldest: setup  ## run the tests of the core with the oldest dependencies that are allowed; ARGS= goes to pytest
+oldest: setup  ## run the core tests with the oldest supported dependencies; ARGS= is passed to pytest
 	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python check
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
 
-newest: setup  ## run the tests of the core with the newest releases and pre-releases of its dependencies; ARGS= goes to pytest
+newest: setup  ## run the core tests with the newest releases and pre-releases of the dependencies; ARGS= is passed to pytest
 	$(call beside,$(NEWEST),--upgrade --pre azure-storage-blob azure-core azure-identity torchdata)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python check
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python list | grep -E '^(azure-|torch)'
 	$(NEWEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
 
-frameworks: setup  ## run the tests of recipes for other frameworks (Lightning) in a venv that has them; ARGS= goes to pytest
+frameworks: setup  ## run the tests of recipes for other frameworks (Lightning) in a separate venv; ARGS= is passed to pytest
 	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning)
 	$(FRAMEWORKS)/bin/python -m pytest -m frameworks --numprocesses=2 --dist=worksteal tests/recipes $(ARGS)
 
-audit: $(DEV)  ## check that dependencies fit together, and ask PyPI for known vulnerabilities of those that users get
+audit: $(DEV)  ## check that dependencies are compatible, and look up known vulnerabilities of those that users get
 	$(BIN)/python -m pip --disable-pip-version-check check
 	@$(AUDIT)/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip --disable-pip-version-check install --quiet pip-audit
 	$(BIN)/python -m tests.audit $(AUDIT)/bin/pip-audit
 
-build: $(DEV)  ## make the source archive and the wheel in dist/
+build: $(DEV)  ## build the source archive and the wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
-clean:  ## remove all that setup, test and build made
+clean:  ## remove everything that the other targets created
 	rm -rf $(VENV) .tools build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch goes first and pinned: resolving it with the rest may take another, far larger build.

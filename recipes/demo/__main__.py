@@ -1,4 +1,4 @@
-"""``python -m recipes.demo``: train, SIGTERM in mid-epoch, resume at the very batch; then two ranks save, one loads."""
+"""``python -m recipes.demo``: train, SIGTERM mid-epoch, resume at the exact batch; then two ranks save, one loads."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def decode(read: tuple[str, bytes]) -> tuple[str, torch.Tensor]:
 def make_loader(
     folder_url: str, credential: Any, *, least: int = 100, most: int = 20 << 20, batch_size: int = 64, threads: int = 4
 ) -> Loader:
-    """``state_dict()`` and ``load_state_dict()`` of the loader resume at the very batch."""
+    """``state_dict()`` and ``load_state_dict()`` of the loader resume at the exact batch."""
     folder_url, credential = split_sas(folder_url, credential)
     blobs = SizeFilter(BlobLister(folder_url, ["*.jpg", "*.png"], credential=credential), least, most)
     blobs = ShuffleBuffer(BlobSharder(blobs), buffer_size=100_000, seed=0)
