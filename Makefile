@@ -62,7 +62,7 @@ types: $(DEV)  ## check types for the oldest and the newest Python; ALL=1 adds t
 
 check: lint types test  ## run lint, types, and test
 
-fuzz: $(DEV)  ## fuzz parsers and planners; FUZZ_SECONDS= is the time for each target
+fuzz: $(DEV)  ## fuzz the parsers; FUZZ_SECONDS= is the time for each target
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 soak: $(DEV)  ## use everything under random faults for SOAK_SECONDS= (600); memory, threads, and open files must not grow

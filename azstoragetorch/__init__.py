@@ -22,9 +22,8 @@
               metrics  scope
               config  memory  process  ranges
 
-Imports point down this picture, one row for each floor; modules of one floor may import each other if they are of one
-package. Importing the package itself
-loads neither torch nor the Azure SDK; each module loads what it needs.
+Each row is a layer. A module imports only from the rows below it and, inside its package, from its own row. Importing
+the package itself loads neither torch nor the Azure SDK; each module loads what it needs.
 """
 
 from __future__ import annotations
@@ -41,15 +40,14 @@ def join_url(url: str, *names: str) -> str:
     """The URL of something in the container or folder at *url*: ``join_url(url, "runs", "step-1", "model.pt")``.
 
     Names are percent-encoded and put into the path; the query of *url*, with the SAS in it, stays at the end.
-    ``f"{url}/step-1"`` would put them behind the SAS.
+    ``f"{url}/step-1"`` would append them to the SAS.
 
     Args:
         url: The URL of a container or folder, with or without a SAS, with or without a trailing slash.
-        names: Folders, and the blob or folder in the last one, as plain strings. Each may have slashes inside, and a
-            trailing one.
+        names: Folders, and a blob or folder in the last one, as plain strings. Each can contain slashes and end in one.
 
     Raises:
-        ValueError: a name is empty, begins with a slash, or is refused as the name of a blob (``..``).
+        ValueError: a name is empty, begins with a slash, or is not a valid blob name (``..``).
         TypeError: an argument is not a str.
     """
     from azstoragetorch._blob.url import join_url

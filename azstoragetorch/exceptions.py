@@ -6,16 +6,15 @@
     └── AZStorageTorchError
         ├── FatalBlobIOWriteError          a write failed; nothing will be committed
         ├── BlobChangedError               a blob was overwritten while it was being read
-        ├── ClientRequestIdMismatchError   an answer belongs to another request
-        └── CheckpointError                a distributed checkpoint cannot be saved, read or managed
+        ├── ClientRequestIdMismatchError   a response belongs to another request
+        └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
             ├── CheckpointConflictError    another save was committed while this one was in progress
-            ├── CheckpointExistsError      there is one, and it was not to be overwritten
+            ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
             └── CheckpointNotFoundError    no checkpoint, or an incomplete one
 
-What the service refuses is raised as the matching ``azure.core.exceptions`` type
-(``ResourceNotFoundError``, ``ClientAuthenticationError``, ``ServiceResponseError``, ...), since that is what
-users of Azure catch. Every one of these errors survives pickling, so that DataLoader workers and distributed
-jobs report it as it was raised.
+Errors of the service are raised as the matching ``azure.core.exceptions`` types (``ResourceNotFoundError``,
+``ClientAuthenticationError``, ``ServiceResponseError``, ...), which users of Azure already catch. All of these errors
+can be pickled, so DataLoader workers and distributed jobs report them as they were raised.
 """
 
 from __future__ import annotations
@@ -39,35 +38,35 @@ class AZStorageTorchError(Exception):
 
 
 class FatalBlobIOWriteError(AZStorageTorchError):
-    """A write failed for good: this writer commits nothing and takes no more data.
+    """A write failed for good: this writer commits nothing and accepts no more data.
 
-    The blob is what it was before the writer was opened; only where the service fell silent after the commit had been
-    sent the message says that this is not known. The cause is chained (``__cause__``) and named in the message. Open
-    a new :class:`~azstoragetorch.io.BlobIO` and write everything again to retry.
+    The blob is unchanged. The one exception: if the service does not respond after the commit was sent, the message
+    says that the outcome is not known. The cause is chained (``__cause__``) and named in the message. Open a new
+    :class:`~azstoragetorch.io.BlobIO` and write everything again to retry.
     """
 
 
 class BlobChangedError(AZStorageTorchError):
     """The blob was overwritten, or deleted and created again, while it was being read.
 
-    A read pins the version (ETag) that it saw first, so bytes of two versions are never mixed. Open the blob
+    A reader is pinned to the version (ETag) that it saw first, so bytes of two versions are never mixed. Open the blob
     again to read the new version.
     """
 
 
 class ClientRequestIdMismatchError(AZStorageTorchError):
-    """The service echoed the id of another request, so the answer cannot be trusted.
+    """The response has the id of another request, so it cannot be trusted.
 
-    It is retried on a new connection first; seeing it means that a proxy mixes up answers.
+    The request is first retried on a new connection. If this error is raised, a proxy probably mixes up responses.
     """
 
 
 class CheckpointError(AZStorageTorchError):
-    """A distributed checkpoint cannot be saved, read or managed.
+    """A distributed checkpoint cannot be saved, loaded, or managed.
 
-    ``checkpoint`` is its URL, ``rank`` the rank that found out and ``key`` the entry of the state dict that was being
-    saved or loaded; what does not apply is None. ``touched`` names the entries of the state dict that a failed load
-    may have written to; all others are as they were.
+    ``checkpoint`` is its URL, ``rank`` the rank on which the operation failed, and ``key`` the entry of the state dict
+    that was being saved or loaded. Attributes that do not apply are None. ``touched`` is the set of entries of the
+    state dict that a failed load may have modified; all other entries are unchanged.
     """
 
     def __init__(
@@ -90,11 +89,12 @@ class CheckpointError(AZStorageTorchError):
 
 
 class CheckpointConflictError(CheckpointError):
-    """The checkpoint is not the one that was there when the operation began; it stays as it is now.
+    """The checkpoint was replaced or deleted while the operation was in progress. What is there now is unchanged.
 
-    A save raises it if another save was committed, or the checkpoint was deleted, while it was in progress: this save
-    has no effect, and what is there now loads. ``save_id`` is that of the operation, ``other_save_id`` that of the
-    checkpoint that is there; None if that is not known. Saves that run at the same time need separate folders.
+    A save raises this error if another save was committed, or the checkpoint was deleted, while the save was in
+    progress. The save then has no effect, and the other checkpoint can be loaded. ``save_id`` identifies this save, and
+    ``other_save_id`` the checkpoint that is there now; each is None if it is not known. Saves that run at the same time
+    need separate folders.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class CheckpointConflictError(CheckpointError):
 
 
 class CheckpointExistsError(CheckpointError):
-    """There is a checkpoint, and it was not to be overwritten. It is unchanged."""
+    """The folder has a checkpoint, and ``overwrite=False`` was passed. The checkpoint is unchanged."""
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """There is no checkpoint, or only what an interrupted save left behind."""
+    """The folder has no checkpoint, or only data that an interrupted save left behind."""

@@ -1,6 +1,6 @@
 """Nodes for ``torchdata.nodes`` over blobs: list, shard, read, shuffle; each resumes exactly, at any point.
 
-They compose with torchdata's own::
+They can be combined with the nodes of torchdata::
 
     from torchdata.nodes import Loader, ParallelMapper
     from azstoragetorch.nodes import BlobLister, BlobReader, BlobSharder, ShuffleBuffer
@@ -10,9 +10,9 @@ They compose with torchdata's own::
     node = ParallelMapper(BlobReader(node), decode, num_workers=4)
     loader = Loader(node)  # with state_dict() and load_state_dict()
 
-A state is small, JSON-able and a fresh copy; what is in flight is not part of it, and is fetched again. A node that is
-reset while another thread is inside `next`, as Prefetcher does, interrupts that thread; it gets the end of the
-iteration that was given up, and no item of the new one.
+A state is a small new dict that can be stored as JSON. Items in flight are not part of it, and are fetched again. If a
+node is reset while another thread is inside `next`, as Prefetcher does, that thread is interrupted: it sees the end of
+the old iteration, and gets no item of the new one.
 """
 
 from __future__ import annotations
@@ -115,15 +115,15 @@ class BlobLister(_Node[BlobInfo, _Listed]):
 
     Roots, masks and errors are those of :class:`azstoragetorch.datapipes.AzureBlobFileLister`. Each reset lists again.
 
-    Resuming lists up to the position again and compares what it passes: it raises ``ValueError`` if blobs were added
-    or removed there. The state holds a position and a checksum.
+    Resuming lists again up to the position, and raises ``ValueError`` if blobs were added or removed before it. The
+    state holds a position and a checksum.
 
     Args:
-        source: One root or several: URLs of containers, folders, blobs or beginnings of names.
-        masks: `fnmatch` patterns, one of which has to match.
+        source: One root or several: URLs of containers, folders, or blobs, or prefixes of names.
+        masks: `fnmatch` patterns, one of which must match.
         recursive: False lists one level only.
         invalid_names: ``"skip"`` or ``"raise"``, as for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
-        include_folder_markers: As there.
+        include_folder_markers: As for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
     """
@@ -184,9 +184,9 @@ class BlobSharder(_Node[T, _Sharded]):
     """Yields every n-th item of *source*: the share of this rank.
 
     Args:
-        source: The node to draw from, the same in every rank.
-        rank: This rank; by default torch.distributed's.
-        world_size: Number of ranks; by default torch.distributed's.
+        source: The node to draw from; it must yield the same items on every rank.
+        rank: This rank; by default, that of torch.distributed.
+        world_size: Number of ranks; by default, that of torch.distributed.
 
     Raises:
         ValueError: *rank* is not a rank of *world_size*, or only one of the two is given.
@@ -248,14 +248,14 @@ class _Reads(_Run):
 
 
 class BlobReader(_Node[tuple[str, bytes], _Reads]):
-    """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, many in flight at once.
+    """Yields ``(url, data)`` with all bytes of each blob that *source* names, in order, with many in flight at once.
 
-    What is in flight is bounded by bytes; a single blob that is larger is always admitted. It is not part of the state:
-    resuming fetches it again. Where a read fails, so does `next`, and the state is still before that blob.
+    Data in flight is bounded by bytes; a single larger blob is always admitted. It is not part of the state: resuming
+    fetches it again. If a read fails, `next` raises the error, and the state stays before that blob.
 
     Args:
         source: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
-        concurrency: Requests at once; by default ``transfer.max_connections``.
+        concurrency: Concurrent requests; by default ``transfer.max_connections``.
         memory_limit: Bytes in flight at most; by default ``transfer.memory_limit``.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
@@ -304,16 +304,17 @@ class _Shuffled(_Run, Generic[T]):
 class ShuffleBuffer(_Node[T, _Shuffled[T]]):
     """Yields the items of *source* in an order that depends on (seed, epoch).
 
-    It draws *buffer_size* items, yields them shuffled, and draws the next. That is a complete shuffle if the buffer
-    holds all, and its state is small whatever it holds: where the source was before the buffer was filled. Put it in
-    front of the reader, so that it shuffles names; resuming then draws at most one buffer of them again.
+    It draws *buffer_size* items, yields them in random order, and draws the next ones. If the buffer holds all items,
+    that is a complete shuffle. The state is small whatever the size of the buffer: the state of the source before the
+    buffer was filled, and a position. Put it before the reader, so that it shuffles names; resuming then draws at most
+    one buffer of names again.
 
     Each reset after items were drawn begins the next epoch.
 
     Args:
         source: The node to draw from.
         buffer_size: Items in the buffer.
-        seed: Of all orders.
+        seed: Seed of all orders.
 
     Raises:
         ValueError: *buffer_size* is below 1.

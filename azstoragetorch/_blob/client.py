@@ -201,7 +201,7 @@ class BlobClient(_Client):
 
         Raises:
             FatalBlobIOWriteError: the service did not confirm whether the write was carried out.
-            AzureError: the service refused, or could not be reached; the blob is unchanged.
+            AzureError: the service refused the request, or could not be reached; the blob is unchanged.
         """
         condition = {"If-Match": etag} if etag is not None else {"If-None-Match": "*"}
         retry = Retry(self.config)

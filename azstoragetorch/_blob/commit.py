@@ -43,7 +43,7 @@ def get_properties(service: Service, url: BlobURL, scope: Scope | None = None) -
 
     Raises:
         ResourceNotFoundError: the blob does not exist.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
         Cancelled: *scope* was cancelled.
     """
     return retrying(service.config, lambda: _get_properties(service, url, scope), scope)

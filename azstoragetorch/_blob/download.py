@@ -189,7 +189,7 @@ def open_range(
 
     Raises:
         BlobChangedError: the blob no longer has *etag*.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
         Cancelled: *scope* was cancelled.
     """
     return RangeRead(service, url, span, etag, scope or Scope())

@@ -83,11 +83,11 @@ class TransferConfig:
     environment variable ``AZSTORAGETORCH_<NAME>``, for example ``AZSTORAGETORCH_MAX_CONCURRENCY=32``.
 
     Args:
-        part_size: Bytes of one ranged read. 8 MiB keeps the cost of a request below 1 % and is one request for
-            most samples and shards of an index.
-        block_size: Bytes of one staged block at first; it grows with the length written, since the service
-            takes 50,000 blocks a blob.
-        max_concurrency: Requests of one transfer in flight at once. One blob serves about 60 MB/s a connection
+        part_size: Bytes of one ranged read. 8 MiB keeps the cost of a request below 1%, and fetches most samples and
+            shards of an index in one request.
+        block_size: Initial size of a staged block in bytes; it grows with the length written, because the service
+            accepts at most 50,000 blocks per blob.
+        max_concurrency: Concurrent requests of one transfer. One blob serves about 60 MB/s per connection,
             and 16 connections fill most NICs.
         max_connections: Threads, and so connections, of all transfers that share this configuration. 64 small
             blobs in flight hide a latency of 20 ms at 3,000 blobs/s.
@@ -95,12 +95,12 @@ class TransferConfig:
             of the process that share this configuration. One oversized piece is always admitted alone.
         read_ahead: Bytes fetched ahead of a sequential reader; 0 turns read-ahead off.
         connect_timeout: Seconds to establish a connection.
-        read_timeout: Seconds without a single byte before a request is given up and retried.
-        max_attempts: Tries of a request that makes no progress, the first one included.
-        max_backoff: Longest pause between two tries in seconds; a longer ``Retry-After`` is honoured.
-        validate_content: Check an MD5 of every part read and have the service check one of every block written.
+        read_timeout: Seconds without receiving a byte before a request is retried.
+        max_attempts: Attempts of a request that makes no progress, including the first one.
+        max_backoff: Longest pause between two attempts in seconds; a longer ``Retry-After`` is honored.
+        validate_content: Check an MD5 of every part read, and let the service check one of every block written.
             Parts are then at most 4 MiB. TLS already protects bytes in flight.
-        trusted_hosts: Hosts outside Azure that may get the credential although only a list of URLs, a listing or a
+        trusted_hosts: Hosts outside Azure that get the credential even if only a list of URLs, a listing, or a
             checkpoint names them: ``"data.example.com"``, ``"data.example.com:8443"``, or ``".example.com"`` for all
             hosts of a domain. Commas separate them in the environment variable. The host of a URL that is passed
             together with the credential gets it anyway.

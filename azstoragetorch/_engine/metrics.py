@@ -29,16 +29,16 @@ class Metrics:
     """Transfers of this process since it began, or between two snapshots: ``after - before``.
 
     Attributes:
-        requests: Requests that were answered, whatever the answer.
-        refusals: Answers with a status of 400 or more.
-        throttles: Of these, answers that ask to slow down (429, 503).
-        retries: Tries after the first one.
+        requests: Requests that were answered, with any status.
+        refusals: Responses with a status of 400 or more.
+        throttles: Of these, responses that ask to slow down (429, 503).
+        retries: Attempts after the first one.
         connections: Connections opened.
-        bytes_received: Bytes of answers' bodies.
-        bytes_sent: Bytes of requests' bodies.
+        bytes_received: Bytes of response bodies.
+        bytes_sent: Bytes of request bodies.
         blocked_seconds: Time in which callers waited for the network, summed over threads.
-        transform_seconds: Time in ``transform`` of datasets, with what it waited for itself.
-        latencies: Answers by the time until their first byte, in buckets; see `latency`.
+        transform_seconds: Time in ``transform`` of datasets, including the time that it waited for the network.
+        latencies: Responses by the time until their first byte, in buckets; see `latency`.
     """
 
     requests: int = 0
@@ -53,7 +53,7 @@ class Metrics:
     latencies: tuple[int, ...] = field(default=(0,) * _BUCKETS, repr=False)
 
     def latency(self, share: float) -> float:
-        """Seconds within which *share* (0 to 1) of the answers began, right to about 9 %; NaN without answers.
+        """Seconds within which *share* (0 to 1) of the responses began, accurate to about 9%; NaN without responses.
 
         Raises:
             ValueError: *share* is not between 0 and 1.

@@ -34,7 +34,7 @@ def list_catalog(
     *progress* is called with the number of blobs listed so far, after each answer of the service.
 
     Raises:
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
         ValueError: a name is invalid, and that is an error.
     """
     catalog = Catalog([container.url])

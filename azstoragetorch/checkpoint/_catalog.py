@@ -25,7 +25,7 @@ def list_checkpoints(
     incomplete ones and are left out. The URLs have no SAS: pass the one of *base_url* as ``credential=``.
 
     Raises:
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     base = Folder(base_url, credential, transfer)
     return [base.child(name).url for name in _complete(base)]
@@ -68,7 +68,7 @@ def keep_last(
     Raises:
         ValueError: *count* is less than 1.
         CheckpointError: the names do not say which checkpoints are the last; nothing was deleted.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}: delete_checkpoint removes a checkpoint for good")

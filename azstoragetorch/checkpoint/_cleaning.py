@@ -27,7 +27,7 @@ def delete_checkpoint(url: str, *, credential: Credential = None, transfer: Tran
 
     Raises:
         CheckpointConflictError: another checkpoint was saved here in the meantime; it is unchanged.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     return delete_in(Folder(url, credential, transfer))
 
@@ -96,7 +96,7 @@ def clean(
 
     Raises:
         CheckpointError: a ``.metadata`` cannot be read, so what it refers to is unknown; nothing was deleted.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     base = Folder(url, credential, transfer)
     cutoff = time.time() - min_age

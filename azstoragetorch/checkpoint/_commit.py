@@ -83,7 +83,7 @@ def commit(
             that of one; it is unchanged.
         CheckpointError: the data was deleted, and the metadata was taken back.
         FatalBlobIOWriteError: the service does not say whether it was done.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     blob = folder.blob(metadata_name(rank))
     begun = min((at for path in paths if (at := saved_at(path)) is not None), default=math.inf)

@@ -158,7 +158,7 @@ class Folder:
         """The metadata blob as it is now: of the checkpoint here, or that of *rank* alone.
 
         Raises:
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         try:
             content, version = self.blob(metadata_name(rank)).read()
@@ -174,7 +174,7 @@ class Folder:
         Raises:
             CheckpointNotFoundError: there is no checkpoint.
             CheckpointError: the metadata is broken or hostile.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         client = self.blob(metadata_name(rank))
         url = str(client.url)

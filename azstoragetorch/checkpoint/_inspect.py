@@ -65,7 +65,7 @@ def inspect_checkpoint(
     Raises:
         CheckpointNotFoundError: the folder has no complete checkpoint.
         CheckpointError: the metadata is broken, or may run foreign code.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     folder = Folder(url, credential, transfer)
     metadata = folder.metadata()

@@ -78,7 +78,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
 
     Raises:
         ValueError: *url* is not a URL, or names a snapshot; ``load_once_per`` is not one of the three.
-        TypeError: an argument has a wrong type.
+        TypeError: an argument has the wrong type.
 
     Loading raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
     ``azure.core.exceptions``; torch wraps them, on all ranks, into its ``CheckpointException``.
@@ -136,7 +136,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         Raises:
             CheckpointNotFoundError: the folder has no complete checkpoint.
             CheckpointError: the metadata is broken, or may run foreign code.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         rank = kwargs.get("rank")
         before, self._failure = self._failure, None

@@ -81,7 +81,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     Raises:
         ValueError: *url* is not a URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
-        TypeError: an argument has a wrong type.
+        TypeError: an argument has the wrong type.
 
     Saving raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
     ``azure.core.exceptions``; on more than one rank torch wraps them, on all ranks, into its ``CheckpointException``.

@@ -27,8 +27,8 @@ pipe                           functional name            yields
 `ResumableDataPipe`            `to_resumable`             a dataset that resumes exactly
 =============================  =========================  =======================================================
 
-Every pipe that talks to the service takes ``credential=`` and ``transfer=`` itself; none has another's. Sockets and
-threads exist only while a pipe is iterated, so pipes pickle and fork at any time.
+Every pipe that accesses the service takes ``credential=`` and ``transfer=``, and does not inherit those of another
+pipe. Sockets and threads exist only while a pipe is iterated, so a pipe can be pickled and forked at any time.
 """
 
 from __future__ import annotations

@@ -51,23 +51,23 @@ class _Lister(IterDataPipe[Any]):
 class AzureBlobFileListerIterDataPipe(_Lister):
     """Yields the URLs of blobs, lexicographically by root, a page of the listing at a time.
 
-    Each root is a container, a folder, a single blob or the beginning of names: a blob of exactly that name is yielded
-    alone; else, if there is a folder of that name, what is in it; else all whose names begin so. A trailing slash
-    always means the folder. Markers of directories are skipped.
+    Each root is a container, a folder, a single blob, or a prefix of names. If there is a blob of exactly that name,
+    only that blob is yielded; otherwise, if there is a folder of that name, its blobs; otherwise, all blobs whose names
+    have that prefix. A trailing slash always means the folder. Directory markers are skipped.
 
-    The URLs hold no SAS. One in a root is used for listing and goes no further: pass
-    ``credential=AzureSasCredential(...)`` to the pipes behind.
+    The URLs contain no SAS. A SAS in a root is used for listing only: pass ``credential=AzureSasCredential(...)`` to
+    the pipes that follow.
 
-    A lister does not shard: put `sharding_filter` or `shard_blobs` behind it. Every worker lists for itself, so do not
+    A lister does not shard: use `sharding_filter` or `shard_blobs` after it. Every worker lists separately, so do not
     add blobs below the root during an epoch.
 
     Args:
-        source: One root, several, or a pipe of them.
-        masks: `fnmatch` patterns, case-sensitive, one of which has to match: the last segment of the blob's name, or
-            all of the name (without the container) if the pattern has a slash. Empty: all blobs.
+        source: One root, several roots, or a pipe of roots.
+        masks: Case-sensitive `fnmatch` patterns, one of which must match the last segment of the blob's name, or the
+            whole name (without the container) if the pattern has a slash. Empty: all blobs.
         recursive: False lists one level only.
         invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"`` it,
-            with one warning at the end of the listing, or ``"raise"`` ValueError.
+            with one warning at the end of the listing, or ``"raise"`` a ValueError.
         include_folder_markers: Whether to yield empty blobs whose names end in a slash, which tools create as folders.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
@@ -75,8 +75,8 @@ class AzureBlobFileListerIterDataPipe(_Lister):
     Raises:
         ValueError, TypeError: an argument is wrong.
 
-    Iterating raises ``ResourceNotFoundError`` where a root holds nothing, or nothing that matches; only a container
-    without blobs is just empty. The length is not known in advance: ``len()`` raises TypeError.
+    Iterating raises ``ResourceNotFoundError`` if a root has no blobs, or none that match; only an empty container
+    yields nothing. The length is not known in advance: ``len()`` raises TypeError.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -88,8 +88,8 @@ class AzureBlobFileListerIterDataPipe(_Lister):
 class AzureBlobInfoListerIterDataPipe(_Lister):
     """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob.
 
-    Otherwise like :class:`AzureBlobFileLister`. Use it to choose by size before anything is read; readers behind it
-    know how much memory a blob will take, and fetch more at once.
+    Otherwise like :class:`AzureBlobFileLister`. Use it to select blobs by size before they are read. Readers after
+    it know how much memory a blob needs, and fetch more blobs at once.
     """
 
     def __iter__(self) -> Iterator[BlobInfo]:

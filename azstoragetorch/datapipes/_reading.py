@@ -88,8 +88,8 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
     """Yields ``(url, stream)`` for each blob, open for reading.
 
     The stream is a `StreamWrapper` around a :class:`~azstoragetorch.io.BlobIO`: seekable, pinned to one version of its
-    blob, and readable for as long as it is kept, also after the pipe was iterated again. Its first part
-    (``transfer.part_size``) is fetched ahead and the rest as it is read, so blobs of any size can be opened. Filter
+    blob, and readable as long as it is kept, even after the pipe is iterated again. The first part
+    (``transfer.part_size``) is fetched ahead, and the rest when it is read, so blobs of any size can be opened. Filter
     before opening, not after.
 
     A :class:`BlobRange` is opened as a `BytesIO` of the records in it.
@@ -98,8 +98,8 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
         source_datapipe: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
         mode: ``"rb"`` for bytes, ``"r"`` or ``"rt"`` for text.
         prefetch: How many blobs to open ahead; 0 opens each in its turn. The default is as many as fit into
-            a quarter of ``transfer.memory_limit`` (16 with the defaults). 1 or 2 do for big shards.
-        encoding: Of text.
+            a quarter of ``transfer.memory_limit`` (16 with the defaults). 1 or 2 are enough for large shards.
+        encoding: Encoding of text.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 
@@ -150,11 +150,11 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
 
 @functional_datapipe("load_files_by_azure")
 class AzureBlobFileLoaderIterDataPipe(Reading):
-    """Yields ``(url, stream)`` for each blob, where the stream is a `StreamWrapper` around a `BytesIO` of all of it.
+    """Yields ``(url, stream)`` for each blob, where the stream is a `StreamWrapper` around a `BytesIO` of the blob.
 
-    The next blobs are in flight while one is consumed, in order, within ``transfer.memory_limit``; a single blob
-    that is larger is always admitted. Of a blob whose size is not known beforehand (a URL) only the first part is
-    fetched ahead, so put `list_blobs_by_azure` in front of large ones. A :class:`BlobRange` gives the records in it.
+    The next blobs are in flight while one is consumed, in order, within ``transfer.memory_limit``; a single larger blob
+    is always admitted. If the size of a blob is not known beforehand (a URL), only its first part is fetched ahead, so
+    use `list_blobs_by_azure` for large blobs. For a :class:`BlobRange`, the stream has the records in it.
 
     Args:
         source_datapipe: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
@@ -172,7 +172,7 @@ class AzureBlobFileLoaderIterDataPipe(Reading):
 
 @functional_datapipe("read_files_by_azure")
 class AzureBlobFileReaderIterDataPipe(Reading):
-    """Yields ``(url, data)`` with all bytes of each blob; DataLoader can collate them.
+    """Yields ``(url, data)`` with all bytes of each blob, which DataLoader can collate.
 
     Otherwise like :class:`AzureBlobFileLoader`.
     """
@@ -184,21 +184,22 @@ class AzureBlobFileReaderIterDataPipe(Reading):
 
 @functional_datapipe("split_blob_ranges")
 class BlobRangeSplitterIterDataPipe(IterDataPipe[BlobRange]):
-    r"""Cuts each blob into ranges that different workers can read: yields :class:`BlobRange`.
+    r"""Splits each blob into ranges that different workers can read: yields :class:`BlobRange`.
 
-    A range owns the records that start in it. The reader of a range skips the end of a record that began before, and
-    reads on to the end of the last record that starts in it; so every record is read exactly once, by one reader,
-    whatever the size of the ranges. Each byte is read about once if ranges are much longer than records: the last
-    record of a range is read past its end, by less than 1 % at first.
+    A range owns the records that start in it. The reader of a range skips the end of a record that started earlier, and
+    reads past the end of the range to complete its last record. So every record is read exactly once, by one reader,
+    whatever the size of the ranges. If ranges are much longer than records, each byte is read about once: the first
+    request past the end of a range fetches less than 1% of its length.
 
-    All ranges of a blob are pinned to one version: if it is overwritten meanwhile, reading raises
+    All ranges of a blob are pinned to one version: if the blob is overwritten in the meantime, reading raises
     ``BlobChangedError``. An empty blob has no ranges.
 
     Args:
         source_datapipe: Yields URLs (one request each for the size) or, without a request, :class:`BlobInfo`.
         chunk_size: Bytes of a range, which a reader holds in memory at once.
-        align: What a record is: ``None`` - any byte; bytes - what ends a record, such as ``b"\n"`` for JSON lines and
-            CSV without quoted line breaks (CRLF too, whose ``\r`` stays); an integer - records of that many bytes.
+        align: How records are separated. ``None``: ranges can be cut anywhere. Bytes: the delimiter that ends a record,
+            such as ``b"\n"`` for JSON Lines and CSV without quoted line breaks (with CRLF, the ``\r`` is kept). An
+            integer: the length of each record in bytes.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 

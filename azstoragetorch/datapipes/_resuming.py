@@ -32,24 +32,24 @@ _DRAWS_AHEAD = (Reading, BlobRangeSplitterIterDataPipe, AzureBlobSaverIterDataPi
 
 
 class ResumableDataPipe(IterableDataset[Any]):
-    """A dataset over a graph of pipes that resumes exactly in the middle of an epoch.
+    """A dataset over a graph of pipes that resumes exactly, mid-epoch.
 
-    It shards and seeds the graph itself: by worker and rank, and by (seed, epoch), so that `shuffle` gives every
-    worker the same order, and the same again when an epoch is resumed. That makes it no pipe but an
-    `IterableDataset`: give it to a ``StatefulDataLoader``, or call `state_dict` and `load_state_dict` yourself.
+    It shards the graph by worker and rank, and seeds it by (seed, epoch), so that `shuffle` has the same order in every
+    worker, and again when an epoch is resumed. It is therefore not a pipe but an `IterableDataset`: pass it to a
+    ``StatefulDataLoader``, or call `state_dict` and `load_state_dict` yourself.
 
-    Resuming replays what is cheap - listing, shuffling, sharding - up to the position. If each item of the last reader
-    (`open_files_by_azure`, `load_files_by_azure`, `read_files_by_azure`) becomes one sample, through `map`, `collate`
-    and `batch` only, what was consumed is not read again; otherwise, as behind a tar, it is read and dropped.
-    Functions that draw from global random generators are not replayed.
+    Resuming repeats the cheap steps (listing, shuffling, sharding) up to the position. If only `map`, `collate`, and
+    `batch` follow the last reader (`open_files_by_azure`, `load_files_by_azure`, `read_files_by_azure`), so that each
+    of its items becomes one sample, consumed items are not read again; otherwise, for example after a tar, they are
+    read and dropped. The state of global random generators is not restored.
 
     Args:
-        source_datapipe: The end of the graph. It should have `sharding_filter` or `shard_blobs` behind the lister;
-            without, every worker reads all and drops what is not its share, with a warning.
-        seed: Of all pipes that have one.
+        source_datapipe: The end of the graph. It should have `sharding_filter` or `shard_blobs` after the lister;
+            otherwise, every worker reads everything and drops what is not its share, with a warning.
+        seed: Seed of all pipes that have one.
         shard_by: ``"rank_and_worker"``; ``"worker"`` or ``"none"`` if the graph itself distinguishes ranks or workers.
-        rank: Instead of torch.distributed's.
-        world_size: Instead of torch.distributed's.
+        rank: Replaces the rank of torch.distributed.
+        world_size: Replaces the world size of torch.distributed.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class ResumableDataPipe(IterableDataset[Any]):
         self._run: _Run | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the iterations that begin from now on, here and in persistent workers."""
+        """Choose the order of the iterations that start after this call, here and in persistent workers."""
         self._shared.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last iteration is: small, JSON-able, a fresh copy. What is in flight counts as not consumed."""
+        """The position of the last iteration: a small new dict for JSON. Items in flight do not count."""
         if self._pending is not None:
             return dict(self._pending)
         run = self._run or _Run(self._shared.epoch, 0, [])
@@ -94,7 +94,7 @@ class ResumableDataPipe(IterableDataset[Any]):
         """Make the next iteration continue where *state* was taken, in its epoch.
 
         Raises:
-            ValueError: *state* is of another seed or number of shards, or no state of this class.
+            ValueError: *state* has another seed or number of shards, or is not a state of this class.
         """
         if not set(state) >= _FIELDS or state["version"] != _VERSION:
             raise ValueError("not a state of ResumableDataPipe, or of another version of it")

@@ -18,24 +18,25 @@ T = TypeVar("T")
 
 @functional_datapipe("shard_blobs")
 class BlobSharderIterDataPipe(Shardable, IterDataPipe[T]):
-    """Yields the share of this worker and rank, and all without them. One of these, or `sharding_filter`, to a graph.
+    """Yields the share of this worker and rank; without workers and ranks, all items.
 
-    DataLoader passes it the number of shards (workers x ranks) and its index; by hand,
-    ``torch.utils.data.graph_settings.apply_sharding`` does. Every shard must see the same source in the same order,
-    which holds for listings that do not change and for `shuffle` under DataLoader.
+    Use only one of these or of `sharding_filter` per graph. DataLoader passes the number of shards (workers x ranks)
+    and the index of this one; without a loader, call ``torch.utils.data.graph_settings.apply_sharding``. Every shard
+    must see the same source in the same order, which is the case for listings that do not change, and for `shuffle`
+    under DataLoader.
 
     Args:
-        source_datapipe: Yields URLs, :class:`BlobInfo`, :class:`BlobRange`, or what begins with a URL.
-        by: ``"index"``: every n-th item. ``"hash"``: by the URL, so that a blob stays with its shard whatever else is
-            listed (ranges of one blob spread). ``"size"``: shares of about the same number of bytes; needs
-            :class:`BlobInfo` or :class:`BlobRange`, and reads all of the source first.
+        source_datapipe: Yields URLs, :class:`BlobInfo`, :class:`BlobRange`, or sequences that begin with a URL.
+        by: ``"index"``: every n-th item. ``"hash"``: by the URL, so that a blob stays in its shard whatever else is
+            listed (ranges of one blob go to different shards). ``"size"``: shares of about the same number of bytes;
+            needs :class:`BlobInfo` or :class:`BlobRange`, and reads all of the source first.
         even: Shares of the same length, so that no rank waits for another: ``"drop"`` leaves out the surplus, ``"pad"``
             repeats some items, ``"none"`` does neither. ``"hash"`` then reads all of the source first.
 
     Raises:
         ValueError: an argument is unknown.
 
-    The length is known with ``by="index"`` if that of the source is.
+    With ``by="index"``, the length is known if that of the source is.
     """
 
     def __init__(

@@ -33,23 +33,23 @@ class _PathInTar(str):
 
 @functional_datapipe("expand_blob_tar")
 class BlobTarExpanderIterDataPipe(IterDataPipe[tuple[str, StreamWrapper]]):
-    """Yields ``(url/member, stream)`` for each regular file of each tar, in order, while the tar streams in.
+    """Yields ``(url/member, stream)`` for each regular file of each tar, in order, while the tar is streamed.
 
-    Streams are `StreamWrapper` objects whose ``name`` is the member's. Up to 16 MiB a member is in memory; a larger one
-    is read from its blob when its stream is (from a temporary file if the tar is compressed or not a blob), so
-    members may have any size and streams stay readable. Directories, links and devices are passed over. Names come as
-    they are stored: check them before you use them as local paths.
+    Streams are `StreamWrapper` objects whose ``name`` is the name of the member. Members of up to 16 MiB are held in
+    memory. A larger member is read from its blob (or from a temporary file, if the tar is compressed or not a blob)
+    when its stream is read. So members can have any size, and streams stay readable. Directories, links, and devices
+    are skipped. Names are yielded as stored: check them before you use them as local paths.
 
-    Tars may have ustar, PAX or GNU headers; holes of sparse files are filled with zeros. They may be compressed by
-    gzip, bzip2, xz, lzma or zstd (before Python 3.14, zstd needs ``pip install backports.zstd``).
+    Tars can have ustar, PAX, or GNU headers; holes of sparse files are filled with zeros. They can be compressed with
+    gzip, bzip2, xz, lzma, or zstd (before Python 3.14, zstd needs ``pip install backports.zstd``).
 
     Args:
         source_datapipe: Yields ``(url, stream)`` as `open_files_by_azure` does, or ``(url, bytes)``. A stream is closed
-            when its tar has been passed.
+            at the end of its tar.
 
-    Iterating raises ``tarfile.ReadError`` with the URL where a stream is not a tar, is damaged, or is truncated, which
-    includes the loss of its end marker, and ``tarfile.CompressionError`` where the module that decompresses it is
-    missing. The number of members is not known in advance: ``len()`` raises TypeError.
+    Iterating raises ``tarfile.ReadError`` with the URL if a stream is not a tar, is damaged, or is truncated (its end
+    marker is missing), and ``tarfile.CompressionError`` if the module that decompresses it is missing. The number of
+    members is not known in advance: ``len()`` raises TypeError.
     """
 
     def __init__(self, source_datapipe: Iterable[tuple[str, Any]]) -> None:
@@ -131,21 +131,20 @@ class _Slice(io.BufferedIOBase):
 
 @functional_datapipe("group_blob_samples")
 class BlobSampleGrouperIterDataPipe(IterDataPipe[dict[str, Any]]):
-    """Puts consecutive files that differ only in their extension together into one sample, as WebDataset does.
+    """Groups consecutive files that differ only in their extension into one sample, as WebDataset does.
 
     ``photos/0001.jpg`` and ``photos/0001.seg.png`` of ``.../shard.tar`` become
     ``{"__key__": "photos/0001", "__url__": ".../shard.tar", "jpg": b"...", "seg.png": b"..."}``: the key ends at
     the first dot of the last segment, the extension is what follows, in lower case. Files without an extension,
-    those whose name begins with a dot, and those in a folder ``__<name>__``, which WebDataset has for what is about the
-    tar, belong to no sample and are left out. Files are not reordered, so do not
-    shuffle between the tar and the grouper. A tar that is opened again begins a new sample: the paths that
-    `expand_blob_tar` yields carry this, so pass them through `map` unchanged. Files that are not in a tar are grouped
-    by their URLs.
+    files whose names begin with a dot, and files in a folder ``__<name>__``, which WebDataset uses for metadata of the
+    tar, are left out. Files are not reordered, so do not shuffle between the tar and the grouper. A tar that is opened
+    again begins a new sample: the paths that `expand_blob_tar` yields contain this information, so pass them through
+    `map` unchanged. Files that are not in a tar are grouped by their URLs.
 
     Args:
         source_datapipe: Yields ``(path, stream)`` as `expand_blob_tar` does, or ``(path, bytes)``.
 
-    Iterating raises ``ValueError`` where a sample has an extension twice. The number of samples is not known in
+    Iterating raises ``ValueError`` if a sample has the same extension twice. The number of samples is not known in
     advance: ``len()`` raises TypeError.
     """
 

@@ -25,21 +25,21 @@ _COPY = 8 * MiB  # taken from a stream at once
 class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
     """Writes each ``(name, data)`` to a blob and yields its URL, in order.
 
-    A blob is written whole or not at all, and its URL is yielded when it is. The next blobs are in flight
-    meanwhile, within ``transfer.memory_limit``, so some may be written already when an error is raised or iteration
-    stops. Data that is a stream is copied in its turn, a piece at a time.
+    A blob is written completely or not at all, and its URL is yielded after it was written. The next blobs are in
+    flight at the same time, within ``transfer.memory_limit``, so some of them may already be written when an error is
+    raised or the iteration stops. A stream is copied in pieces when it is its turn.
 
     Args:
         source_datapipe: Yields ``(name, data)``: data is bytes, any object with the buffer protocol, or a binary
             stream, which is read to its end and left open.
-        filepath_fn: Makes the URL of the blob from *name*; by default *name* is the URL.
-        overwrite: False raises ``ResourceExistsError`` if there is a blob, which stays as it is.
+        filepath_fn: Returns the URL of the blob for *name*; by default, *name* is the URL.
+        overwrite: If False, raise ``ResourceExistsError`` if the blob exists, and leave it unchanged.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 
     Iterating raises ``TypeError`` if the source yields something other than a pair or, with the URL, data that
-    is not bytes, and :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` if the service refuses. The length is
-    that of the source.
+    is not bytes, and :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` if the service refuses a write. The
+    length is that of the source.
     """
 
     def __init__(
@@ -108,29 +108,29 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
 
 @functional_datapipe("write_blob_tar_shards")
 class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
-    """Packs samples into tar blobs, as WebDataset has them, and yields the URL of each when it is written.
+    """Packs samples into tar blobs in WebDataset's format, and yields the URL of each when it is written.
 
     A sample is a mapping ``{"__key__": "0001", "jpg": b"...", "json": b"..."}``, whose entries become the files
-    ``0001.jpg`` and ``0001.json``, side by side in one tar; other names with leading underscores are left out. A key
-    may have slashes, but no dot behind the last one, where readers would take the rest for an extension. A tar is
-    written whole or not at all, and equal samples make equal tars.
+    ``0001.jpg`` and ``0001.json``, next to each other in one tar; other names with leading underscores are left out. A
+    key can contain slashes, but no dot after the last slash, because readers would take the rest for an extension. A
+    tar is written completely or not at all, and equal samples result in equal tars.
 
     Args:
-        source_datapipe: Yields samples, whose values are bytes-like, or text for UTF-8.
+        source_datapipe: Yields samples, whose values are bytes-like objects, or strings, which are encoded in UTF-8.
         url_pattern: URL of the tars with ``{shard}`` for their number from 0, for example
-            ``".../train-{shard:06d}.tar"``; ``{worker}`` is the number of the DataLoader worker and rank, which
-            must be in it if there are several.
-        max_size: Bytes of a tar at most, headers and all. A single sample that is larger gets a separate tar.
+            ``".../train-{shard:06d}.tar"``; ``{worker}`` is the number of the DataLoader worker and rank, and is
+            required if there are several.
+        max_size: Bytes of a tar at most, including headers. A single sample that is larger gets a separate tar.
         max_count: Samples in a tar at most.
-        overwrite: False raises ``ResourceExistsError`` if there is a blob, which stays as it is.
+        overwrite: If False, raise ``ResourceExistsError`` if the blob exists, and leave it unchanged.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: As for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError: *url_pattern* has no ``{shard}``, or a limit is below 1.
 
-    Iterating raises ``TypeError`` or ``ValueError`` with the URL and the key where a sample cannot be packed; the tars
-    yielded before are whole. The number of tars is not known in advance: ``len()`` raises TypeError.
+    Iterating raises ``TypeError`` or ``ValueError`` with the URL and the key if a sample cannot be packed; the tars
+    yielded before are complete. The number of tars is not known in advance: ``len()`` raises TypeError.
     """
 
     def __init__(

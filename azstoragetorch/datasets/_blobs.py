@@ -19,16 +19,16 @@ GetHead: TypeAlias = Callable[[], Head]
 
 
 class BlobSample(TypedDict):
-    """What a dataset without a transform yields for a blob."""
+    """The sample of a dataset without a transform."""
 
     url: str
     data: bytes
 
 
 class Blob:
-    """One blob, as a transform gets it.
+    """One blob, as it is passed to a transform.
 
-    Pickles, and may be kept; what was fetched ahead for it is given up when the transform returns.
+    It can be kept and pickled; data that was fetched ahead for it is dropped when the transform returns.
     """
 
     __slots__ = ("_client", "_etag", "_head", "_size")
@@ -56,12 +56,12 @@ class Blob:
 
     @property
     def size(self) -> int | None:
-        """Length in bytes as it was listed; None if the blob was named by URL. Makes no request."""
+        """Size in bytes according to the listing; None if the blob was given by URL. Makes no request."""
         return self._size
 
     @property
     def etag(self) -> str | None:
-        """ETag, with its quotes, as it was listed; None if the blob was named by URL. Makes no request.
+        """ETag, with its quotes, according to the listing; None if the blob was given by URL. Makes no request.
 
         The blob may have been overwritten since: ``reader().etag`` is the version that is read.
         """
@@ -70,11 +70,11 @@ class Blob:
     def reader(self) -> BlobIO:
         """Open the blob for reading.
 
-        Inside a transform its first part, mostly all of it, was fetched ahead and is waited for here; the rest of a
-        larger blob streams as it is read.
+        Inside a transform, the first part of the blob, usually all of it, was fetched ahead, and `reader` waits for it.
+        The rest of a larger blob is streamed as it is read.
 
         Raises:
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         if self._head is None:
             return BlobIO._of(self._client)  # noqa: SLF001

@@ -29,12 +29,12 @@ CACHE_BYTES = 100 << 30  # a fraction of the NVMe disks that GPU machines have
 
 @dataclass(frozen=True)
 class ListingInfo:
-    """What a dataset is made of.
+    """The blobs that a dataset consists of.
 
     Attributes:
         count: Number of blobs.
-        size: Their bytes together; None if they were named by URL and not listed.
-        fingerprint: Equal if and only if names and order are equal. Ranks that list for themselves can compare it.
+        size: Their total size in bytes; None if they were given by URL and not listed.
+        fingerprint: Equal if and only if names and order are equal. Ranks that list separately can compare it.
     """
 
     count: int

@@ -53,31 +53,31 @@ class _ContainerOptions(ListOptions, _SampleOptions, total=False):
 
 
 class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
-    """Iterable dataset: blobs one after the other, the next ones in flight while one is used.
+    """Iterable dataset: blobs one after the other, with the next ones in flight.
 
-    Make one with `from_container_url` or `from_blob_urls`.
+    Create one with `from_container_url` or `from_blob_urls`.
 
-    Reads run ahead in order, up to ``transfer.max_connections`` blobs and ``transfer.memory_limit`` bytes. The
-    transform runs in order in the process, and thread, that iterates. What it does not read is not fetched, and of
-    blobs larger than ``transfer.part_size`` only the first part is fetched ahead. Without a transform a sample is
+    Blobs are read ahead in order, up to ``transfer.max_connections`` blobs and ``transfer.memory_limit`` bytes. The
+    transform runs in order, in the process and thread that iterates. Data that it does not read is not fetched. Of
+    blobs larger than ``transfer.part_size``, only the first part is fetched ahead. Without a transform, a sample is
     ``{"url": str, "data": bytes}``.
 
     **Listing.** The container is listed when the dataset is first iterated, and only once: all workers and all later
-    epochs shard that one listing, whatever is added to the container meanwhile. Forked workers wait for the first
-    of them that lists and take its result; for spawned and forkserver workers the parent lists before it starts
-    them. Ranks list for themselves: if blobs may be added while a job starts, compare ``metadata.fingerprint``
-    across ranks. Make a new dataset to see new blobs.
+    epochs shard that listing, even if blobs are added to the container in the meantime. One forked worker lists, and
+    the others use its result; for workers of spawn and forkserver, the parent lists before it starts them. Each rank
+    lists separately: if blobs may be added while a job starts, compare ``metadata.fingerprint`` across ranks. Create a
+    new dataset to see new blobs.
 
-    **Sharding.** ``shard_by="worker"`` deals the blobs out to DataLoader workers, ``"rank_and_worker"`` to the workers
-    of all ranks, ``"none"`` gives everything to everyone. Shard s of S has the positions s, s + S, ... of the
-    epoch's sequence, where s is worker x world size + rank. Rank and world size are those of torch.distributed, in
-    spawned workers those that the parent had, unless ``rank`` and ``world_size`` are passed. With ``even="drop"``
-    or ``"pad"`` all shards have the same length, which collective training needs.
+    **Sharding.** ``shard_by="worker"`` divides the blobs among DataLoader workers, ``"rank_and_worker"`` among the
+    workers of all ranks, and ``"none"`` gives all blobs to each worker. Shard s of S has the positions s, s + S, ... of
+    the epoch's sequence, where s is worker x world size + rank. Rank and world size are those of torch.distributed (in
+    spawned workers, those of the parent), unless ``rank`` and ``world_size`` are passed. With ``even="drop"`` or
+    ``"pad"`` all shards have the same length, which collective training needs.
 
     **Shuffling.** ``shuffle=True`` permutes the whole sequence by (seed, epoch) before it is sharded. Call `set_epoch`
-    before each epoch, or all have the same order.
+    before each epoch; otherwise, all epochs have the same order.
 
-    **Resuming.** `state_dict` and `load_state_dict` save and restore the exact place, by hand or under
+    **Resuming.** `state_dict` and `load_state_dict` save and restore the exact position, directly or under
     ``torchdata.stateful_dataloader.StatefulDataLoader``. With `merge_states`, a job resumes with another
     number of ranks or workers.
     """
@@ -136,25 +136,25 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> IterableBlobDataset[Any]:
-        """A dataset of the blobs that URLs name, in their order.
+        """Create a dataset of the blobs at the given URLs, in their order.
 
         Args:
-            blob_urls: As for `BlobDataset.from_blob_urls`, and so ``credential``, ``transform``, ``transfer``,
-                ``cache_dir`` and ``cache_bytes``.
-            shuffle: Whether to permute the sequence, again for each `set_epoch`.
-            seed: Of the permutation; the same on all ranks.
+            blob_urls: As for `BlobDataset.from_blob_urls`. The same holds for ``credential``, ``transform``,
+                ``transfer``, ``cache_dir``, and ``cache_bytes``.
+            shuffle: Whether to permute the sequence; `set_epoch` chooses another permutation.
+            seed: Seed of the permutation; must be the same on all ranks.
             shard_by: ``"worker"``, ``"rank_and_worker"`` or ``"none"``.
-            rank: Instead of torch.distributed's, together with *world_size*.
-            world_size: Instead of torch.distributed's.
+            rank: Replaces the rank of torch.distributed; pass *world_size* too.
+            world_size: Replaces the world size of torch.distributed.
             even: ``"none"``: shards may differ in length by one. ``"drop"``: the surplus is left out. ``"pad"``: the
-                sequence begins again to fill up.
+                first samples are repeated to fill up.
             on_error: What to do when a blob cannot be read or its transform fails. ``"raise"``; ``"skip"``;
-                ``"warn"`` and skip; or a function that gets URL and exception, and skips by returning. A skipped
-                blob counts as consumed. 401 and 403 are raised always.
+                ``"warn"`` and skip; or a function of the URL and the exception, which skips the blob by returning.
+                A skipped blob counts as consumed. Errors with status 401 or 403 are always raised.
 
         Raises:
-            ValueError: a URL is not one of a blob, or an option is out of range.
-            TypeError: an argument has a wrong type.
+            ValueError: a URL is not the URL of a blob, or an option is out of range.
+            TypeError: an argument has the wrong type.
         """
         contents = Contents(
             urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
@@ -194,17 +194,17 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> IterableBlobDataset[Any]:
-        """A dataset of the blobs in a container, listed when it is first needed.
+        """Create a dataset of the blobs in a container, which is listed when it is first needed.
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
-            prefix: As for `BlobDataset.from_container_url`, and so ``invalid_names`` and ``include_folder_markers``.
+            prefix: As for `BlobDataset.from_container_url`; so are ``invalid_names`` and ``include_folder_markers``.
             progress: Called in the process that lists, with the number of blobs listed so far.
-            credential: As for `from_blob_urls`, and so all other arguments.
+            credential: As for `from_blob_urls`; so are all other arguments.
 
         Raises:
-            ValueError: the URL is not one of a container, or an option is out of range.
-            TypeError: an argument has a wrong type.
+            ValueError: the URL is not the URL of a container, or an option is out of range.
+            TypeError: an argument has the wrong type.
         """
         contents = Contents(
             container=parse_container_url(container_url),
@@ -221,19 +221,19 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
     @property
     def metadata(self) -> ListingInfo:
-        """Count, bytes and fingerprint of what the dataset is made of. Lists the container if it was not yet."""
+        """Count, bytes, and fingerprint of the blobs in the dataset. Lists the container if that was not done yet."""
         return self._contents.info
 
     @property
     def epoch(self) -> int:
-        """What `set_epoch` said last, 0 before."""
+        """The epoch that was passed to `set_epoch` last; 0 before the first call."""
         return self._shared.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; it decides the order if the dataset shuffles.
+        """Set the number of the next epoch, which determines the order if the dataset shuffles.
 
-        Call it in the main process before iterating: workers see it, those that live on included. A state that was
-        loaded and is of another epoch is dropped.
+        Call it in the main process before iterating: all workers see it, including persistent ones. A loaded state of
+        another epoch is dropped.
         """
         check_count("epoch", epoch, 0)
         self._shared.epoch = epoch
@@ -245,7 +245,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         """The samples of this process's shard.
 
         Raises:
-            ValueError: there are blobs, but none for this rank; or the loaded state does not fit.
+            ValueError: there are blobs, but none for this rank; or the loaded state does not match.
             AzureError: the container could not be listed.
         """
         if self._shared.has_missed_load:
@@ -316,10 +316,10 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to resume from here: a small fresh dict of plain values, good for JSON.
+        """The position to resume from: a small new dict of plain values, which can be stored as JSON.
 
-        It is about the iterator made last in this process, and about the samples that it has yielded; what it has
-        fetched ahead does not count. Before the first iterator it stands for the beginning of the epoch.
+        It describes the iterator that was created last in this process and the samples that it has yielded. Samples
+        that were fetched ahead do not count. Before the first iterator, it is the beginning of the epoch.
         """
         if self._loaded is not None:
             return self._loaded.to_dict()
@@ -328,15 +328,15 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         return self._current.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the next iteration resume where *state* was taken; those after it start from the beginning.
+        """Make the next iteration resume where *state* was taken. Later iterations start from the beginning.
 
         Load it in the main process before the loader starts; each worker then resumes its shard. Persistent workers
-        that were started before refuse to continue. With another number of workers or ranks, *state* must cover
+        that were started earlier raise an error. With another number of workers or ranks, *state* must cover
         all shards; see `merge_states`.
 
         Raises:
-            ValueError: *state* is not one, or one of another order. Whether it fits the listing and the shards is
-                found out when the iteration begins.
+            ValueError: *state* is not a state of this class, or is a state of another order. Whether it matches the
+                listing and the shards is checked when the iteration begins.
         """
         loaded = ResumeState.from_dict(state)
         self._check(loaded)
@@ -354,13 +354,13 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
     ) -> dict[str, Any]:
         """The state of a plain ``DataLoader`` with workers, after it has yielded *batches* in this epoch.
 
-        Workers cannot be asked for their state by a plain loader, but it takes their batches in turn, so the main
-        process can count. It is about the shards of this rank. Not for ``in_order=False``.
+        A plain loader cannot get the state of its workers, but it takes their batches in turn, so the position follows
+        from the number of batches. The state covers the shards of this rank. ``in_order=False`` is not supported.
 
         Args:
             batches: Yielded so far by the loader.
             batch_size: As passed to the loader.
-            num_workers: As passed to the loader; not 0, for which there is `state_dict`.
+            num_workers: As passed to the loader; not 0: without workers, use `state_dict`.
             drop_last: As passed to the loader.
             resumed_from: The state that this epoch was resumed from, if it was.
 
@@ -398,8 +398,8 @@ def _seed(shuffle: bool, seed: int) -> int | None:
 def merge_states(states: object) -> dict[str, Any]:
     """Merge the states of all ranks and workers into one, from which any number of them can resume.
 
-    What the shards have not consumed is striped again over those that load it; nothing is lost and nothing comes
-    twice. With the number of shards unchanged, each continues exactly where it was.
+    The samples that the shards have not consumed are divided among the shards that load the state; no sample is lost or
+    repeated. If the number of shards is unchanged, each continues exactly where it was.
 
     Args:
         states: States of `IterableBlobDataset` or of loaders that hold one, in any nesting of lists and dicts; such as

@@ -36,17 +36,17 @@ _TELLING = 4  # neighbours in a batch that make it likely that the next one foll
 
 
 class BlobDataset(torch.utils.data.Dataset[T_co]):
-    """Map-style dataset: ``dataset[i]`` is the i-th blob. Make one with `from_container_url` or `from_blob_urls`.
+    """Map-style dataset: ``dataset[i]`` is the i-th blob. Create one with `from_container_url` or `from_blob_urls`.
 
     DataLoader hands a whole batch to the dataset, which fetches its blobs concurrently. When batches follow one
-    another at a constant distance, as with ``shuffle=False``, those to come are fetched ahead too, bounded by
-    ``transfer.max_connections`` and ``transfer.memory_limit``. What a transform does not read is not fetched.
+    another at a constant distance, as with ``shuffle=False``, the next ones are fetched ahead too, bounded by
+    ``transfer.max_connections`` and ``transfer.memory_limit``. Data that a transform does not read is not fetched.
 
-    Without a transform a sample is ``{"url": str, "data": bytes}``.
+    Without a transform, a sample is ``{"url": str, "data": bytes}``.
 
-    The listing is made once and is part of the dataset: a million blobs take some 80 MB, which forked workers share.
-    A dataset can be pickled. A SAS or account key goes along to workers only: a dataset from a file needs to be made
-    again if it had one.
+    The listing is made once and is part of the dataset: a million blobs take about 80 MB, which forked workers share. A
+    dataset can be pickled. Only worker processes receive a SAS or account key: if a dataset with one was loaded from a
+    file, create it again with its credential.
     """
 
     def __init__(self, contents: Contents, transform: Callable[[Blob], T_co] | None) -> None:
@@ -77,23 +77,22 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> BlobDataset[Any]:
-        """A dataset of the blobs that URLs name, in their order.
+        """Create a dataset of the blobs at the given URLs, in their order.
 
         Args:
-            blob_urls: One URL or several, gone through once. A SAS, ``snapshot`` or ``versionid`` in a URL is
-                respected.
-            credential: As for `azstoragetorch.io.BlobIO`. A SAS in a URL wins.
-            transform: Makes a sample of a `Blob`; called in the process that asks for the sample.
+            blob_urls: One URL or an iterable of URLs, which is read once. A SAS, ``snapshot`` or ``versionid`` in a URL
+                is respected.
+            credential: As for `azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
+            transform: Turns a `Blob` into a sample; called in the process that requests the sample.
             transfer: How to transfer; its ``memory_limit`` bounds what is fetched ahead.
-            cache_dir: Keep blobs in this folder and read them from there when they are wanted again. Any number
-                of processes may share it. Blobs larger than ``transfer.part_size`` are kept when one ``read()``
-                reads them from beginning to end. Without a listing, each look into the cache takes a request for
-                the blob's version.
-            cache_bytes: The most that the folder may hold; the least recently used leave.
+            cache_dir: Keep blobs in this folder, and read them from there the next time. Any number of processes can
+                share it. Blobs larger than ``transfer.part_size`` are kept if one ``read()`` reads them from beginning
+                to end. Without a listing, each cache lookup makes a request for the version of the blob.
+            cache_bytes: The maximum size of the folder; the least recently used blobs are evicted.
 
         Raises:
-            ValueError: a URL is not one of a blob, or an option is out of range.
-            TypeError: an argument has a wrong type.
+            ValueError: a URL is not the URL of a blob, or an option is out of range.
+            TypeError: an argument has the wrong type.
         """
         contents = Contents(
             urls=blob_urls, credential=credential, transfer=transfer, cache_dir=cache_dir, cache_bytes=cache_bytes
@@ -125,9 +124,10 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> BlobDataset[Any]:
-        """A dataset of the blobs in a container, listed now.
+        """Create a dataset of the blobs in a container, which is listed now.
 
-        Directory markers of hierarchical accounts are not samples. An empty listing makes an empty dataset and warns.
+        Directory markers of hierarchical accounts are not samples. An empty listing results in an empty dataset and a
+        warning.
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
@@ -135,18 +135,18 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             credential: As for `from_blob_urls`.
             transform: As for `from_blob_urls`.
             transfer: As for `from_blob_urls`.
-            progress: Called with the number of blobs listed so far, after every answer of the service.
+            progress: Called with the number of blobs listed so far, after every response of the service.
             invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"``
-                it, with one warning that counts, or ``"raise"`` ValueError.
+                it, with one warning that counts them, or ``"raise"`` a ValueError.
             include_folder_markers: Whether empty blobs whose names end in a slash, which tools create as folders, are
                 samples.
             cache_dir: As for `from_blob_urls`, except that the listing has the versions.
             cache_bytes: As for `from_blob_urls`.
 
         Raises:
-            ValueError: the URL is not one of a container, or an option is out of range.
-            TypeError: an argument has a wrong type.
-            AzureError: the service refused, or could not be reached.
+            ValueError: the URL is not the URL of a container, or an option is out of range.
+            TypeError: an argument has the wrong type.
+            AzureError: the service refused the request, or could not be reached.
         """
         contents = Contents(
             container=parse_container_url(container_url),
@@ -162,7 +162,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
 
     @property
     def metadata(self) -> ListingInfo:
-        """Count, bytes and fingerprint of what the dataset is made of."""
+        """Count, bytes, and fingerprint of the blobs in the dataset."""
         return self._contents.info
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
 
         Raises:
             IndexError: there is no such blob.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         return apply(self._transform, self._contents.alone(_position(index, len(self))))
 

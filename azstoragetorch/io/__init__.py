@@ -39,34 +39,35 @@ __all__ = ["BlobIO"]
 
 
 class BlobIO(_BinaryFile):
-    """A blob as a binary file, for `torch.load`, `torch.save` and whatever else takes a file object.
+    """A blob as a binary file, for `torch.load`, `torch.save`, and all other code that takes a file object.
 
     Reading sees one version of the blob: the one that the first read finds. Opening and seeking make no request
-    (except ``seek`` relative to the end, which needs the size). Reading on makes the reads ahead grow, bounded by
-    ``transfer.memory_limit``.
+    (except ``seek`` relative to the end, which needs the size). Sequential reading increases the read-ahead, bounded
+    by ``transfer.memory_limit``.
 
     Writing is all or nothing: the blob changes when `close` succeeds, and only then. Leaving the ``with`` block by an
     exception, `abort`, closing while an exception is propagating, a failed block, or dropping the object commits
-    nothing, and a blob that was there stays as it was.
+    nothing, and an existing blob is unchanged.
 
-    An object may be shared between threads: its calls take turns.
+    An object can be shared between threads: its calls take turns.
 
     Args:
         blob_url: URL of the blob, in any of the forms that :doc:`the guide </guide/urls>` lists. A SAS, a
             ``snapshot`` or a ``versionid`` in its query is respected.
         mode: ``"rb"`` to read, ``"wb"`` to write or overwrite, ``"xb"`` to write a blob that must not exist yet.
         credential: ``None`` for :class:`azure.identity.DefaultAzureCredential`, ``False`` for anonymous access, or a
-            ``TokenCredential``, ``AzureSasCredential`` or ``AzureNamedKeyCredential``. A SAS in the URL wins.
+            ``TokenCredential``, ``AzureSasCredential`` or ``AzureNamedKeyCredential``. A SAS in the URL takes
+            precedence.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
-        ValueError: the URL or the mode is not one; a snapshot or version was opened for writing; a token would go over
-            plain http.
-        TypeError: an argument has a wrong type.
+        ValueError: the URL or the mode is not valid; a snapshot or version was opened for writing; a token would be
+            sent over plain http.
+        TypeError: an argument has the wrong type.
 
-    The service's refusals are raised by the first call that needs the service, as ``azure.core.exceptions`` types when
-    reading and as :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError`, with such a cause, when writing. ``"xb"``
-    raises ``ResourceExistsError`` if there is a blob.
+    The first call that needs the service raises errors of the service: as ``azure.core.exceptions`` types when reading,
+    and as :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError`, with such an error as its cause, when writing.
+    Mode ``"xb"`` raises ``ResourceExistsError`` if the blob exists.
     """
 
     _mode = ""  # until all is set up
@@ -125,12 +126,12 @@ class BlobIO(_BinaryFile):
 
     @property
     def size(self) -> int:
-        """Bytes of the blob when reading, which asks the service unless known; bytes written so far when writing."""
+        """The size in bytes. A reader requests it if it is not known yet; a writer counts the bytes written so far."""
         return self._size_of_blob() if self._writer is None else self._writer.written
 
     @property
     def etag(self) -> str | None:
-        """The version of the blob that is read, or None as long as no read has seen one."""
+        """The version (ETag) of the blob that is read, or None before the first read."""
         version = self._reader.blob.version if self._reader is not None else None
         return version.etag or None if version is not None else None
 
@@ -140,17 +141,17 @@ class BlobIO(_BinaryFile):
         return self._open_reader is None and self._open_writer is None
 
     def readable(self) -> bool:
-        """Whether it was opened for reading."""
+        """Whether the blob was opened for reading."""
         self._check_open()
         return self._mode == "rb"
 
     def writable(self) -> bool:
-        """Whether it was opened for writing."""
+        """Whether the blob was opened for writing."""
         self._check_open()
         return self._mode != "rb"
 
     def seekable(self) -> bool:
-        """Readers can seek; writers know their position but cannot change it."""
+        """Whether the position can be changed: True for readers, False for writers."""
         return self.readable()
 
     def __repr__(self) -> str:
@@ -165,32 +166,32 @@ class BlobIO(_BinaryFile):
         """Read up to *size* bytes, or to the end if *size* is negative or None.
 
         Returns fewer than *size* bytes only at the end of the blob. A read that fails does not move the position, so
-        another try skips nothing.
+        trying again skips nothing.
 
         Raises:
             BlobChangedError: the blob was overwritten since the first read.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         return (self._open_reader or self._refuse("read")).read(-1 if size is None else index(size))
 
     @in_turn
     def read1(self, size: int = -1, /) -> bytes:
-        """Read up to *size* bytes that are in the buffer, or come with one read ahead."""
+        """Read up to *size* bytes, from the buffer or with at most one read-ahead request."""
         return (self._open_reader or self._refuse("read")).read1(index(size))
 
     @in_turn
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """Fill *buffer*, a large one straight from the network; returns the number of bytes, short at the end only."""
+        """Fill *buffer* and return the number of bytes, fewer only at the end. Large reads receive directly into it."""
         return (self._open_reader or self._refuse("read")).readinto(buffer)
 
     @in_turn
     def readinto1(self, buffer: WriteableBuffer, /) -> int:
-        """Like `readinto`, with at most one read ahead."""
+        """Like `readinto`, with at most one read-ahead request."""
         return (self._open_reader or self._refuse("read")).readinto(buffer, once=True)
 
     @in_turn
     def peek(self, size: int = 0, /) -> bytes:
-        """Bytes from the position on without moving it, at least one unless the blob ends here."""
+        """Return bytes from the position without moving it: at least one, except at the end of the blob."""
         index(size)
         return (self._open_reader or self._refuse("read")).peek()
 
@@ -203,14 +204,14 @@ class BlobIO(_BinaryFile):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move to *offset* relative to the start (0), the position (1) or the end (2); returns the new position.
 
-        Costs nothing, except relative to the end, which needs the size of the blob. A writer stays where it is: it
-        accepts its own position and, as a last step, 0. Bytes that are written after a seek to elsewhere, accepted or
-        not, make `close` fail.
+        Makes no request, except relative to the end if the size of the blob is not known yet. A writer can only seek to
+        its current position or, after the last write, to 0. If bytes are written after any other seek, even one that
+        raised an error, `close` fails.
 
         Raises:
-            ValueError: the position would be negative (this one is also an `OSError`, as with local files), or *whence*
-                is not 0, 1 or 2.
-            io.UnsupportedOperation: a writer cannot go there.
+            ValueError: the position would be negative (this error is also an `OSError`, as with local files), or
+                *whence* is not 0, 1, or 2.
+            io.UnsupportedOperation: a writer cannot seek there.
         """
         return (self._open_reader or self._open_writer or self._refuse("seek")).seek(index(offset), index(whence))
 
@@ -227,12 +228,12 @@ class BlobIO(_BinaryFile):
     def write(self, data: ReadableBuffer, /) -> int:
         """Write *data*, any object with the buffer protocol; returns its number of bytes.
 
-        Large data is uploaded from its own memory before the return; small pieces are collected and uploaded in the
-        background.
+        Large data is uploaded directly from the caller's memory before `write` returns. Small pieces are copied, and
+        uploaded in the background.
 
         Raises:
             FatalBlobIOWriteError: this or an earlier upload failed; nothing will be committed.
-            TypeError: *data* has no buffer, such as text.
+            TypeError: *data* does not support the buffer protocol, such as a str.
         """
         if self._drops.thread is not None and self._drops.is_here() and self._writer is not None:
             view = readable_bytes(data)
@@ -253,7 +254,7 @@ class BlobIO(_BinaryFile):
             self.write(line)
 
     def truncate(self, size: int | None = None, /) -> NoReturn:
-        """Refused: a blob is written whole, or not at all.
+        """Not supported: a blob is written as a whole.
 
         Raises:
             io.UnsupportedOperation: always.
@@ -261,7 +262,7 @@ class BlobIO(_BinaryFile):
         (self._open_writer or self._refuse("truncate")).truncate(self.tell() if size is None else index(size))
 
     def flush(self) -> None:
-        """When writing, wait for the uploads that are in flight; what is not a block yet stays collected.
+        """When writing, wait for uploads in flight. Data that does not fill a block yet stays in memory.
 
         Raises:
             FatalBlobIOWriteError: an upload failed; nothing will be committed.
@@ -279,18 +280,18 @@ class BlobIO(_BinaryFile):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close. When writing, upload the rest and commit: after a return the blob has the new content.
+        """Close. When writing, upload the rest and commit: when `close` returns, the blob has the new content.
 
-        Closing while an exception is propagating that came up after the opening, as ``finally`` does, or
-        `io.TextIOWrapper` when its ``with`` block fails, commits nothing and warns. To commit in a handler use the
-        blob's own ``with`` block, which knows how it ended.
+        Closing while an exception is propagating that was raised after the opening, as ``finally`` does, or
+        `io.TextIOWrapper` when its ``with`` block fails, commits nothing and warns. To commit in an exception handler,
+        use the blob's own ``with`` block there.
 
-        A finalizer does not close a writer: when a wrapper such as `io.TextIOWrapper` is dropped, the writer stays open
-        for the code that still refers to it. Without such code it is given up.
+        Finalizers do not close a writer: when a wrapper such as `io.TextIOWrapper` is dropped, the writer stays open
+        for code that still refers to it. If there is no such code, the write is aborted.
 
         Raises:
-            FatalBlobIOWriteError: it could not be committed; the blob is unchanged.
-            ResourceExistsError: mode ``"xb"``, and there is a blob.
+            FatalBlobIOWriteError: the commit failed; the blob is unchanged.
+            ResourceExistsError: the mode is ``"xb"``, and the blob exists.
         """
         if not self.closed and self._drops.is_closing():
             self._close_for_finalizer()
@@ -301,7 +302,7 @@ class BlobIO(_BinaryFile):
             self._end(commits=True)
 
     def abort(self) -> None:
-        """Close without committing: the blob stays as it was before it was opened. Does nothing when closed."""
+        """Close without committing: the blob is unchanged. Does nothing if it is already closed."""
         self._end(commits=False)
 
     def __enter__(self) -> Self:
