@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from azure.core.exceptions import ResourceNotFoundError
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -408,7 +410,7 @@ class TestWindow:
         def interrupt(*_: object) -> None:
             monkeypatch.setattr(_Content, "_arrived", arrived)
             reading.append(pool.submit(reader.read, 0))
-            wait_until(lambda: reader._bell._sleepers)
+            wait_until(lambda: bool(reader._bell._sleepers))
             raise KeyboardInterrupt
 
         reading: list[Future[bytes]] = []
@@ -599,3 +601,22 @@ def test_threads_take_turns(service: FaultService) -> None:
             thread.join(60)
     assert b"".join(piece for piece, _ in sorted(pieces, key=lambda pair: pair[1])) == data
     assert sorted(b"".join(together)) == sorted(data)
+
+
+def test_after_an_error_no_older_one_is_raised(service: FaultService) -> None:
+    """What was being read ahead when a read failed is requested again."""
+    data = content(4 * MiB)
+    service.put("c", "b", data)
+    client = blob_client(service.blob_url("c", "b"), replace(QUICK, read_ahead=512 * KiB))
+    with contextlib.closing(ReadAhead(client.service, client.url)) as reader:
+        assert reader.read(0, 100) == data[:100]
+        service.script("get_blob", [Status(404)], repeat=True)
+        assert reader.read(100, 100) == data[100:200]
+        ahead = reader._segments[1]
+        job = ahead.job
+        assert job is not None
+        wait_until(lambda: job.error is not None)
+        with pytest.raises(ResourceNotFoundError):
+            reader.read(2 * MiB, MiB)
+        service.clear_script()
+        assert reader.read(ahead.span.start, 100) == data[ahead.span.start :][:100]

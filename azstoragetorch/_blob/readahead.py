@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 #                 thread claims it and receives it itself, so a reader makes progress with every engine thread busy.
 #                 `filled` only grows, and the bell rings when it does, so a read takes its bytes as they arrive.
 #     complete    the job is over without an error; `filled` is the length.
-#     failed      the job is over with an error. The read that needs the bytes raises it, and all failed segments are
-#                 removed, so that the next read starts again. Errors of segments that nobody reads are never raised.
+#     failed      the job is over with an error. The read that needs the bytes raises it, and all segments that are not
+#                 complete are removed: the next read starts again, and does not raise an error of a request that was
+#                 sent before. Errors of segments that nobody reads are never raised.
 #     evicted     removed from the list: its job is given up and its request, if one is in flight, is cancelled.
 #
 # A buffer goes back to the pool when the last of the three parties drops its reference (`_Content.__del__`), not when
@@ -50,9 +51,10 @@ if TYPE_CHECKING:
 # collection.
 #
 # An interrupt (Ctrl-C, or an exception from a signal handler) can end `receive` on the reading thread, or its wait for
-# another thread. Either way `_wait` removes the segment while the interrupt propagates, and the next read fetches the
-# bytes again. An interrupt between entering a segment in the list and submitting its job leaves an open job, which the
-# read that needs it runs. `_pattern` may have been updated already, which costs at most some read-ahead.
+# another thread. Either way the segments that are not complete are removed while the interrupt propagates, and the next
+# read fetches the bytes again. An interrupt between entering a segment in the list and submitting its job leaves an
+# open job, which the read that needs it runs. `_pattern` may have been updated already, which costs at most some
+# read-ahead.
 
 
 class _Content:
@@ -265,14 +267,15 @@ class ReadAhead:
             self._fetch_ahead(span)
         elif is_tail and self._pattern.previous.start == 0 < self._pattern.previous.stop:
             self._fetch_ahead(self._pattern.previous)
-        if direct or opened is not None:
-            jobs = [(gap, target[gap.start - start : gap.stop - start]) for gap in direct]
-            first = (opened, target[: len(received)]) if opened is not None else None
-            fetch_parallel(self._service, self._url, jobs, etag=self.version.etag, scope=scope, opened=first)
-        for segment in self._overlapping(span):
-            low, high = max(span.start, segment.span.start), min(span.stop, segment.span.stop)
-            buffer = self._wait(segment, high - segment.span.start)
-            copy(target[low - start : high - start], buffer[low - segment.span.start : high - segment.span.start])
+        with on_error(self._remove_unfinished):
+            if direct or opened is not None:
+                jobs = [(gap, target[gap.start - start : gap.stop - start]) for gap in direct]
+                first = (opened, target[: len(received)]) if opened is not None else None
+                fetch_parallel(self._service, self._url, jobs, etag=self.version.etag, scope=scope, opened=first)
+            for segment in self._overlapping(span):
+                low, high = max(span.start, segment.span.start), min(span.stop, segment.span.stop)
+                buffer = self._wait(segment, high - segment.span.start)
+                copy(target[low - start : high - start], buffer[low - segment.span.start : high - segment.span.start])
         if not is_tail:
             limit = max(self._config.read_ahead, part)
             for segment in window.to_evict(self._segments, span, self._pattern.streak, limit):
@@ -307,21 +310,18 @@ class ReadAhead:
         """Wait until the first *count* bytes of *segment* have arrived; return its buffer."""
         content, job = segment.content, segment.job
         if job is not None and content.filled < count:
-            with on_error(partial(self._remove, segment)):  # an interrupt may have stopped the receiver
-                while content.filled < count and not job.is_over:
-                    job.run()  # receive it here if no thread has started
-                    self._bell.wait_until(lambda: content.filled >= count or job.is_over or job.is_open)
+            while content.filled < count and not job.is_over:
+                job.run()  # receive it here if no thread has started
+                self._bell.wait_until(lambda: content.filled >= count or job.is_over or job.is_open)
             if content.filled < count:
-                raise self._failure(job)
+                raise job.error or ValueError(f"{self._url} was closed while it was being read")
         assert content.buffer is not None
         return content.buffer
 
-    def _failure(self, job: Job[None]) -> BaseException:
-        """The error to raise for *job*. All failed segments are removed, so that the next read fetches them again."""
-        error = job.error
-        for segment in [s for s in self._segments if s.job is not None and s.job.error is not None]:
+    def _remove_unfinished(self) -> None:
+        """After an error or interrupt: the next read fetches these again, and raises no error that is older than it."""
+        for segment in [s for s in self._segments if s.job is not None and not s.job.has_result]:
             self._remove(segment)
-        return error or ValueError(f"{self._url} was closed while it was being read")
 
     def _overlapping(self, span: ByteRange) -> list[_Segment]:
         return [s for s in self._segments if s.span.start < span.stop and span.start < s.span.stop]
