@@ -17,6 +17,7 @@ from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.transport import close_idle_connections
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.scope import Scope
+from azstoragetorch._engine.threads import start_thread
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults.faults import (
     Chunked,
@@ -281,14 +282,14 @@ def test_a_handler_in_the_start_of_the_thread_gets_its_read(
     client = container(fault_service)
     warm(client, blobs)
     multiplex._multiplexers.get().clear()
-    begin, ends = multiplex.start_thread, list[bool]()
+    ends = list[bool]()
 
     def start_interrupted(work: Callable[[], None]) -> bool:
-        monkeypatch.setattr(multiplex, "start_thread", begin)
+        monkeypatch.setattr(multiplex, "start_thread", start_thread)
         ended = start(client, "002")
         assert ended is not None
         ends.append(ended.wait(20))
-        return begin(work)
+        return start_thread(work)
 
     monkeypatch.setattr(multiplex, "start_thread", start_interrupted)
     ended = start(client, "001")
