@@ -17,12 +17,13 @@ log = logging.getLogger("azstoragetorch")
 def list_checkpoints(
     base_url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> list[str]:
-    """The URLs of the complete checkpoints in the folders of *base_url*, oldest first.
+    """Return the URLs of the complete checkpoints in the folders below *base_url*, oldest first.
 
-    Oldest is by the numbers in the folders' names: ``step-900`` comes before ``step-1000``, and the number behind
-    ``step`` counts before others. Names without a number, such as ``best``, come first. A checkpoint is complete when
-    its ``.metadata`` is there; those of ranks that did not coordinate (``use_collectives=False``) cannot be told from
-    incomplete ones and are left out. The URLs have no SAS: pass the one of *base_url* as ``credential=``.
+    The order is that of the numbers in the names of the folders: ``step-900`` is older than ``step-1000``, and the
+    number after ``step`` takes precedence over others. Names without a number, such as ``best``, come first. A
+    checkpoint is complete if it has ``.metadata``. Checkpoints that ranks saved alone (``use_collectives=False``)
+    cannot be distinguished from incomplete ones and are left out. The URLs have no SAS: to use the SAS of
+    *base_url* with them, pass it as ``credential=``.
 
     Raises:
         AzureError: the service refused the request, or could not be reached.
@@ -34,7 +35,7 @@ def list_checkpoints(
 def latest_checkpoint(
     base_url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> str | None:
-    """The last of :func:`list_checkpoints`, or None without one: a job resumes from it or starts afresh."""
+    """Return the URL of the newest checkpoint, the last of :func:`list_checkpoints`, or None if there is none."""
     base = Folder(base_url, credential, transfer)
     for name in reversed(_names(base)):
         if base.child(name).is_complete():
@@ -50,16 +51,16 @@ def keep_last(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
 ) -> list[str]:
-    """Delete all complete checkpoints in the folders of *base_url* but the last *count*; returns their URLs.
+    """Delete all complete checkpoints in the folders below *base_url* except the last *count*; return the deleted URLs.
 
-    The last ones are those of the highest steps: the number behind ``step`` in a folder's name counts, else the one
-    behind ``iter`` or ``epoch``, else the only number or a date. Folders without a number, and those that are called
-    ``last``, ``latest``, ``best`` or ``final``, are neither counted nor deleted; the logger says so. Incomplete ones
-    stay, since one of them may be being saved; see :func:`clean`. So does one into which another checkpoint is saved
-    in the meantime.
+    The last checkpoints are those with the highest steps: the number after ``step`` in the name of the folder,
+    otherwise the number after ``iter`` or ``epoch``, otherwise the only number or a date. Folders without a number, and
+    folders named ``last``, ``latest``, ``best``, or ``final``, are neither counted nor deleted, and are logged.
+    Incomplete checkpoints are kept, because they may be saves in progress; see :func:`clean`. A checkpoint that is
+    replaced in the meantime is kept too.
 
     Args:
-        base_url: URL of the folder that the folders of the checkpoints are in.
+        base_url: URL of the folder that contains the folders of the checkpoints.
         count: How many to keep, at least 1.
         dry_run: Delete nothing, and return what would be deleted.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
@@ -67,7 +68,7 @@ def keep_last(
 
     Raises:
         ValueError: *count* is less than 1.
-        CheckpointError: the names do not say which checkpoints are the last; nothing was deleted.
+        CheckpointError: the names do not determine which checkpoints are the last; nothing was deleted.
         AzureError: the service refused the request, or could not be reached.
     """
     if count < 1:

@@ -19,11 +19,11 @@ _TRIES = 8  # saves and cleaners that come in between; more is not chance
 
 
 def delete_checkpoint(url: str, *, credential: Credential = None, transfer: TransferConfig | None = None) -> int:
-    """Delete the checkpoint in the folder *url*, complete or not; returns how many blobs that were.
+    """Delete the checkpoint in the folder *url*, complete or not; return the number of deleted blobs.
 
-    ``.metadata`` goes first, so that an interrupted deletion leaves no checkpoint that looks complete. Blobs that
-    belong to no checkpoint, and folders in the folder, stay. A save into the folder that is in progress fails. The
-    credential has to allow reading, writing, listing and deleting.
+    ``.metadata`` is deleted first, so that an interrupted deletion leaves no checkpoint that looks complete. Blobs that
+    belong to no checkpoint, and subfolders, are kept. A save to the folder that is in progress fails. The credential
+    must allow reading, writing, listing, and deleting.
 
     Raises:
         CheckpointConflictError: another checkpoint was saved here in the meantime; it is unchanged.
@@ -81,21 +81,22 @@ def clean(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
 ) -> list[str]:
-    """Delete what interrupted saves left in the folder *url* and in all folders below; returns the blobs' URLs.
+    """Delete data of interrupted saves in the folder *url* and in all folders below it; return the URLs of the blobs.
 
-    These are data blobs of :class:`BlobStorageWriter` that no metadata in their folder refers to, staged blocks
-    included. Everything else stays. A checkpoint is never damaged, and no save that succeeds loses its data: one that
-    is in progress and began more than *min_age* before fails, with the previous checkpoint in place.
+    These are data blobs of :class:`BlobStorageWriter` that no metadata in their folder refers to, and their staged
+    blocks. Other blobs are kept. A checkpoint is never damaged, and no save that succeeds loses its data: a save in
+    progress that started more than *min_age* ago fails, and the previous checkpoint stays.
 
     Args:
         url: URL of a folder.
-        min_age: Seconds since the save began, by the clock of the process that saved. Data of younger saves stays.
+        min_age: Seconds since the save began, by the clock of the process that saved. Data of younger saves is kept.
         dry_run: Delete nothing, and return what would be deleted.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. Reading, writing, deleting and listing has to be allowed.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`. It must allow reading, writing, listing, and deleting.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
-        CheckpointError: a ``.metadata`` cannot be read, so what it refers to is unknown; nothing was deleted.
+        CheckpointError: a ``.metadata`` cannot be read, so the blobs that it refers to are unknown; nothing was
+            deleted.
         AzureError: the service refused the request, or could not be reached.
     """
     base = Folder(url, credential, transfer)

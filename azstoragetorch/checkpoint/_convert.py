@@ -34,10 +34,10 @@ def load_keys(
 
     Args:
         url: URL of the folder.
-        keys: Which entries: flat keys such as ``"model.layer.weight"``, or the beginning of a path in the nested state
-            dict such as ``"model"`` or ``"model.layer"``. None for all.
-        weights_only: Read entries other than tensors as `torch.load` does with ``weights_only=True``, which runs no
-            foreign code. Pass False for a checkpoint that you trust.
+        keys: The entries to load: flat keys such as ``"model.layer.weight"``, or prefixes of paths in the nested state
+            dict such as ``"model"`` or ``"model.layer"``. None loads all entries.
+        weights_only: Load entries other than tensors as `torch.load` does with ``weights_only=True``, which runs no
+            code from the checkpoint. Pass False only for a checkpoint that you trust.
         credential: As for :class:`BlobStorageReader`.
         transfer: As for :class:`BlobStorageReader`.
         progress: As for :class:`BlobStorageReader`.
@@ -148,7 +148,9 @@ def checkpoint_to_torch_save(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
 ) -> None:
-    """Write the checkpoint in the folder *url* as one blob that `torch.load` reads; the state dict fits into memory.
+    """Write the checkpoint in the folder *url* as one blob that `torch.load` reads.
+
+    The state dict must fit into memory.
 
     Args:
         url: URL of the checkpoint's folder.
@@ -159,7 +161,7 @@ def checkpoint_to_torch_save(
 
     Raises:
         CheckpointError, AzureError: the checkpoint cannot be read.
-        FatalBlobIOWriteError: the blob cannot be written; it is as it was.
+        FatalBlobIOWriteError: the blob cannot be written; it is unchanged.
     """
     state = load_keys(url, weights_only=weights_only, credential=credential, transfer=transfer)
     with BlobIO(blob_url, "wb", credential=credential, transfer=transfer) as blob:
@@ -180,15 +182,15 @@ def torch_save_to_checkpoint(
     Args:
         blob_url: URL of the blob.
         url: URL of the checkpoint's folder.
-        weights_only: Load the blob as `torch.load` does with ``weights_only=True``, which runs no foreign code.
+        weights_only: Load the blob as `torch.load` does with ``weights_only=True``, which runs no code from the blob.
         overwrite: As for :class:`BlobStorageWriter`.
         credential: For both.
         transfer: For both.
 
     Raises:
-        TypeError: the blob does not hold a dict.
+        TypeError: the blob does not contain a dict.
         AzureError: the blob cannot be read.
-        CheckpointException: the checkpoint cannot be written (torch's, with the reason inside).
+        CheckpointException: the checkpoint cannot be written; this is torch's exception, which contains the reason.
     """
     with BlobIO(blob_url, "rb", credential=credential, transfer=transfer) as blob:
         state = torch.load(blob, map_location="cpu", weights_only=weights_only)

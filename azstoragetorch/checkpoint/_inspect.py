@@ -16,7 +16,7 @@ from azstoragetorch.checkpoint._format import read_item
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a checkpoint. Tensors have a type, a shape and a number of saved shards; others have neither."""
+    """One entry of a checkpoint. Tensors have a dtype, a shape, and a number of saved shards; other entries do not."""
 
     key: str
     nbytes: int
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """What a checkpoint holds. ``str()`` is a table of it; ``nbytes`` counts the bare data of tensors."""
+    """The contents of a checkpoint. ``str()`` returns a table; ``nbytes`` counts the data of the entries."""
 
     url: str
     entries: tuple[Entry, ...]
@@ -60,11 +60,11 @@ class CheckpointSummary:
 def inspect_checkpoint(
     url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> CheckpointSummary:
-    """What the checkpoint in the folder *url* holds, from its metadata alone. ``print`` shows it as a table.
+    """List the contents of the checkpoint in the folder *url*, from its metadata only. ``print`` shows a table.
 
     Raises:
         CheckpointNotFoundError: the folder has no complete checkpoint.
-        CheckpointError: the metadata is broken, or may run foreign code.
+        CheckpointError: the metadata is damaged, or contains something that could run code.
         AzureError: the service refused the request, or could not be reached.
     """
     folder = Folder(url, credential, transfer)

@@ -58,9 +58,9 @@ class ProgressCounter:
 
 
 class TqdmProgress:
-    """A ``progress=`` that draws a tqdm bar; keyword arguments are those of :class:`tqdm.tqdm`.
+    """A ``progress=`` callback that shows a tqdm bar; keyword arguments are passed to :class:`tqdm.tqdm`.
 
-    Use one object for one save or load at a time. It pickles without the bar that it draws.
+    Use one object for one save or load at a time. It can be pickled; the pickle does not contain the bar.
 
     Raises:
         ImportError: tqdm is not installed.

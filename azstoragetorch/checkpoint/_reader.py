@@ -51,37 +51,38 @@ class BlobStorageReader(FolderStorage, StorageReader):
     """Loads distributed checkpoints from folders of blobs, for `torch.distributed.checkpoint.load`.
 
     Reads what :class:`BlobStorageWriter` wrote, on any number of ranks, and what torch's ``FileSystemWriter`` and
-    ``FsspecWriter`` wrote. Each rank fetches just the bytes that it needs, whatever the sharding was at saving.
+    ``FsspecWriter`` wrote. Each rank fetches only the bytes that it needs, whatever the sharding of the save.
 
-    The metadata, which is a pickle, is read by an unpickler that runs no foreign code. Entries other than
-    tensors are pickles too, which the planner reads: torch's default planner trusts them.
+    The metadata is a pickle, which is parsed and never executed. Entries other than tensors are pickles too, and the
+    planner unpickles them: torch's default planner trusts them, unless ``weights_only=True`` is passed here.
 
-    A load that fails may have written to some tensors: ``touched`` of its error names them.
+    A load that fails may have modified some tensors: the attribute ``touched`` of its error names them.
 
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists. ``checkpoint_id`` of
-            ``dcp.load`` names another one in the same account.
+            ``dcp.load`` selects another folder in the same account.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds what a load
-            takes in addition to the tensors themselves.
-        version: Load this one only: the ``save_id`` of the ``storage_meta`` in what ``dcp.save`` returned, or the ETag
-            of ``.metadata``. By default what is there.
-        load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: what all ranks of a
-            node or of the job need alike, such as replicated weights, is fetched by one of them and broadcast.
-        process_group: The group that was given to ``dcp.load``, for broadcasting.
-        check_etags: Refuse data blobs that are not those that the save wrote. Only for a checkpoint that is where it
-            was saved: a copy elsewhere has other ETags. Pass False after restoring from a backup in place.
-        extension_registry: Where stream extensions of torch are looked up; torch's own by default.
-        weights_only: Refuse entries other than tensors that `torch.load` refuses with ``weights_only=True``, before
-            the planner unpickles them. torch's default planner unpickles everything, which can run foreign code.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
+            a load uses in addition to the tensors themselves.
+        version: Load only this save: the ``save_id`` in the ``storage_meta`` of the metadata that ``dcp.save``
+            returned, or the ETag of ``.metadata``. By default, the current checkpoint.
+        load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: one rank of each node or
+            of the job fetches the data that several ranks need, such as replicated weights, and broadcasts it.
+        process_group: The group that is passed to ``dcp.load``; used for broadcasting.
+        check_etags: Refuse data blobs that are not the versions that the save wrote. Copies in other folders are not
+            checked, because they have other ETags. Pass False after restoring a backup into the original folder.
+        extension_registry: The registry of torch's stream extensions; by default, torch's own.
+        weights_only: Refuse entries other than tensors that `torch.load` refuses with ``weights_only=True``, before the
+            planner unpickles them. torch's default planner unpickles everything, which can run code from the
+            checkpoint.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Raises:
-        ValueError: *url* is not a URL, or names a snapshot; ``load_once_per`` is not one of the three.
+        ValueError: *url* is not a valid URL, or names a snapshot; ``load_once_per`` is not one of the three values.
         TypeError: an argument has the wrong type.
 
-    Loading raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
-    ``azure.core.exceptions``; torch wraps them, on all ranks, into its ``CheckpointException``.
+    Loading raises :class:`~azstoragetorch.exceptions.CheckpointError`, and errors of the service as types of
+    ``azure.core.exceptions``. torch wraps them, on all ranks, in its ``CheckpointException``.
     """
 
     def __init__(
@@ -118,24 +119,24 @@ class BlobStorageReader(FolderStorage, StorageReader):
         self._is_original = False
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Begin a new load, of the folder *checkpoint_id* if that is not None.
+        """Begin a new load, from the folder *checkpoint_id* unless that is None.
 
         Raises:
             TypeError: *checkpoint_id* is not a str; a path object loses one of the slashes after the scheme.
-            ValueError: it is not a URL, or it is one in another account.
+            ValueError: *checkpoint_id* is not a URL, or is in another account.
         """
         super().reset(checkpoint_id)
         self._load_id = uuid.uuid4().hex
         self._failure, self._storage, self._version = None, {}, None
 
     def read_metadata(self, *_args: Any, **kwargs: Any) -> Metadata:
-        """The metadata of the checkpoint, or with ``rank=`` that of one rank that did not coordinate.
+        """Return the metadata of the checkpoint, or with ``rank=``, of the checkpoint that this rank saved alone.
 
-        With ``rank=``, which torch passes when the first call has failed, the errors are raised on use of the result.
+        torch passes ``rank=`` after the first call has failed; errors are then raised when the result is used.
 
         Raises:
             CheckpointNotFoundError: the folder has no complete checkpoint.
-            CheckpointError: the metadata is broken, or may run foreign code.
+            CheckpointError: the metadata is damaged, or contains something that could run code.
             AzureError: the service refused the request, or could not be reached.
         """
         rank = kwargs.get("rank")
@@ -172,7 +173,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """Begin a load on this rank; called by torch.
 
         Raises:
-            Exception: the metadata could not be read; what `read_metadata` raised.
+            Exception: the metadata could not be read; the error is that of `read_metadata`.
         """
         if isinstance(metadata, _Unread):
             raise metadata.reason
@@ -183,16 +184,16 @@ class BlobStorageReader(FolderStorage, StorageReader):
         self._is_original = str(saved_to) == self.checkpoint_id
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Say which version this rank has read, and where it runs."""
+        """Add to the plan which version this rank has read, and on which node it runs."""
         plan.storage_data = _RankState(self._version, this_node())
         expect_exchange(self._group)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Decide who fetches what several ranks need alike; called by torch on the coordinator.
+        """Decide which rank fetches data that several ranks need; called by torch on the coordinator.
 
         Raises:
-            CheckpointError: ranks have read different versions, since another was saved in the meantime.
+            CheckpointError: ranks have read different versions, because another checkpoint was saved in the meantime.
         """
         states = [plan.storage_data for plan in plans]
         self._check_agreed([state.version for state in states if isinstance(state, _RankState)])
@@ -220,8 +221,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """Load the items of *plan*; called by torch on every rank.
 
         Raises:
-            CheckpointError: an item could not be loaded; the message names it, the rank and the reason, and
-                ``touched`` the entries that may have been written to.
+            CheckpointError: an item could not be loaded. The message names the item, the rank, and the reason;
+                ``touched`` has the entries that may have been modified.
         """
         sharing = plan.storage_data if isinstance(plan.storage_data, Sharing) else None
         keep = sharing.kept() if sharing is not None else ()

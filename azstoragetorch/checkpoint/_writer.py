@@ -60,31 +60,34 @@ _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no m
 class BlobStorageWriter(FolderStorage, StorageWriter):
     """Saves distributed checkpoints as folders of blobs, for `torch.distributed.checkpoint.save` and ``async_save``.
 
-    A save is all or nothing: it takes effect by the one request that puts ``.metadata``, after the data of all ranks.
-    Whatever happens before, a checkpoint that was there stays as it is and loadable; its data is deleted after. What
-    an interrupted save leaves behind is not a checkpoint, and :func:`~azstoragetorch.checkpoint.clean` removes it.
+    A save is all or nothing: after the data of all ranks is stored, one request writes ``.metadata`` and thereby
+    commits the save. Until then, an existing checkpoint is unchanged and can be loaded; afterwards, its data is
+    deleted. Data that an interrupted save leaves behind is not a checkpoint, and
+    :func:`~azstoragetorch.checkpoint.clean` deletes it.
 
-    The folder is in torch's own file format: downloaded, it loads with ``FileSystemReader``.
+    The folder has torch's own file format: after a download, ``FileSystemReader`` loads it.
 
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists. ``checkpoint_id`` of
-            ``dcp.save`` names another one in the same account; later saves that name none go there too, as with
-            torch's writers. Pass it to every save if a signal handler may save with the same writer.
+            ``dcp.save`` selects another folder in the same account. Later saves without ``checkpoint_id`` use that
+            folder too, as with torch's writers. Pass it to every save if a signal handler may save with the same
+            writer.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content`` the service
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content``, the service
             checks an MD5 of every block.
-        overwrite: Replace a checkpoint that is there. If False, raise instead, before anything is uploaded.
-        blobs_per_rank: Spread what a rank saves over this many blobs. By default over one for each request in
-            flight, as long as they are of ``block_size`` and no more than 256 in all.
+        overwrite: Replace an existing checkpoint. If False, raise an error instead, before anything is uploaded.
+        blobs_per_rank: Number of blobs over which a rank distributes its data. By default, one for each concurrent
+            request, but fewer if blobs would be smaller than ``block_size``, or if all ranks together would write more
+            than 256 blobs.
         extensions: Stream extensions of torch that transform every item, such as compression.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Raises:
-        ValueError: *url* is not a URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
+        ValueError: *url* is not a valid URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
         TypeError: an argument has the wrong type.
 
-    Saving raises :class:`~azstoragetorch.exceptions.CheckpointError` and what the service refuses as types of
-    ``azure.core.exceptions``; on more than one rank torch wraps them, on all ranks, into its ``CheckpointException``.
+    Saving raises :class:`~azstoragetorch.exceptions.CheckpointError`, and errors of the service as types of
+    ``azure.core.exceptions``. With more than one rank, torch wraps them, on all ranks, in its ``CheckpointException``.
     """
 
     def __init__(
@@ -120,18 +123,18 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         return (save.folder if save is not None else self._folder).url
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Begin a new save, into the folder *checkpoint_id* if that is not None.
+        """Begin a new save, to the folder *checkpoint_id* unless that is None.
 
         Raises:
             TypeError: *checkpoint_id* is not a str; a path object loses one of the slashes after the scheme.
-            ValueError: it is not a URL, or it is one in another account.
+            ValueError: *checkpoint_id* is not a URL, or is in another account.
         """
         folder = self._folder if checkpoint_id is None else self._folder.at(checkpoint_id)
         self._folder = folder
         self._saves.begin(folder)
 
     def storage_meta(self) -> StorageMeta:
-        """What identifies the save that begins; torch asks for it first."""
+        """Return the metadata that identifies this save; torch calls it first."""
         prepared = self._saves.prepared()
         save = self._saves.begin(self._folder) if prepared is None else self._saves.begin_again(prepared)
         return StorageMeta(checkpoint_id=save.folder.url, save_id=save.save_id)
@@ -140,8 +143,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         """Begin a save on this rank; called by torch.
 
         Raises:
-            CheckpointExistsError: there is a checkpoint, and it is not to be overwritten.
-            CheckpointError: ranks are not to coordinate, and there is a checkpoint of ranks that did.
+            CheckpointExistsError: the folder has a checkpoint, and ``overwrite=False``.
+            CheckpointError: ``use_collectives=False``, and the folder has a checkpoint that was saved with collectives.
         """
         save = self._saves.prepared() or self._saves.begin(self._folder)
         save.is_set_up = True
@@ -168,11 +171,11 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 raise _exists(save)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to prepare: where items go is decided while they are written."""
+        """Return the plan unchanged: items are assigned to blobs while they are written."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Agree on the name of the blob that signals a failure. Called by torch on the coordinator."""
+        """Choose the name of the blob that signals a failure; called by torch on the coordinator."""
         if len(plans) == 1:
             return plans
         planning = new_save_id()
@@ -182,7 +185,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         """Upload the items of *plan*; called by torch on every rank.
 
         Raises:
-            CheckpointError: an item could not be saved; the message names it, the rank and the reason.
+            CheckpointError: an item could not be saved; the message names the item, the rank, and the reason.
         """
         save = self._saves.to_write() or self._last
         if save is None or save.is_written:
@@ -220,12 +223,12 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         return [result for of_blob in results for result in of_blob]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the save count; called by torch on the coordinator when all ranks have succeeded.
+        """Commit the save; called by torch on the coordinator when all ranks have succeeded.
 
         Raises:
-            CheckpointExistsError: there is a checkpoint by now, and it is not to be overwritten.
+            CheckpointExistsError: a checkpoint was saved in the meantime, and ``overwrite=False``.
             CheckpointConflictError: another save was committed in the meantime; this one has no effect.
-            CheckpointError: an item is missing, or its blob is; nothing was changed.
+            CheckpointError: an item or its blob is missing; the previous checkpoint is unchanged.
         """
         written = {result.index: result.storage_data for rank in results for result in rank}
         paths = frozenset(info.relative_path for info in written.values())
