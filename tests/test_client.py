@@ -7,6 +7,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
+from azure.core.credentials import AccessToken
 from azure.core.exceptions import (
     HttpResponseError,
     ResourceExistsError,
@@ -15,7 +16,7 @@ from azure.core.exceptions import (
     ServiceResponseError,
 )
 
-from azstoragetorch._blob.client import BlobClient, ContainerClient
+from azstoragetorch._blob.client import BlobClient, ClientFactory, ContainerClient
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
 from tests.faults import FaultService, LostAnswer, Match, MissingHeader, Status
@@ -169,3 +170,15 @@ class TestLazy:
             assert copy._services.peek() is None
         assert pickle.loads(dump(blob)).read()[0] == b"data"
         assert pickle.loads(dump(container)).blob("b").read()[0] == b"data"
+
+
+def test_tags_with_an_unusable_token() -> None:
+    """The error is that of the token, not that a response cannot be read."""
+
+    class Spaced:
+        def get_token(self, *_scopes: str, **_options: Any) -> AccessToken:
+            return AccessToken("a b", 2**33)
+
+    blob = ClientFactory(Spaced(), QUICK).blob("https://account.blob.core.windows.net/c/b")
+    with pytest.raises(ValueError, match="token with a space"):
+        blob.tags()

@@ -70,8 +70,9 @@ def read_tags(service: Service, url: BlobURL, scope: Scope | None = None) -> dic
         with service.send(request) as response:
             return response.read()
 
+    raw = retrying(service.config, ask, scope)
     try:
-        root = ET.fromstring(retrying(service.config, ask, scope))  # noqa: S314 - as in `listing`
+        root = ET.fromstring(raw)  # noqa: S314 - as in `listing`
     except (ET.ParseError, LookupError, ValueError) as error:
         raise picklable(ServiceResponseError(f"GET (tags) {url}: the response is not XML: {error}")) from error
     return {tag.findtext("Key") or "": tag.findtext("Value") or "" for tag in root.iter("Tag")}
