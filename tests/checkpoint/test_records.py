@@ -125,6 +125,22 @@ def test_tables_of_any_length_are_read_alike(entries: int, protocol: int) -> Non
     assert state_of(load_metadata(data)) == state_of(pickle.loads(data))
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_tensors_in_very_many_small_shards_are_read(protocol: int) -> None:
+    """No real metadata has more objects for each of its bytes, in any protocol."""
+    shards = 12_000
+    offsets = [torch.Size([at]) for at in range(shards)]
+    tensor = TensorStorageMetadata(
+        TensorProperties(torch.float32),
+        torch.Size([shards]),
+        [ChunkStorageMetadata(torch.Size([at]), torch.Size([1])) for at in range(shards)],
+    )
+    places = {MetadataIndex("t", offset, at): _StorageInfo("x", 4 * at, 4) for at, offset in enumerate(offsets)}
+    found = load_metadata(pickle.dumps(Metadata({"t": tensor}, None, places), protocol))
+    assert found.state_dict_metadata == {"t": tensor}
+    assert found.storage_data == places
+
+
 @pytest.mark.parametrize("kind", ["files", "fsspec"])
 def test_what_torch_writes_is_read_alike(kind: str, tmp_path: pathlib.Path) -> None:
     state = {"a": torch.ones(3, 4), "b": {"c": [torch.zeros(2, dtype=torch.int8), 7]}, "s": torch.ones(3).to_sparse()}
