@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -68,7 +69,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
             returned, or the ETag of ``.metadata``. By default, the current checkpoint.
         load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: one rank of each node or
             of the job fetches the data that several ranks need, such as replicated weights, and broadcasts it.
-        process_group: The group that is passed to ``dcp.load``; used for broadcasting.
+        process_group: The group that is passed to ``dcp.load``; used for broadcasting. With ``load_once_per``, a group
+            of another size is an error.
         check_etags: Refuse data blobs that are not the versions that the save wrote. Copies in other folders are not
             checked, because they have other ETags. Pass False after restoring a backup into the original folder.
         extension_registry: The registry of torch's stream extensions; by default, torch's own.
@@ -193,13 +195,15 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """Decide which rank fetches data that several ranks need; called by torch on the coordinator.
 
         Raises:
-            CheckpointError: ranks have read different versions, because another checkpoint was saved in the meantime.
+            CheckpointError: ranks have read different versions, because another checkpoint was saved in the meantime;
+                or ``process_group`` is not that of the load.
         """
         states = [plan.storage_data for plan in plans]
         self._check_agreed([state.version for state in states if isinstance(state, _RankState)])
         for plan, state in zip(plans, states, strict=True):
             plan.storage_data = state.node if isinstance(state, _RankState) else None
         if self._load_once_per != "rank" and len(plans) > 1:
+            self._check_group(len(plans))
             shared = plan_sharing(plans, by_node=self._load_once_per == "node", size_of=self._size_of)
             for plan, sharing in zip(plans, shared, strict=True):
                 plan.storage_data = sharing
@@ -214,6 +218,17 @@ class BlobStorageReader(FolderStorage, StorageReader):
             raise CheckpointError(
                 f"{self.checkpoint_id}: rank 0 has read the checkpoint of save {saves[0]} and rank {other} that of "
                 f"save {saves[1]}, since another was saved in the meantime; nothing was loaded: load again",
+                checkpoint=self.checkpoint_id,
+            )
+
+    def _check_group(self, ranks: int) -> None:
+        """Raise unless the group to share in can be that of the load, of *ranks*: in another one, ranks would wait."""
+        size = dist.get_world_size(self._group)
+        if size != ranks:
+            raise CheckpointError(
+                f"{self.checkpoint_id}: {ranks} ranks load, but the process group that BlobStorageReader has for "
+                f"load_once_per={self._load_once_per!r} has {size}; nothing was loaded. Pass the process_group of "
+                "dcp.load to BlobStorageReader, too",
                 checkpoint=self.checkpoint_id,
             )
 

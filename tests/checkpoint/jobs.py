@@ -283,6 +283,17 @@ def load_once_and_fail(rank: int, url: str, credential: Any, odd: str) -> str:
     return "no error"
 
 
+def load_once_in_the_wrong_group(rank: int, url: str, credential: Any, per: str) -> str:
+    """Ranks 0 and 1 load together, and rank 2 alone; their readers do not know these groups."""
+    pair, single = dist.new_group([0, 1]), dist.new_group([2])
+    reader = BlobStorageReader(url, credential=credential, load_once_per=per)
+    try:
+        dcp.load(unloaded(), storage_reader=reader, process_group=single if rank == 2 else pair)
+    except dcp.CheckpointException as error:
+        return str(error)
+    return "no error"
+
+
 def save_replicated(rank: int, url: str, credential: Any) -> None:
     dcp.save(replicated(), storage_writer=BlobStorageWriter(url, credential=credential))
 

@@ -227,6 +227,19 @@ def test_a_rank_that_fails_before_it_shares_ends_all_of_them(
             assert all(f"no {where} today" in text for text in told.values())
 
 
+@pytest.mark.parametrize("per", ["node", "world"])
+def test_sharing_in_another_group_than_that_of_the_load_is_an_error_at_once(
+    container: Container, base: str, per: str
+) -> None:
+    """Otherwise, the ranks of the load would wait for ranks that do not load."""
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    *pair, single = run_ranks(3, jobs.load_once_in_the_wrong_group, base, container.key, per)
+    for told in pair:
+        assert "2 ranks load" in told
+        assert f"load_once_per={per!r} has 3" in told
+    assert single == "no error"
+
+
 def test_sharing_ranks_fail_together(container: Container, base: str) -> None:
     run_ranks(2, jobs.save_replicated, base, container.key)
     for told in run_ranks(2, jobs.load_once_and_fail, base, container.key, "big"):
