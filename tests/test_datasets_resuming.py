@@ -1,4 +1,4 @@
-"""Exact resume in mid-epoch: with torchdata's loader, manually, with other numbers of ranks and workers."""
+"""Exact resuming mid-epoch: with torchdata's loader, manually, with other numbers of ranks and workers."""
 
 from __future__ import annotations
 

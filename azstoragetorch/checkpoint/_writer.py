@@ -118,7 +118,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """The URL of the folder, without a SAS: that of the save in progress on this thread, if there is one."""
+        """The URL of the folder, without a SAS. During a save, that of the save in progress on this thread."""
         save = self._saves.innermost()
         return (save.folder if save is not None else self._folder).url
 

@@ -1,7 +1,7 @@
 """The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | bench | azurite | completion``.
 
-The top of the house: it uses everything and nothing uses it. What it needs beyond the package itself, click and rich,
-is the extra ``cli`` and is imported in here only.
+It uses all other modules, and none of them uses it. Its additional dependencies, click and rich, are the extra ``cli``,
+and only this package imports them.
 """
 
 from __future__ import annotations

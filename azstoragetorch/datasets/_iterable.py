@@ -141,16 +141,16 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         Args:
             blob_urls: As for `BlobDataset.from_blob_urls`. The same holds for ``credential``, ``transform``,
                 ``transfer``, ``cache_dir``, and ``cache_bytes``.
-            shuffle: Whether to permute the sequence; `set_epoch` chooses another permutation.
-            seed: Seed of the permutation; must be the same on all ranks.
-            shard_by: ``"worker"``, ``"rank_and_worker"`` or ``"none"``.
+            shuffle: Whether to permute the sequence; by default False. `set_epoch` chooses another permutation.
+            seed: Seed of the permutation, by default 0; must be the same on all ranks.
+            shard_by: ``"worker"`` (the default), ``"rank_and_worker"``, or ``"none"``.
             rank: Replaces the rank of torch.distributed; pass *world_size* too.
             world_size: Replaces the world size of torch.distributed.
-            even: ``"none"``: shards may differ in length by one. ``"drop"``: the surplus is left out. ``"pad"``: the
-                first samples are repeated to fill up.
-            on_error: What to do when a blob cannot be read or its transform fails. ``"raise"``; ``"skip"``;
-                ``"warn"`` and skip; or a function of the URL and the exception, which skips the blob by returning.
-                A skipped blob counts as consumed. Errors with status 401 or 403 are always raised.
+            even: ``"none"`` (the default): shards may differ in length by one. ``"drop"``: the surplus is left out.
+                ``"pad"``: the first samples are repeated to fill up.
+            on_error: What to do when a blob cannot be read or its transform fails. ``"raise"`` (the default);
+                ``"skip"``; ``"warn"`` and skip; or a function of the URL and the exception, which skips the blob by
+                returning. A skipped blob counts as consumed. Errors with status 401 or 403 are always raised.
 
         Raises:
             ValueError: a URL is not the URL of a blob, or an option is out of range.

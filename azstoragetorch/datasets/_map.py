@@ -88,7 +88,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             cache_dir: Keep blobs in this folder, and read them from there the next time. Any number of processes can
                 share it. Blobs larger than ``transfer.part_size`` are kept if one ``read()`` reads them from beginning
                 to end. Without a listing, each cache lookup makes a request for the version of the blob.
-            cache_bytes: The maximum size of the folder; the least recently used blobs are evicted.
+            cache_bytes: The maximum size of the folder, by default 100 GiB; the least recently used blobs are evicted.
 
         Raises:
             ValueError: a URL is not the URL of a blob, or an option is out of range.
@@ -131,15 +131,15 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
-            prefix: Only blobs whose names begin with it.
+            prefix: Only blobs whose names begin with it; by default, all blobs.
             credential: As for `from_blob_urls`.
             transform: As for `from_blob_urls`.
             transfer: As for `from_blob_urls`.
             progress: Called with the number of blobs listed so far, after every response of the service.
             invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"``
-                it, with one warning that counts them, or ``"raise"`` a ValueError.
+                it (the default), with one warning that counts them, or ``"raise"`` a ValueError.
             include_folder_markers: Whether empty blobs whose names end in a slash, which tools create as folders, are
-                samples.
+                samples; by default, they are not.
             cache_dir: As for `from_blob_urls`, except that the listing has the versions.
             cache_bytes: As for `from_blob_urls`.
 

@@ -166,7 +166,7 @@ def play(azurite: Azurite, url: str, credential: Any, epochs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train on images in Azurite, stop the job in mid-epoch, resume it.")
+    parser = argparse.ArgumentParser(description="Train on images in Azurite, stop the job mid-epoch, resume it.")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, help="how many of the 1,797 images to use")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A training job that survives a stop at any moment: SIGTERM saves it in mid-epoch, and so does the end of each epoch.
+"""A training job that survives a stop at any moment: it saves on SIGTERM, mid-epoch, and at the end of each epoch.
 
 A signal handler runs inside whatever the main thread is doing, perhaps with the optimizer half-way through its weights.
 So the job keeps a copy of its last finished batch, and the handler saves that copy.

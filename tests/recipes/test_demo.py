@@ -1,4 +1,4 @@
-"""The demo: a job that gets SIGTERM in mid-epoch saves in its handler and resumes at the very batch."""
+"""The demo: a job that gets SIGTERM mid-epoch saves in its handler and resumes at the exact batch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def final_weights(container: Container) -> dict[str, torch.Tensor]:
 def test_a_stopped_and_resumed_job_ends_with_the_weights_of_one_never_stopped(
     container: Container, by: signal.Signals
 ) -> None:
-    """After SIGTERM the very batches of an undisturbed run follow; SIGKILL leaves the last epoch that was finished."""
+    """After SIGTERM, the batches of an undisturbed run follow; SIGKILL leaves the last epoch that was finished."""
     upload_digits(container.url, container.key, 320)
     undisturbed = run_job(container.service, container.url, 3)
     never_stopped = final_weights(container)
