@@ -110,7 +110,7 @@ def run(cell: Cell, service: FaultService) -> str:
         seconds = time.monotonic() - begin
         assert result in right_results(cell.operation), f"{cell.kind}: WRONG BYTES ({len(result)})"
         outcome = RIGHT
-        assert cell.expected == RIGHT, f"{cell.kind}: ended well instead of with {cell.expected}"
+        assert cell.may_be_right, f"{cell.kind}: ended well instead of with {cell.expected}"
     assert seconds <= _SLACK, f"{cell.kind}: took {seconds:.1f} s"  # less than one READ_TIMEOUT
     if is_save(cell.operation):
         assert stored(service, cell.operation) == ("new" if outcome == RIGHT else "old")

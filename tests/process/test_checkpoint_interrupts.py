@@ -19,12 +19,12 @@ from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint import (
     BlobStorageReader,
     BlobStorageWriter,
-    _alarm,
     _commit,
     _encoding,
     _fence,
     _folder,
     _host,
+    _joint_failure,
     _load,
     _planning,
     _reader,
@@ -40,7 +40,7 @@ from tests.faults import FaultService
 from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, content, wait_until
 
-FILES = [_alarm, _commit, _encoding, _fence, _folder, _host, _load, _planning, _reader, _reads, _receiving]
+FILES = [_joint_failure, _commit, _encoding, _fence, _folder, _host, _load, _planning, _reader, _reads, _receiving]
 FILES += [_save, _storage, _writer]
 TRANSFER = replace(QUICK, max_connections=7)
 _numbers = itertools.count()
