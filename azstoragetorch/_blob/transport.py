@@ -167,6 +167,11 @@ class Response:
         self.length = 0
         return data
 
+    def discard(self) -> None:
+        """Close the connection, whatever is left of the body."""
+        self.length = None
+        self.close()
+
     def close(self) -> None:
         """Return the connection to the pool if the whole body was received, otherwise close it. Idempotent."""
         try:
@@ -316,14 +321,12 @@ def send(
             connection.close()
             if scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
-            is_dead = isinstance(error, (ConnectionError, http.client.BadStatusLine))
-            if connection.was_used and is_dead:
+            if connection.was_used and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
                 if not _is_conditional_write(method, headers):
                     continue
                 pool.distrusted.add(origin)
             raise
-        elapsed = time.perf_counter() - started
-        count_answer(elapsed, raw.status, length_of(body))
+        count_answer(elapsed := time.perf_counter() - started, raw.status, length_of(body))
         if log.isEnabledFor(logging.DEBUG):
             url = redact(f"{origin.scheme}://{origin.host}{target}")
             log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed * 1000)
@@ -332,13 +335,16 @@ def send(
             raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error message
         response = Response(pool, connection, raw, hold)
         if sent_id and echoed_id and sent_id != echoed_id:
-            response.length = None
-            response.close()
-            raise ClientRequestIdMismatchError(
-                f"{method} {redact(f'{origin.scheme}://{origin.host}{target}')}: the response is for client request id "
-                f"{echoed_id}, not {sent_id} (request id {raw.fields.get('x-ms-request-id', '-')})"
-            )
+            response.discard()
+            raise _mismatch(f"{method} {origin.scheme}://{origin.host}{target}", sent_id, raw.fields)
         return response
+
+
+def _mismatch(request: str, sent_id: str, fields: Mapping[str, str]) -> ClientRequestIdMismatchError:
+    return ClientRequestIdMismatchError(
+        f"{redact(request)}: the response is for client request id {fields['x-ms-client-request-id']}, not {sent_id} "
+        f"(request id {fields.get('x-ms-request-id', '-')})"
+    )
 
 
 def _is_conditional_write(method: str, headers: Mapping[str, str]) -> bool:

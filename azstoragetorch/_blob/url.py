@@ -1,8 +1,7 @@
 """Parse the URLs of blobs and containers, in every form that users write, into one value.
 
-Names are stored decoded and percent-encoded for requests, so every name round-trips. The SAS is stored separately and
-is not part of any string of the URL. This module also decides which names are refused (`check_name`) and which hosts
-belong to Azure (`BlobURL.is_azure`).
+Names are stored decoded and percent-encoded for requests, so every name round-trips. No string of the
+value contains the SAS. This module also decides which names (`check_name`) and which hosts (`is_azure`) are accepted.
 """
 
 from __future__ import annotations

@@ -94,11 +94,13 @@ def cp(
     if plan.left_out:
         session.output.note(f"{plan.left_out:,} left out: links, or files of unfinished downloads")
     if dry_run:
-        for job in plan.jobs:
-            session.output.record({"source": job.source, "target": job.target, "bytes": job.size, "status": "planned"})
-            size = human(job.size) if job.size is not None else "until it ends"
-            session.output.line(f"{printable(job.source)} -> {printable(job.target)}  ({size})")
+        _show(session, plan)
         raise click.exceptions.Exit(FAILED if plan.refused else 0)
+    _carry_out(session, config, plan, begin)
+
+
+def _carry_out(session: Session, config: TransferConfig, plan: Plan, begin: float) -> None:
+    """Carry out *plan*, which was begun at *begin*, and report what came of it."""
     tally = _Tally(session, plan.jobs, plan.refused)
     try:
         _run(session, config, plan.jobs, tally)
@@ -114,6 +116,13 @@ def cp(
     tally.finish(time.monotonic() - begin)
     if tally.failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _show(session: Session, plan: Plan) -> None:
+    for job in plan.jobs:
+        session.output.record({"source": job.source, "target": job.target, "bytes": job.size, "status": "planned"})
+        size = human(job.size) if job.size is not None else "until it ends"
+        session.output.line(f"{printable(job.source)} -> {printable(job.target)}  ({size})")
 
 
 def _check(session: Session, sources: tuple[CopySource, ...], target: Target) -> None:

@@ -72,12 +72,10 @@ def parse(data: bytes) -> Any:
     raise CheckpointError(f"the metadata is not an intact pickle: {why}")
 
 
+# This loop is why metadata of 100,000 items is read in a second: most of a pickle are references and strings, and most
+# instances have a state of nothing else, which goes into the record at once.
 def _values(machine: _Machine, at: int) -> int:
-    """Read values and instances of plain values from *at* on, up to another kind of opcode; returns where that is.
-
-    This loop is why metadata of 100,000 items is read in a second: most of a pickle are references and strings, and
-    most instances have a state of nothing else, which goes into the record at once.
-    """
+    """Read values and instances of plain values from *at* on, up to another kind of opcode; returns where that is."""
     data, stack, memo = machine.data, machine.stack, machine.memo
     add, record = stack.append, None
     for _ in _MANY:
