@@ -141,13 +141,8 @@ def _visit(
     run = tracer.run
     assert run is not None
     with _alarm(limit), _Unraisable(tracer) as unraisable:
-        try:
-            with tracer.on():
-                run.result = next(_apart(act, state))
-        except Hang:
-            raise
-        except BaseException as error:  # noqa: BLE001 - checked by check
-            run.error = error
+        with tracer.on():
+            next(_apart(act, state, run))
         if tracer.failure is not None:
             raise tracer.failure
         if tracer.raised is not None:
@@ -161,13 +156,19 @@ def _visit(
     assert not unraisable.seen, f"exceptions were ignored: {unraisable.seen}"
 
 
-def _apart(act: Callable[[S], object], state: S) -> Iterator[object]:
+def _apart(act: Callable[[S], object], state: S, run: Run) -> Iterator[None]:
     """Run *act* in a generator, which has a record of its own of the exceptions that are being handled.
 
     Where a trace function raises at the first or last line of a handler, CPython 3.11 never takes the handled exception
     off that record: without this, every exception that a later test raises would have it as its context.
     """
-    yield act(state)
+    try:
+        run.result = act(state)
+    except Hang:
+        raise
+    except BaseException as error:  # noqa: BLE001 - looked at by check
+        run.error = error
+    yield
 
 
 class _Tracer:
