@@ -233,7 +233,7 @@ class Folder:
 
     def _not_found(self, name: str, rank: int | None) -> CheckpointNotFoundError:
         """The error for a folder without a checkpoint, with the reason that its listing suggests."""
-        why = "no checkpoint was found here"
+        why = "there is no checkpoint here"
         try:
             for page in self._container.pages(prefix=self.address.blob):
                 if self.address.blob in page.names:

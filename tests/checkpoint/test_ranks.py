@@ -106,7 +106,7 @@ def test_a_missing_data_blob_is_everybodys_error_and_named(container: Container,
 
 def test_no_checkpoint_is_said_on_every_rank(container: Container, base: str) -> None:
     for told in run_ranks(2, jobs.fail_to_load, base, container.key):
-        assert "no checkpoint was found here" in told
+        assert "there is no checkpoint here" in told
 
 
 def test_no_permission_is_said_on_every_rank(container: Container, base: str) -> None:

@@ -305,13 +305,17 @@ class LoopbackServer:
             self._listen()
 
     def _refuse(self) -> None:
-        self._stop_listening()
-        with self._lock:
-            if self._closing.is_set():
-                return
-            self._listener.close()
-            # Bound without listen(): connections are refused, and no other process can use the port.
-            self._listener = _bind(self.host, self.port)
+        while True:
+            self._stop_listening()
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                if self._acceptor is not None:  # another thread has begun to listen again since
+                    continue
+                self._listener.close()
+                # Bound without listen(): connections are refused, and no other process can use the port.
+                self._listener = _bind(self.host, self.port)
+                break
         self.drop_connections(reset=True)
 
     def _listen(self) -> None:

@@ -53,6 +53,13 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Enabled again after an interrupt in `torch.no_grad`, before its block was entered."""
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(autouse=True)
 def service(fault_service: FaultService) -> FaultService:
     fault_service.keeps_log = False
     fault_service.create_container("data")
