@@ -332,9 +332,7 @@ class ReadAhead:
         segment.cancel()
 
     def _check_process(self) -> None:
-        if (
-            self._process is not here()
-        ):  # in a forked child: the threads that fill these segments exist only in the parent
+        if self._process is not here():  # forked: the threads that fill these segments exist only in the parent
             self._process = here()
             self._bell = Bell()
             self._segments = [_Segment.of(self._head)] if self._head else []

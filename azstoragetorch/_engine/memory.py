@@ -84,9 +84,7 @@ def copy(target: memoryview, source: memoryview) -> None:
 
     A large copy lets other threads run meanwhile and takes the page faults of fresh memory all at once.
     """
-    if (
-        target.nbytes < _LARGE_COPY or source.readonly
-    ):  # Python has no public way to get the address of a read-only view
+    if target.nbytes < _LARGE_COPY or source.readonly:  # no public way gives the address of a read-only view
         target[:] = source
         return
     address = ctypes.addressof(ctypes.c_char.from_buffer(target))
