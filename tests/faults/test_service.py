@@ -679,6 +679,17 @@ class TestLife:
                     connection.sock.recv(1)
         assert ask(service, "GET", "data/ten").body == TEN
 
+    def test_refused_and_back_while_a_forked_child_has_the_listener(self, service: FaultService) -> None:
+        """A child that was just forked has not closed its copies yet; the service refuses and accepts all the same."""
+        copy = service._listener.dup()
+        try:
+            for _ in range(2):
+                with service.refusing_connections(), pytest.raises(ConnectionRefusedError):
+                    ask(service, "GET", "data/ten")
+                assert ask(service, "GET", "data/ten").body == TEN
+        finally:
+            copy.close()
+
     def test_a_forked_child_does_not_keep_connections_open(self, service: FaultService) -> None:
         """A client sees the end of its connection although a child has copies of the sockets."""
         with open_connection(service) as connection:

@@ -312,6 +312,10 @@ class LoopbackServer:
                     return
                 if self._acceptor is not None:  # another thread has begun to listen again since
                     continue
+                # A child that was forked just now may still hold a copy of the listener, which would keep the port
+                # in use: shutdown() ends listening in every copy. OSError: it was not listening.
+                with suppress(OSError):
+                    self._listener.shutdown(socket.SHUT_RD)
                 self._listener.close()
                 # Bound without listen(): connections are refused, and no other process can use the port.
                 self._listener = _bind(self.host, self.port)
