@@ -82,6 +82,30 @@ class TestLostAnswers:
         assert service.unused_faults() == []
 
     @SIZES
+    @pytest.mark.parametrize("status", [400, 403, 409, 412])
+    def test_nor_does_a_refusal_of_the_request_that_the_transport_repeats(
+        self, service: FaultService, size: int, status: int
+    ) -> None:
+        """The response is lost on a pooled connection: the repeated request is the second attempt, not the first."""
+        client = blob_client(service.blob_url("c", "b"))
+        client.version()  # the first request on a connection is not repeated
+        service.script(commits(size), [LostAnswer(), Status(status)])
+        write(service.blob_url("c", "b"), content(size))
+        assert service.get("c", "b") == content(size)
+        assert service.unused_faults() == []
+
+    @SIZES
+    def test_a_refusal_of_a_repeated_request_that_was_not_carried_out_is_raised(
+        self, service: FaultService, size: int
+    ) -> None:
+        blob_client(service.blob_url("c", "b")).version()
+        service.script(commits(size), [Reset(), Status(403)])
+        with pytest.raises(FatalBlobIOWriteError, match=r"nothing was committed.* 403"):
+            write(service.blob_url("c", "b"), content(size))
+        assert service.get("c", "b") == OLD
+        assert service.unused_faults() == []
+
+    @SIZES
     def test_a_refusal_after_an_attempt_that_was_not_carried_out_is_raised(
         self, service: FaultService, size: int
     ) -> None:

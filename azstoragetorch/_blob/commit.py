@@ -6,7 +6,7 @@ import base64
 import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from azure.core.exceptions import (
     AzureError,
@@ -123,8 +123,8 @@ def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
 # Sending an attempt again is harmless. Without a condition it produces the same content: Put Blob carries all bytes,
 # and Put Block List names the same blocks or is refused because they are gone. With "create only" (If-None-Match: *)
 # the service refuses it if the first one took effect. `transport` sends a request again by itself when a pooled
-# connection turns out to be dead, which is not counted here. It does not do that with a conditional write: the service
-# would refuse the second request because of the first, and that would be taken for another writer's blob.
+# connection turns out to be dead, and reports it, so that it counts as an attempt here. It does not repeat
+# a conditional write: the service would refuse the second request because of the first.
 #
 # `BlobClient.replace`, which writes under If-Match, checks after every attempt without a response or with a failed
 # condition, since it has to know the current ETag in any case.
@@ -140,7 +140,7 @@ class Commit:
         self._url = url
         self._scope = scope
         self._condition = {"If-None-Match": "*"} if create_only else {}
-        self._tries = 0
+        self._attempts = 0
 
     def put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> None:
         """Replace the content of the blob with *pieces*; *properties* are headers that describe it."""
@@ -170,19 +170,23 @@ class Commit:
 
     def _send(self, request: Request, is_committed: Callable[[], bool]) -> None:
         """Send *request* until it has a response; *is_committed* checks whether the blob has the committed content."""
+        request = replace(request, on_repeat=self._count_attempt)
         try:
             retrying(self._service.config, lambda: self._try(request), self._scope)
         except (AzureError, ClientRequestIdMismatchError) as error:
             is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
-            if not (is_refused and self._tries == 1) and self._took_effect(error, is_committed):
+            if not (is_refused and self._attempts == 1) and self._took_effect(error, is_committed):
                 return
             if self._condition and isinstance(error, (ResourceExistsError, ResourceModifiedError)):
                 raise exists_already(self._url, error) from error
             raise
 
     def _try(self, request: Request) -> None:
-        self._tries += 1
+        self._count_attempt()
         self._service.send(request).close()
+
+    def _count_attempt(self) -> None:
+        self._attempts += 1
 
     def _took_effect(self, error: Exception, is_committed: Callable[[], bool]) -> bool:
         """Whether an attempt took effect although the last one ended with *error*."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from types import TracebackType
@@ -57,6 +57,8 @@ class Request:
     """Cancelling it interrupts the request."""
     purpose: str = ""
     """Named in errors after the method, if several operations use the same method."""
+    on_repeat: Callable[[], None] | None = None
+    """Called before the request is sent again because a pooled connection failed: it may have been carried out."""
 
     @property
     def verb(self) -> str:
@@ -169,6 +171,7 @@ class Service:
                 {**headers, **proof},
                 body=request.body,
                 scope=request.scope,
+                on_repeat=request.on_repeat,
             )
             # A token is rejected with 401, an expired SAS with 403.
             if has_renewed or response.status not in ((401,) if proof else (401, 403)):

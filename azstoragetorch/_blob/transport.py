@@ -14,7 +14,7 @@ import re
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 
@@ -296,11 +296,12 @@ def send(
     *,
     body: Body = None,
     scope: Scope | None = None,
+    on_repeat: Callable[[], None] | None = None,
 ) -> Response:
     """Send one request and receive the response headers.
 
     If a pooled connection turns out to be closed, the request is sent again on another connection, which does not count
-    as a failure. Conditional writes are not sent again.
+    as a failure. *on_repeat* is called before that. Conditional writes are not sent again.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
@@ -323,6 +324,8 @@ def send(
                 raise Cancelled from None
             if connection.was_used and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
                 if not _is_conditional_write(method, headers):
+                    if on_repeat is not None:
+                        on_repeat()
                     continue
                 pool.distrusted.add(origin)
             raise

@@ -118,7 +118,7 @@ def current_actor() -> Actor:
     return _current.actor
 
 
-def _send(origin: Any, method: str, target: str, headers: Any, *, body: Any = None, scope: Any = None) -> Any:
+def _send(origin: Any, method: str, target: str, headers: Any, *, body: Any = None, **_options: Any) -> Any:
     return current_actor().ask(wire(method, target, headers, body))
 
 
