@@ -8,6 +8,9 @@
    _samples   cache  catalog  fetching  listing  resume  sources  workers
               tar
               items  names  once  prefetch  records  sharding  steps  tar_header  unpack
+   _tensors   pinned  staging
+              broadcast  host
+              planning
    _files     partial  record  transfer
               description  paths  walk
    _blob      client

@@ -55,7 +55,7 @@ FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secre
 
 # Where each dependency may be imported. The longest matching prefix decides.
 MAY_IMPORT = {
-    "torch": (FACES - {"io"}) | {"_samples.workers", "cli"},
+    "torch": (FACES - {"io"}) | {"_samples.workers", "_tensors", "cli"},
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.authorizers"},

@@ -3,10 +3,10 @@
 ``writer`` and ``reader`` are what torch calls; what they have in common is in ``storage``. ``encoding`` turns items
 into the bytes of data blobs. A ``load`` carries out what torch's planner asks for: ``reads`` says what that is of which
 blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
-``format`` knows what a checkpoint consists of, ``planning`` which bytes to ask for, ``host`` how tensors of any device
-meet host memory, and ``folder`` where it all is. ``commit`` is how saves, deletions and cleaning stay out of each
-other's way, and argues why. ``catalog`` finds checkpoints and keeps the last, by ``order``; ``cleaning`` removes them,
-``inspect`` looks into them, and ``convert`` loads entries and converts. Connections and threads belong to the core.
+``format`` knows what a checkpoint consists of and ``folder`` where it all is; ``_tensors`` plans the requests and gets
+their bytes into tensors. ``commit`` is how saves, deletions and cleaning stay out of each other's way, and argues why.
+``catalog`` finds checkpoints and keeps the last, by ``order``; ``cleaning`` removes them, ``inspect`` looks into them,
+and ``convert`` loads entries and converts. Connections and threads belong to the core.
 """
 
 from __future__ import annotations

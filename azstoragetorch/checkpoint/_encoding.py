@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.scope import Scope
+from azstoragetorch._tensors.host import Copiers, host_bytes
+from azstoragetorch._tensors.planning import contiguous_strides
 from azstoragetorch.checkpoint._format import Item, Payload, envelope, has_payload
-from azstoragetorch.checkpoint._host import Copiers, host_bytes
-from azstoragetorch.checkpoint._planning import contiguous_strides
 from azstoragetorch.checkpoint._progress import ProgressCounter
 
 ENVELOPE = 4 * KiB  # at most, around the payload of an item

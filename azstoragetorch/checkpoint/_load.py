@@ -8,7 +8,6 @@ copied.
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,24 +16,19 @@ import torch
 from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from azstoragetorch._engine.budget import Budget, BufferPool
-from azstoragetorch._engine.config import MiB
 from azstoragetorch._engine.memory import expect_filling
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for, one_at_a_time
+from azstoragetorch._tensors.host import Copier, select, view_of
+from azstoragetorch._tensors.planning import Box, Piece, Request, join
+from azstoragetorch._tensors.staging import NoMemoryError, Staging, elements_of, place_of
 from azstoragetorch.checkpoint._folder import Folder, picklable
-from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, Payload, many_objects, probe
-from azstoragetorch.checkpoint._host import Copier, is_in_place, select, view_of
-from azstoragetorch.checkpoint._planning import Box, Piece, Request, contiguous_strides, join
+from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, many_objects, probe
 from azstoragetorch.checkpoint._progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of
 from azstoragetorch.checkpoint._receiving import DataBlobs
 from azstoragetorch.checkpoint._sharing import ReadKey, read_key
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
-
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
-_REUSED = 64 * MiB  # staging buffers up to this size are kept for the next request
-_ALIGNMENT = 64  # bytes; elements of any type may lie there
 
 
 class Load:
@@ -56,12 +50,10 @@ class Load:
         self.kept: dict[ReadKey, torch.Tensor | bytes] = {}
         """What was loaded of what other ranks wait for; `accept` hands it to the planner."""
         self._config = folder.transfer
-        self._budget = Budget(folder.transfer.memory_limit)
-        self._buffers = BufferPool(folder.transfer.memory_limit)
+        self._buffers = Staging(folder.transfer.memory_limit)
         self._blobs = DataBlobs(folder)
         self._touched: set[str] = set()
         self._planner_calls = one_at_a_time()
-        self._copiers: dict[tuple[int, torch.device], Copier] = {}
 
     def touched(self) -> frozenset[str]:
         """The entries of the state dict that may have been written to."""
@@ -157,7 +149,7 @@ class Load:
             if read.payload is None:
                 self._decode(read, view_of(buffer))
                 continue
-            source = place if place is not None else self._elements(piece, read.payload, buffer)
+            source = place if place is not None else elements_of(piece, read.payload.dtype, read.payload.shape, buffer)
             for sink in read.sinks:
                 if sink is not read or place is None:
                     self._touched.add(sink.key)
@@ -175,55 +167,17 @@ class Load:
         copiers = [
             None if place is not None else self._copier(read) for (_, read), place in zip(pieces, places, strict=True)
         ]
-        lengths = [-(-(piece.stop - piece.start) // _ALIGNMENT) * _ALIGNMENT for piece, _ in pieces]
-        pageable = sum(
-            n for n, copier in zip(lengths, copiers, strict=True) if copier is not None and not copier.is_pinned
-        )
-        pinned = sum(n for n, copier in zip(lengths, copiers, strict=True) if copier is not None and copier.is_pinned)
-        # Of few sizes, so that they are reused: what malloc gets back it may keep for each thread.
-        pageable = 1 << (pageable - 1).bit_length() if 0 < pageable <= _REUSED else pageable
         decoded = sum(piece.stop - piece.start for piece, read in pieces if read.payload is None)
-        with self._budget.wait_for(pageable + pinned + decoded):
-            area = self._area(pageable)
-            buffers: list[torch.Tensor] = []
-            at = 0
-            for (piece, _), copier, length in zip(pieces, copiers, lengths, strict=True):
-                size = piece.stop - piece.start
-                if copier is None:
-                    buffers.append(_NOTHING)
-                elif copier.is_pinned:
-                    buffers.append(copier.buffer(size))
-                else:
-                    buffers.append(torch.frombuffer(area, dtype=torch.uint8, count=size, offset=at))
-                    at += length
-            yield buffers
-            buffers.clear()
-            if 0 < pageable <= _REUSED:
-                self._buffers.give_back(area)
-
-    def _area(self, size: int) -> memoryview:
-        """Memory for staging *size* bytes, which an absurd length in the metadata may make too many."""
+        sizes = [piece.stop - piece.start for piece, _ in pieces]
         try:
-            return self._buffers.take(size) if size else memoryview(b"")
-        except (MemoryError, OSError, OverflowError, ValueError) as error:
-            raise CheckpointError(f"no memory for the {size:,} bytes of one item: {type(error).__name__}") from None
+            with self._buffers.buffers(sizes, copiers, extra=decoded) as buffers:
+                yield buffers
+        except NoMemoryError as error:
+            raise CheckpointError(f"no memory for the {error.size:,} bytes of one item: {error.reason}") from None
 
     def _place(self, piece: Piece, read: Read) -> torch.Tensor | None:
         """The tensor whose memory takes the bytes of *piece* as they are, or None if they are to be staged."""
-        if read.payload is None:
-            return None
-        target = self._target(read)
-        if not piece.is_dense or target.dtype != read.payload.dtype:
-            return None
-        place = select(target, piece.box)
-        if not is_in_place(place):
-            return None
-        return place
-
-    def _elements(self, piece: Piece, payload: Payload, buffer: torch.Tensor) -> torch.Tensor:
-        """The elements of *piece* as they lie, perhaps apart, in *buffer*."""
-        strides = contiguous_strides(payload.shape) if not piece.is_dense else contiguous_strides(piece.box.lengths)
-        return buffer.view(payload.dtype).as_strided(piece.box.lengths, strides)
+        return place_of(piece, read.payload.dtype, self._target(read)) if read.payload is not None else None
 
     # -- the planner's side -------------------------------------------------------------------------------------------
 
@@ -315,12 +269,7 @@ class Load:
 
     def _copier(self, read: Read) -> Copier:
         """The copier of this thread to the device that *read* is for."""
-        device = torch.device("cpu") if read.payload is None else self._target(read).device
-        key = threading.get_ident(), device
-        with self._planner_calls:
-            if key not in self._copiers:
-                self._copiers[key] = Copier(device)
-            return self._copiers[key]
+        return self._buffers.copier(torch.device("cpu") if read.payload is None else self._target(read).device)
 
 
 def _check_harmless(key: str, content: bytes) -> None:

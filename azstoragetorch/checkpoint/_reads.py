@@ -10,8 +10,8 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from azstoragetorch._engine.config import KiB
+from azstoragetorch._tensors.planning import Box, Piece, Request, StoredBox, contiguous_strides, cut, join
 from azstoragetorch.checkpoint._format import Item, Payload
-from azstoragetorch.checkpoint._planning import Box, Piece, Request, StoredBox, contiguous_strides, cut, join
 from azstoragetorch.exceptions import CheckpointError
 
 _PROBED = 256 * KiB  # items of unknown inner layout below are fetched and decoded whole

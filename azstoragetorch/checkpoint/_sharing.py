@@ -30,18 +30,14 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from azstoragetorch._engine.config import MiB
-from azstoragetorch.checkpoint._host import select
-from azstoragetorch.checkpoint._planning import boxes
+from azstoragetorch._tensors.broadcast import PACKED, PARCEL, broadcast, device_of
+from azstoragetorch._tensors.host import select
+from azstoragetorch._tensors.planning import boxes
 from azstoragetorch.exceptions import CheckpointError
 
 log = logging.getLogger("azstoragetorch")
 
 SHARING = ("rank", "node", "world")
-
-_PACKED = 1 * MiB  # smaller tensors travel together
-_PARCEL = 32 * MiB  # bytes of small tensors that travel together, and the most of a large one at once
-_ALIGNMENT = 16  # bytes; elements of any type may lie there
 
 ReadKey = tuple[bool, str, tuple[int, ...] | None, tuple[int, ...], tuple[int, ...]]
 """What a read is of: whether a tensor, which entry and chunk, which box of it."""
@@ -187,7 +183,7 @@ class _Broadcasts:
         self._wanted = wanted
         self._load = load
         self._group = group
-        self._device = _device_of(group)
+        self._device = device_of(group)
         self._failure: Exception | None = None
 
     def run(self, forms: Sequence[TensorForm | None]) -> None:
@@ -230,33 +226,14 @@ class _Broadcasts:
             self._send(values, src, is_owner)
         else:
             (value,) = values
-            for box in boxes(tuple(value.shape), value.itemsize, _PARCEL):
+            for box in boxes(tuple(value.shape), value.itemsize, PARCEL):
                 self._send([select(value, box)], src, is_owner)
         for (source, _), value in zip(parcel, values, strict=True):
             with self._deferring_errors():
                 self._load.accept(self._wanted[source], value)
 
     def _send(self, values: list[torch.Tensor], src: int, is_owner: bool) -> None:
-        """Broadcast the elements of *values* in one go: in their own memory if that will do, else in a copy."""
-        if len(values) == 1 and _is_plain(values[0], self._device):
-            flat = values[0].detach().reshape(-1).view(torch.uint8)
-            dist.broadcast(flat, group=self._group, group_src=src)
-            return
-        places, end = [], 0
-        for value in values:
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + value.nbytes
-            places.append(slice(start, end))
-        flat = torch.empty(end, dtype=torch.uint8, device=self._device)
-        copies = [flat[place].view(v.dtype).view(v.shape) for place, v in zip(places, values, strict=True)]
-        with torch.no_grad():
-            if is_owner:
-                for value, copy in zip(values, copies, strict=True):
-                    copy.copy_(value)
-            dist.broadcast(flat, group=self._group, group_src=src)
-            if not is_owner:
-                for value, copy in zip(values, copies, strict=True):
-                    value.copy_(copy)
+        broadcast(values, src=src, is_source=is_owner, group=self._group, device=self._device)
 
     @contextmanager
     def _deferring_errors(self) -> Iterator[None]:
@@ -322,25 +299,14 @@ def _parcels(
     totals: Counter[tuple[int, bool]] = Counter()
     for (source, owner), form in zip(owners, forms, strict=True):
         size = math.prod(form[1]) * form[0].itemsize if form is not None else 0
-        if size >= _PACKED:
+        if size >= PACKED:
             yield owner, [(source, form)]
             continue
         key = owner, form is not None
-        if totals[key] + size > _PARCEL:
+        if totals[key] + size > PARCEL:
             yield owner, parcels.pop(key)
             totals[key] = 0
         parcels.setdefault(key, []).append((source, form))
         totals[key] += size
     for (owner, _), parcel in parcels.items():
         yield owner, parcel
-
-
-def _is_plain(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether the elements of *tensor* lie on *device* as they are, one after the other."""
-    return tensor.device.type == device.type and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _device_of(group: Any) -> torch.device:
-    """Where tensors have to be to be broadcast in *group*."""
-    backend = str(dist.get_backend(group))
-    return torch.device("cuda" if backend == "nccl" else "cpu")

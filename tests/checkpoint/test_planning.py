@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azstoragetorch.checkpoint._planning import (
+from azstoragetorch._tensors.planning import (
     FAR,
     NEAR,
     WASTE,

@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from azstoragetorch import TransferConfig
+from azstoragetorch._tensors import host
+from azstoragetorch._tensors.pinned import scatter
+from azstoragetorch._tensors.planning import Box, Piece, Request
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, _load
-from azstoragetorch.checkpoint import _host as host
-from azstoragetorch.checkpoint._planning import Box, Piece, Request
-from azstoragetorch.checkpoint._receiving import scatter
 from tests.checkpoint.states import load, save
 from tests.faults import FaultService, Match, Together
 

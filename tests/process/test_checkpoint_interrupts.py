@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from azstoragetorch._engine.threads import engine_for
+from azstoragetorch._tensors import host, pinned, planning, staging
 from azstoragetorch.checkpoint import (
     BlobStorageReader,
     BlobStorageWriter,
@@ -23,10 +24,8 @@ from azstoragetorch.checkpoint import (
     _encoding,
     _fence,
     _folder,
-    _host,
     _joint_failure,
     _load,
-    _planning,
     _reader,
     _reads,
     _receiving,
@@ -40,8 +39,8 @@ from tests.faults import FaultService
 from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, content, wait_until
 
-FILES = [_joint_failure, _commit, _encoding, _fence, _folder, _host, _load, _planning, _reader, _reads, _receiving]
-FILES += [_save, _storage, _writer]
+FILES = [_joint_failure, _commit, _encoding, _fence, _folder, _load, _reader, _reads, _receiving, _save, _storage]
+FILES += [_writer, host, pinned, planning, staging]
 TRANSFER = replace(QUICK, max_connections=7)
 _numbers = itertools.count()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import skip_data
 
-from azstoragetorch.checkpoint._planning import contiguous_strides
+from azstoragetorch._tensors.planning import contiguous_strides
 
 PROBE = 4096  # bytes at either end of an item that say what lies between
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from azstoragetorch.checkpoint._planning import Box, boxes
+from azstoragetorch._tensors.planning import Box, boxes
 
 _EMPTY = memoryview(b"")
 
