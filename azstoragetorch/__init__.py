@@ -15,7 +15,7 @@
               description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload
-              download  listing  window
+              copying  download  listing  window
               service
               authorizers  connection  credentials  retry  transport
               errors  secret  url

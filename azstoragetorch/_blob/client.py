@@ -16,6 +16,7 @@ from typing import Any
 from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
 from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties, md5_of, read_tags, unknown_outcome
+from azstoragetorch._blob.copying import MAX_COPIED_AT_ONCE, CopyRange, CopySource, copy_blob
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
 from azstoragetorch._blob.listing import Page, list_pages
@@ -34,12 +35,15 @@ from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 __all__ = [
+    "MAX_COPIED_AT_ONCE",
     "BlobClient",
     "BlobProperties",
     "BlobVersion",
     "BlockWriter",
     "ClientFactory",
     "ContainerClient",
+    "CopyRange",
+    "CopySource",
     "Head",
     "Page",
     "RangeRead",
@@ -251,6 +255,27 @@ class BlobClient(_Client):
             return self.read()[0] == data
         except ResourceNotFoundError:
             return False
+
+    def copy_source(self, etag: str) -> CopySource:
+        """The version *etag* of this blob, for `copy_from` and for `BlockWriter.write_blocks` of other blobs."""
+        return CopySource(self.service, self.url, etag)
+
+    def copy_from(
+        self,
+        source: CopySource,
+        *,
+        properties: Mapping[str, str] = MappingProxyType({}),
+        scope: Scope | None = None,
+    ) -> None:
+        """Replace this blob with *source*, at most `MAX_COPIED_AT_ONCE` bytes. The bytes do not pass through here.
+
+        Content headers and metadata are copied, too. *properties* are request headers, such as ``x-ms-access-tier``.
+
+        Raises:
+            BlobChangedError: the source was overwritten.
+            AzureError: the service refused the request, cannot read the source, or cannot be reached.
+        """
+        copy_blob(self.service, self.url, source, properties, scope)
 
     def delete(self, *, etag: str | None = None) -> bool:
         """Delete the blob, only if it has *etag* where that is given; return False if the blob does not exist."""

@@ -190,6 +190,20 @@ class Service:
         target = _target(url.path, _version_query(url), self.authorizer.query())
         return target, {**_common_headers(), **headers, **self.authorizer.headers()}
 
+    def source_headers(self, url: BlobURL) -> dict[str, str]:
+        """The headers of a request, to any account, that makes the service itself read the blob at *url*.
+
+        They contain the credential: a SAS in the URL of the source, or a token.
+
+        Raises:
+            AzureError: the credential did not provide a token.
+        """
+        target = _target(url.path, _version_query(url), self.authorizer.query())
+        headers = {"x-ms-copy-source": f"{url.scheme}://{url.host}{target}"}
+        if token := self.authorizer.headers().get("Authorization"):
+            headers["x-ms-copy-source-authorization"] = token
+        return headers
+
     def _refuse(self, request: Request, response: transport.Response) -> NoReturn:
         with response:
             try:

@@ -24,6 +24,7 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.commit import CREATED, Commit, exists_already, get_properties, md5_of
 from azstoragetorch._blob.connection import length_of
+from azstoragetorch._blob.copying import CopyRange, stage_block
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -72,10 +73,14 @@ def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callabl
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The bytes of one block, in one or more pieces."""
+    """The bytes of one block: in one or more pieces, or in another blob."""
 
     block_id: str
-    pieces: Sequence[memoryview]
+    content: Sequence[memoryview] | CopyRange
+
+    @property
+    def length(self) -> int:
+        return len(self.content) if isinstance(self.content, CopyRange) else length_of(self.content)
 
 
 class _BorrowedBuffer:
@@ -175,6 +180,25 @@ class BlockWriter:
         self._stage_all(blocks, concurrency, staged)
 
     @_all_or_nothing
+    def write_blocks(
+        self,
+        blocks: Iterable[Sequence[memoryview] | CopyRange],
+        *,
+        concurrency: int,
+        staged: Callable[[int], None] | None = None,
+    ) -> None:
+        """Write all of *blocks* in order, *concurrency* at once. Each is one block: uploaded, or copied by the service.
+
+        Memory, order, and *staged* are as in `write_pieces`. No block can be empty or larger than the service allows.
+
+        Raises:
+            FatalBlobIOWriteError: staging a block failed, or *blocks* raised; nothing will be committed.
+        """
+        if self._filled:
+            self._stage_collected()
+        self._stage_all(map(self._block, blocks), concurrency, staged)
+
+    @_all_or_nothing
     def flush(self) -> None:
         """Wait until the blocks in flight are staged. Bytes that do not fill a block yet stay in memory.
 
@@ -269,8 +293,8 @@ class BlockWriter:
     def _commit(self) -> Commit:
         return Commit(self._service, self._url, self._scope, create_only=self._create_only)
 
-    def _block(self, pieces: Sequence[memoryview]) -> _Block:
-        """Make *pieces* the next block of the blob."""
+    def _block(self, content: Sequence[memoryview] | CopyRange) -> _Block:
+        """Make *content* the next block of the blob."""
         if len(self._block_ids) >= MAX_BLOCKS:
             raise FatalBlobIOWriteError(
                 f"{self._url}: {self.written} bytes need more than {MAX_BLOCKS} blocks; raise block_size or "
@@ -280,8 +304,9 @@ class BlockWriter:
             self._refuse_existing()
         block_id = base64.b64encode(f"{self._nonce}{len(self._block_ids):06d}".encode()).decode()
         self._block_ids.append(block_id)
-        self._staged += length_of(pieces)
-        return _Block(block_id, pieces)
+        block = _Block(block_id, content)
+        self._staged += block.length
+        return block
 
     def _refuse_existing(self) -> None:
         """Raise before anything is uploaded that could not be committed."""
@@ -313,7 +338,7 @@ class BlockWriter:
         def stage(block: _Block, _scope: Scope) -> None:
             self._stage(block)
             if staged is not None:
-                staged(length_of(block.pieces))
+                staged(block.length)
 
         engine_for(self._config).map(stage, blocks, concurrency, self._scope)
 
@@ -370,9 +395,13 @@ class BlockWriter:
             held.release()
 
     def _stage(self, block: _Block) -> None:
-        query = f"comp=block&blockid={quote(block.block_id, safe='')}"
-        headers = {"Content-MD5": md5_of(block.pieces)} if self._config.validate_content else {}
-        request = Request("PUT", self._url, query, headers, block.pieces, CREATED, self._scope, "block")
+        content, block_id = block.content, quote(block.block_id, safe="")
+        if isinstance(content, CopyRange):
+            stage_block(self._service, self._url, block_id, content, self._scope)
+            return
+        query = f"comp=block&blockid={block_id}"
+        headers = {"Content-MD5": md5_of(content)} if self._config.validate_content else {}
+        request = Request("PUT", self._url, query, headers, content, CREATED, self._scope, "block")
         retrying(self._config, lambda: self._service.send(request).close(), self._scope)
 
     def _free(self) -> None:

@@ -22,6 +22,7 @@ OPERATIONS = frozenset(
         "delete",
         "put_blob",
         "put_block",
+        "put_block_from_url",
         "put_block_list",
         "get_block_list",
         "copy_blob",

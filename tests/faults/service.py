@@ -356,7 +356,7 @@ class FaultService(LoopbackServer):
                 )
                 headers = {name: value for name, value in headers.items() if name not in dropped}
         source = None
-        if entry.operation == "copy_blob":
+        if entry.operation in ("copy_blob", "put_block_from_url"):
             url, _, tail = headers["x-ms-copy-source"].partition("?")
             container, blob = self._split("/" + url.partition("://")[2].partition("/")[2])
             source = (url, container, blob, Head("GET", f"?{tail}", {}).query)
@@ -377,6 +377,10 @@ class FaultService(LoopbackServer):
                 raise ServiceError(401, "NoAuthenticationInformation", {"WWW-Authenticate": self.challenge})
             if token not in self._tokens:
                 raise ServiceError(401, "InvalidAuthenticationInfo", {"WWW-Authenticate": self.challenge})
+            is_copy = request.operation == "put_block_from_url" or "x-ms-requires-sync" in request.headers
+            scheme, _, token = request.headers.get("x-ms-copy-source-authorization", "").partition(" ")
+            if is_copy and (scheme != "Bearer" or token not in self._tokens):
+                raise ServiceError(401, "CannotVerifyCopySource")
         if self._sas is not None:
             if request.query.get("sig") != self._sas:
                 raise ServiceError(403, "AuthenticationFailed")
@@ -447,7 +451,7 @@ def _operation(head: Head, query: Mapping[str, str], container: str, blob: str) 
             ("HEAD", ""): "head",
             ("DELETE", ""): "delete",
             ("PUT", ""): "copy_blob" if "x-ms-copy-source" in head.headers else "put_blob",
-            ("PUT", "block"): "put_block",
+            ("PUT", "block"): "put_block_from_url" if "x-ms-copy-source" in head.headers else "put_block",
             ("PUT", "blocklist"): "put_block_list",
             ("PUT", "metadata"): "set_metadata",
             ("PUT", "snapshot"): "snapshot_blob",

@@ -140,6 +140,7 @@ class BlobStore:
     def __init__(self, *, versioning: bool = False, hierarchical: bool = False) -> None:
         self.versioning = versioning
         self.hierarchical = hierarchical
+        self.max_copied_at_once = 256 << 20  # bytes; the service copies a larger blob only in blocks
         self._lock = threading.RLock()
         self._containers: dict[str, _Container] = {}
         self._last_tick = 0
@@ -373,6 +374,19 @@ class BlobStore:
         return Answer(201, {**self._written_headers(blob), "Content-MD5": md5, **checks})
 
     def _do_put_block(self, request: Request) -> Answer:
+        return self._stage(request, request.body)
+
+    def _do_put_block_from_url(self, request: Request) -> Answer:
+        self._holder(request)
+        data = self._copy_source(request).data
+        span = parse_range({"x-ms-range": request.headers.get("x-ms-source-range", "bytes=0-")})
+        assert span is not None
+        stop = len(data) if span[1] is None else span[1]
+        if stop > len(data):
+            raise ServiceError(416, "InvalidRange")
+        return self._stage(request, memoryview(data)[span[0] : stop])
+
+    def _stage(self, request: Request, data: Bytes) -> Answer:
         holder = self._holder(request)
         block_id = request.query.get("blockid", "")
         try:
@@ -381,7 +395,7 @@ class BlobStore:
             length = 0
         if not 1 <= length <= 64:
             raise ServiceError(400, "InvalidQueryParameterValue")
-        if not len(request.body):
+        if not len(data):
             raise ServiceError(400, "InvalidHeaderValue", {"x-ms-error-detail": "Content-Length"})
         checks = _verify_checksums(request)
         slot = holder.slots.setdefault(request.blob, _Slot())
@@ -389,7 +403,7 @@ class BlobStore:
             raise ServiceError(400, "InvalidBlobOrBlock")
         if len(slot.uncommitted) >= MAX_UNCOMMITTED_BLOCKS and block_id not in slot.uncommitted:
             raise ServiceError(409, "BlockCountExceedsLimit")
-        slot.uncommitted[block_id] = request.body
+        slot.uncommitted[block_id] = data
         return Answer(201, checks)
 
     def _do_put_block_list(self, request: Request) -> Answer:
@@ -466,17 +480,10 @@ class BlobStore:
     def _do_copy_blob(self, request: Request) -> Answer:
         self._holder(request)
         assert request.source is not None
-        source_url, container, blob, query = request.source
-        conditions = {
-            name.removeprefix("x-ms-source-"): value
-            for name, value in request.headers.items()
-            if name.startswith("x-ms-source-if-")
-        }
-        origin = Request("copy_source", container, blob, query, conditions)
-        try:
-            found = self._read_target(origin)
-        except ServiceError as error:
-            raise ServiceError(error.status, "CannotVerifyCopySource") from error
+        source_url = request.source[0]
+        found = self._copy_source(request)
+        if "x-ms-requires-sync" in request.headers and len(found.data) > self.max_copied_at_once:
+            raise ServiceError(409, "CopySourceTooLarge")
         self._check_write_conditions(request)
         copy = {"x-ms-copy-id": f"copy-{self._tick()}", "x-ms-copy-status": "success"}
         blob_made = self.put(
@@ -494,6 +501,19 @@ class BlobStore:
             },
         )
         return Answer(202, {**self._written_headers(blob_made), **copy})
+
+    def _copy_source(self, request: Request) -> StoredBlob:
+        assert request.source is not None
+        _, container, blob, query = request.source
+        conditions = {
+            name.removeprefix("x-ms-source-"): value
+            for name, value in request.headers.items()
+            if name.startswith("x-ms-source-if-")
+        }
+        try:
+            return self._read_target(Request("copy_source", container, blob, query, conditions))
+        except ServiceError as error:
+            raise ServiceError(error.status, "CannotVerifyCopySource") from error
 
     def _do_set_metadata(self, request: Request) -> Answer:
         blob = self._read_target(request)
