@@ -7,10 +7,13 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
-from azstoragetorch._engine.job import Bell, Job
+from azstoragetorch._engine.job import Bell, IsStuck, Job
 from azstoragetorch._engine.process import PerProcess, here
 from azstoragetorch._engine.scope import Cancelled, Scope
 from tests.support import in_time, run_python, run_threads
@@ -120,33 +123,57 @@ class TestJob:
         assert not isinstance(Cancelled(), Exception)
 
 
+def keep(
+    kept: list[tuple[Callable[[int], None], Callable[[], None]]],
+    done: Callable[[int], None],
+    failed: Callable[[], None],
+    is_stuck: IsStuck = lambda: False,
+) -> IsStuck:
+    """Begin work that ends with a call of what is added to *kept*."""
+    kept.append((done, failed))
+    return is_stuck
+
+
 class TestHandedOver:
     def test_the_result_comes_from_elsewhere(self) -> None:
-        kept = []
+        kept: list[Any] = []
         job: Job[int] = Job(lambda: pytest.fail("done here"))
-        assert job.hand_over(lambda done, failed: [kept.append((done, failed))] == [None])
+        assert job.hand_over(partial(keep, kept))
         assert not job.run()
         threading.Timer(0.05, lambda: kept[0][0](7)).start()
         assert in_time(job.result) == 7
 
     def test_what_could_not_be_begun_stays_open(self) -> None:
         job = Job(lambda: 7)
-        assert not job.hand_over(lambda _done, _failed: False)
+        assert not job.hand_over(lambda _done, _failed: None)
         assert job.is_open
         assert job.result() == 7
 
     def test_what_failed_elsewhere_is_done_by_the_thread_that_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept = []
+        kept: list[Any] = []
         job = Job(lambda: 7)
-        assert job.hand_over(lambda done, failed: [kept.append((done, failed))] == [None])
+        assert job.hand_over(partial(keep, kept))
         threading.Timer(0.05, lambda: kept[0][1]()).start()
         monkeypatch.setattr("azstoragetorch._engine.job._LOOK_AGAIN", 600.0)  # it is told
         assert in_time(job.result) == 7
 
+    def test_what_is_stuck_elsewhere_is_done_by_the_thread_that_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whether it is stuck at the beginning or later; the result that comes after all changes nothing."""
+        monkeypatch.setattr("azstoragetorch._engine.job._LOOK_AGAIN", 0.01)
+        for states in ([True], [False, False, True]):
+            kept: list[Any] = []
+            later = iter(states)
+            job = Job(lambda: 7)
+            assert job.hand_over(partial(keep, kept, is_stuck=lambda later=later: next(later, True)))  # type: ignore[misc]
+            assert in_time(job.result) == 7
+            assert not job.run(), "it may still end where it was handed to"
+            kept[0][0](8)
+            assert job.result() == 8
+
     def test_one_report_counts(self) -> None:
-        kept = []
+        kept: list[Any] = []
         job = Job(lambda: 7)
-        job.hand_over(lambda done, failed: [kept.append((done, failed))] == [None])
+        job.hand_over(partial(keep, kept))
         kept[0][1]()
         assert job.result() == 7
         kept[0][0](8)

@@ -16,9 +16,11 @@ from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.transport import close_idle_connections
 from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._engine import job
+from azstoragetorch._engine.job import IsStuck
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import start_thread
-from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
 from tests.faults.faults import (
     Chunked,
     CorruptByte,
@@ -26,6 +28,7 @@ from tests.faults.faults import (
     FullInsteadOfPartial,
     GarbageStatusLine,
     Hangup,
+    Hold,
     Match,
     MissingHeader,
     Reset,
@@ -34,6 +37,7 @@ from tests.faults.faults import (
     StaleConnection,
     Stall,
     Status,
+    Together,
     Torn,
     TornReset,
     WrongContentRange,
@@ -42,7 +46,7 @@ from tests.faults.faults import (
 )
 from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
-from tests.support import idle_connections, taking, wait_until
+from tests.support import idle_connections, run_threads, taking, wait_until
 
 QUICK = TransferConfig(max_backoff=0.01, part_size=64 << 10, max_connections=16)
 IMPATIENT = replace(QUICK, read_timeout=0.8, max_attempts=20)  # others may take too long as well on a busy machine
@@ -67,11 +71,11 @@ def prefetch(
 ) -> OrderedPrefetch[str, Head]:
     """The heads of *names* in order, 16 at once; *started* gets whether the multiplexer could start each."""
 
-    def start(name: str, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
-        is_started = client.blob(name).start_head(scope, done, failed)
+    def start(name: str, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> IsStuck | None:
+        is_stuck = client.blob(name).start_head(scope, done, failed)
         if started is not None:
-            started.append(is_started)
-        return is_started
+            started.append(is_stuck is not None)
+        return is_stuck
 
     return OrderedPrefetch(
         client.engine,
@@ -296,3 +300,150 @@ def test_a_handler_in_the_start_of_the_thread_gets_its_read(
     assert ends == [True], "the handler waits for a thread that only the interrupted code starts"
     assert ended is not None
     assert ended.wait(60)
+
+
+# -- finalizers that run on the thread of the multiplexer --------------------------------------------------------------
+
+
+class Finalized:
+    """Calls *action* when the last reference is dropped."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+
+    def __del__(self) -> None:
+        self._action()
+
+
+def connect(service: FaultService, client: ContainerClient, count: int = 8) -> None:
+    """Leave *count* idle connections in the pool."""
+    close_idle_connections()
+    service.reset_log()
+    rule = service.script(Match("head"), [Together(count)], repeat=True)
+    run_threads(count, lambda _: client.blob("000").version())
+    rule.cancel()
+    assert idle_connections() == count
+
+
+def finalize_on_its_thread(client: ContainerClient, action: Callable[[], object]) -> threading.Event:
+    """Run *action* in a finalizer on the thread of the multiplexer; the event is set when it has returned."""
+    ended = threading.Event()
+    begun = threading.Event()
+
+    def act() -> None:
+        begun.set()
+        action()
+        ended.set()
+
+    bag = [Finalized(act)]
+    assert client.blob("001").start_head(Scope(), lambda _head: bag.clear(), lambda: pytest.fail("the read failed"))
+    assert begun.wait(60)
+    return ended
+
+
+def test_a_finalizer_on_its_thread_reads(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    """It cannot wait for reads on the thread that it occupies: they use other connections and threads."""
+    client = container(fault_service)
+    connect(fault_service, client)
+    heads: list[Head] = []
+    ended = finalize_on_its_thread(client, lambda: heads.extend(read_all(client, list(blobs))))
+    assert ended.wait(60), "it waits for itself"
+    assert [head.data for head in heads] == list(blobs.values())
+
+
+def test_a_finalizer_on_its_thread_waits_for_reads_in_flight(
+    fault_service: FaultService, blobs: dict[str, bytes]
+) -> None:
+    """Another thread has begun them."""
+    client = container(fault_service)
+    connect(fault_service, client)
+    names = ["002", "003", "004", "005"]
+    held = threading.Event()
+    fault_service.script(Match("get_blob", path="00[2-5]$"), [Hold(held)] * len(names))
+    started = list[bool]()
+    ahead = prefetch(client, names, started)
+    items = [next(ahead), *ahead._queue]
+    assert started == [True] * len(names)
+    heads: list[Head] = []
+    ended = finalize_on_its_thread(client, lambda: heads.extend(item.result() for item in items))
+    fault_service.wait_for_requests(len(names) + 2, "get_blob")  # it has asked for the first one itself
+    held.set()
+    assert ended.wait(60), "it waits for itself"
+    assert [head.data for head in heads] == [blobs[name] for name in names]
+    ahead.close()
+    items.clear()
+    wait_until(lambda: client.engine.budget.in_flight == 0)
+
+
+def test_a_finalizer_on_its_thread_waits_for_a_thread_that_reads(
+    fault_service: FaultService, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads in flight, and reads that begin meanwhile, do not count on the thread that is stuck."""
+    monkeypatch.setattr(multiplex, "_STUCK_SECONDS", 0.5)
+    client = container(fault_service)
+    connect(fault_service, client)
+    names = ["002", "003", "004", "005"]
+    held, has_read = threading.Event(), threading.Event()
+    fault_service.script(Match("get_blob", path="00[2-5]$"), [Hold(held)] * len(names))
+    started = list[bool]()
+    ahead = prefetch(client, names, started)
+    items = [next(ahead), *ahead._queue]
+    assert started == [True] * len(names)
+    ended = finalize_on_its_thread(client, lambda: has_read.wait(120))
+    held.set()
+    try:
+        assert [item.result().data for item in items] == [blobs[name] for name in names]
+        assert [head.data for head in read_all(client, list(blobs))] == list(blobs.values())
+        assert not ended.is_set()
+    finally:
+        has_read.set()
+    assert ended.wait(60)
+    ahead.close()
+    items.clear()
+    wait_until(lambda: client.engine.budget.in_flight == 0)
+    del started[:]
+    wait_until(lambda: bool(read_all(client, names, started)) and any(started))  # the thread receives again
+
+
+def test_a_finalizer_at_every_line_of_its_thread_reads(
+    fault_service: FaultService, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads other blobs, and waits for a read that the thread is receiving."""
+    monkeypatch.setattr(multiplex, "_STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(job, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(multiplex, "_IDLE_SECONDS", 0.0)
+    client = container(fault_service)
+    connect(fault_service, client)
+    wanted = [blobs["010"], blobs["011"]]
+    threads: list[Callable[[], None]] = []
+    present: list[Prefetched[str, Head]] = []
+
+    def set_up() -> OrderedPrefetch[str, Head]:
+        """Two reads in flight, which the calling thread is to receive."""
+        multiplex._multiplexers.get().clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(multiplex, "start_thread", lambda work: threads.append(work) is None)
+            started = list[bool]()
+            ahead = prefetch(client, ["010", "011"], started)
+            present[:] = [next(ahead), *ahead._queue]
+        assert started[0]
+        return ahead
+
+    def handle() -> None:
+        assert [item.result().data for item in present] == wanted
+        assert [head.data for head in read_all(client, ["020", "021"])] == [blobs["020"], blobs["021"]]
+
+    def receive(ahead: OrderedPrefetch[str, Head]) -> list[bytes]:
+        threads.pop()()
+        try:
+            return [item.result().data for item in present]
+        finally:
+            ahead.close()
+            present.clear()
+
+    def check(_ahead: OrderedPrefetch[str, Head], run: Run) -> None:
+        assert run.error is None, repr(run.error)
+        assert run.result == wanted
+        wait_until(lambda: client.engine.budget.in_flight == 0)
+
+    sweep(set_up, receive, check, files=[multiplex], do=handle, turns=1)

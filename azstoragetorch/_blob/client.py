@@ -27,6 +27,7 @@ from azstoragetorch._blob.service import Request, Service, is_tracing
 from azstoragetorch._blob.upload import BlockWriter
 from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.job import IsStuck
 from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.ranges import ByteRange
@@ -126,19 +127,20 @@ class BlobClient(_Client):
         finally:
             opened.close()
 
-    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:
-        """Start to fetch the first part on the multiplexer's thread. Return False if that is not possible now.
+    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> IsStuck | None:
+        """Start to fetch the first part on the multiplexer's thread. Return None if that is not possible now.
 
-        If it returns True, either *done* is called with the result, or *failed*: then the caller has to call `head`,
-        which retries and raises errors.
+        If it returns a function, either *done* is called with the result, or *failed*: then the caller has to call
+        `head`, which retries and raises errors. The function returns whether that thread is stuck.
         """
         multiplexer = None if self.config.validate_content or is_tracing() else multiplexer_for(self.engine)
         if multiplexer is None:
-            return False
+            return None
         length = self.config.effective_part_size
-        return multiplexer.begin(
+        is_begun = multiplexer.begin(
             self.service, self.url, length, scope, lambda version, data: done(Head(version, data)), failed
         )
+        return multiplexer.is_stuck if is_begun else None
 
     def open_range(self, span: ByteRange, *, etag: str | None = None, scope: Scope | None = None) -> RangeRead:
         """Request *span*, of the version *etag* if given; return when the response headers have arrived."""

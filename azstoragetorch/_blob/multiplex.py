@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import select
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ from azstoragetorch._engine.threads import Engine, start_thread
 _CONTENT_RANGE = re.compile(r"bytes 0-(\d+)/(\d+)")
 _MAX_HEAD_BYTES = 16 << 10  # of a response: status line and headers
 _POLL_SECONDS = 0.25  # between two checks for stalled reads
+_STUCK_SECONDS = 10.0  # without a step of the thread, after which others do not count on it
 _IDLE_SECONDS = 0.5  # for which the thread waits for another read before it exits
 
 
@@ -70,13 +72,27 @@ class Multiplexer:
     # may have been ended by an interrupt, or it waits below a signal handler that waits for a read of its own. Of the
     # threads that are started for one turn, the first one to `take` it runs, and the others exit. A `begin` that cannot
     # start a thread takes the turn as well, to fail all reads.
+    #
+    # The collector runs finalizers of the user on any thread, also on this one, and a finalizer may wait: for a read,
+    # or for another thread that waits for one. So a thread that waits for a read asks `is_stuck`, and reads the blob
+    # itself if it is the one that would receive the read, or if that one has not taken a step for long. `begin` then
+    # begins nothing.
 
     def __init__(self) -> None:
         self._reads: dict[int, _Read] = {}  # by descriptor
         self._watched: dict[int, Connection] = {}  # registered, also while other requests use them
         self._epoll = select.epoll()
         self._turns: dict[None, _Turn] = {}  # the turn of the thread that runs, if one does
-        self._last_active = self._last_sweep = 0.0
+        self._last_active = self._last_sweep = self._last_step = 0.0
+
+    def is_stuck(self) -> bool:
+        """Whether the thread has to wait for the caller, or has not taken a step for long."""
+        turn = self._turns.get(None)
+        if turn is None:
+            return False
+        if turn.owner is not None and turn.owner.thread == threading.get_ident():
+            return True
+        return time.monotonic() - max(turn.began, self._last_step) > _STUCK_SECONDS
 
     def begin(
         self,
@@ -92,7 +108,7 @@ class Multiplexer:
         If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
         if no thread can be started.
         """
-        connection = take_idle(service.origin)
+        connection = None if self.is_stuck() else take_idle(service.origin)
         if connection is None:
             return False
         hold = scope.holding(connection.interrupt)
@@ -133,7 +149,7 @@ class Multiplexer:
 
     def _start(self) -> None:
         """Start the thread if it is not running."""
-        turn, me = self._turns.setdefault(None, _Turn()), object()
+        turn, me = self._turns.setdefault(None, _Turn()), _Owner(0)
         if turn.is_started:
             return
         with on_error(partial(self._fail_all, turn, me)):
@@ -142,7 +158,7 @@ class Multiplexer:
             elif turn.take(me):
                 self._fail_all(turn, me)
 
-    def _fail_all(self, turn: _Turn, me: object) -> None:
+    def _fail_all(self, turn: _Turn, me: _Owner) -> None:
         """Fail all reads and end *turn*, if *me* has taken it. After an interrupt, call it again."""
         while turn.owner is me and self._turns.setdefault(None, turn) is turn:
             for descriptor, read in list(self._reads.items()):
@@ -156,7 +172,7 @@ class Multiplexer:
         return not self._reads or self._turns.setdefault(None, turn) is not turn
 
     def _run(self, turn: _Turn) -> None:
-        me = object()
+        me = _Owner(threading.get_ident())
         with on_error(partial(self._fail_all, turn, me)):
             if not turn.take(me):
                 return
@@ -178,7 +194,7 @@ class Multiplexer:
             if read is not None:  # `begin` may have found it still watched: see above
                 self._register(descriptor, read.connection)
             return
-        self._last_active = read.last_active = time.monotonic()
+        self._last_step = self._last_active = read.last_active = time.monotonic()
         try:
             if read.advance(scratch):
                 self._end(descriptor, read, is_good=True)
@@ -186,7 +202,7 @@ class Multiplexer:
             self._end(descriptor, read, is_good=False)
 
     def _drop_stalled(self) -> None:
-        now = time.monotonic()
+        now = self._last_step = time.monotonic()
         if now - self._last_sweep < _POLL_SECONDS:
             return
         self._last_sweep = now
@@ -206,21 +222,31 @@ class Multiplexer:
             self._epoll.unregister(descriptor)
 
 
+class _Owner:
+    """Who has a turn: *thread*, or 0 for a call that fails all reads."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+
+
 class _Turn:
     """The turn of one thread. Several may be started for it; the first one to take it has it for good."""
 
-    __slots__ = ("_owners", "is_started")
+    __slots__ = ("_owners", "began", "is_started")
 
     def __init__(self) -> None:
-        self._owners: dict[None, object] = {}
+        self._owners: dict[None, _Owner] = {}
+        self.began = time.monotonic()
         self.is_started = False  # at least one thread was
 
-    def take(self, me: object) -> bool:
+    def take(self, me: _Owner) -> bool:
         """Take it for *me*; return False if it was taken before."""
         return self._owners.setdefault(None, me) is me
 
     @property
-    def owner(self) -> object:
+    def owner(self) -> _Owner | None:
         """Who has taken it."""
         return self._owners.get(None)
 

@@ -21,9 +21,10 @@ thread that changes the state does so first and rings after. So either the sleep
 sleeper. Most jobs are over before anybody waits, so a job has no bell until then; the same order holds for it: it is
 entered before the waiting thread looks at the state, and looked up after the change.
 
-Two claimants never finish, and the token has what it takes to notice: a handler that needs a job which the interrupted
-code below it has claimed would wait for itself, and a forked child for a thread of its parent. Such a caller does the
-work once more instead.
+Three claimants may never finish, and the token has what it takes to notice: a handler that needs a job which the
+interrupted code below it has claimed would wait for itself, a forked child for a thread of its parent, and anybody for
+a thread that was handed the work and is stuck in a finalizer, which the collector runs on any thread. Such a caller
+does the work once more instead.
 
 An error's traceback refers to the frames that it passed through, those to the owner of the job, and the owner to the
 job. So the owner of a job that failed calls `give_up` when it has dealt with the error: a reference cycle would keep
@@ -43,6 +44,9 @@ from azstoragetorch._engine.scope import Cancelled, on_error
 
 R = TypeVar("R")
 T = TypeVar("T")
+
+IsStuck = Callable[[], bool]
+"""Says whether work that was handed over has to wait for the calling thread, or is stuck for another reason."""
 
 _LOOK_AGAIN = 1.0  # seconds until a sleeper looks again: the thread that was to ring may have been interrupted before
 
@@ -80,11 +84,21 @@ class Bell:
 class _Token:
     """A claim: of which thread (0 if the work was handed to something else) in which process."""
 
-    __slots__ = ("process", "thread")
+    __slots__ = ("is_stuck", "process", "thread")
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
         self.process: Process = here()
+        self.is_stuck: IsStuck = _never
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the claimant cannot finish before the caller continues."""
+        return self.thread == threading.get_ident() or self.process is not here() or self.is_stuck()
+
+
+def _never() -> bool:
+    return False
 
 
 class _Outcome(Generic[R]):
@@ -161,22 +175,25 @@ class Job(Generic[R]):
             self._end(_Outcome(error=error))
         return True
 
-    def hand_over(self, start: Callable[[Callable[[R], None], Callable[[], None]], bool]) -> bool:
+    def hand_over(self, start: Callable[[Callable[[R], None], Callable[[], None]], IsStuck | None]) -> bool:
         """Have *start* begin the work without a thread that waits for it; False if it cannot, and the job stays open.
 
         *start* gets two functions, of which one is to be called later, from any thread: the first with the result, the
-        second to open the job again. It returns False if neither will be.
+        second to open the job again. It returns None if neither will be, else a function that says whether it is stuck:
+        a thread that needs the result then does the work itself.
         """
         token = _Token(threading.get_ident())
         reopen = partial(self._reopen, token)
         with on_error(reopen):
             if self._state.setdefault("claim", token) is not token:
                 return True
-            is_begun = start(self._succeed, reopen)
-            token.thread = 0  # from here on this thread may wait for it
-        if not is_begun:
-            reopen()
-        return is_begun
+            is_stuck = start(self._succeed, reopen)
+            if is_stuck is not None:
+                token.is_stuck = is_stuck
+                token.thread = 0  # from here on this thread may wait for it
+                return True
+        reopen()
+        return False
 
     def result(self) -> R:
         """The result. The work is done here if nothing has begun, else waited for.
@@ -190,10 +207,10 @@ class Job(Generic[R]):
             work, claim = self._work, state.get("claim")
             if claim is None:
                 self.run()
-            elif work is not None and (claim.thread == threading.get_ident() or claim.process is not here()):
-                return work()  # that claimant cannot finish before this
+            elif work is not None and claim.is_lost:
+                return work()
             else:
-                state.setdefault("bell", Bell()).wait_until(self._has_changed)
+                state.setdefault("bell", Bell()).wait_until(partial(self._needs_look, claim))
         outcome: _Outcome[R] = state["outcome"]
         if outcome.error is None and outcome is not _GIVEN_UP:
             return outcome.result  # type: ignore[return-value]  # there is one
@@ -220,8 +237,8 @@ class Job(Generic[R]):
             self._state.pop("claim", None)
         self._ring()
 
-    def _has_changed(self) -> bool:
-        return "outcome" in self._state or "claim" not in self._state
+    def _needs_look(self, claim: _Token) -> bool:
+        return "outcome" in self._state or self._state.get("claim") is not claim or claim.is_stuck()
 
     def _end(self, outcome: _Outcome[R]) -> None:
         self._state.setdefault("outcome", outcome)

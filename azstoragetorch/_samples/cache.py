@@ -227,9 +227,9 @@ class CachedBlobClient(BlobClient):
             self._cache.store(self.url, fetched.version.etag, fetched.data)
         return fetched
 
-    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> bool:  # noqa: ARG002
-        """False: the cache is looked at first, which `head` does."""
-        return False
+    def start_head(self, scope: Scope, done: Callable[[Head], None], failed: Callable[[], None]) -> None:  # noqa: ARG002
+        """None: the cache is looked at first, which `head` does."""
+        return
 
     def reader(self, version: BlobVersion | None = None, head: bytes = b"") -> ReadAhead:
         """Random access; a blob that is read whole at once is kept."""

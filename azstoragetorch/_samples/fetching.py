@@ -14,6 +14,7 @@ from azstoragetorch._blob.download import fetch_parallel
 from azstoragetorch._blob.errors import not_found
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.job import IsStuck
 from azstoragetorch._engine.memory import copy, filled_bytes
 from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
@@ -67,9 +68,9 @@ def fetch_ahead(
             return Fetched(client, fetched.version, data, is_whole=True)
         return fetched
 
-    def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> bool:
+    def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> IsStuck | None:
         if isinstance(item, BlobRange) or (whole and isinstance(item, BlobInfo) and item.size > part):
-            return False
+            return None
         client = clients.blob(url_of(item))
         return client.start_head(scope, lambda head: done(_of_head(client, head)), failed)
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from azstoragetorch._engine.budget import Loan
-from azstoragetorch._engine.job import Job
+from azstoragetorch._engine.job import IsStuck, Job
 from azstoragetorch._engine.metrics import timed
 from azstoragetorch._engine.process import here
 from azstoragetorch._engine.scope import Scope, on_error
@@ -23,7 +23,7 @@ from azstoragetorch._engine.threads import Engine
 T = TypeVar("T")
 R = TypeVar("R")
 
-Start = Callable[[T, Scope, Callable[[R], None], Callable[[], None]], bool]
+Start = Callable[[T, Scope, Callable[[R], None], Callable[[], None]], IsStuck | None]
 
 
 class Prefetched(Generic[T, R]):
@@ -70,20 +70,29 @@ class Prefetched(Generic[T, R]):
 class _Beginning(Generic[T, R]):
     """Work that is begun without a thread that waits for it. It refers to the loan until it ends."""
 
-    __slots__ = ("_done", "_engine", "_failed", "_item", "_job", "_loan", "_prefetch")
+    __slots__ = ("_done", "_engine", "_failed", "_item", "_job", "_loan", "_prefetch", "_start")
 
-    def __init__(self, prefetch: OrderedPrefetch[T, R], engine: Engine, item: T, job: Job[R], loan: Loan) -> None:
+    def __init__(
+        self,
+        prefetch: OrderedPrefetch[T, R],
+        start: Start[T, R],
+        engine: Engine,
+        item: T,
+        job: Job[R],
+        loan: Loan,
+    ) -> None:
         self._prefetch = prefetch
+        self._start = start
         self._engine = engine
         self._item = item
         self._job = job
         self._loan = loan
 
-    def __call__(self, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
-        """Begin; False if that is not possible."""
+    def __call__(self, done: Callable[[R], None], failed: Callable[[], None]) -> IsStuck | None:
+        """Begin; None if that is not possible."""
         self._done = done
         self._failed = failed
-        return self._prefetch._begin_one(self._item, self._succeed, self._fail)  # noqa: SLF001 - of this module
+        return self._start(self._item, self._prefetch._scope, self._succeed, self._fail)  # noqa: SLF001 - of this module
 
     def _succeed(self, result: R) -> None:
         self._loan.shrink(self._prefetch._size(result))  # noqa: SLF001 - of this module
@@ -110,7 +119,8 @@ class OrderedPrefetch(Generic[T, R]):
         is_eager: Begin at once with all. Otherwise what is in flight grows with the results that are asked for and
             shrinks with those that are not: a consumer that never asks costs nothing.
         start: Tries to do the work of an item without a thread that waits; calls the first function with the result,
-            or the second to have the work done in the ordinary way. False if it cannot.
+            or the second to have the work done in the ordinary way. Returns None if it cannot, else a function that
+            says whether it is stuck; see `Job.hand_over`.
     """
 
     def __init__(
@@ -205,14 +215,12 @@ class OrderedPrefetch(Generic[T, R]):
                 self._begin(engine, item, job, loan)
 
     def _begin(self, engine: Engine, item: T, job: Job[R], loan: Loan) -> None:
-        if self._start is not None:
+        start = self._start
+        if start is not None:
             with suppress(Exception):  # the thread meets it again, and `result` raises it
-                if job.hand_over(_Beginning(self, engine, item, job, loan)):
+                if job.hand_over(_Beginning(self, start, engine, item, job, loan)):
                     return
         engine.submit(job.run)
-
-    def _begin_one(self, item: T, done: Callable[[R], None], failed: Callable[[], None]) -> bool:
-        return self._start is not None and self._start(item, self._scope, done, failed)
 
     def _do(self, item: T) -> R:
         return self._work(item, self._scope)
