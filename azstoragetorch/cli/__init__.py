@@ -1,7 +1,7 @@
 """The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | bench | azurite | completion``.
 
-It uses all other modules, and none of them uses it. Its additional dependencies, click and rich, are the extra ``cli``,
-and only this package imports them.
+No other module imports this package. Its additional dependencies, click and rich, are the extra ``cli``, and only this
+package imports them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which credential a command uses. Secrets come from the environment or the URL, never from an option."""
+"""Choose the credential of a command. Secrets come from the environment or the URL, never from an option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACCOUNT, KEY, SAS = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE
 
 @dataclass(frozen=True)
 class CredentialOptions:
-    """What the options say about credentials."""
+    """The options of a command that concern credentials."""
 
     warn: Callable[[str], None]
     is_anonymous: bool = False
@@ -27,15 +27,14 @@ class CredentialOptions:
     trusted_hosts: Sequence[str] = ()
 
     def choose(self, url: BlobURL) -> tuple[Credential, str]:
-        """The credential for *url* and, in words, where it comes from.
+        """The credential for *url* and a description of its origin.
 
-        A SAS in the URL comes first, then the options, then the environment, then DefaultAzureCredential. A key or
-        SAS of the environment is for one account: it is not used where AZURE_STORAGE_ACCOUNT names another, and a host
-        that is not known to be an account's gets neither.
+        A SAS in the URL comes first, then the options, then the environment, then DefaultAzureCredential. A key or SAS
+        of the environment belongs to one account: it is not used if AZURE_STORAGE_ACCOUNT names another, and not sent
+        to a host that is not known to belong to Azure.
 
         Raises:
-            ValueError: the variable that ``--sas-env`` names is not set; it is not known whose account the host is; or
-                the key is not base64.
+            ValueError: the variable of ``--sas-env`` is not set; the host is not trusted; or the key is not base64.
         """
         if url.sas is not None:
             return AzureSasCredential(url.sas.reveal()), "SAS in the URL"
@@ -57,8 +56,8 @@ class CredentialOptions:
             return AzureSasCredential(token or ""), f"SAS in {SAS}"
         unused = [name for name in (KEY, SAS) if os.environ.get(name)]
         self.warn(
-            f"{' and '.join(unused)} not used: {ACCOUNT} is {named}, and {url.account_url} is the account "
-            f"{account}. Set {ACCOUNT}={account} if the key is for it, or unset {ACCOUNT}"
+            f"{' and '.join(unused)} not used: {ACCOUNT} is {named}, but {url.account_url} is the account "
+            f"{account}. Set {ACCOUNT}={account} if the key belongs to it, or unset {ACCOUNT}"
         )
         return None, "DefaultAzureCredential"
 
@@ -75,9 +74,9 @@ class CredentialOptions:
         return ClientFactory(self.credential(url), config, url).container(url)
 
     def _account_of(self, url: BlobURL) -> str:
-        """The account that *url* leads to.
+        """The account that *url* belongs to.
 
-        A path names any account on any host, so what a host that is not Azure's gets depends on the user's trust.
+        On another host, a path can name any account. So hosts that are not Azure's need the user's trust.
         """
         account = url.account_name or os.environ.get(ACCOUNT)
         if account and (url.is_azure or url.is_loopback or is_trusted(url, self.trusted_hosts)):
@@ -85,13 +84,13 @@ class CredentialOptions:
         set_account = "" if url.account_name else f"set {ACCOUNT} to the account and "
         raise ValueError(
             f"{url.host!r} is not a host of Azure Storage, so the key or SAS in the environment is not sent to it. If "
-            f"it is your account's, {set_account}pass --trusted-host {url.host} (or set {TRUSTED_HOSTS}); else unset "
-            f"{KEY} and {SAS}, or pass --anonymous"
+            f"it serves your account, {set_account}pass --trusted-host {url.host} (or set {TRUSTED_HOSTS}). Otherwise "
+            f"unset {KEY} and {SAS}, or pass --anonymous"
         )
 
 
 class TokenSource(logging.Handler):
-    """Hears from azure-identity's log which of its credentials had a token; ``name`` is None as long as none had."""
+    """Reads azure-identity's log to find out which of its credentials returned a token; *found* is None until then."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -100,7 +99,7 @@ class TokenSource(logging.Handler):
         self._level = self._logger.level
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note the name in ``... acquired a token from ...``, which is public knowledge: the SDK documents it."""
+        """Keep the name in ``... acquired a token from ...``, a message that the SDK documents."""
         if "acquired a token from" in record.msg and isinstance(record.args, tuple) and record.args:
             self.found = str(record.args[-1])
 

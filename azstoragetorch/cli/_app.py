@@ -1,4 +1,4 @@
-"""The commands by name, and the one way into them and out again."""
+"""The commands by name, and the only place where a command starts and ends."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._output import in_a_shell, one_line
 from azstoragetorch.cli._session import FAILED, INTERRUPTED, examples
 
-_EXIT_CODES = """Exit codes: 0 done, 1 something failed, 2 wrong usage, 3 not found, 4 no credential or not permitted,
-5 the service could not be reached, 130 interrupted.
+_EXIT_CODES = """Exit codes: 0 success, 1 failure, 2 incorrect usage, 3 not found, 4 no credential or permission denied,
+5 service not reachable, 130 interrupted.
 
-Credentials: a SAS in the URL; --anonymous; --sas-env NAME; AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, for the
-account that AZURE_STORAGE_ACCOUNT names or, without it, any; else DefaultAzureCredential."""
+Credentials, in this order: a SAS in the URL; --anonymous; --sas-env NAME; AZURE_STORAGE_KEY or
+AZURE_STORAGE_SAS_TOKEN (only for the account in AZURE_STORAGE_ACCOUNT, if that is set); DefaultAzureCredential."""
 
-# What newer releases of click raise, with the help as its message, where older ones print it and are done.
+# Newer releases of click raise this error, with the help as its message. Older ones print the help and return.
 _NO_ARGUMENTS: tuple[type[click.ClickException], ...] = tuple(
     filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
 )
 
 
 class _Commands(click.Group):
-    """Finds commands when they are asked for: `ls` should not wait for what `checkpoint` imports."""
+    """Imports a command when it is used, so that `ls` does not wait for the imports of `checkpoint`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return ["doctor", "ls", "cp", "rm", "checkpoint", "bench", "azurite", "completion"]
@@ -72,15 +72,15 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="azstoragetorch")
 def app() -> None:
-    """PyTorch on Azure Blob Storage, from the shell."""
+    """Copy, list, and delete blobs, manage checkpoints, and measure transfers."""
 
 
 @click.command(epilog=examples("completion bash\ncompletion fish"))
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete commands and options.
+    """Print a script for SHELL that completes commands and options.
 
-    For bash put this into ~/.bashrc: eval "$(azstoragetorch completion bash)"
+    For bash, add this line to ~/.bashrc: eval "$(azstoragetorch completion bash)"
     """
     kind = get_completion_class(shell)
     assert kind is not None
@@ -89,7 +89,7 @@ def completion(shell: str) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command in *arguments*; returns the exit code."""
-    # Clean up, also when the scheduler of a cluster is in a hurry.
+    # Clean up also when a cluster's scheduler ends the job.
     signal.signal(signal.SIGTERM, _end)
     with _plain_warnings():
         return _run(arguments)
@@ -111,19 +111,19 @@ def _run(arguments: Sequence[str]) -> int:
         click.echo("azstoragetorch: interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stdout = None  # its reader is gone, and the flush at exit would fail
+        sys.stdout = None  # the reader is gone, so the flush at exit would fail
         return FAILED
     return code if isinstance(code, int) else 0
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings, and records that are logged as such, are one line on stderr, with control characters escaped."""
+    """Print each warning and each logged warning as one line on stderr, with control characters escaped."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     handler.setLevel(logging.WARNING)
     log = logging.getLogger("azstoragetorch")
-    silent = logging.NullHandler()  # what azure-identity logs is in the error, too
+    silent = logging.NullHandler()  # the error repeats what azure-identity logs
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         log.addHandler(handler)

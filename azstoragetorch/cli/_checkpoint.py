@@ -1,4 +1,4 @@
-"""``azstoragetorch checkpoint``: list, look into, check, convert and remove distributed checkpoints."""
+"""``azstoragetorch checkpoint``: list, inspect, verify, convert, and delete distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from azstoragetorch.cli._session import FAILED, Session, Url, common, examples
 from azstoragetorch.exceptions import CheckpointError
 
 _RUN = "https://ACCOUNT.blob.core.windows.net/CONTAINER/run"
-_AT_ONCE = 1 * GiB  # bytes of entries that are held while a checkpoint is verified
+_AT_ONCE = 1 * GiB  # bytes of entries in memory while a checkpoint is verified
 
 
 @click.group()
 def checkpoint() -> None:
-    """Distributed checkpoints (torch.distributed.checkpoint)."""
+    """Manage distributed checkpoints (torch.distributed.checkpoint)."""
 
 
 checkpoint.add_command(export)
@@ -32,8 +32,8 @@ checkpoint.add_command(import_)
 
 @checkpoint.command(epilog=examples(f"checkpoint ls {_RUN}\ncheckpoint ls -H {_RUN}\ncheckpoint ls --latest {_RUN}"))
 @click.argument("url", type=Url())
-@click.option("--latest", is_flag=True, help="Only the last one.")
-@click.option("--long", "-l", "is_long", is_flag=True, help="Size in bytes, when it was saved in UTC, URL.")
+@click.option("--latest", is_flag=True, help="List only the newest one.")
+@click.option("--long", "-l", "is_long", is_flag=True, help="Show sizes in bytes and save times in UTC.")
 @click.option("--human", "-H", "is_human", is_flag=True, help="Like --long, with sizes such as 1.5 GiB.")
 @common
 def ls(session: Session, url: BlobURL, latest: bool, is_long: bool, is_human: bool) -> None:
@@ -48,11 +48,11 @@ def ls(session: Session, url: BlobURL, latest: bool, is_long: bool, is_human: bo
         wide = f"{human(size) if is_human else size:>14}  {saved:<20}  " if facts else ""
         session.output.line(wide + place)
     if not found:
-        session.output.note("no complete checkpoint is here")
+        session.output.note(f"no complete checkpoint found in {url}")
 
 
 def _facts(session: Session, url: BlobURL) -> dict[str, tuple[int, str]]:
-    """Of each folder in *url*, by its name: bytes of the blobs in it, and when its metadata was written."""
+    """By name of each folder in *url*: the bytes of its blobs, and the time at which its metadata was written."""
     container = session.access.container(url, TransferConfig())
     prefix = folder_of(url)
     sizes: Counter[str] = Counter()
@@ -70,7 +70,10 @@ def _facts(session: Session, url: BlobURL) -> dict[str, tuple[int, str]]:
 @click.argument("url", type=Url())
 @common
 def inspect(session: Session, url: BlobURL) -> None:
-    """Show the entries of the checkpoint in the folder URL: types, shapes, bytes. Reads its metadata only."""
+    """Show the entries of the checkpoint in the folder URL: types, shapes, and sizes.
+
+    Reads only the metadata of the checkpoint.
+    """
     from azstoragetorch.checkpoint import inspect_checkpoint
 
     found = inspect_checkpoint(str(url), credential=session.access.credential(url))
@@ -94,10 +97,10 @@ def inspect(session: Session, url: BlobURL) -> None:
 @trust
 @common
 def verify(session: Session, url: BlobURL, trust: bool) -> None:
-    """Read every entry of the checkpoint in the folder URL, and say which cannot be loaded.
+    """Read every entry of the checkpoint in the folder URL, and report those that cannot be loaded.
 
-    Missing, truncated and overwritten data blobs show, and entries that do not decode. The exit code is 1 if there is
-    any. Entries that only --trust would unpickle are reported as unchecked.
+    Detects missing, truncated, and overwritten data blobs, and entries that cannot be decoded. The exit code is 1 if
+    any entry is broken. Entries that would be unpickled only with --trust are reported as unchecked.
     """
     from azstoragetorch.checkpoint import inspect_checkpoint, load_keys
 
@@ -121,7 +124,7 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
             except (CheckpointError, pickle.UnpicklingError) as error:
                 if len(keys) > 1:
                     advance(-told)
-                    for key in keys:  # one by one, to name those that are at fault
+                    for key in keys:  # one by one, to find the broken ones
                         check([key])
                     return
                 text = str(error.__cause__ or error).split("\n", 1)[0]
@@ -147,28 +150,34 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
     epilog=examples(f"checkpoint prune {_RUN} --keep 3 --dry-run\ncheckpoint prune {_RUN} --incomplete --yes")
 )
 @click.argument("url", type=Url())
-@click.option("--keep", type=click.IntRange(1), help="Delete all complete checkpoints but the last so many.")
-@click.option("--incomplete", is_flag=True, help="Delete what interrupted saves left.")
 @click.option(
-    "--min-age", default=24.0, show_default=True, help="Hours; younger leftovers may belong to a save in progress."
+    "--keep", type=click.IntRange(1), help="Keep this many of the newest complete checkpoints, and delete the others."
+)
+@click.option("--incomplete", is_flag=True, help="Delete the data of interrupted saves.")
+@click.option(
+    "--min-age",
+    metavar="HOURS",
+    default=24.0,
+    show_default=True,
+    help="With --incomplete: keep younger data, which may belong to a save in progress.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @common
 def prune(
     session: Session, url: BlobURL, keep: int | None, incomplete: bool, min_age: float, dry_run: bool, yes: bool
 ) -> None:
-    """Delete old checkpoints in the folders of URL, or what interrupted saves left there."""
+    """Delete old checkpoints in the folders of URL, or the data of interrupted saves."""
     from azstoragetorch.checkpoint import clean, delete_checkpoint, keep_last
 
     if keep is None and not incomplete:
-        raise click.UsageError("say what to delete: --keep N, --incomplete, or both")
+        raise click.UsageError("nothing to delete was chosen: pass --keep N, --incomplete, or both")
     place, credential = str(url), session.access.credential(url)
     min_seconds = min_age * 3600
     doomed = keep_last(place, keep, dry_run=True, credential=credential) if keep is not None else []
     leftovers = clean(place, min_age=min_seconds, dry_run=True, credential=credential) if incomplete else []
     if (doomed or leftovers) and not dry_run and not yes:
-        session.output.confirm("Delete for good?", [*doomed, *leftovers])
+        session.output.confirm("Permanently delete these?", [*doomed, *leftovers])
     with session.output.progress("deleting", len(doomed), unit="checkpoints") as advance:
         for folder in doomed:
             if not dry_run:
@@ -176,12 +185,12 @@ def prune(
             advance(1)
             _say_deleted(session, folder, dry_run)
     if leftovers and not dry_run:
-        with session.output.progress("deleting what is incomplete", None, unit="blobs"):
+        with session.output.progress("deleting incomplete saves", None, unit="blobs"):
             leftovers = clean(place, min_age=min_seconds, credential=credential)
     for blob in leftovers:
         _say_deleted(session, blob, dry_run)
     if not doomed and not leftovers:
-        session.output.note("there is nothing to delete")
+        session.output.note("nothing to delete")
 
 
 def _say_deleted(session: Session, place: str, is_planned: bool) -> None:
@@ -190,7 +199,7 @@ def _say_deleted(session: Session, place: str, is_planned: bool) -> None:
 
 
 def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Keys of about `_AT_ONCE` bytes at a time."""
+    """Batches of keys with about `_AT_ONCE` bytes each."""
     batch: list[str] = []
     held = 0
     for key, size in sizes.items():

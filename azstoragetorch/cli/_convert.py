@@ -1,4 +1,4 @@
-"""``azstoragetorch checkpoint export`` and ``import``: between a checkpoint and one file that `torch.load` reads."""
+"""``azstoragetorch checkpoint export`` and ``import``: convert between a checkpoint and a file of `torch.save`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _RUN = "https://ACCOUNT.blob.core.windows.net/CONTAINER/run"
 
-trust = click.option("--trust", is_flag=True, help="Unpickle entries that are not tensors, which may run any code.")
+trust = click.option("--trust", is_flag=True, help="Also unpickle entries that are not tensors. This can run any code.")
 
 
 @click.command(
@@ -39,22 +39,22 @@ trust = click.option("--trust", is_flag=True, help="Unpickle entries that are no
 )
 @click.argument("url", type=Url())
 @click.argument("target")
-@click.option("--key", "keys", multiple=True, help="Only this entry or what is below it; may be repeated.")
+@click.option("--key", "keys", multiple=True, help="Export only this entry or the entries below it. Can be repeated.")
 @trust
 @common
 def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], trust: bool) -> None:
-    """Write the checkpoint in the folder URL as TARGET, a file or the URL of a blob that torch.load reads.
+    """Write the checkpoint in the folder URL to TARGET, as one file or blob for torch.load.
 
-    The state dict has to fit into memory. TARGET is replaced when everything is written, not before. '-' is standard
-    output; a fifo or device is written into.
+    The state dict must fit into memory. An existing TARGET is replaced only after everything is written. '-' is
+    standard output. If TARGET is a fifo or device, the data is written to it.
     """
     import torch
 
     place = _place(target, "/dev/stdout")
     if isinstance(place, Standard) and session.output.is_json:
-        raise click.UsageError("--json prints to standard output, which is TARGET here: leave one of them out")
+        raise click.UsageError("--json prints to standard output, which is also TARGET: omit --json or choose a file")
     if isinstance(place, Path):
-        is_stream_target(place)  # what a file cannot replace shows before the checkpoint is read
+        is_stream_target(place)  # fails before the checkpoint is read if a file cannot replace TARGET
     with session.output.progress("reading", None) as bar:
         state = _loaded(session, url, keys, trust, steps(bar))
     session.output.note(f"writing {place}")
@@ -72,13 +72,13 @@ def export(session: Session, url: BlobURL, target: str, keys: tuple[str, ...], t
 )
 @click.argument("source")
 @click.argument("url", type=Url())
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @trust
 @common
 def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust: bool) -> None:
-    """Write SOURCE, a file or the URL of a blob that torch.save wrote, as a checkpoint in the folder URL.
+    """Write SOURCE, a file or blob of torch.save, as a checkpoint in the folder URL.
 
-    The state dict has to fit into memory, unless SOURCE is a file: that is mapped. '-' is standard input.
+    A local file is mapped into memory. From other sources, the state dict must fit into memory. '-' is standard input.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -89,9 +89,11 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
     with _as_checkpoint_errors(place):
         state = _read_source(session, place, trust)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{place} holds a {type(state).__name__}; a checkpoint is made from a dict")
+        raise CheckpointError(
+            f"{place} contains a {type(state).__name__}, but a checkpoint can only be made from a dict"
+        )
     with session.output.progress("writing", None) as bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # that is the intent
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # saving in one process is intended
         writer = BlobStorageWriter(
             str(url), credential=session.access.credential(url), overwrite=overwrite, progress=steps(bar)
         )
@@ -99,7 +101,7 @@ def import_(session: Session, source: str, url: BlobURL, overwrite: bool, trust:
             save(state, storage_writer=writer, no_dist=True)
         except CheckpointException as error:
             raise next(iter(_causes(error)), CheckpointError(str(error))) from None
-    session.output.note(f"{url} has {len(state):,} entr{'y' if len(state) == 1 else 'ies'} now")
+    session.output.note(f"saved {len(state):,} entr{'y' if len(state) == 1 else 'ies'} to {url}")
     session.output.record({"source": str(place), "url": str(url), "entries": len(state)})
 
 
@@ -130,7 +132,7 @@ def _loaded(
 
 @contextmanager
 def _open_target(session: Session, place: Path | BlobURL | Standard) -> Iterator[Any]:
-    """A file for the bytes of *place*, which has them all or none in the end, unless it is a stream."""
+    """A file whose bytes go to *place*: all or none of them, unless it is a stream."""
     if isinstance(place, BlobURL):
         with BlobIO(str(place), "wb", credential=session.access.credential(place)) as blob:
             yield blob
@@ -143,7 +145,7 @@ def _open_target(session: Session, place: Path | BlobURL | Standard) -> Iterator
 
 
 def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool) -> Any:
-    """What `torch.save` wrote to *place*."""
+    """The object that `torch.save` wrote to *place*."""
     if isinstance(place, BlobURL):
         with (
             BlobIO(str(place), "rb", credential=session.access.credential(place)) as blob,
@@ -151,7 +153,7 @@ def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool
         ):
             return _load(_Watched(blob, bar), trust)
     if isinstance(place, Path) and not has_unknown_length(place, place.stat()):
-        # What releases before 1.6 wrote is not a zip file, and cannot be mapped.
+        # Releases before 1.6 did not write zip files, and only those can be mapped.
         if zipfile.is_zipfile(place):
             return _load(place, trust, mmap=True)
         with place.open("rb") as file:
@@ -164,7 +166,7 @@ def _read_source(session: Session, place: Path | BlobURL | Standard, trust: bool
 
 
 def _load(file: Any, trust: bool, *, mmap: bool = False) -> Any:
-    """What `torch.save` wrote to *file*.
+    """The object that `torch.save` wrote to *file*.
 
     Raises:
         ValueError: another program wrote it.
@@ -182,7 +184,7 @@ def _load(file: Any, trust: bool, *, mmap: bool = False) -> Any:
 
 @contextmanager
 def _as_checkpoint_errors(place: Path | BlobURL | Standard) -> Iterator[None]:
-    """`torch.load` raises whatever it stumbles over in a file that `torch.save` did not write."""
+    """Translate errors: for a file that `torch.save` did not write, `torch.load` can raise almost anything."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -192,12 +194,12 @@ def _as_checkpoint_errors(place: Path | BlobURL | Standard) -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"{place} cannot be read as a file that torch.save wrote: {type(error).__name__}: {first}"
+            f"{place} cannot be read as a file of torch.save: {type(error).__name__}: {first}"
         ) from error
 
 
 class _Watched:
-    """A file that reports to *bar* what is read from it and written to it."""
+    """A file that reports bytes read and written to *bar*."""
 
     def __init__(self, file: Any, bar: Bar) -> None:
         self._file = file
@@ -223,7 +225,7 @@ class _Watched:
 
 
 def steps(bar: Bar) -> ProgressCallback:
-    """Reports to *bar* how far a save or load is."""
+    """A callback that reports the progress of a save or load to *bar*."""
     before = 0
 
     def report(done: int, planned: int) -> None:
@@ -236,15 +238,15 @@ def steps(bar: Bar) -> ProgressCallback:
 
 
 def _causes(error: Any) -> Iterable[Exception]:
-    """What the ranks of a failed save or load say, without torch's wrapping."""
+    """The errors of the ranks in a failed save or load, without torch's wrapping."""
     return (found[0] for found in error.failures.values() if isinstance(found[0], Exception))
 
 
 def needs_trust(error: BaseException) -> bool:
-    """Whether *error* says that `torch.load` refused something with ``weights_only=True``."""
+    """Whether `torch.load` raised *error* because of ``weights_only=True``."""
     return isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError)
 
 
 def _untrusted(place: str, error: BaseException) -> str:
     first = str(error).split("\n", 1)[0]
-    return f"{place}: {first} If you trust who wrote it, add --trust: it may then run what is in there."
+    return f"{place}: {first} If you trust its origin, pass --trust, which can run any code that it contains."

@@ -1,4 +1,4 @@
-"""``azstoragetorch cp``: files and folders to and from blobs."""
+"""``azstoragetorch cp``: copy files and folders to and from blobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from azstoragetorch.cli._plan import Job, Plan
 from azstoragetorch.cli._session import FAILED, INTERRUPTED, Session, common, examples, exit_code
 from azstoragetorch.exceptions import AZStorageTorchError
 
-_LARGE_AT_ONCE = 2  # each takes all connections; the second one covers the end of the first
+_LARGE_AT_ONCE = 2  # each uses all connections; the second one fills those that the end of the first leaves idle
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EROFS}
 
 _EXAMPLES = """
@@ -38,24 +38,24 @@ cp https://ACCOUNT.blob.core.windows.net/CONTAINER/data.tar - | tar x
 
 
 class _DiskFull(CopyError):  # noqa: N818 - says what it is
-    """Nothing more can be written: every other file would fail as well."""
+    """The disk is full, so every other file would fail as well."""
 
 
 @click.command(epilog=examples(_EXAMPLES))
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=Place(is_source=True))
 @click.argument("target", type=Place(is_source=False))
-@click.option("--recursive", "-r", is_flag=True, help="Everything in the folder SOURCE goes under TARGET.")
-@click.option("--force", is_flag=True, help="Copy also what is there already.")
+@click.option("--recursive", "-r", is_flag=True, help="Copy everything in the folder SOURCE to TARGET.")
+@click.option("--force", is_flag=True, help="Copy unchanged files as well.")
 @click.option("--dry-run", is_flag=True, help="Print what would be copied.")
-@click.option("--no-check-md5", is_flag=True, help="Do not compare with the MD5 that is stored with a blob.")
-@click.option("--no-tier", is_flag=True, help="From blob to blob: do not keep the access tier.")
-@click.option("--tags", is_flag=True, help="From blob to blob: keep index tags, which needs a separate permission.")
+@click.option("--no-check-md5", is_flag=True, help="Do not check downloads against the MD5 of the blob.")
+@click.option("--no-tier", is_flag=True, help="Between blobs: do not copy the access tier.")
+@click.option("--tags", is_flag=True, help="Between blobs: copy index tags, which needs a separate permission.")
 @click.option(
     "--links",
     type=click.Choice(get_args(Links)),
     default="files",
     show_default=True,
-    help="Links in a folder SOURCE that are followed: those to files, all, or none (they are left out).",
+    help="Which symbolic links in a folder SOURCE to follow: those to files, all, or none (skip them).",
 )
 @common
 def cp(
@@ -70,16 +70,16 @@ def cp(
     tags: bool,
     links: Links,
 ) -> None:
-    """Copy between files and blobs, or blobs and blobs.
+    """Copy files to blobs, blobs to files, or blobs to blobs.
 
-    A TARGET that ends with a slash, is a container or is a folder on this machine takes files under their own names.
-    '-' is standard input or output. In the URL of a SOURCE, * stands for any characters of a name, ** for slashes, too.
+    If TARGET is a container, a local folder, or ends with a slash, each file keeps its name in it. '-' is standard
+    input or output. In the URL of a SOURCE, * matches any characters except a slash, and ** also matches slashes.
 
-    What the target has already, by length and MD5, is skipped. A download that was interrupted resumes where it
-    stopped. No target is ever seen in part.
+    Unchanged files (same length and MD5) are skipped. An interrupted download resumes where it stopped. A target
+    appears only when it is complete.
 
-    From blob to blob, content headers, metadata and an access tier that was set are kept, and index tags with --tags.
-    Snapshots, older versions, leases and immutability policies are not copied.
+    Copies between blobs keep content headers, metadata, and an access tier that was set explicitly; --tags also keeps
+    index tags. Snapshots, older versions, leases, and immutability policies are not copied.
     """
     _check(session, sources, target)
     begin = time.monotonic()
@@ -92,7 +92,7 @@ def cp(
     else:
         plan.add_one(sources[0], target)
     if plan.left_out:
-        session.output.note(f"{plan.left_out:,} left out: links, or files of unfinished downloads")
+        session.output.note(f"{plan.left_out:,} skipped: links, or files of unfinished downloads")
     if dry_run:
         _show(session, plan)
         raise click.exceptions.Exit(FAILED if plan.refused else 0)
@@ -100,7 +100,7 @@ def cp(
 
 
 def _carry_out(session: Session, config: TransferConfig, plan: Plan, begin: float) -> None:
-    """Carry out *plan*, which was begun at *begin*, and report what came of it."""
+    """Carry out *plan*, which was started at *begin*, and report the outcome."""
     tally = _Tally(session, plan.jobs, plan.refused)
     try:
         _run(session, config, plan.jobs, tally)
@@ -121,22 +121,22 @@ def _carry_out(session: Session, config: TransferConfig, plan: Plan, begin: floa
 def _show(session: Session, plan: Plan) -> None:
     for job in plan.jobs:
         session.output.record({"source": job.source, "target": job.target, "bytes": job.size, "status": "planned"})
-        size = human(job.size) if job.size is not None else "until it ends"
+        size = human(job.size) if job.size is not None else "unknown size"
         session.output.line(f"{printable(job.source)} -> {printable(job.target)}  ({size})")
 
 
 def _check(session: Session, sources: tuple[CopySource, ...], target: Target) -> None:
-    """Refuse what cannot be meant."""
+    """Refuse sources and targets that do not fit together."""
     if not isinstance(target, BlobURL) and any(isinstance(source, (LocalPath, Standard)) for source in sources):
-        raise click.UsageError("SOURCE or TARGET has to be a URL")
+        raise click.UsageError("SOURCE or TARGET must be a URL")
     if isinstance(target, BlobURL) and target.is_read_only:
-        raise click.UsageError(f"TARGET {target} has a snapshot or versionid, which cannot be written")
+        raise click.UsageError(f"TARGET {target} names a snapshot or version, which cannot be written")
     if isinstance(target, Standard) and session.output.is_json:
-        raise click.UsageError("--json prints to standard output, which is TARGET here: leave one of them out")
+        raise click.UsageError("--json prints to standard output, which is also TARGET: omit --json or choose a file")
 
 
 class _Tally:
-    """What became of the jobs."""
+    """Counts the outcomes of the jobs."""
 
     def __init__(self, session: Session, jobs: list[Job], refused: int) -> None:
         self._output = session.output
@@ -147,23 +147,23 @@ class _Tally:
 
     @property
     def failed(self) -> int:
-        """How many things were not copied."""
+        """The number of sources that were not copied."""
         return self._refused + sum(status == "failed" for _, status, _ in self._ended)
 
     def start(self, job: Job) -> None:
-        """*job* begins."""
+        """Note that *job* has started."""
         self._started.append(job)
 
     def add(self, job: Job, status: str, size: int) -> None:
-        """*job* came to an end; it copied *size* bytes."""
+        """Note that *job* has ended and copied *size* bytes."""
         self._ended.append((job, status, size))
         self._output.record({"source": job.source, "target": job.target, "bytes": size, "status": status})
 
     def fail(self, job: Job, error: Exception) -> None:
-        """*job* failed."""
+        """Note and report that *job* has failed."""
         self._ended.append((job, "failed", 0))
         self._output.record({"source": job.source, "target": job.target, "bytes": job.size, "status": "failed"})
-        hint = ". If the stored MD5 is wrong, --no-check-md5 copies the bytes as they are"
+        hint = ". If the stored MD5 is wrong, pass --no-check-md5 to copy the data anyway"
         self._output.error(
             f"{printable(job.source)} -> {printable(job.target)}: {error}"
             + (hint if isinstance(error, WrongMD5Error) else ""),
@@ -171,7 +171,7 @@ class _Tally:
         )
 
     def finish(self, seconds: float) -> None:
-        """Say what became of all."""
+        """Print the summary."""
         summary = self._summary()
         self._output.record({"summary": {**summary, "seconds": round(seconds, 3)}})
         words = ", ".join(f"{count:,} {word}" for word, count in summary.items() if count and word != "bytes")
@@ -180,7 +180,7 @@ class _Tally:
         self._output.note(f"{words or 'nothing to do'}: {human(size)} in {seconds:.1f} s{rate}")
 
     def interrupted(self, code: object) -> None:
-        """Say how much of it need not be copied again."""
+        """Print how much a second run does not need to copy again."""
         done = {id(job) for job, status, _ in self._ended if status != "failed"}
         kept = sum(job.size or 0 for job in self._jobs if id(job) in done)
         kept += sum(
@@ -203,7 +203,7 @@ class _Tally:
 def _run(session: Session, config: TransferConfig, jobs: list[Job], tally: _Tally) -> None:
     engine = engine_for(config)
     scope = Scope()
-    # A large one uses all connections itself; of the small ones each takes one.
+    # A large file uses all connections; each small one uses a single connection.
     threshold = min(config.part_size, config.block_size)
     blocking = [job for job in jobs if job.is_blocking]
     large = [job for job in jobs if not job.is_blocking and (job.size or 0) > threshold]
@@ -221,7 +221,7 @@ def _run(session: Session, config: TransferConfig, jobs: list[Job], tally: _Tall
 
 
 def _copy(job: Job, hooks: Hooks, tally: _Tally) -> None:
-    """Do *job*, and tally what becomes of it."""
+    """Run *job*, and count its outcome."""
     copied: deque[int] = deque()
 
     def count(size: int) -> None:
@@ -238,11 +238,11 @@ def _copy(job: Job, hooks: Hooks, tally: _Tally) -> None:
         if hooks.scope.is_cancelled or isinstance(cause, ClientAuthenticationError):
             raise
         if isinstance(error, BrokenPipeError) and job.target == "-":
-            raise  # nobody reads standard output any more
+            raise  # the reader of standard output is gone
         if isinstance(error, OSError) and error.errno in _FULL:
             raise _DiskFull(
-                f"{printable(job.target)}: {error.strerror}; nothing more was copied. Make room and run it again "
-                "to resume"
+                f"{printable(job.target)}: {error.strerror}; the remaining files were not copied. Free some space "
+                "and run it again to resume"
             ) from error
         tally.fail(job, error)
     else:

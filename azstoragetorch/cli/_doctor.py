@@ -1,4 +1,4 @@
-"""``azstoragetorch doctor``: what an account gives from here, and the settings that make the most of it."""
+"""``azstoragetorch doctor``: measure transfers from this machine, and find the best settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from azstoragetorch.cli._output import Output, human
 from azstoragetorch.cli._session import Session, Url, common, examples
 from azstoragetorch.io import BlobIO
 
-_LATENCIES = 20  # requests whose time is taken one after the other
+_LATENCIES = 20  # requests measured one after the other
 _SMALL = 100 * KiB  # a typical image
 _SUGGESTED = ("part_size", "block_size", "max_concurrency", "max_connections", "memory_limit", "read_ahead")
 _BAR = 40  # characters of the longest bar
@@ -38,14 +38,14 @@ _BAR = 40  # characters of the longest bar
 
 @dataclass(frozen=True)
 class _Site:
-    """Where it is measured."""
+    """The blobs used for measuring."""
 
     session: Session
     url: BlobURL
     read: BlobURL
     """The blob that is read."""
     write: BlobURL | None
-    """The blob that is written, if any is."""
+    """The blob that is written; None if nothing may be written."""
     size: int
 
     @property
@@ -63,16 +63,20 @@ class _Site:
     )
 )
 @click.argument("url", type=Url())
-@click.option("--size", default=512, show_default=True, help="MiB of the test blob, at most.", type=click.IntRange(8))
-@click.option("--rounds", default=3, show_default=True, help="Measurements of each setting.", type=click.IntRange(1))
-@click.option("--seconds", default=0.5, show_default=True, help="Length of a measurement.", type=click.FloatRange(0.01))
+@click.option(
+    "--size", default=512, show_default=True, help="Maximum size of the test blob in MiB.", type=click.IntRange(8)
+)
+@click.option("--rounds", default=3, show_default=True, help="Measurements per setting.", type=click.IntRange(1))
+@click.option(
+    "--seconds", default=0.5, show_default=True, help="Duration of one measurement.", type=click.FloatRange(0.01)
+)
 @common
 def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: float) -> None:
     """Measure latency and throughput from this machine to URL, and suggest a TransferConfig.
 
-    Writes test blobs to the container or folder URL and deletes them again. If URL is a blob, that is read and nothing
-    is written. Takes about a minute and moves some tens of GiB where the network is fast: mind what
-    traffic out of a region costs.
+    Writes test blobs to the container or folder URL, and deletes them at the end. If URL is a blob, reads that blob and
+    writes nothing. Takes about a minute. On a fast network it transfers tens of GiB, so consider the price of traffic
+    out of a region.
     """
     output = session.output
     _, kind = session.access.choose(url)
@@ -83,7 +87,7 @@ def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: floa
     if source.found is not None:
         kind = f"{kind} ({source.found})"
     output.line(f"azstoragetorch {__version__}, {os.cpu_count()} CPUs")
-    output.line(f"place          {url}")
+    output.line(f"URL            {url}")
     output.line(f"credential     {kind}")
     with _site(session, url, version, size * MiB) as site:
         latencies = _latencies(site)
@@ -98,21 +102,21 @@ def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: floa
 
 
 def _try_access(session: Session, url: BlobURL) -> None:
-    """Fail early, and in plain words, where nothing can be listed."""
+    """Fail early, with a clear error, if the container cannot be accessed."""
     try:
         next(iter(session.access.container(url, TransferConfig()).pages(prefix=url.blob)), None)
     except ClientAuthenticationError as error:
         if getattr(error, "status_code", None) != 403:
             raise
-        session.output.note(f"listing is not permitted, which is not needed here: {error}")
+        session.output.note(f"listing is not permitted; doctor continues without it: {error}")
 
 
 @contextmanager
 def _site(session: Session, url: BlobURL, version: BlobVersion | None, size: int) -> Iterator[_Site]:
-    """The test blobs, for as long as they are needed."""
+    """Create the test blobs, and delete them at the end."""
     if version is not None:
         if version.size < MiB:
-            raise ValueError(f"{url} has {version.size} bytes; measuring needs a blob of 1 MiB or more")
+            raise ValueError(f"{url} has only {version.size} bytes: choose a blob of at least 1 MiB")
         yield _Site(session, url, url, None, min(size, version.size))
         return
     folder = f"{url.blob}/" if url.blob and not url.blob.endswith("/") else url.blob
@@ -120,7 +124,7 @@ def _site(session: Session, url: BlobURL, version: BlobVersion | None, size: int
     read, write = url.with_blob(f"{name}-read"), url.with_blob(f"{name}-write")
     config = TransferConfig()
     try:
-        # As much as can be written in about two seconds.
+        # As many bytes as can be written in about two seconds.
         data = new_buffer(size)
         data[: 1 * MiB] = os.urandom(MiB)
         length, begin = min(size, 8 * MiB), time.perf_counter()
@@ -137,16 +141,16 @@ def _site(session: Session, url: BlobURL, version: BlobVersion | None, size: int
         for place in (read, write):
             client = session.access.blob(place, config)
             try:
-                client.put(b"")  # drops blocks of a write that was interrupted, which deleting does not
+                client.put(b"")  # drops staged blocks of an interrupted write, which deleting does not do
                 client.delete()
             except AzureError as error:
                 failures.append(str(error))
         if failures:
-            session.output.note(f"test blobs {name}-* could not be deleted: {failures[0]}")
+            session.output.note(f"the test blobs {name}-* could not be deleted: {failures[0]}")
 
 
 def _latencies(site: _Site) -> dict[str, float]:
-    """Milliseconds until the first byte of a blob, one request after the other on one connection."""
+    """Milliseconds until the first byte of a blob, by sequential requests on one connection."""
     client = site.blob(site.read, TransferConfig())
     version = client.version()
     assert version is not None
@@ -165,7 +169,7 @@ def _latencies(site: _Site) -> dict[str, float]:
 
 
 class _Diagnosis:
-    """What was measured, step by step, and what follows from it."""
+    """Measures step by step, and chooses settings."""
 
     def __init__(self, site: _Site, rounds: int, seconds: float, tick: Callable[[], None]) -> None:
         self._site = site
@@ -188,14 +192,14 @@ class _Diagnosis:
 
     @property
     def at_most(self) -> int:
-        """How many measurements `run` makes, unless a sweep ends early."""
+        """The number of measurements that `run` makes, unless a sweep ends early."""
         settings = len(sweep.CONCURRENCIES) + len(sweep.PART_SIZES)
         settings += len(sweep.CONCURRENCIES) + len(sweep.BLOCK_SIZES) if self.writes else 0
         finals = 7 * (2 if self.writes else 1) + 2
         return self._rounds * (settings + len(sweep.CONNECTIONS)) + (self._rounds + 2) * finals
 
     def run(self) -> None:
-        """Measure, choose, and measure what was chosen against the defaults."""
+        """Measure, choose settings, and compare them with the defaults."""
 
         def with_concurrency(count: int) -> TransferConfig:
             return sweep.fitting(replace(self.default, max_concurrency=count))
@@ -217,12 +221,12 @@ class _Diagnosis:
             self._requests, sweep.CONNECTIONS, lambda count: replace(self.default, max_connections=count), self._rounds
         )
         connections = self._connections()
-        # Its neighbours too: one that a noisy moment put aside gets another chance.
+        # Include the neighbors: noise may have hidden the best one.
         near = [replace(tuned, max_concurrency=max(1, tuned.max_concurrency * step // 2)) for step in (1, 2, 4)]
         self._decide([self.default, chosen, *near], connections)
 
     def _connections(self) -> int:
-        """How many connections small blobs need: more than by default only if that is clearly faster, twice."""
+        """The number of connections for small blobs: more than the default only if that is clearly faster, twice."""
         usual = self.default.max_connections
         wanted = sweep.smallest_good(self.small)
         if wanted <= usual:
@@ -232,7 +236,7 @@ class _Diagnosis:
         return wanted if sweep.is_clearly_faster(measured[wanted], measured[usual]) else usual
 
     def _decide(self, candidates: list[TransferConfig], connections: int) -> None:
-        """Measure the *candidates* in turns, and the best against the defaults once more; the defaults win a draw."""
+        """Measure *candidates* in alternation, then the best against the defaults again. The defaults win a tie."""
         candidates = [sweep.fitting(config) for config in dict.fromkeys(candidates)]
         measured = self._measured(candidates)
         chosen = sweep.smallest_good(sweep.shared(*map(sweep.medians, measured)))
@@ -247,7 +251,7 @@ class _Diagnosis:
             self.compared[name] = {direction: statistics.median(rates[number]) for direction, rates in directions}
 
     def _measured(self, configs: list[TransferConfig]) -> list[dict[int, list[float]]]:
-        """What each of *configs* makes of downloads and, where anything is written, uploads."""
+        """The rates of each of *configs* for downloads and, if anything may be written, uploads."""
         numbered = dict(enumerate(configs))
         gauges = [self._down, self._up] if self.writes else [self._down]
         return [sweep.measure_in_turns(gauge, numbered, self._rounds + 2) for gauge in gauges]
@@ -259,7 +263,7 @@ class _Diagnosis:
             while done < amount:
                 count = blob.readinto(self._data[done:amount])
                 if not count:
-                    raise OSError(f"{url} ended after {done} of {amount} bytes: something else has written to it")
+                    raise OSError(f"{url} ended after {done} of {amount} bytes: another program has overwritten it")
                 done += count
 
     def _write(self, config: TransferConfig, amount: int) -> None:
@@ -312,21 +316,21 @@ def _report(output: Output, found: _Diagnosis, report: dict[str, Any]) -> None:
     ]
     if changed:
         output.line("")
-        output.table("MiB/s, measured in turns", ["", *found.compared], rows)
+        output.table("MiB/s, measured in alternation", ["", *found.compared], rows)
         arguments = ", ".join(f"{name}={_expression(value)}" for name, value in changed.items())
         output.line("")
-        output.line("suggested, in Python")
+        output.line("suggested settings, in Python")
         output.line(f"from azstoragetorch import TransferConfig; transfer = TransferConfig({arguments})")
         output.line("")
-        output.line("or for a whole process, in the shell")
+        output.line("or for the whole process, in the shell")
         for name, text in report["environment"].items():
             output.line(f"export {name}={text}")
         output.line("")
         memory = human(found.suggested.memory_limit)
-        output.line(f"It may hold {memory} in a process, and so in each worker of a DataLoader.")
+        output.line(f"They limit memory to {memory} per process, and so per DataLoader worker.")
     else:
         output.line("")
-        output.line("suggested      the defaults: nothing that was tried is clearly and repeatedly faster")
+        output.line("suggested      the defaults: no other settings were clearly and repeatedly faster")
     output.record(report)
 
 

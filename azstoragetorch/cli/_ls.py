@@ -1,4 +1,4 @@
-"""``azstoragetorch ls``: what is in a container or folder."""
+"""``azstoragetorch ls``: list a container or folder."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ ls -r --json https://ACCOUNT.blob.core.windows.net/CONTAINER --prefix train/
 
 @click.command(epilog=examples(_EXAMPLES))
 @click.argument("url", type=UrlOrGlob())
-@click.option("--recursive", "-r", is_flag=True, help="Everything below, not one level.")
-@click.option(
-    "--long", "-l", "is_long", is_flag=True, help="Size in bytes, date of the last change in UTC, ETag, name."
-)
+@click.option("--recursive", "-r", is_flag=True, help="List everything below URL, not only one level.")
+@click.option("--long", "-l", "is_long", is_flag=True, help="Show sizes in bytes, times in UTC, and ETags.")
 @click.option("--human", "-H", "is_human", is_flag=True, help="Like --long, with sizes such as 1.5 MiB.")
-@click.option("--prefix", default="", help="Only names that begin so, below URL.")
+@click.option("--prefix", default="", help="List only names below URL that start with this prefix.")
 @common
 def ls(session: Session, url: BlobURL | Glob, recursive: bool, is_long: bool, is_human: bool, prefix: str) -> None:
     """List the blobs and folders at URL: a container, a folder in it, or one blob.
 
-    In URL, * stands for any characters of a name, ** for slashes, too.
+    In the URL, * matches any characters except a slash, and ** also matches slashes.
 
-    Names are relative to the container, one a line, folders end with a slash. Control characters in names are
-    escaped; --json has them exact.
+    Prints one name per line, relative to the container. Names of folders end with a slash. Control characters in names
+    are escaped, except with --json.
     """
     place = url.url if isinstance(url, Glob) else url
     listing = _Listing(session.access.container(place, TransferConfig()), is_long or is_human)
     if isinstance(url, Glob):
         if prefix:
-            raise click.UsageError(f"{url} is a pattern: leave out --prefix")
+            raise click.UsageError(
+                f"--prefix cannot be used with a pattern, which {url} is: add the prefix to the pattern"
+            )
         entries = listing.matching(url, recursive=recursive)
     else:
         entries = listing.below(url.blob, prefix, "" if recursive else "/")
@@ -58,7 +58,7 @@ def ls(session: Session, url: BlobURL | Glob, recursive: bool, is_long: bool, is
         session.output.line(_row(entry, is_human=is_human) if listing.has_dates else _name(entry))
     if not blobs and not folders:
         if place.blob or prefix:
-            session.output.error(f"{url}: nothing here", NOT_FOUND)
+            session.output.error(f"{url}: no blob or folder found", NOT_FOUND)
             raise click.exceptions.Exit(NOT_FOUND)
         session.output.note("the container is empty")
     if listing.has_dates:
@@ -80,16 +80,16 @@ def _row(entry: dict[str, Any], *, is_human: bool) -> str:
 
 @dataclass(frozen=True)
 class _Listing:
-    """A container as entries: blobs and, on one level, folders."""
+    """The entries of a container: blobs, and folders if only one level is listed."""
 
     container: ContainerClient
     has_dates: bool
 
     def below(self, path: str, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
-        """What is in the folder *path*, and the blob of that name."""
+        """The entries of the folder *path*, and the blob with that name."""
         if path and not path.endswith("/"):
             if not prefix:
-                # The blob of exactly this name comes first among all that begin so.
+                # Of all names that start with *path*, the equal one is listed first.
                 for page in self._pages(path, "/"):
                     if path in page.names[:1]:
                         yield next(self._blobs(page))

@@ -1,6 +1,6 @@
-"""What a command says: results on stdout, bars and remarks on stderr, one JSON object a line for machines.
+"""The output of a command: results on stdout, progress bars and notes on stderr, or one JSON object per line.
 
-Everything passes through here, so that no signature or key gets out and no name of a blob steers a terminal.
+All output passes through here, so that it contains no signature or key, and no control characters from names of blobs.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from azstoragetorch._blob.secret import redact
 from azstoragetorch._files.paths import printable
 
 SIGN_IN = (
-    "Sign in with `az login`, or name the environment variable that has a SAS with --sas-env NAME, or set "
-    "AZURE_STORAGE_KEY, or add --anonymous if the container is public."
+    "Sign in with `az login`, or pass --sas-env NAME with the name of an environment variable that holds a SAS, or set "
+    "AZURE_STORAGE_KEY, or pass --anonymous if the container is public."
 )
-# What the library advises is for programs; this is how the same is said in a shell.
+# Replaces advice of the library, which is about Python, by advice about the command line.
 _IN_A_SHELL = (
     (re.compile(r"\b[Pp]ass credential=, or a URL with a SAS\.?"), SIGN_IN),
     (re.compile(r"\bcredential=False( for a public container)?"), "--anonymous if the container is public"),
     (re.compile(r"\bcredential=(?!\w)"), "a credential"),
 )
-_SHOWN = 10  # places that a question shows
+_SHOWN = 10  # URLs listed before a question
 _BREAK = re.compile(r"\s*[\r\n\t]+\s*")
 
 
@@ -55,12 +55,12 @@ def in_a_shell(message: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """*message* with its line breaks and tabs as spaces; names in it are escaped where it was made."""
+    """*message* with spaces for line breaks and tabs. (Names in it were escaped when it was created.)"""
     return _BREAK.sub(" ", message)
 
 
 def human(count: float) -> str:
-    """*count* bytes in the unit that fits."""
+    """*count* bytes in a suitable unit."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             break
@@ -69,7 +69,7 @@ def human(count: float) -> str:
 
 
 def date_of(header: str) -> str:
-    """``2026-11-27T12:00:00Z`` for the date of an HTTP header; what is not a date stays as it is."""
+    """``2026-11-27T12:00:00Z`` for the date of an HTTP header; anything else is returned unchanged."""
     try:
         return parsedate_to_datetime(header).astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     except ValueError:
@@ -77,26 +77,26 @@ def date_of(header: str) -> str:
 
 
 class Bar:
-    """A progress bar. Call it with each count that is done, from any thread."""
+    """A progress bar. Call it, from any thread, with the amount done since the last call."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
         self.total: int | None = None
-        """What was planned last."""
+        """The total that was set last."""
 
     def __call__(self, count: int) -> None:
-        """*count* more are done."""
+        """Advance by *count*."""
         self._progress.advance(self._task, count)
 
     def plan(self, total: int) -> None:
-        """There are *total* to do in all."""
+        """Set the total."""
         self.total = total
         self._progress.update(self._task, total=total)
 
 
 class Output:
-    """Where a command's words go."""
+    """Prints results, notes, and errors of one command."""
 
     def __init__(self, *, is_json: bool = False, is_quiet: bool = False) -> None:
         self.is_json = is_json
@@ -104,17 +104,17 @@ class Output:
         self._warned: set[str] = set()
 
     def line(self, text: str) -> None:
-        """One line of the result, for people; not with ``--json``."""
+        """Print one line of the result, unless ``--json``."""
         if not self.is_json:
             click.echo(printable(redact(text)))
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """A piece of the result as a line of JSON; only with ``--json``."""
+        """Print one line of JSON, only with ``--json``."""
         if self.is_json:
             click.echo(redact(json.dumps(record)))
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        """Rows under headings; all but the first column are numbers."""
+        """Print *rows* below headings; all columns but the first are numbers."""
         if self.is_json:
             return
         table = Table(title=title or None, title_justify="left", title_style="bold")
@@ -125,12 +125,12 @@ class Output:
         Console(markup=False, highlight=False, emoji=False).print(table)
 
     def note(self, text: str) -> None:
-        """One line of remark on stderr, unless ``--quiet`` or ``--json``."""
+        """Print one line on stderr, unless ``--quiet`` or ``--json``."""
         if not self.is_quiet and not self.is_json:
             click.echo(printable(redact(text)), err=True)
 
     def error(self, message: str, code: int) -> None:
-        """What went wrong, on stderr, always."""
+        """Print an error on stderr, always."""
         message = redact(in_a_shell(one_line(message)))
         if self.is_json:
             click.echo(json.dumps({"error": message, "exit_code": code}), err=True)
@@ -138,7 +138,7 @@ class Output:
             click.echo(f"azstoragetorch: {printable(message)}", err=True)
 
     def warn(self, message: str) -> None:
-        """Something that was ignored or may be a mistake, on stderr, always, and once."""
+        """Print a warning on stderr, always, but only once."""
         message = redact(one_line(message))
         if message in self._warned:
             return
@@ -149,23 +149,23 @@ class Output:
             click.echo(f"azstoragetorch: warning: {printable(message)}", err=True)
 
     def confirm(self, question: str, places: Sequence[str]) -> None:
-        """Ask *question* about *places*, the first of which are shown.
+        """Ask *question* about *places*, the first of which are printed.
 
         Raises:
-            UsageError: nobody can be asked.
-            Abort: the answer is no.
+            UsageError: standard input is not a terminal.
+            Abort: the user says no.
         """
         if sys.stdin is None or not sys.stdin.isatty():
-            raise click.UsageError("this deletes for good, and standard input is not a terminal to ask on: add --yes")
+            raise click.UsageError("deleting needs a confirmation, and standard input is not a terminal: pass --yes")
         for place in places[:_SHOWN]:
             self.note(place)
         if len(places) > _SHOWN:
-            self.note(f"... and {len(places) - _SHOWN:,} more; --dry-run shows all")
+            self.note(f"... and {len(places) - _SHOWN:,} more; --dry-run lists them all")
         click.confirm(question, abort=True, err=True)
 
     @contextmanager
     def progress(self, what: str, total: int | None, *, unit: str = "bytes") -> Iterator[Bar]:
-        """A bar with rate and time left while inside; without a *total* until `Bar.plan` sets it."""
+        """Show a bar with rate and time left. If *total* is None, `Bar.plan` sets it later."""
         columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
         if unit == "bytes":
             columns.append(DownloadColumn(binary_units=True))
@@ -179,7 +179,7 @@ class Output:
 
 
 class _Rate(ProgressColumn):
-    """What is done a second; from the beginning as long as nothing newer is known."""
+    """The current rate, or the average since the start if the current one is unknown."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()

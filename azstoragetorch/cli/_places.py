@@ -1,4 +1,4 @@
-"""What SOURCE, TARGET and URL may be: a path, a URL, a URL with ``*`` in it, or ``-``."""
+"""The forms of SOURCE, TARGET, and URL: a path, a URL, a URL with ``*``, or ``-``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LocalPath:
 
     path: Path
     is_folder: bool
-    """It was written with a slash at its end."""
+    """The argument ends with a slash."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -40,7 +40,7 @@ class LocalPath:
 
 @dataclass(frozen=True, slots=True)
 class Glob:
-    """The blobs of a container whose names match; *url* has the pattern as its name."""
+    """The blobs of a container whose names match a pattern, which is the blob name in *url*."""
 
     url: BlobURL
 
@@ -49,24 +49,24 @@ class Glob:
 
     @property
     def folder(self) -> str:
-        """The folder that names are relative to: the part before the first ``*``, up to its last slash."""
+        """The folder that names are relative to: everything up to the last slash before the first ``*``."""
         before = self.url.blob.partition("*")[0]
         return before[: before.rfind("/") + 1]
 
     def matches(self, name: str, *, recursive: bool = False) -> bool:
-        """Whether a blob *name* matches; with *recursive*, or is below a match."""
+        """Whether the blob *name* matches or, with *recursive*, is below a match."""
         return _pattern(self.url.blob, recursive=recursive).fullmatch(name) is not None
 
     def pages(
         self, container: ContainerClient, *, recursive: bool = False, with_modified: bool = False
     ) -> Iterator[Page]:
-        """Pages of a listing that has all blobs that match, and others."""
+        """Pages of a listing that contains all matching blobs, and possibly others."""
         before, _, rest = self.url.blob.partition("*")
         is_one_level = "/" not in rest and not rest.startswith("*") and "**" not in rest and not recursive
         return container.pages(prefix=before, delimiter="/" if is_one_level else "", with_modified=with_modified)
 
     def blobs(self, container: ContainerClient, *, recursive: bool = False) -> Iterator[tuple[str, int, str]]:
-        """Name, length and ETag of the blobs that match."""
+        """Names, sizes, and ETags of the matching blobs."""
         for page in self.pages(container, recursive=recursive):
             yield from (blob for blob in blobs_of(page) if self.matches(blob[0], recursive=recursive))
 
@@ -76,7 +76,7 @@ Target: TypeAlias = "BlobURL | LocalPath | Standard"
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """A path, the URL of a blob, folder or container, or ``-``; as a source, a URL with ``*``, too."""
+    """A path, the URL of a blob, folder, or container, or ``-``; as a source, also a URL with ``*``."""
 
     name = "path or url"
 
@@ -99,7 +99,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
 
 
 class UrlOrGlob(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """The URL of a blob, folder or container, or one with ``*`` in it."""
+    """The URL of a blob, folder, or container, or a URL with ``*``."""
 
     name = "url"
 
@@ -120,7 +120,7 @@ def is_glob(text: str) -> bool:
 
 
 def blobs_of(page: Page) -> list[tuple[str, int, str]]:
-    """Name, length and ETag of the blobs of *page*."""
+    """Names, sizes, and ETags of the blobs of *page*."""
     return list(zip(page.names, page.sizes, page.etags, strict=True))
 
 
@@ -131,7 +131,7 @@ def folder_of(url: BlobURL) -> str:
 
 @lru_cache(maxsize=16)
 def _pattern(glob: str, *, recursive: bool) -> re.Pattern[str]:
-    """``*`` stands for any characters of a name but a slash, ``**`` for any characters."""
+    """``*`` matches any characters except a slash, and ``**`` matches any characters."""
     parts = (
         ".*" if part == "**" else "[^/]*" if part == "*" else re.escape(part) for part in re.split(r"(\*\*?)", glob)
     )

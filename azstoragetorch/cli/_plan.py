@@ -1,4 +1,4 @@
-"""What ``cp`` has to do: one job for each file or blob, and a complaint for each thing that cannot be copied."""
+"""The plan of ``cp``: a job for each file or blob, and an error for each one that cannot be copied."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Job:
     source: str
     target: str
     size: int | None
-    """None if it is known only when the source has ended."""
+    """None if the size is unknown until the source ends."""
     run: Callable[[Hooks], str]
     path: Path | None = None
-    """The file that a download makes."""
+    """The file that a download creates."""
     is_blocking: bool = False
-    """It reads or writes a fifo or device, which may take any time; an interrupt ends that on the main thread only."""
+    """Reads or writes a fifo or device, which may block, and which Ctrl-C interrupts on the main thread only."""
 
 
 class Plan:
@@ -59,18 +59,18 @@ class Plan:
         self._targets: set[str] = set()
         self.jobs: list[Job] = []
         self.refused = 0
-        """Things that cannot be copied; each has been named."""
+        """The number of sources that cannot be copied. Each was reported."""
         self.left_out = 0
-        """Files that are left out on purpose."""
+        """The number of files that are skipped on purpose."""
 
     def add_one(self, source: CopySource, target: Target) -> None:
-        """Copy one file or blob, or what matches a glob."""
+        """Copy one file or blob, or the blobs that match a glob."""
         if isinstance(source, Glob):
             self._add_glob(source, target, recursive=False)
             return
         if isinstance(source, Standard):
             if not isinstance(target, BlobURL) or _is_container_or_folder(target):
-                raise click.UsageError("standard input has no name: TARGET has to be the URL of a blob")
+                raise click.UsageError("standard input has no name: TARGET must be the URL of a blob")
             self._append(Job("-", str(target), None, self._from_standard_input(target), is_blocking=True))
             return
         if isinstance(source, LocalPath):
@@ -90,23 +90,23 @@ class Plan:
             self._copy(source, _below(target, _name_of(source)) if _is_container_or_folder(target) else target, size)
 
     def add_folder(self, source: CopySource, target: Target) -> None:
-        """Copy everything that is in the folder *source* under *target*; of a glob, all that matches."""
+        """Copy everything in the folder *source*, or all matches of a glob, to *target*."""
         if isinstance(source, Glob):
             self._add_glob(source, target, recursive=True)
         elif isinstance(source, LocalPath):
             if not source.path.is_dir():
                 source.path.stat()
-                raise click.UsageError(f"{display(source.path)} is not a folder: leave out --recursive")
+                raise click.UsageError(f"{display(source.path)} is not a folder: omit --recursive")
             assert isinstance(target, BlobURL)
             self._add_local_folder(source.path, target)
         elif isinstance(source, BlobURL):
             prefix = folder_of(source)
             found = self._listed(source)
             if not found:
-                raise FileNotFoundError(f"{source}: nothing there")
+                raise FileNotFoundError(f"{source}: no blob found")
             self._add_blobs(source, found, len(prefix), target)
         else:
-            raise click.UsageError("standard input is not a folder: leave out --recursive")
+            raise click.UsageError("standard input is not a folder: omit --recursive")
 
     def add_many(self, sources: tuple[CopySource, ...], target: Target, *, recursive: bool) -> None:
         """Copy each of *sources* into the folder *target*, under its own name."""
@@ -114,8 +114,8 @@ class Plan:
         is_folder = _is_container_or_folder(target) if isinstance(target, BlobURL) else is_folder
         if not is_folder:
             raise click.UsageError(
-                f"with several sources TARGET {target} has to be a folder: one that is there, or a name that ends with "
-                "a slash"
+                f"with several sources, TARGET must be a folder: {target} is neither an existing folder nor a name "
+                "that ends with a slash"
             )
         for source in sources:
             with self._refusing(source):
@@ -129,12 +129,12 @@ class Plan:
         container = self._session.access.container(source.url, self._config)
         found = {name: size for name, size, _ in source.blobs(container, recursive=recursive)}
         if not found:
-            raise FileNotFoundError(f"{source}: nothing matches")
+            raise FileNotFoundError(f"{source}: no blob matches")
         if isinstance(target, BlobURL) and not _is_container_or_folder(target):
-            raise click.UsageError(f"several blobs may match {source}: TARGET {target} has to end with a slash")
+            raise click.UsageError(f"several blobs may match {source}: TARGET {target} must end with a slash")
         if isinstance(target, LocalPath) and not _is_local_folder(target):
             raise click.UsageError(
-                f"several blobs may match {source}: TARGET {target} has to be a folder, or end with a slash"
+                f"several blobs may match {source}: TARGET {target} must be a folder or end with a slash"
             )
         self._add_blobs(source.url, found, len(source.folder), target)
 
@@ -151,13 +151,13 @@ class Plan:
                     self._upload(entry.path, url, entry.status, known.get(url.blob))
 
     def _add_blobs(self, source: BlobURL, found: dict[str, int], cut: int, target: Target) -> None:
-        """Copy the blobs *found* under *target*; their first *cut* characters are left out there."""
+        """Copy the blobs *found* to *target*, under their names without the first *cut* characters."""
         if isinstance(target, Standard):
-            raise click.UsageError("only one blob can be copied to standard output")
+            raise click.UsageError("only a single blob can be copied to standard output")
         if isinstance(target, LocalPath):
             _check_root(target.path)
         container = str(source.with_blob(""))
-        # A file cannot be a folder, too: of `a` and `a/b` only one can be there.
+        # A file cannot also be a folder: of `a` and `a/b` only one can exist.
         folders = {name[cut : end + cut] for name in found for end in _slashes(name[cut:])}
         for name, size in found.items():
             relative = name[cut:]
@@ -171,7 +171,7 @@ class Plan:
                     raise ValueError(f"{url}: no file can have this name")
                 elif relative in folders:
                     raise CopyError(
-                        f"{url}: there are blobs below {url}/ too, and a file cannot be a folder; it is left out"
+                        f"{url}: not copied, because there are also blobs below {url}/, and a file cannot be a folder"
                     )
                 else:
                     self._download_below(url, target.path, relative, size)
@@ -192,7 +192,7 @@ class Plan:
         check_folders(root, relative)
         path = root.joinpath(*relative.split("/"))
         if is_stream_target(path):
-            raise CopyError(f"{display(path)} is a fifo or device: name it as TARGET, with one blob, to write into it")
+            raise CopyError(f"{display(path)} is a fifo or device: to write to it, pass it as TARGET of a single blob")
         self._download(url, path, size)
 
     def _is_folder(self, source: CopySource) -> bool:
@@ -240,7 +240,7 @@ class Plan:
 
     @contextmanager
     def _refusing(self, source: object) -> Iterator[None]:
-        """An error in the block is one thing that cannot be copied; the others are."""
+        """Report an error in the block as a source that cannot be copied; the others are copied."""
         try:
             yield
         except ClientAuthenticationError:
@@ -305,7 +305,7 @@ def _is_local_folder(target: LocalPath) -> bool:
 
 
 def _name_of(source: CopySource) -> str:
-    """The name that *source* has in a folder."""
+    """The name of *source* within a folder."""
     if isinstance(source, LocalPath):
         return source.path.name if source.path.name not in ("", "..") else source.path.resolve().name
     assert isinstance(source, BlobURL)
@@ -321,7 +321,7 @@ def _inside(target: Target, name: str) -> Target:
 
 def _local(folder: Path, name: str) -> Path:
     if not _is_path(name):
-        raise ValueError(f"no file in {display(folder)} can have the name {printable(name)}")
+        raise ValueError(f"{printable(name)} cannot be the name of a file in {display(folder)}")
     return folder / name
 
 
@@ -339,9 +339,11 @@ def _named(url: BlobURL, name: str, path: Path) -> BlobURL:
         name.encode("utf-8")
         return url.with_blob(name)
     except UnicodeEncodeError:
-        raise ValueError(f"{display(path)}: the name is not UTF-8, and names of blobs are: rename the file") from None
+        raise ValueError(
+            f"{display(path)}: names of blobs must be UTF-8, and this one is not: rename the file"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{display(path)}: no blob can have this name: {error}") from None
+        raise ValueError(f"{display(path)}: this cannot be the name of a blob: {error}") from None
 
 
 def _slashes(name: str) -> list[int]:
@@ -349,7 +351,7 @@ def _slashes(name: str) -> list[int]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether *name*, of a blob, names a file below a folder and no other place."""
+    """Whether *name*, of a blob, is a path to a file below a folder, and nowhere else."""
     if os.name == "nt" and any(character in name for character in '\\:*?"<>|'):
         return False
     return "\0" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
@@ -363,5 +365,5 @@ def _check_root(path: Path) -> None:
     """
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         raise click.UsageError(
-            f"TARGET {display(path)} is not a folder, and more than one blob is copied: choose another"
+            f"TARGET {display(path)} is not a folder, but several blobs are copied: choose another TARGET"
         )

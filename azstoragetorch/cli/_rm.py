@@ -39,15 +39,15 @@ class _Blob:
 
 @click.command(epilog=examples(_EXAMPLES))
 @click.argument("urls", metavar="URL...", nargs=-1, required=True, type=UrlOrGlob())
-@click.option("--recursive", "-r", is_flag=True, help="Everything in the folder or container URL.")
+@click.option("--recursive", "-r", is_flag=True, help="Delete everything in the folder or container URL.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @common
 def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_run: bool, yes: bool) -> None:
-    """Delete blobs. Asks first; without a terminal to ask on, --yes is needed.
+    """Delete blobs, after asking. Without a terminal, --yes is required.
 
-    In a URL, * stands for any characters of a name, ** for slashes, too. A blob that was overwritten after it was
-    found is not deleted. A container itself is never deleted.
+    In a URL, * matches any characters except a slash, and ** also matches slashes. A blob that was overwritten after
+    it was listed is not deleted. A container is never deleted.
     """
     config = TransferConfig()
     found: dict[str, _Blob] = {}
@@ -55,7 +55,7 @@ def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_
     for url in urls:
         blobs = _find(session, config, url, recursive)
         if not blobs:
-            session.output.error(f"{url}: nothing there", NOT_FOUND)
+            session.output.error(f"{url}: no blob found", NOT_FOUND)
             missing += 1
         found.update((str(blob.url), blob) for blob in blobs)
     doomed = list(found.values())
@@ -66,7 +66,7 @@ def rm(session: Session, urls: tuple[BlobURL | Glob, ...], recursive: bool, dry_
     elif doomed:
         if not yes:
             size = human(sum(blob.size for blob in doomed))
-            question = f"Delete {len(doomed):,} blobs ({size}) for good?"
+            question = f"Permanently delete {len(doomed):,} blobs ({size})?"
             session.output.confirm(question, [str(blob.url) for blob in doomed])
         if _delete(session, config, doomed):
             raise click.exceptions.Exit(FAILED)
@@ -91,7 +91,7 @@ def _find(session: Session, config: TransferConfig, url: BlobURL | Glob, recursi
 
 
 def _delete(session: Session, config: TransferConfig, doomed: list[_Blob]) -> int:
-    """Delete *doomed*; how many could not be deleted."""
+    """Delete *doomed*; returns how many could not be deleted."""
     output = session.output
     failed: deque[_Blob] = deque()
 

@@ -1,4 +1,4 @@
-"""What all commands share: their options, the form of a URL, and what their exit codes mean."""
+"""Shared by all commands: common options, the parsing of URLs, and exit codes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FAILED, USAGE, NOT_FOUND, REFUSED, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 @dataclass(frozen=True)
 class Session:
-    """What the common options of a command say."""
+    """The common options of a command."""
 
     access: CredentialOptions
     output: Output
 
 
 class Url(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
-    """The URL of a container, a folder or a blob."""
+    """The URL of a container, a folder, or a blob."""
 
     name = "url"
 
@@ -51,19 +51,19 @@ class Url(click.ParamType):  # type: ignore[type-arg]  # generic in newer releas
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that all have; it gets a `Session` as its first argument."""
+    """Add the common options to a command, which receives a `Session` as its first argument."""
 
-    @click.option("--anonymous", is_flag=True, help="Send no credential: public containers.")
+    @click.option("--anonymous", is_flag=True, help="Send no credential; for public containers.")
     @click.option("--sas-env", metavar="NAME", help="Use the SAS in the environment variable NAME.")
     @click.option(
         "--trusted-host",
         "trusted",
         metavar="HOST",
         multiple=True,
-        help="Send the key or SAS of the environment to HOST too: data.example.com, or .example.com for a domain.",
+        help="Also send the key or SAS of the environment to HOST: data.example.com, or .example.com for a domain.",
     )
-    @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object a line, and no progress.")
-    @click.option("--quiet", "-q", "is_quiet", is_flag=True, help="No progress and no remarks.")
+    @click.option("--json", "is_json", is_flag=True, help="Print one JSON object per line, and no progress.")
+    @click.option("--quiet", "-q", "is_quiet", is_flag=True, help="Print no progress and no notes.")
     @functools.wraps(function)
     def wrapped(
         anonymous: bool, sas_env: str | None, trusted: tuple[str, ...], is_json: bool, is_quiet: bool, **arguments: Any
@@ -84,7 +84,7 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def examples(lines: str) -> str:
-    """The examples of a command for the end of its help: one a line, and each can be pasted."""
+    """The examples of a command, for the end of its help: one per line, ready to paste."""
     shown = (
         line if line.startswith(("tar ", "for ")) else f"azstoragetorch {line}" for line in lines.strip().split("\n")
     )
@@ -92,20 +92,20 @@ def examples(lines: str) -> str:
 
 
 def advice(error: BaseException) -> str:
-    """What *error* says; without a login, first how to get one."""
+    """The message of *error*. If nobody is signed in, it starts with how to sign in."""
     text = str(error)
     cause = error if isinstance(error, ClientAuthenticationError) else error.__cause__
     if isinstance(cause, ClientAuthenticationError) and cause.status_code is None:
         first = text.strip().split("\n", 1)[0].strip()
         of_az = re.search(r"AzureCliCredential: ([^\n]*)", text)
-        # DefaultAzureCredential's error begins with the same advice, in terms of programs.
-        reason = "" if first.startswith("no credential was found") else f" The reason: {first}"
+        # DefaultAzureCredential's error starts with the same advice, for Python programs.
+        reason = "" if first.startswith("no credential was found") else f" Reason: {first}"
         return f"not signed in. {SIGN_IN}{reason}" + (f" `az`: {of_az[1]}." if of_az else "")
     return text
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with that *error* ended."""
+    """The exit code of a process that *error* ends."""
     if isinstance(error, (ResourceNotFoundError, CheckpointNotFoundError, FileNotFoundError)):
         return NOT_FOUND
     if isinstance(error, ClientAuthenticationError):

@@ -1,7 +1,7 @@
-"""Find the `TransferConfig` that serves a place best: measure a few, look what came out, measure the best again.
+"""Find the best `TransferConfig` for a URL: measure a few, then measure the best ones again.
 
-A single measurement is worth little where others use the network too, so everything that is compared is measured in
-turns, and medians are compared. What choosing needs is kept apart from measuring: those are pure functions.
+A single measurement means little on a shared network. So settings that are compared are measured in alternation, and
+their medians are compared. The functions that choose settings are pure, and separate from those that measure.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ PART_SIZES = (4 * MiB, 8 * MiB, 16 * MiB, 32 * MiB)
 BLOCK_SIZES = (8 * MiB, 16 * MiB, 32 * MiB)
 CONNECTIONS = (16, 32, 64, 128)
 
-CLEARLY = 1.10  # times the rate of the defaults: below this a user would not notice
-SLIGHTLY = 1.03  # measurements of the same setting differ by about this much
-ENOUGH = 0.97  # a smaller setting that reaches this share of the best is preferred: it costs less memory
+CLEARLY = 1.10  # times the rate of the defaults; users would not notice a smaller difference
+SLIGHTLY = 1.03  # measurements of the same setting differ by about this factor
+ENOUGH = 0.97  # the smallest setting with this share of the best rate is chosen, because it takes less memory
 FIRST = 8 * MiB  # bytes of the first measurement, when nothing is known yet
-_HOPELESS = 2  # settings in a row that bring nothing end a sweep
+_HOPELESS = 2  # this many consecutive settings without an improvement end a sweep
 _BETTER = 1.05
 
 Transfer = Callable[[TransferConfig, int], None]
-"""Move so many bytes, or do so many requests, with this configuration."""
+"""Transfers a number of bytes, or makes a number of requests, with a configuration."""
 
 
 @dataclass
 class Gauge:
-    """Measures one kind of transfer; what it moves is chosen so that a measurement takes about *seconds*."""
+    """Measures one kind of transfer, with an amount that takes about *seconds*."""
 
     transfer: Transfer
     largest: int
-    """Bytes or requests that can be moved at once, at most."""
+    """Maximum bytes or requests of one measurement."""
     first: int = FIRST
     seconds: float = 0.5
     tick: Callable[[], None] = lambda: None
@@ -43,9 +43,9 @@ class Gauge:
     _rate: float = 0.0
 
     def rate(self, config: TransferConfig, *, hint: float = 1.0) -> float:
-        """Bytes or requests a second, by one measurement. *hint* is how much faster this may be than the last one.
+        """Measure once, in bytes or requests per second.
 
-        A configuration is always measured with the same amount.
+        *hint* is the expected ratio to the last rate. A configuration is always measured with the same amount.
         """
         amount = self.amounts.get(config)
         if amount is None:
@@ -60,7 +60,7 @@ class Gauge:
         return self._rate
 
     def level(self, configs: Iterable[TransferConfig]) -> None:
-        """Measure all of *configs* with the same amount from now on."""
+        """From now on, measure all of *configs* with the same amount."""
         configs = list(configs)
         amount = min(self.largest, max(self.first, int(self._rate * self.seconds)))
         amount = max([self.amounts.get(config, amount) for config in configs])
@@ -75,7 +75,7 @@ class Gauge:
 def climb(
     gauge: Gauge, settings: Sequence[int], make: Callable[[int], TransferConfig], rounds: int
 ) -> dict[int, float]:
-    """Rates by setting, from the smallest up for as long as that brings something; medians of *rounds*."""
+    """Median rates by setting, from the smallest up to the point where a larger setting is not faster."""
     rates: dict[int, list[float]] = {}
     best, hopeless = 0.0, 0
     for setting in settings:
@@ -94,12 +94,12 @@ def take_turns(
     rounds: int,
     rates: dict[int, list[float]] | None = None,
 ) -> dict[int, float]:
-    """Medians of *rounds* measurements of each, made in turns; *rates* are those made already."""
+    """Medians of *rounds* measurements of each, in alternation; *rates* are earlier measurements."""
     return medians(measure_in_turns(gauge, configs, rounds, rates))
 
 
 def medians(measured: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """The median of each."""
+    """The median rate of each setting."""
     return {setting: statistics.median(rates) for setting, rates in measured.items()}
 
 
@@ -109,12 +109,12 @@ def measure_in_turns(
     rounds: int,
     rates: dict[int, list[float]] | None = None,
 ) -> dict[int, list[float]]:
-    """*rounds* measurements of each, made in turns; those with the same index were made next to each other."""
+    """*rounds* measurements of each, in alternation; those with the same index were made close in time."""
     if rates is None:
         gauge.level(configs.values())
         rates = {setting: [] for setting in configs}
     for number in range(rounds):
-        # There and back, so that a drift of the network favours none.
+        # In alternating order, so that a drift of the network favors none.
         for setting in list(configs)[:: -1 if number % 2 else 1]:
             if len(rates[setting]) <= number:
                 rates[setting].append(gauge.rate(configs[setting]))
@@ -122,33 +122,33 @@ def measure_in_turns(
 
 
 def is_clearly_faster(other: Sequence[float], default: Sequence[float]) -> bool:
-    """Whether *other* beats *default* by a margin, in the median and, but for one, in every pair of measurements."""
+    """Whether *other* is faster than *default* by a margin, in the median and in all pairs of measurements but one."""
     wins = sum(rate > usual * SLIGHTLY for rate, usual in zip(other, default, strict=True))
     is_faster = statistics.median(other) >= statistics.median(default) * CLEARLY
     return is_faster and wins >= max(1, len(default) - 1)
 
 
 def is_slower(other: Sequence[float], default: Sequence[float]) -> bool:
-    """Whether *other* is slower than *default*, by more than measurements differ anyway."""
+    """Whether *other* is slower than *default* by more than the noise."""
     return statistics.median(other) * SLIGHTLY < statistics.median(default)
 
 
 def earns_its_place(others: Sequence[Sequence[float]], defaults: Sequence[Sequence[float]]) -> bool:
-    """Whether a setting is to be suggested: clearly faster in one direction, and slower in none."""
+    """Whether to suggest a setting: it is clearly faster in one direction, and slower in none."""
     pairs = list(zip(others, defaults, strict=True))
     return any(is_clearly_faster(*pair) for pair in pairs) and not any(is_slower(*pair) for pair in pairs)
 
 
 def smallest_good(rates: Mapping[int, float], *, enough: float = ENOUGH) -> int:
-    """The smallest setting whose rate is *enough* of the best one."""
+    """The smallest setting whose rate is at least *enough* times the best one."""
     best = max(rates.values())
     return min(setting for setting, rate in rates.items() if rate >= best * enough)
 
 
 def shared(*directions: Mapping[int, float]) -> dict[int, float]:
-    """By setting, the share of its best that the worst off of the *directions* reaches.
+    """By setting, the rate as a share of the best one; the smallest share among *directions*.
 
-    A direction whose sweep ended early has at larger settings what it had at its last one.
+    If the sweep of a direction ended early, its last rate also counts for larger settings.
     """
     settings = sorted(set().union(*directions))
     shares: dict[int, float] = {}
@@ -161,7 +161,7 @@ def shared(*directions: Mapping[int, float]) -> dict[int, float]:
 
 
 def fitting(config: TransferConfig) -> TransferConfig:
-    """*config* with the memory and connections that its concurrency can use."""
+    """*config* with enough memory and connections for its concurrency."""
     in_flight = config.max_concurrency * max(config.part_size, config.block_size)
     return replace(
         config,

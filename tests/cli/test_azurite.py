@@ -44,7 +44,7 @@ def test_azurite_ends_with_the_command(tmp_path: Path, end: signal.Signals) -> N
 
 def test_a_container_that_is_refused_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(AssertionError, match=r"ended: azstoragetorch: the container was not created: PUT http\S+: 400 "),
+        pytest.raises(AssertionError, match=r"azstoragetorch: the container could not be created: PUT http\S+: 400 "),
         run_emulator(tmp_path, container="a_b"),
     ):
         pass

@@ -234,7 +234,7 @@ def test_prune(container: Container, command: Command) -> None:
 def test_mistakes_are_explained(container: Container, command: Command, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     ended = command("checkpoint", "import", tmp_path / "list.pt", f"{container.url}/new")
-    assert (ended.code, "list.pt holds a list" in ended.err) == (1, True)
+    assert (ended.code, "list.pt contains a list" in ended.err) == (1, True)
     ended = command("checkpoint", "prune", container.url)
     assert (ended.code, "--keep N, --incomplete" in ended.err) == (2, True)
     ended = command("checkpoint", "ls", f"{container.url}/nothing")
@@ -251,7 +251,7 @@ def test_prune_of_leftovers(container: Container, command: Command) -> None:
     command("checkpoint", "prune", f"{container.url}/run", "--incomplete", "--min-age", "-1", "--yes")
     assert left not in container.names()
     ended = command("checkpoint", "prune", f"{container.url}/run", "--incomplete", "--yes")
-    assert (ended.code, ended.out, ended.err.strip()) == (0, "", "there is nothing to delete")
+    assert (ended.code, ended.out, ended.err.strip()) == (0, "", "nothing to delete")
     assert command("checkpoint", "verify", url).code == 0
 
 

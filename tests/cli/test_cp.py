@@ -130,9 +130,9 @@ def test_a_file_goes_into_a_folder_by_its_name(container: Container, command: Co
         (["{here}", "{url}/x"], "--recursive"),
         (["{url}", "{here}/x"], "--recursive"),
         (["{url}/folder", "{here}/x"], "--recursive"),
-        (["{here}/file", "{url}/x?versionid=2024"], "versionid"),
-        (["-r", "{here}/file", "{url}/x"], "leave out --recursive"),
-        (["-r", "{url}/nothing", "{here}/x"], "nothing there"),
+        (["{here}/file", "{url}/x?versionid=2024"], "names a snapshot or version"),
+        (["-r", "{here}/file", "{url}/x"], "omit --recursive"),
+        (["-r", "{url}/nothing", "{here}/x"], "no blob found"),
     ],
 )
 def test_mistakes_are_explained(

@@ -108,9 +108,9 @@ def test_a_deletion_shows_what_would_go_and_asks(container: Container) -> None:
         text = on_terminal(container, command, answer="n\n", fails=True)
         assert "step-09" in text
         assert "step-10" not in text
-        assert f"... and {3 if command[0] == 'rm' else 2} more; --dry-run shows all" in text
-        assert "for good? [y/N]" in text
+        assert f"... and {3 if command[0] == 'rm' else 2} more; --dry-run lists them all" in text
+        assert "? [y/N]" in text
         assert container.names() == names
     text = on_terminal(container, ["rm", "-r", f"{container.url}/run"], answer="y\n")
-    assert "Delete 13 blobs (13 B) for good?" in text
+    assert "Permanently delete 13 blobs (13 B)?" in text
     assert container.names() == []

@@ -128,7 +128,7 @@ def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Out
                 elif outcome != RIGHT and found not in ("old", "new"):
                     outcome += ", DAMAGED BLOB"
                 elif outcome != RIGHT and found == "new":
-                    outcome += ", yet written"
+                    outcome += ", but written"
             return (outcome if rule.fired else "-"), seconds
     finally:
         pool.put(peer)

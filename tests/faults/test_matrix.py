@@ -47,7 +47,7 @@ _TRIES = 6  # of what always fails
 _MANY_TRIES = 25  # of what has to end well: a busy machine may refuse and time out more often than it is told to
 _SLACK = 50.0  # seconds; for a busy machine
 
-_QUICK_ROWS = {"503", "reset before the answer", "body cut short", "403", "commit whose answer is lost", "no ETag"}
+_QUICK_ROWS = {"503", "reset before the response", "body cut short", "403", "commit with a lost response", "no ETag"}
 
 
 def _is_slow(row: Row, operation: str) -> bool:
