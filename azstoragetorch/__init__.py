@@ -3,13 +3,14 @@
 .. code-block:: text
 
    faces      cli
+              safetensors
               checkpoint  datapipes  datasets  nodes
               io
    _samples   cache  catalog  fetching  listing  resume  sources  workers
               tar
               items  names  once  prefetch  records  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
-              broadcast  host
+              broadcast  host  progress
               planning
    _files     partial  record  transfer
               description  paths  walk

@@ -7,6 +7,7 @@
         ├── FatalBlobIOWriteError          a write failed; nothing will be committed
         ├── BlobChangedError               a blob was overwritten while it was being read
         ├── ClientRequestIdMismatchError   a response belongs to another request
+        ├── SafetensorsError               a safetensors file or a folder of them cannot be read or written
         └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
             ├── CheckpointConflictError    another save was committed while this one was in progress
             ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClientRequestIdMismatchError",
     "FatalBlobIOWriteError",
+    "SafetensorsError",
 ]
 
 
@@ -59,6 +61,22 @@ class ClientRequestIdMismatchError(AZStorageTorchError):
 
     The request is first retried on a new connection. If this error is raised, a proxy probably mixes up responses.
     """
+
+
+class SafetensorsError(AZStorageTorchError):
+    """A safetensors file, or a folder of them, cannot be read or written.
+
+    ``url`` is the blob or folder, without a SAS, and ``tensor`` the name of the tensor. Attributes that do not apply
+    are None.
+    """
+
+    def __init__(self, message: str, *, url: str | None = None, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.url = url
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, self.__dict__
 
 
 class CheckpointError(AZStorageTorchError):

@@ -26,7 +26,7 @@ import azstoragetorch
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
-FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint"}
+FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors"}
 HOUSES = FACES | {"cli"}  # packages or modules that are not divided into layers
 
 # Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "certifi": {"_blob.connection"},
     "click": {"cli"},  # an optional dependency: `cli` reports it if it is missing
     "rich": {"cli"},
-    "tqdm": {"checkpoint._progress"},  # not a dependency: needed only for a progress bar
+    "tqdm": {"_tensors.progress"},  # not a dependency: needed only for a progress bar
     "typing_extensions": {"", "_blob", "exceptions", *FACES},
 }
 
@@ -341,7 +341,7 @@ def test_every_module_keeps_the_rule(rule: Callable[[Module], Iterator[str]], na
         (misplaced_dependencies, Module("io", "import azure.storage.blob")),
         (misplaced_dependencies, Module("_blob.listing", "from azure.storage.blob import ContainerClient")),
         (misplaced_dependencies, Module("_blob.upload", "import numpy as np")),
-        (misplaced_dependencies, Module("checkpoint._progress", "from rich.progress import Progress")),
+        (misplaced_dependencies, Module("_tensors.progress", "from rich.progress import Progress")),
         (misplaced_dependencies, Module("", "import azure.core.exceptions")),
         (foreign_private_names, Module("io", "from azure.storage.blob._shared import base_client")),
         (foreign_private_names, Module("io", "import azure.core._enum_meta as meta")),

@@ -11,11 +11,11 @@ and ``convert`` loads entries and converts. Connections and threads belong to th
 
 from __future__ import annotations
 
+from azstoragetorch._tensors.progress import ProgressCallback, TqdmProgress
 from azstoragetorch.checkpoint._catalog import keep_last, latest_checkpoint, list_checkpoints
 from azstoragetorch.checkpoint._cleaning import clean, delete_checkpoint
 from azstoragetorch.checkpoint._convert import checkpoint_to_torch_save, load_keys, torch_save_to_checkpoint
 from azstoragetorch.checkpoint._inspect import CheckpointSummary, Entry, inspect_checkpoint
-from azstoragetorch.checkpoint._progress import ProgressCallback, TqdmProgress
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 

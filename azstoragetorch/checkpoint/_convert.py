@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch.checkpoint._progress import ProgressCallback
+from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.checkpoint._reader import BlobStorageReader
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 from azstoragetorch.exceptions import CheckpointError

@@ -16,8 +16,8 @@ from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._tensors.host import Copiers, host_bytes
 from azstoragetorch._tensors.planning import contiguous_strides
+from azstoragetorch._tensors.progress import ProgressCounter
 from azstoragetorch.checkpoint._format import Item, Payload, envelope, has_payload
-from azstoragetorch.checkpoint._progress import ProgressCounter
 
 ENVELOPE = 4 * KiB  # at most, around the payload of an item
 _SMALL = 32 * KiB  # pieces below are copied together: a system call for each would cost more

@@ -21,10 +21,10 @@ from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch._tensors.host import Copier, select, view_of
 from azstoragetorch._tensors.planning import Box, Piece, Request, join
+from azstoragetorch._tensors.progress import ProgressCallback, ProgressCounter
 from azstoragetorch._tensors.staging import NoMemoryError, Staging, elements_of, place_of
 from azstoragetorch.checkpoint._folder import Folder, picklable
 from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, many_objects, probe
-from azstoragetorch.checkpoint._progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of
 from azstoragetorch.checkpoint._receiving import DataBlobs
 from azstoragetorch.checkpoint._sharing import ReadKey, read_key

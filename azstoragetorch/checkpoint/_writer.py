@@ -26,6 +26,7 @@ from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch._tensors.planning import partition
+from azstoragetorch._tensors.progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._cleaning import delete_of_rank
 from azstoragetorch.checkpoint._commit import commit
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
@@ -39,7 +40,6 @@ from azstoragetorch.checkpoint._format import (
     storage_info,
 )
 from azstoragetorch.checkpoint._joint_failure import fail_together
-from azstoragetorch.checkpoint._progress import ProgressCallback, ProgressCounter
 from azstoragetorch.checkpoint._save import Save, Saves
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import (
