@@ -51,6 +51,7 @@ class TestForms:
             ),
             ("https://dfs.example.com/c/b", "https://dfs.example.com", "c", "b"),
             ("az://account.blob.core.windows.net/c/d/b", ACCOUNT, "c", "d/b"),
+            ("azt://account.blob.core.windows.net/c/d/b", ACCOUNT, "c", "d/b"),
             ("az://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),
             (f"{ACCOUNT}/$root/b", ACCOUNT, "$root", "b"),
             ("wasbs://c@account.blob.core.windows.net/d/b", ACCOUNT, "c", "d/b"),

@@ -21,15 +21,8 @@ _SAS_FIELDS = {"sig", "sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "
     "sks", "skv", "skdutid", "sdd", "sduoid", "srh", "srq", "saoid",
     "suoid", "scid", "ses", "rscc", "rscd", "rsce", "rscl", "rsct", "tn"
 }  # fmt: skip
-_MAY_HOLD_SLASH = {
-    "rscc",
-    "rscd",
-    "rsce",
-    "rscl",
-    "rsct",
-    "srh",
-    "srq",
-}  # these values can have a slash in a query that is not encoded
+# These values can have a slash in a query that is not encoded.
+_MAY_HOLD_SLASH = {"rscc", "rscd", "rsce", "rscl", "rsct", "srh", "srq"}
 
 # Domains of Azure: the public cloud and its DNS zones, OneLake, and the sovereign clouds. Only Azure has hosts below
 # them, so a host is Azure's if it ends with one of them.
@@ -63,6 +56,7 @@ _SCHEMES = {
     "abfs": "https",
     "abfss": "https",
     "az": "https",
+    "azt": "https",
 }
 _FORMS = (
     "https://<account>.blob.core.windows.net/<container>/<blob>, http(s)://<host>[:port]/<account>/<container>/<blob>, "
@@ -277,7 +271,7 @@ def _resolve_scheme(scheme: str, host: str, user: str | None, path: str, what: s
                 "lower-case letters and digits"
             )
         return f"{account}.blob.core.windows.net", f"{host}/{path}"
-    if scheme != "az":
+    if scheme not in ("az", "azt"):
         raise ValueError(f"{what} has no container before an '@': expected {_FORMS}")
     return host, path
 

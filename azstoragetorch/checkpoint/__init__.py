@@ -6,7 +6,8 @@ blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once f
 ``format`` knows what a checkpoint consists of and ``folder`` where it all is; ``_tensors`` plans the requests and gets
 their bytes into tensors. ``commit`` is how saves, deletions and cleaning stay out of each other's way, and argues why.
 ``catalog`` finds checkpoints and keeps the last, by ``order``; ``cleaning`` removes them, ``inspect`` looks into them,
-and ``convert`` loads entries and converts. Connections and threads belong to the core.
+and ``convert`` loads entries and converts. ``urls`` has torch's functions choose the writer or reader for a URL.
+Connections and threads belong to the core.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from azstoragetorch.checkpoint._cleaning import clean, delete_checkpoint
 from azstoragetorch.checkpoint._convert import checkpoint_to_torch_save, load_keys, torch_save_to_checkpoint
 from azstoragetorch.checkpoint._inspect import CheckpointSummary, Entry, inspect_checkpoint
 from azstoragetorch.checkpoint._reader import BlobStorageReader
+from azstoragetorch.checkpoint._urls import disable_urls, enable_urls
 from azstoragetorch.checkpoint._writer import BlobStorageWriter
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "checkpoint_to_torch_save",
     "clean",
     "delete_checkpoint",
+    "disable_urls",
+    "enable_urls",
     "inspect_checkpoint",
     "keep_last",
     "latest_checkpoint",

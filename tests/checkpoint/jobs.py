@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
+from azstoragetorch import join_url
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, enable_urls
 from tests.checkpoint.states import same
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
@@ -191,6 +192,20 @@ def async_saves(rank: int, url: str, credential: Any, kind: str) -> None:
             value.to_local().zero_()
         future.result()
         load(rank, url, credential, ["columns"], step)
+
+
+def save_to_a_url(rank: int, url: str, credential: Any, kind: str) -> None:
+    """By URLs alone."""
+    checkpointer = getattr(dcp.state_dict_saver.AsyncCheckpointerType, kind)
+    group = dist.new_group(backend="gloo")
+    enable_urls(credential=credential)
+    for step, name in enumerate(("one", "two")):
+        place = join_url(url, name)
+        state = sharded("rows", step)
+        dcp.async_save(state, checkpoint_id=place, process_group=group, async_checkpointer_type=checkpointer).result()
+        found = empty("columns")
+        dcp.load(found, checkpoint_id=place)
+        check(found, step)
 
 
 def overlapping_saves_by_a_process(rank: int, url: str, credential: Any) -> None:
