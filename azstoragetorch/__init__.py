@@ -4,7 +4,7 @@
 
    faces      cli
               safetensors
-              checkpoint  datapipes  datasets  nodes
+              checkpoint  datapipes  datasets  filesystem  nodes
               io
    _samples   cache  catalog  fetching  listing  resume  sources  workers
               tar
@@ -12,7 +12,7 @@
    _tensors   pinned  staging
               broadcast  host  progress
               planning
-   _files     partial  record  transfer
+   _files     partial  record  server_copy  transfer
               description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload
@@ -32,9 +32,11 @@ the package itself loads neither torch nor the Azure SDK; each module loads what
 
 from __future__ import annotations
 
+import os
+
 __version__ = "0.3.0.dev0"
 
-from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.config import FILE_SYSTEM, TransferConfig
 from azstoragetorch._engine.metrics import Metrics, metrics
 
 __all__ = ["Metrics", "TransferConfig", "__version__", "join_url", "metrics"]
@@ -57,3 +59,9 @@ def join_url(url: str, *names: str) -> str:
     from azstoragetorch._blob.url import join_url
 
     return join_url(url, *names)
+
+
+if os.environ.get(FILE_SYSTEM, "").lower() in ("1", "true", "yes"):
+    from azstoragetorch.filesystem import install
+
+    install()

@@ -67,6 +67,7 @@ CONTENTS = {
         "guide/datasets",
         "guide/datapipes",
         "guide/nodes",
+        "guide/filesystem",
         "guide/checkpoints",
         "guide/resuming",
         "guide/tuning",

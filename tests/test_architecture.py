@@ -26,7 +26,7 @@ import azstoragetorch
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
-FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors"}
+FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors", "filesystem"}
 HOUSES = FACES | {"cli"}  # packages or modules that are not divided into layers
 
 # Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
@@ -55,12 +55,13 @@ FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secre
 
 # Where each dependency may be imported. The longest matching prefix decides.
 MAY_IMPORT = {
-    "torch": (FACES - {"io"}) | {"_samples.workers", "_tensors", "cli"},
+    "torch": (FACES - {"io", "filesystem"}) | {"_samples.workers", "_tensors", "cli"},
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
-    "azure.identity": {"_blob.authorizers"},
+    "azure.identity": {"_blob.authorizers", "filesystem._options"},
     "azure.storage.blob": {"_blob.authorizers"},
     "certifi": {"_blob.connection"},
+    "fsspec": {"filesystem"},  # an extra, although torch depends on it
     "click": {"cli"},  # an optional dependency: `cli` reports it if it is missing
     "rich": {"cli"},
     "tqdm": {"_tensors.progress"},  # not a dependency: needed only for a progress bar
@@ -76,6 +77,7 @@ ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
     ("_engine.turns", "_getframe"): "documented; a call is known by its frame",
     ("_engine.turns", "_current_frames"): "documented; whether a thread still executes a call",
     ("io._drops", "_finalizing"): "the mark that Python's io classes have while their finalizer closes them",
+    ("filesystem._transfers", "_intrans"): "whether a transaction is open, which fsspec's own file systems ask as well",
     ("checkpoint._format.envelope", "_checkpoint_offset"): "where torch.load, in that mode, says that the bytes begin",
     ("checkpoint._load", "_extension"): "torch's registry of stream extensions, which the format refers to",
     ("checkpoint._urls", "_storage_setup"): "where torch chooses the writer or reader for a checkpoint_id",

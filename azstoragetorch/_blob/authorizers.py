@@ -106,7 +106,7 @@ class AccountKey:
         sas = generate_account_sas(
             account_name=named_key.name,
             account_key=check_key(named_key.key, f"credential: the account key of {named_key.name!r}"),
-            resource_types=ResourceTypes(container=True, object=True),
+            resource_types=ResourceTypes(service=True, container=True, object=True),
             permission=AccountSasPermissions(
                 read=True, write=True, delete=True, list=True, add=True, create=True, tag=True
             ),

@@ -19,7 +19,7 @@ from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties,
 from azstoragetorch._blob.copying import MAX_COPIED_AT_ONCE, CopyRange, CopySource, copy_blob
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
-from azstoragetorch._blob.listing import Page, list_pages
+from azstoragetorch._blob.listing import ContainerEntry, Page, list_containers, list_pages
 from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import Retry, Transient, retrying
@@ -37,12 +37,14 @@ from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 __all__ = [
     "MAX_COPIED_AT_ONCE",
+    "AccountClient",
     "BlobClient",
     "BlobProperties",
     "BlobVersion",
     "BlockWriter",
     "ClientFactory",
     "ContainerClient",
+    "ContainerEntry",
     "CopyRange",
     "CopySource",
     "Head",
@@ -306,12 +308,28 @@ class ContainerClient(_Client):
         request = Request("PUT", self.url, query="restype=container", accept=CREATED)
         retrying(self.config, lambda: self.service.send(request).close())
 
+    def delete(self) -> bool:
+        """Delete the container with all its blobs; return False if it does not exist."""
+        request = Request("DELETE", self.url, query="restype=container", accept=frozenset({202}))
+        try:
+            retrying(self.config, lambda: self.service.send(request).close())
+        except ResourceNotFoundError:
+            return False
+        return True
+
     def at(self, url: BlobURL) -> BlobClient:
         """The blob at *url*, which must be in this container; it can be a snapshot or a version."""
         return BlobClient(url, self._credential, self.config, self._services)
 
     def pages(
-        self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
+        self,
+        *,
+        prefix: str = "",
+        delimiter: str = "",
+        uncommitted: bool = False,
+        with_modified: bool = False,
+        page_size: int = 5000,
+        fetches_ahead: bool = True,
     ) -> Iterator[Page]:
         """List the blobs, page by page, in the order of the service. See `listing.list_pages`."""
         return list_pages(
@@ -321,7 +339,21 @@ class ContainerClient(_Client):
             delimiter=delimiter,
             uncommitted=uncommitted,
             with_modified=with_modified,
+            page_size=page_size,
+            fetches_ahead=fetches_ahead,
         )
+
+
+class AccountClient(_Client):
+    """One account."""
+
+    def containers(self) -> list[ContainerEntry]:
+        """List the containers, in the order of the service.
+
+        Raises:
+            AzureError: the service refused, or cannot be reached. A SAS for one container does not allow it.
+        """
+        return list_containers(self.service, self.url)
 
 
 class ClientFactory:
@@ -335,17 +367,27 @@ class ClientFactory:
     """
 
     def __init__(
-        self, credential: Credential = None, transfer: TransferConfig | None = None, trusted_url: BlobURL | None = None
+        self,
+        credential: Credential | CredentialHolder = None,
+        transfer: TransferConfig | None = None,
+        trusted_url: BlobURL | None = None,
     ) -> None:
         if transfer is not None and not isinstance(transfer, TransferConfig):
             raise TypeError(f"transfer must be a TransferConfig, not {type(transfer).__name__}")
         self.config = transfer or TransferConfig()
-        self._holder = CredentialHolder(credential, trusted_url=trusted_url)
+        if not isinstance(credential, CredentialHolder):
+            credential = CredentialHolder(credential, trusted_url=trusted_url)
+        self._holder = credential
         self._containers: dict[tuple[str, str, str, str], ContainerClient] = {}
         self._last: tuple[str, ContainerClient | None] = (
             "",
             None,
         )  # most URLs are in the same container as the previous one
+
+    def account(self, url: BlobURL) -> AccountClient:
+        """The client for the account of *url*."""
+        address = replace(url, container="", blob="", snapshot=None, versionid=None)
+        return AccountClient(address, self._holder, self.config)
 
     def container(self, url: BlobURL) -> ContainerClient:
         """The client for the container of *url*."""

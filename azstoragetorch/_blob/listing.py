@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
 
@@ -41,7 +41,8 @@ class Page:
     """One response of List Blobs as columns; the same index is the same blob in each.
 
     A page can have few or zero blobs and still have a marker. ETags are quoted, as in headers. Directory markers are
-    left out. ``modified`` is filled only on request, with Last-Modified in the format of the service.
+    not blobs: their names are in ``directories``. ``modified`` is filled only on request, with Last-Modified in the
+    format of the service.
     """
 
     names: list[str]
@@ -50,6 +51,16 @@ class Page:
     prefixes: list[str]
     marker: str
     modified: list[str] = field(default_factory=list)
+    directories: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerEntry:
+    """One container of an account; *modified* is its Last-Modified in the format of the service."""
+
+    name: str
+    etag: str
+    modified: str
 
 
 def list_pages(
@@ -61,8 +72,11 @@ def list_pages(
     page_size: int = 5000,
     uncommitted: bool = False,
     with_modified: bool = False,
+    fetches_ahead: bool = True,
 ) -> Iterator[Page]:
     """The pages of a listing in the order of the service; the next page is fetched while the caller uses one.
+
+    Without *fetches_ahead* it is requested when the caller asks for it.
 
     With a *delimiter*, names that contain it after *prefix* are grouped into ``prefixes``. *uncommitted* also lists
     blobs that have only staged blocks. *with_modified* fills the column ``modified``.
@@ -90,7 +104,8 @@ def list_pages(
                 markers.add(following)
                 # If no thread is free, `result` above fetches it: a listing never waits for other transfers.
                 fetching = Job(partial(_fetch, service, container, query, following, scope))
-                engine_for(service.config).submit(fetching.run)
+                if fetches_ahead:
+                    engine_for(service.config).submit(fetching.run)
             page = parse_page(raw, container, with_modified=with_modified)
             # A prefix can be repeated, if a page ends inside it; a blob cannot.
             if not firsts.isdisjoint(page.names[:1]):
@@ -120,6 +135,10 @@ def _fetch(service: Service, container: BlobURL, query: str, marker: str, scope:
 def _fetch_once(service: Service, container: BlobURL, query: str, marker: str, scope: Scope) -> bytes:
     if marker:
         query += f"&marker={quote(marker, safe='')}"
+    return _fetch_list(service, container, query, scope)
+
+
+def _fetch_list(service: Service, container: BlobURL, query: str, scope: Scope | None = None) -> bytes:
     with service.send(Request("GET", container, query, scope=scope, purpose="list")) as response:
         raw = response.read()
     if not raw.rstrip().endswith(b"</EnumerationResults>"):
@@ -184,13 +203,44 @@ def _next_marker(raw: bytes) -> str:
     return _unescape(found.group(1).decode("utf-8", "replace")) if found else ""
 
 
-def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
+def list_containers(service: Service, account: BlobURL) -> list[ContainerEntry]:
+    """The containers of *account*.
+
+    Raises:
+        AzureError: the service refused, could not be reached, or sent something that is not a listing.
+    """
+    found: dict[str, ContainerEntry] = {}
+    marker, markers = "", {""}
+    while True:
+        query = "comp=list" + (f"&marker={quote(marker, safe='')}" if marker else "")
+        raw = retrying(service.config, partial(_fetch_list, service, account, query))
+        root = _parse_xml(raw, account)
+        for item in root.iterfind("Containers/Container"):
+            name = item.findtext("Name")
+            if not name:
+                raise _malformed(account, "an entry has no name")
+            etag = item.findtext("Properties/Etag") or ""
+            found[name] = ContainerEntry(name, etag, item.findtext("Properties/Last-Modified") or "")
+        marker = root.findtext("NextMarker") or ""
+        if not marker:
+            return list(found.values())
+        if marker in markers:
+            raise _repeated(account)
+        markers.add(marker)
+
+
+def _parse_xml(raw: bytes, container: BlobURL) -> ET.Element:
     try:
         root = ET.fromstring(raw.removeprefix(b"\xef\xbb\xbf"))  # noqa: S314 - entities are off in expat's defaults here
     except (ET.ParseError, LookupError, ValueError) as error:  # the last two for an unknown encoding
         raise _malformed(container, f"it is not XML: {error}") from error
     if root.tag != "EnumerationResults":
         raise _malformed(container, f"its root is {root.tag!r}")
+    return root
+
+
+def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) -> Page:
+    root = _parse_xml(raw, container)
     page = Page([], [], [], [], root.findtext("NextMarker") or "")
     for item in root.iterfind("Blobs/*"):
         name_element = item.find("Name")
@@ -203,6 +253,7 @@ def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) 
             page.prefixes.append(name)
             continue
         if _is_directory(item):
+            page.directories.append(name)
             continue
         size = item.findtext("Properties/Content-Length")
         if size is None or not size.isascii() or not size.isdigit():
@@ -212,7 +263,7 @@ def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) 
         page.etags.append(item.findtext("Properties/Etag") or "")
         if with_modified:
             page.modified.append(item.findtext("Properties/Last-Modified") or "")
-    return Page(page.names, page.sizes, _quoted(page.etags), page.prefixes, page.marker, page.modified)
+    return replace(page, etags=_quoted(page.etags))
 
 
 def _is_directory(item: ET.Element) -> bool:

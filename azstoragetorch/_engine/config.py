@@ -20,6 +20,7 @@ MAX_VALIDATED_RANGE = 4 * MiB  # the service returns an MD5 only for ranges up t
 
 _PREFIX = "AZSTORAGETORCH_"
 TRUSTED_HOSTS = f"{_PREFIX}TRUSTED_HOSTS"
+FILE_SYSTEM = f"{_PREFIX}FSSPEC"  # whether importing the package calls `filesystem.install`
 _HOST = re.compile(r"\.?(?:[\w-]+(?:\.[\w-]+)*\.?|\[[0-9a-f:.]+\])(?::\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -66,7 +67,7 @@ def _checked_hosts(names: Sequence[str], source: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def _warn_about_misspelt_variables() -> None:
     """Warn about each ``AZSTORAGETORCH_*`` variable that nothing reads, once for each process."""
-    known = {f"{_PREFIX}{setting.name.upper()}" for setting in fields(TransferConfig)}
+    known = {f"{_PREFIX}{setting.name.upper()}" for setting in fields(TransferConfig)} | {FILE_SYSTEM}
     for name in sorted({name for name in os.environ if name.startswith(_PREFIX)} - known):
         from difflib import get_close_matches
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urlencode
 
-from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.client import BlobClient, BlobProperties
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._engine.scope import Scope
 
@@ -43,7 +43,11 @@ def describe(blob: BlobClient, scope: Scope) -> Description:
     Raises:
         AzureError: the blob does not exist, or the service refused or could not be reached.
     """
-    found = blob.get_properties(scope)
+    return describe_found(blob.get_properties(scope))
+
+
+def describe_found(found: BlobProperties) -> Description:
+    """The description in the properties *found*."""
     tier = found.headers.get("x-ms-access-tier")
     is_set = tier in _TIERS and found.headers.get("x-ms-access-tier-inferred", "").lower() != "true"
     count = found.headers.get("x-ms-tag-count", "")
