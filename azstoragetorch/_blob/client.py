@@ -321,15 +321,17 @@ class ContainerClient(_Client):
         """The blob at *url*, which must be in this container; it can be a snapshot or a version."""
         return BlobClient(url, self._credential, self.config, self._services)
 
+    def has_names(self, prefix: str = "") -> bool:
+        """Whether a blob or directory has a name that begins with *prefix*. Mostly one request.
+
+        Raises:
+            ResourceNotFoundError: the container does not exist.
+        """
+        pages = list_pages(self.service, self.url, prefix=prefix, page_size=1, fetches_ahead=False)
+        return any(page.names or page.directories for page in pages)
+
     def pages(
-        self,
-        *,
-        prefix: str = "",
-        delimiter: str = "",
-        uncommitted: bool = False,
-        with_modified: bool = False,
-        page_size: int = 5000,
-        fetches_ahead: bool = True,
+        self, *, prefix: str = "", delimiter: str = "", uncommitted: bool = False, with_modified: bool = False
     ) -> Iterator[Page]:
         """List the blobs, page by page, in the order of the service. See `listing.list_pages`."""
         return list_pages(
@@ -339,8 +341,6 @@ class ContainerClient(_Client):
             delimiter=delimiter,
             uncommitted=uncommitted,
             with_modified=with_modified,
-            page_size=page_size,
-            fetches_ahead=fetches_ahead,
         )
 
 

@@ -85,7 +85,7 @@ class Listings(Base):
             return _directory("")
         with translating(place.path):
             if not place.name:
-                self._check_container(place)
+                self.container(place).has_names()  # raises if the container does not exist
                 return _directory(place.path)
             try:
                 found = self.blob(place).get_properties()
@@ -283,10 +283,6 @@ class Listings(Base):
     def _map(self, function: Any, places: Sequence[Any]) -> list[Any]:
         return self.engine.map(lambda place, _scope: function(place), places, self.transfer.max_connections, Scope())
 
-    def _check_container(self, place: Place) -> None:
-        for _ in self.container(place).pages(page_size=1, fetches_ahead=False):
-            break
-
     def _has_blobs(self, place: Place, missing: HttpResponseError | None = None) -> bool:
         """Whether something is in the directory *place*. An empty container exists as well.
 
@@ -295,16 +291,13 @@ class Listings(Base):
         if getattr(missing, "error_code", "") == "ContainerNotFound":
             return False
         try:
-            for page in self.container(place).pages(prefix=place.folder, page_size=1, fetches_ahead=False):
-                if page.names or page.prefixes or page.directories:
-                    return True
+            return self.container(place).has_names(place.folder) or not place.name
         except ResourceNotFoundError:
             return False
         except ClientAuthenticationError:
             if missing is None:
                 raise
             return False
-        return not place.name
 
     def _add_itself(self, place: Place, found: Found) -> None:
         try:
