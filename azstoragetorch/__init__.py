@@ -11,7 +11,7 @@
               items  names  once  prefetch  records  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
               broadcast  host  progress
-              planning
+              hashing  planning
    _files     partial  record  server_copy  transfer
               description  paths  walk
    _blob      client

@@ -69,6 +69,7 @@ CONTENTS = {
         "guide/nodes",
         "guide/filesystem",
         "guide/checkpoints",
+        "guide/deltas",
         "guide/resuming",
         "guide/tuning",
         "guide/cli",

@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.authorizers", "filesystem._options"},
     "azure.storage.blob": {"_blob.authorizers"},
+    "blake3": {"_tensors.hashing"},  # an optional dependency, for which SHA-256 stands in
     "certifi": {"_blob.connection"},
     "fsspec": {"filesystem"},  # an extra, although torch depends on it
     "click": {"cli"},  # an optional dependency: `cli` reports it if it is missing

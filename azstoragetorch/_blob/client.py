@@ -16,7 +16,7 @@ from typing import Any
 from azure.core.exceptions import AzureError, ResourceExistsError, ResourceModifiedError, ResourceNotFoundError
 
 from azstoragetorch._blob.commit import CREATED, BlobProperties, get_properties, md5_of, read_tags, unknown_outcome
-from azstoragetorch._blob.copying import MAX_COPIED_AT_ONCE, CopyRange, CopySource, copy_blob
+from azstoragetorch._blob.copying import MAX_COPIED_AT_ONCE, CopyOrUpload, CopyRange, CopySource, copy_blob
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.download import BlobVersion, RangeRead, fetch, open_range
 from azstoragetorch._blob.listing import ContainerEntry, Page, list_containers, list_pages
@@ -24,7 +24,7 @@ from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import Retry, Transient, retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
-from azstoragetorch._blob.upload import BlockWriter
+from azstoragetorch._blob.upload import BlockContent, BlockWriter
 from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.job import IsStuck
@@ -41,10 +41,12 @@ __all__ = [
     "BlobClient",
     "BlobProperties",
     "BlobVersion",
+    "BlockContent",
     "BlockWriter",
     "ClientFactory",
     "ContainerClient",
     "ContainerEntry",
+    "CopyOrUpload",
     "CopyRange",
     "CopySource",
     "Head",

@@ -6,7 +6,7 @@ response: the service then copies the same bytes of the same version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from azure.core.exceptions import ResourceModifiedError, ServiceResponseError
@@ -16,6 +16,7 @@ from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import MAX_BLOCK_SIZE, MiB
+from azstoragetorch._engine.metrics import count
 from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch.exceptions import BlobChangedError
@@ -45,6 +46,22 @@ class CopyRange:
 
     def __len__(self) -> int:
         return len(self.span)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOrUpload:
+    """Bytes of another blob that become one block. Where the service refuses to copy them, *pieces* are uploaded.
+
+    *may_try* says whether to ask the service at all, and *refused* is called with its reason, both from any thread.
+    """
+
+    part: CopyRange
+    pieces: Callable[[], Iterable[memoryview]]
+    may_try: Callable[[], bool]
+    refused: Callable[[Exception], None]
+
+    def __len__(self) -> int:
+        return len(self.part)
 
 
 def copy_blob(
@@ -84,6 +101,7 @@ def stage_block(service: Service, url: BlobURL, block_id: str, part: CopyRange, 
         service.send(_request(url, query, headers, part.source, frozenset({201}), scope)).close()
 
     _carry_out(service, part.source, send, scope)
+    count("bytes_copied", len(part))
 
 
 def _request(

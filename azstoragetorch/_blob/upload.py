@@ -17,6 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from azure.core.exceptions import (
+    AzureError,
     ClientAuthenticationError,
     ResourceExistsError,
     ResourceNotFoundError,
@@ -24,7 +25,7 @@ from azure.core.exceptions import (
 
 from azstoragetorch._blob.commit import CREATED, Commit, exists_already, get_properties, md5_of
 from azstoragetorch._blob.connection import length_of
-from azstoragetorch._blob.copying import CopyRange, stage_block
+from azstoragetorch._blob.copying import CopyOrUpload, CopyRange, stage_block
 from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -43,7 +44,7 @@ from azstoragetorch._engine.ranges import (
 )
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch.exceptions import FatalBlobIOWriteError
+from azstoragetorch.exceptions import AZStorageTorchError, FatalBlobIOWriteError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,16 +72,20 @@ def _all_or_nothing(method: Callable[Concatenate[BlockWriter, P], T]) -> Callabl
     return guarded
 
 
+BlockContent = Sequence[memoryview] | CopyRange | CopyOrUpload
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """The bytes of one block: in one or more pieces, or in another blob."""
 
     block_id: str
-    content: Sequence[memoryview] | CopyRange
+    content: BlockContent
 
     @property
     def length(self) -> int:
-        return len(self.content) if isinstance(self.content, CopyRange) else length_of(self.content)
+        content = self.content
+        return len(content) if isinstance(content, (CopyRange, CopyOrUpload)) else length_of(content)
 
 
 class _BorrowedBuffer:
@@ -182,7 +187,7 @@ class BlockWriter:
     @_all_or_nothing
     def write_blocks(
         self,
-        blocks: Iterable[Sequence[memoryview] | CopyRange],
+        blocks: Iterable[BlockContent],
         *,
         concurrency: int,
         staged: Callable[[int], None] | None = None,
@@ -293,7 +298,7 @@ class BlockWriter:
     def _commit(self) -> Commit:
         return Commit(self._service, self._url, self._scope, create_only=self._create_only)
 
-    def _block(self, content: Sequence[memoryview] | CopyRange) -> _Block:
+    def _block(self, content: BlockContent) -> _Block:
         """Make *content* the next block of the blob."""
         if len(self._block_ids) >= MAX_BLOCKS:
             raise FatalBlobIOWriteError(
@@ -396,6 +401,10 @@ class BlockWriter:
 
     def _stage(self, block: _Block) -> None:
         content, block_id = block.content, quote(block.block_id, safe="")
+        if isinstance(content, CopyOrUpload):
+            if content.may_try() and self._is_copied(block_id, content):
+                return
+            content = tuple(content.pieces())
         if isinstance(content, CopyRange):
             stage_block(self._service, self._url, block_id, content, self._scope)
             return
@@ -403,6 +412,15 @@ class BlockWriter:
         headers = {"Content-MD5": md5_of(content)} if self._config.validate_content else {}
         request = Request("PUT", self._url, query, headers, content, CREATED, self._scope, "block")
         retrying(self._config, lambda: self._service.send(request).close(), self._scope)
+
+    def _is_copied(self, block_id: str, content: CopyOrUpload) -> bool:
+        """Have the service copy a block; False if it refuses, for whatever reason."""
+        try:
+            stage_block(self._service, self._url, block_id, content.part, self._scope)
+        except (AzureError, AZStorageTorchError, ValueError) as error:
+            content.refused(error)
+            return False
+        return True
 
     def _free(self) -> None:
         block, self._collected = self._collected, None

@@ -36,6 +36,7 @@ class Metrics:
         connections: Connections opened.
         bytes_received: Bytes of response bodies.
         bytes_sent: Bytes of request bodies.
+        bytes_copied: Bytes that the service copied from one blob to another, without a transfer.
         blocked_seconds: Time in which callers waited for the network, summed over threads.
         transform_seconds: Time in ``transform`` of datasets, including the time that it waited for the network.
         latencies: Responses by the time until their first byte, in buckets; see `latency`.
@@ -48,6 +49,7 @@ class Metrics:
     connections: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0
+    bytes_copied: int = 0
     blocked_seconds: float = 0.0
     transform_seconds: float = 0.0
     latencies: tuple[int, ...] = field(default=(0,) * _BUCKETS, repr=False)

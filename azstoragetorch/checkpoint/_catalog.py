@@ -37,7 +37,7 @@ def latest_checkpoint(
 ) -> str | None:
     """Return the URL of the newest checkpoint, the last of :func:`list_checkpoints`, or None if there is none."""
     base = Folder(base_url, credential, transfer)
-    for name in reversed(_names(base)):
+    for name in reversed(names_in(base)):
         if base.child(name).is_complete():
             return base.child(name).url
     return None
@@ -95,7 +95,7 @@ def keep_last(
     return deleted
 
 
-def _names(base: Folder) -> list[str]:
+def names_in(base: Folder) -> list[str]:
     """The names of the folders in *base*, oldest first. The service may repeat one on the next page."""
     found = (
         prefix.removeprefix(base.prefix).rstrip("/") for page in base.listing(delimiter="/") for prefix in page.prefixes
@@ -104,6 +104,6 @@ def _names(base: Folder) -> list[str]:
 
 
 def _complete(base: Folder) -> list[str]:
-    names = _names(base)
+    names = names_in(base)
     is_complete = base.each(lambda name: base.child(name).is_complete(), names)
     return [name for name, complete in zip(names, is_complete, strict=True) if complete]

@@ -29,6 +29,7 @@ def load_keys(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
     progress: ProgressCallback | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Load entries of the checkpoint in the folder *url* as whole CPU tensors, without a model to load them into.
 
@@ -41,6 +42,7 @@ def load_keys(
         credential: As for :class:`BlobStorageReader`.
         transfer: As for :class:`BlobStorageReader`.
         progress: As for :class:`BlobStorageReader`.
+        verify: As for :class:`BlobStorageReader`.
 
     Returns:
         The state dict, nested as it was saved.
@@ -49,7 +51,7 @@ def load_keys(
         KeyError: one of *keys* matches nothing.
         CheckpointError, AzureError: as for :class:`BlobStorageReader`.
     """
-    reader = BlobStorageReader(url, credential=credential, transfer=transfer, progress=progress)
+    reader = BlobStorageReader(url, credential=credential, transfer=transfer, progress=progress, verify=verify)
     wanted = None if keys is None else {keys} if isinstance(keys, str) else set(keys)
     metadata = reader.read_metadata()
     planner = _WholePlanner(metadata, wanted, weights_only)
@@ -147,6 +149,7 @@ def checkpoint_to_torch_save(
     weights_only: bool = True,
     credential: Credential = None,
     transfer: TransferConfig | None = None,
+    verify: bool = False,
 ) -> None:
     """Write the checkpoint in the folder *url* as one blob that `torch.load` reads.
 
@@ -158,12 +161,13 @@ def checkpoint_to_torch_save(
         weights_only: As for :func:`load_keys`.
         credential: For both.
         transfer: For both.
+        verify: As for :class:`BlobStorageReader`.
 
     Raises:
         CheckpointError, AzureError: the checkpoint cannot be read.
         FatalBlobIOWriteError: the blob cannot be written; it is unchanged.
     """
-    state = load_keys(url, weights_only=weights_only, credential=credential, transfer=transfer)
+    state = load_keys(url, weights_only=weights_only, credential=credential, transfer=transfer, verify=verify)
     with BlobIO(blob_url, "wb", credential=credential, transfer=transfer) as blob:
         torch.save(state, blob)
 
@@ -176,6 +180,8 @@ def torch_save_to_checkpoint(
     overwrite: bool = True,
     credential: Credential = None,
     transfer: TransferConfig | None = None,
+    base: str | None = None,
+    digests: bool = False,
 ) -> None:
     """Write the blob *blob_url*, which `torch.save` wrote, as a checkpoint that any number of ranks can load.
 
@@ -186,6 +192,8 @@ def torch_save_to_checkpoint(
         overwrite: As for :class:`BlobStorageWriter`.
         credential: For both.
         transfer: For both.
+        base: As for :class:`BlobStorageWriter`.
+        digests: As for :class:`BlobStorageWriter`.
 
     Raises:
         TypeError: the blob does not contain a dict.
@@ -196,7 +204,9 @@ def torch_save_to_checkpoint(
         state = torch.load(blob, map_location="cpu", weights_only=weights_only)
     if not isinstance(state, dict):
         raise TypeError(f"{blob_url!r} holds a {type(state).__name__}; a checkpoint is made from a dict")
-    writer = BlobStorageWriter(url, credential=credential, transfer=transfer, overwrite=overwrite)
+    writer = BlobStorageWriter(
+        url, credential=credential, transfer=transfer, overwrite=overwrite, base=base, digests=digests
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # that is the intent
         save(state, storage_writer=writer, no_dist=True)

@@ -21,8 +21,12 @@ from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.checkpoint._fence import TOMBSTONE_SIZE, is_tombstone
 from azstoragetorch.checkpoint._format import (
     METADATA,
+    Digests,
     ParsedMetadata,
+    digests_of,
     is_rank_metadata,
+    largest_digests,
+    load_digests,
     load_metadata,
     metadata_name,
     read_item,
@@ -79,9 +83,10 @@ class _Known:
 
     metadata: _Recent[tuple[str, str], tuple[ParsedMetadata, Version]]  # by URL and ETag
     paths: _Recent[bytes, frozenset[str]]  # data blobs, by the SHA-256 of the metadata
+    digests: _Recent[str, Digests]  # by URL of the side blob
 
 
-_known: PerProcess[_Known] = PerProcess(lambda: _Known(_Recent(_CACHED), _Recent(_REMEMBERED)))
+_known: PerProcess[_Known] = PerProcess(lambda: _Known(_Recent(_CACHED), _Recent(_REMEMBERED), _Recent(_CACHED)))
 
 
 class Folder:
@@ -108,24 +113,45 @@ class Folder:
         return f"{self.address.blob}/" if self.address.blob else ""
 
     def at(self, url: str) -> Folder:
-        """The folder *url*, reached as this one is if it is in the same account and *url* has no SAS."""
-        parsed = parse_url(url)
-        other = Folder(url, False, self.transfer)
-        if parsed.sas is None:
-            here, there = self.address, parsed
-            if (here.scheme, here.host, here.account_path) != (there.scheme, there.host, there.account_path):
-                raise ValueError(
-                    f"{url!r} is in another account than {self.url!r}, whose credential is not sent there; make a new "
-                    "reader or writer for it"
-                )
-            other._clients, other._sas = self._clients, self._sas
-            other._container = self._clients.container(replace(other.address, sas=self._sas))
-        return other
+        """The folder *url*, reached as this one is if it is in the same account and *url* has no SAS.
+
+        Raises:
+            ValueError: *url* is not a URL, or is in another account and has no SAS.
+        """
+        return self.reach(Folder(url, False, self.transfer))
+
+    def reach(self, other: Folder) -> Folder:
+        """The folder *other*, with the credential and the transfer of this one unless it has a SAS of its own."""
+        reached = Folder(other.url, False, self.transfer)
+        if other._sas is not None:
+            reached._sas, reached._container = (
+                other._sas,
+                reached._clients.container(replace(other.address, sas=other._sas)),
+            )
+            return reached
+        here, there = self.address, other.address
+        if (here.scheme, here.host, here.account_path) != (there.scheme, there.host, there.account_path):
+            raise ValueError(
+                f"{other.url!r} is in another account than {self.url!r}, whose credential is not sent there; make a "
+                "new reader or writer for it"
+            )
+        reached._clients, reached._sas = self._clients, self._sas
+        reached._container = self._clients.container(replace(other.address, sas=self._sas))
+        return reached
 
     def child(self, name: str) -> Folder:
         """The folder *name* in this one."""
         other = Folder(self.url, False, self.transfer)
         other.address = self.address.with_blob(self.prefix + name.strip("/"))
+        other._clients, other._sas, other._container = self._clients, self._sas, self._container
+        return other
+
+    def parent(self) -> Folder | None:
+        """The folder that this one is in; None for a container."""
+        if not self.address.blob:
+            return None
+        other = Folder(self.url, False, self.transfer)
+        other.address = replace(self.address, blob=self.address.blob.rpartition("/")[0])
         other._clients, other._sas, other._container = self._clients, self._sas, self._container
         return other
 
@@ -176,6 +202,13 @@ class Folder:
             CheckpointError: the metadata is broken or hostile.
             AzureError: the service refused the request, or could not be reached.
         """
+        found = self.find(rank)
+        if found is None:
+            raise self._not_found(metadata_name(rank), rank)
+        return found
+
+    def find(self, rank: int | None = None) -> tuple[Metadata, Version] | None:
+        """Do as `load`; None if there is no checkpoint."""
         client = self.blob(metadata_name(rank))
         url = str(client.url)
         known = _known.get().metadata
@@ -186,7 +219,7 @@ class Folder:
                 return cached[0].make(), cached[1]
         seen = self.see(rank)
         if seen.etag is None or seen.content is None:
-            raise self._not_found(metadata_name(rank), rank)
+            return None
         with self._reading(rank):
             parsed = ParsedMetadata(seen.content)
             metadata = parsed.make()
@@ -199,7 +232,7 @@ class Folder:
         return self.load(rank)[0]
 
     def paths_in(self, content: bytes, rank: int | None = None) -> frozenset[str]:
-        """The data blobs that *content*, the metadata here or that of *rank* alone, refers to.
+        """The data blobs and the side blob that *content*, the metadata here or that of *rank* alone, refers to.
 
         Raises:
             CheckpointError: the metadata is broken or hostile.
@@ -208,12 +241,47 @@ class Folder:
         if known is not None:
             return known
         with self._reading(rank):
-            paths = frozenset(read_item(info).path for info in load_metadata(content).storage_data.values())
+            metadata = load_metadata(content)
+            paths = frozenset(read_item(info).path for info in metadata.storage_data.values())
+        digests = digests_of(metadata)
+        paths |= {digests} if digests is not None else frozenset()
         return frozenset(path for path in paths if path != METADATA and not is_rank_metadata(path))
 
     def remember(self, content: bytes, paths: frozenset[str]) -> None:
-        """Note that *content*, which this process has written, refers to the data blobs *paths*."""
+        """Note that *content*, which this process has written, refers to the blobs *paths*."""
         _known.get().paths.put(hashlib.sha256(content).digest(), paths)
+
+    def digests(self, metadata: Metadata) -> Digests | str:
+        """The digests of the checkpoint here, which *metadata* describes, or why there are none.
+
+        Raises:
+            AzureError: the service refused the request, or could not be reached.
+        """
+        name = digests_of(metadata)
+        if name is None:
+            return "it was saved without digests"
+        known = _known.get().digests.get(str(self.blob(name).url))
+        if known is not None:
+            return known
+        reader = self.blob(name).reader()
+        try:
+            if reader.size() > largest_digests(len(metadata.storage_data or {})):
+                return f"its digests {name} are damaged: they are too long"
+            found = load_digests(reader.read(0))
+        except ResourceNotFoundError:
+            return f"its digests {name} are missing"
+        except CheckpointError as error:
+            return f"its digests {name} are damaged: {error}"
+        finally:
+            reader.close()
+        if found.save_id != _save_id(metadata):
+            return f"its digests {name} are those of another save"
+        self.remember_digests(name, found)
+        return found
+
+    def remember_digests(self, name: str, digests: Digests) -> None:
+        """Note that the side blob *name*, which is never overwritten, has these *digests*."""
+        _known.get().digests.put(str(self.blob(name).url), digests)
 
     def save_id(self, rank: int | None = None) -> str | None:
         """The id of the save that is here now, as far as it is known."""

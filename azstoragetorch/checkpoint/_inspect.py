@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._folder import Folder
-from azstoragetorch.checkpoint._format import read_item
+from azstoragetorch.checkpoint._format import digests_of, read_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """The contents of a checkpoint. ``str()`` returns a table; ``nbytes`` counts the data of the entries."""
+    """The contents of a checkpoint. ``str()`` returns a table; ``nbytes`` counts the data of the entries.
+
+    ``has_digests`` says that it was saved with digests, which ``verify=True`` compares with.
+    """
 
     url: str
     entries: tuple[Entry, ...]
     blobs: int = field(default=0)
+    has_digests: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +58,7 @@ class CheckpointSummary:
         form = "{:<%d}  {:<%d}  {:<%d}  {:>%d}  {:>%d}" % tuple(widths)  # noqa: UP031 - a format of a format
         lines = [form.format(*row) for row in rows]
         total = f"{len(self.entries)} entries, {self.nbytes:,} bytes, {self.blobs} data blobs"
+        total += ", with digests" if self.has_digests else ""
         return "\n".join([self.url, *(line.rstrip() for line in lines), total])
 
 
@@ -78,4 +83,4 @@ def inspect_checkpoint(
         else:
             entries.append(Entry(key, lengths.get(key, 0)))
     paths = {read_item(info).path for info in metadata.storage_data.values()}
-    return CheckpointSummary(folder.url, tuple(entries), len(paths))
+    return CheckpointSummary(folder.url, tuple(entries), len(paths), digests_of(metadata) is not None)

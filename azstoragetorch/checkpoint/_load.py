@@ -23,8 +23,9 @@ from azstoragetorch._tensors.host import Copier, select, view_of
 from azstoragetorch._tensors.planning import Box, Piece, Request, join
 from azstoragetorch._tensors.progress import ProgressCallback, ProgressCounter
 from azstoragetorch._tensors.staging import NoMemoryError, Staging, elements_of, place_of
+from azstoragetorch.checkpoint._checking import Check
 from azstoragetorch.checkpoint._folder import Folder, picklable
-from azstoragetorch.checkpoint._format import PROBE, Item, ItemFile, many_objects, probe
+from azstoragetorch.checkpoint._format import PROBE, Digests, Item, ItemFile, many_objects, probe
 from azstoragetorch.checkpoint._reads import Read, named, plan, reads_of
 from azstoragetorch.checkpoint._receiving import DataBlobs
 from azstoragetorch.checkpoint._sharing import ReadKey, read_key
@@ -44,6 +45,8 @@ class Load:
         weights_only: bool = False,
     ) -> None:
         self._planner = planner
+        self._folder = folder
+        self._check: Check | None = None
         self._weights_only = weights_only
         self._registry = registry
         self._keep = frozenset(keep)
@@ -54,6 +57,10 @@ class Load:
         self._blobs = DataBlobs(folder)
         self._touched: set[str] = set()
         self._planner_calls = one_at_a_time()
+
+    def verify_with(self, digests: Digests | None) -> None:
+        """Compare what is loaded with *digests*, if there are any."""
+        self._check = Check(self._folder, digests) if digests is not None else None
 
     def touched(self) -> frozenset[str]:
         """The entries of the state dict that may have been written to."""
@@ -66,6 +73,9 @@ class Load:
             for read in reads:
                 self._blobs.add(read.item.path, read.item.etag)
         self._probe([read for read in reads if read.needs_probe])
+        if self._check is not None:
+            for read in reads:
+                self._check.prepare(read, self._target)
         with many_objects():
             requests = plan(reads, self._config.effective_part_size)
         for read in reads:
@@ -220,7 +230,9 @@ class Load:
     def _finish(self, read: Read) -> None:
         """All pieces of *read* are there."""
         for done in read.sinks:
-            self._target(done)
+            bare = self._target(done)
+            if self._check is not None and read.payload is not None:
+                self._check.target(done, bare)
             target, done.target = done.target, None
             assert target is not None
             self._deliver(done, target)
@@ -234,6 +246,8 @@ class Load:
 
     def _decode(self, read: Read, data: memoryview) -> None:
         """Load an item from all of its bytes."""
+        if self._check is not None:
+            self._check.item(read, data)
         stream: Any = ItemFile(data)
         if read.item.transforms:
             for extension in self._extensions(read.item.transforms):

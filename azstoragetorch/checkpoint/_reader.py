@@ -17,7 +17,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.checkpoint._folder import Version, describe, picklable
-from azstoragetorch.checkpoint._format import Item, many_objects, read_item
+from azstoragetorch.checkpoint._format import Digests, Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
 from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing, this_node
 from azstoragetorch.checkpoint._storage import FolderStorage
@@ -78,6 +78,10 @@ class BlobStorageReader(FolderStorage, StorageReader):
             planner unpickles them. torch's default planner unpickles everything, which can run code from the
             checkpoint.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
+        verify: Compare everything that is loaded with the digests of the save, and raise an error that names the entry,
+            the blob, and both digests if they differ. The checkpoint must have digests: it was saved with ``base=`` or
+            ``digests=True``. Of entries that are loaded in part or converted to another type, all bytes are fetched.
+            With ``load_once_per``, the rank that fetches data compares it.
 
     Raises:
         ValueError: *url* is not a valid URL, or names a snapshot; ``load_once_per`` is not one of the three values.
@@ -100,6 +104,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         extension_registry: Any = None,
         weights_only: bool = False,
         progress: ProgressCallback | None = None,
+        verify: bool = False,
     ) -> None:
         if load_once_per not in SHARING:
             raise ValueError(f"load_once_per must be one of {', '.join(map(repr, SHARING))}, not {load_once_per!r}")
@@ -114,6 +119,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
         self._registry = extension_registry
         self._weights_only = weights_only
         self._progress = progress
+        self._verify = verify
+        self._metadata: Metadata | None = None  # for the digests
         self._load_id = uuid.uuid4().hex
         self._rank = 0
         self._failure: Exception | None = None
@@ -129,7 +136,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """
         super().reset(checkpoint_id)
         self._load_id = uuid.uuid4().hex
-        self._failure, self._storage, self._version = None, {}, None
+        self._failure, self._storage, self._version, self._metadata = None, {}, None, None
 
     def read_metadata(self, *_args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata of the checkpoint, or with ``rank=``, of the checkpoint that this rank saved alone.
@@ -182,6 +189,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         rank = kwargs.get("rank")
         self._rank = rank if rank is not None else 0
         self._storage = metadata.storage_data or {}
+        self._metadata = metadata if self._verify else None
         saved_to = getattr(getattr(metadata, "storage_meta", None), "checkpoint_id", None)
         self._is_original = str(saved_to) == self.checkpoint_id
 
@@ -241,10 +249,11 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """
         sharing = plan.storage_data if isinstance(plan.storage_data, Sharing) else None
         keep = sharing.kept() if sharing is not None else ()
-        load = Load(self._folder, planner, self._registry, keep, weights_only=self._weights_only)
         mine = plan.items if sharing is None else sharing.mine(plan.items)
         failure: CheckpointError | None = None
+        load = Load(self._folder, planner, self._registry, keep, weights_only=self._weights_only)
         try:
+            load.verify_with(self._digests())
             with many_objects():
                 wanted = [(item, self._item(item.storage_index)) for item in mine]
             load.run(wanted, self._progress)
@@ -260,6 +269,22 @@ class BlobStorageReader(FolderStorage, StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _digests(self) -> Digests | None:
+        """The digests to compare with; None if nothing is compared.
+
+        Raises:
+            CheckpointError: there are none.
+        """
+        if self._metadata is None:
+            return None
+        found = self._folder.digests(self._metadata)
+        if isinstance(found, str):
+            raise CheckpointError(
+                f"it cannot be verified: {found}; load it without verify=True, or save it with digests=True",
+                checkpoint=self.checkpoint_id,
+            )
+        return found
 
     def _item(self, index: MetadataIndex) -> Item:
         info = self._storage.get(index)

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from azstoragetorch._engine.job import Job
+from azstoragetorch.checkpoint._base import Digesting
 from azstoragetorch.checkpoint._folder import Folder, Seen
 from azstoragetorch.checkpoint._format import new_save_id
 
@@ -20,13 +22,17 @@ _MOST_OPEN = 8  # saves of one thread that have not ended; older ones have faile
 
 @dataclass(eq=False)
 class Save:
-    """One save on this rank. *seen* is the metadata that it is to replace, on the rank that will."""
+    """One save on this rank. *seen* is the metadata that it is to replace, on the rank that will.
+
+    *digesting* finds the base, in the background until the data is written. It is None if items get no digests.
+    """
 
     folder: Folder
     save_id: str = field(default_factory=new_save_id)
     rank: int = 0
     metadata_rank: int | None = None  # of the metadata that is ours to write; None is that of all ranks
     seen: Seen | None = None
+    digesting: Job[Digesting] | None = None
     is_set_up: bool = False
     is_written: bool = False
 

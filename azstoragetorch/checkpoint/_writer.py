@@ -6,9 +6,8 @@ error of every block reaches the caller, and so, through torch, every rank.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,22 +21,32 @@ from torch.futures import Future
 
 from azstoragetorch._blob.client import BlobVersion
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.job import Job
 from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 from azstoragetorch._engine.threads import engine_for, one_at_a_time
 from azstoragetorch._tensors.planning import partition
 from azstoragetorch._tensors.progress import ProgressCallback, ProgressCounter
+from azstoragetorch.checkpoint._base import LATEST, Digesting, digesting
 from azstoragetorch.checkpoint._cleaning import delete_of_rank
 from azstoragetorch.checkpoint._commit import commit
+from azstoragetorch.checkpoint._data_blob import block_size_of, write_blob
 from azstoragetorch.checkpoint._encoding import ENVELOPE, Encoder, size_hint
-from azstoragetorch.checkpoint._folder import Seen, describe, picklable
+from azstoragetorch.checkpoint._folder import Folder, Seen, describe, picklable
 from azstoragetorch.checkpoint._format import (
     VERSION,
+    Digests,
+    Place,
     data_name,
+    digests_name,
+    dump_digests,
     dump_metadata,
     metadata_name,
     new_save_id,
+    place_of,
+    read_item,
     storage_info,
+    take_digest,
 )
 from azstoragetorch.checkpoint._joint_failure import fail_together
 from azstoragetorch.checkpoint._save import Save, Saves
@@ -53,8 +62,6 @@ from azstoragetorch.exceptions import (
 log = logging.getLogger("azstoragetorch")
 
 _AUTO_BLOBS = 256  # of a checkpoint: a large job has one for each rank, a small one is spread
-_SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once, which saves a round trip
-_WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 
 
 class BlobStorageWriter(FolderStorage, StorageWriter):
@@ -81,9 +88,15 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             than 256 blobs.
         extensions: Stream extensions of torch that transform every item, such as compression.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
+        base: A checkpoint of which unchanged tensors are copied by the service instead of being uploaded: the URL of
+            its folder in the same account, or ``"latest"``, the checkpoint that this save replaces or else the newest
+            one in the folders next to it. The new checkpoint is complete and does not depend on the base. If the base
+            cannot be used, everything is uploaded, with a warning. See :doc:`/guide/deltas`.
+        digests: Store a digest of each item, so that loads with ``verify=True`` and later saves with ``base=`` can
+            compare. ``base=`` implies it.
 
     Raises:
-        ValueError: *url* is not a valid URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
+        ValueError: *url* or *base* is not a valid URL, or names a snapshot; ``blobs_per_rank`` is less than 1.
         TypeError: an argument has the wrong type.
 
     Saving raises :class:`~azstoragetorch.exceptions.CheckpointError`, and errors of the service as types of
@@ -100,6 +113,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         blobs_per_rank: int | None = None,
         extensions: Sequence[Any] = (),
         progress: ProgressCallback | None = None,
+        base: str | None = None,
+        digests: bool = False,
     ) -> None:
         if blobs_per_rank is not None and (isinstance(blobs_per_rank, bool) or not isinstance(blobs_per_rank, int)):
             raise TypeError(f"blobs_per_rank must be an integer or None, not {type(blobs_per_rank).__name__}")
@@ -110,6 +125,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         self._blobs_per_rank = blobs_per_rank
         self._extensions = tuple(extensions)
         self._progress = progress
+        self._base = _checked_base(base)
+        self._digests = digests
         self._saves = Saves()
         self._last: Save | None = None  # for callers that finish on another thread than they began on
 
@@ -153,7 +170,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         save.rank = rank if rank is not None else 0
         if not kwargs.get("use_collectives", True):
             save.metadata_rank = save.rank
-        elif not is_coordinator:
+        self._find_base(save)
+        if not save.is_own and not is_coordinator:
             return
         with on_error(partial(self._saves.end, save)):
             if save.is_own and save.folder.is_complete():
@@ -190,6 +208,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         save = self._saves.to_write() or self._last
         if save is None or save.is_written:
             save = self._saves.begin(self._folder)
+            self._find_base(save)
         save.is_written = True
         with on_error(partial(self._saves.end, save)):
             written = self._write(save, plan, planner)
@@ -202,7 +221,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         counter = ProgressCounter(self._progress, sum(sizes))
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
         config = save.folder.transfer
-        largest = max((self._block_size(sum(sizes[at] + ENVELOPE for at in run)) for run in runs), default=1)
+        digesting = save.digesting.result() if save.digesting is not None else None
+        largest = max((block_size_of(sum(sizes[at] + ENVELOPE for at in run), config) for run in runs), default=1)
         at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         planner_calls = one_at_a_time()
@@ -211,8 +231,10 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             number, run = numbered
             name = data_name(save.rank, number, save.save_id, is_own=save.is_own)
             items = [plan.items[at] for at in run]
-            encoder = Encoder(name, items, planner, planner_calls, self._extensions, config.block_size, counter)
-            return self._write_blob(save, encoder, at_once // blobs_at_once, scope)
+            encoder = Encoder(
+                name, items, planner, planner_calls, self._extensions, config.block_size, counter, digesting
+            )
+            return self._write_blob(save, encoder, digesting, at_once // blobs_at_once, scope)
 
         scope = Scope()
         try:
@@ -221,6 +243,15 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         except Cancelled:
             raise _error(save, "gave up, since another rank has failed; the save has no effect") from None
         return [result for of_blob in results for result in of_blob]
+
+    def _find_base(self, save: Save) -> None:
+        """Begin to find out how the items of *save* get digests. If they get none, this takes no time at all."""
+        if self._base is None and not self._digests:
+            return
+        save.digesting = Job(partial(digesting, save.folder, save.metadata_rank, self._base))
+        config = save.folder.transfer
+        if config.max_connections > 1:
+            engine_for(config).submit(save.digesting.run)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the save; called by torch on the coordinator when all ranks have succeeded.
@@ -241,20 +272,19 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             )
         try:
             self._check_complete(save, metadata, written)
-            self._check_present(save, written)
+            digests = self._check_present(save, written)
             meta = StorageMeta(checkpoint_id=save.folder.url, save_id=save.save_id)
             metadata.storage_meta = meta  # for the caller of dcp.save, who gets it
-            self._commit(
-                save, replace(metadata, storage_data=written, storage_meta=meta, version=VERSION), paths, save.seen
-            )
+            whole = replace(metadata, storage_data=written, storage_meta=meta, version=VERSION)
+            paths |= {digests} if digests is not None else frozenset()
+            self._commit(save, dump_metadata(whole, digests), paths, save.seen)
             self._discard(save, paths, save.seen)
             if save.is_own and save.rank == 0 and save.seen.exists:
                 self._discard_ranks(save)
         finally:
             self._saves.end(save)
 
-    def _commit(self, save: Save, metadata: Metadata, paths: frozenset[str], seen: Seen) -> None:
-        content = dump_metadata(metadata)
+    def _commit(self, save: Save, content: bytes, paths: frozenset[str], seen: Seen) -> None:
         try:
             commit(save.folder, save.metadata_rank, content, paths, seen=seen, save_id=save.save_id)
         except CheckpointConflictError as error:
@@ -292,32 +322,17 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         config = self._folder.transfer
         return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // _world_size()))
 
-    def _block_size(self, size: int) -> int:
-        """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
-        return max(self._folder.transfer.block_size, size if size <= _WHOLE else 0)
-
-    def _write_blob(self, save: Save, encoder: Encoder, concurrency: int, scope: Scope) -> list[WriteResult]:
-        name = encoder.name
-        block_size = self._block_size(encoder.size_hint)
-        single = min(_SINGLE, 3 * self._folder.transfer.block_size // 2)
-        writer = save.folder.blob(name).writer()
+    def _write_blob(
+        self, save: Save, encoder: Encoder, digesting: Digesting | None, concurrency: int, scope: Scope
+    ) -> list[WriteResult]:
+        base = digesting.base if digesting is not None else None
         try:
-            with on_error(writer.abort), scope.holding(writer.cancel):
-                pieces = encoder.pieces(scope)
-                first: list[memoryview] = []
-                if encoder.size_hint <= single:
-                    first = list(_until(single, pieces))
-                if encoder.is_done:
-                    writer.put(first)
-                else:
-                    rest = itertools.chain(first, pieces)
-                    writer.write_pieces(rest, block_size=block_size, concurrency=concurrency)
-                    writer.commit()
+            write_blob(save.folder, encoder, base, concurrency, scope)
         except Exception as error:  # noqa: BLE001 - of the service, the planner or an extension
             scope.check()  # another blob has failed, which is the error to raise
             cause = error.__cause__ if isinstance(error, FatalBlobIOWriteError) and error.__cause__ else error
             is_item = cause is encoder.error
-            place = f"{encoder.key!r} in {name}" if is_item else name
+            place = f"{encoder.key!r} in {encoder.name}" if is_item else encoder.name
             raise _error(
                 save,
                 f"could not save {place}, so the save has no effect: {describe(cause)}",
@@ -336,16 +351,29 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             if missing:
                 raise _error(save, f"no rank has saved all of {key!r}, so the save has no effect", key=key)
 
-    def _check_present(self, save: Save, written: dict[MetadataIndex, Any]) -> None:
+    def _check_present(self, save: Save, written: dict[MetadataIndex, Any]) -> str | None:
         """Raise unless all data blobs are there as they were written.
 
-        Notes their ETags in *written*.
+        Notes their ETags in *written*. Digests go from there to a side blob, whose name is returned.
         """
         needed: dict[str, int] = {}
+        by_place: dict[Place, str] = {}
         for info in written.values():
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+            digest = take_digest(info)
+            if digest is not None:
+                by_place[place_of(read_item(info))] = digest
+        name = digests_name(save.rank, save.save_id, is_own=save.is_own) if by_place else None
         folder = save.folder
-        found = folder.each(lambda path: folder.blob(path).version(), needed)
+
+        def check(path: str | None) -> BlobVersion | None:
+            if path is not None:
+                return folder.blob(path).version()
+            if name is not None:
+                self._put_digests(save, name, by_place)
+            return None
+
+        found = folder.each(check, [None, *needed])[1:]
         versions: dict[str, BlobVersion] = {}
         for (path, size), version in zip(needed.items(), found, strict=True):
             if version is None or version.size != size:
@@ -354,6 +382,22 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             versions[path] = version
         for info in written.values():
             info.etag = versions[info.relative_path].etag
+        return name
+
+    def _put_digests(self, save: Save, name: str, by_place: dict[Place, str]) -> None:
+        try:
+            save.folder.blob(name).put(dump_digests(save.save_id, by_place))
+        except (AzureError, FatalBlobIOWriteError) as error:
+            what = f"the digests could not be written, so the save has no effect: {error}"
+            raise _error(save, what) from picklable(error)
+        save.folder.remember_digests(name, Digests(save.save_id, by_place))
+
+
+def _checked_base(base: str | None) -> Folder | str | None:
+    """*base* as a folder, which keeps a SAS out of pickles, or as it is."""
+    if base is not None and not isinstance(base, str):
+        raise TypeError(f"base must be a URL, 'latest' or None, not {type(base).__name__}")
+    return base if base in (None, LATEST) else Folder(base, False)
 
 
 def _world_size() -> int:
@@ -371,13 +415,3 @@ def _exists(save: Save) -> CheckpointExistsError:
 def _error(save: Save, what: str, *, key: str | None = None) -> CheckpointError:
     url = save.folder.url
     return CheckpointError(f"{url}: rank {save.rank}: {what}", checkpoint=url, key=key, rank=save.rank)
-
-
-def _until(size: int, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The first of *pieces*, until they are longer than *size* together; only of tensors the size is known before."""
-    taken = 0
-    for piece in pieces:
-        yield piece
-        taken += piece.nbytes
-        if taken > size:
-            return

@@ -88,8 +88,9 @@ def inspect(session: Session, url: BlobURL) -> None:
     session.output.line(str(found.url))
     session.output.table("", ["key", "type", "shape", "shards", "bytes"], rows)
     summary = {"url": found.url, "entries": len(rows), "bytes": found.nbytes, "blobs": found.blobs}
-    session.output.record({"summary": summary})
-    session.output.note(f"{len(rows):,} entries, {human(found.nbytes)}, {found.blobs:,} data blobs")
+    session.output.record({"summary": {**summary, "digests": found.has_digests}})
+    digests = ", with digests" if found.has_digests else ""
+    session.output.note(f"{len(rows):,} entries, {human(found.nbytes)}, {found.blobs:,} data blobs{digests}")
 
 
 @checkpoint.command(epilog=examples(f"checkpoint verify {_RUN}/step-1000"))
@@ -97,10 +98,11 @@ def inspect(session: Session, url: BlobURL) -> None:
 @trust
 @common
 def verify(session: Session, url: BlobURL, trust: bool) -> None:
-    """Read every entry of the checkpoint in the folder URL, and report those that cannot be loaded.
+    """Read every entry of the checkpoint in the folder URL, and report those that are damaged or cannot be loaded.
 
-    Detects missing, truncated, and overwritten data blobs, and entries that cannot be decoded. The exit code is 1 if
-    any entry is broken. Entries that would be unpickled only with --trust are reported as unchecked.
+    If the checkpoint was saved with digests, every entry is compared with its digest. Detects missing, truncated, and
+    overwritten data blobs in any case, and entries that cannot be decoded. The exit code is 1 if any entry is broken.
+    Entries without a digest that would be unpickled only with --trust are reported as unchecked.
     """
     from azstoragetorch.checkpoint import inspect_checkpoint, load_keys
 
@@ -109,6 +111,12 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
     sizes = {entry.key: entry.nbytes for entry in found.entries}
     broken: dict[str, str] = {}
     unchecked: dict[str, str] = {}
+    compares = True
+    try:
+        load_keys(str(url), [], credential=credential, verify=True)
+    except CheckpointError as error:
+        compares = False
+        session.output.note(f"entries are read, but not compared with what was saved: {error}")
     with session.output.progress("verifying", found.nbytes) as advance:
 
         def check(keys: list[str]) -> None:
@@ -120,7 +128,14 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
                 told = done
 
             try:
-                load_keys(str(url), keys, weights_only=not trust, credential=credential, progress=report)
+                load_keys(
+                    str(url),
+                    keys,
+                    weights_only=not trust,
+                    credential=credential,
+                    progress=report,
+                    verify=compares,
+                )
             except (CheckpointError, pickle.UnpicklingError) as error:
                 if len(keys) > 1:
                     advance(-told)
@@ -129,7 +144,8 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
                     return
                 text = str(error.__cause__ or error).split("\n", 1)[0]
                 is_refused = needs_trust(error) and not trust
-                (unchecked if is_refused else broken)[keys[0]] = text
+                if not (is_refused and compares):  # it is compared before it is unpickled
+                    (unchecked if is_refused else broken)[keys[0]] = text
             advance(sum(sizes[key] for key in keys) - told)
 
         for keys in _batches(sizes):
@@ -140,8 +156,9 @@ def verify(session: Session, url: BlobURL, trust: bool) -> None:
             session.output.line(f"{word}: {printable(key)}: {printable(text)}")
     good = len(sizes) - len(broken) - len(unchecked)
     summary = {"url": found.url, "good": good, "broken": len(broken), "unchecked": len(unchecked)}
-    session.output.record({"summary": summary})
-    session.output.line(f"{good:,} good, {len(broken):,} broken, {len(unchecked):,} unchecked, {human(found.nbytes)}")
+    session.output.record({"summary": {**summary, "compared": compares}})
+    counts = f"{good:,} good, {len(broken):,} broken, {len(unchecked):,} unchecked, {human(found.nbytes)}"
+    session.output.line(counts + (", compared with the digests of the save" if compares else ""))
     if broken:
         raise click.exceptions.Exit(FAILED)
 

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from azstoragetorch import join_url
-from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, enable_urls
+from azstoragetorch import join_url, metrics
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, _unchanged, enable_urls
 from tests.checkpoint.states import same
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
@@ -484,3 +484,21 @@ def load_once_in_every_layout(rank: int, url: str, credential: Any) -> None:
     target["large"] = torch.zeros(4000, 2500).t() if rank else target["large"]
     dcp.load(target, storage_reader=BlobStorageReader(url, credential=credential, load_once_per="world"))
     same(state(lambda value: value), target)
+
+
+def save_with_a_base(rank: int, base: str, credential: Any) -> tuple[int, int]:
+    """Save the same twice; return the bytes that this rank sent and had copied for the second one."""
+    _unchanged.LEAST = 1
+    for step in (1, 2):
+        before = metrics()
+        writer = BlobStorageWriter(f"{base}/{step}", credential=credential, base="latest")
+        dcp.save(sharded("rows"), storage_writer=writer)
+    after = metrics() - before
+    return after.bytes_sent, after.bytes_copied
+
+
+def load_verified(rank: int, base: str, credential: Any) -> None:
+    for layout in ("rows", "columns"):
+        state = empty(layout)
+        dcp.load(state, storage_reader=BlobStorageReader(f"{base}/2", credential=credential, verify=True))
+        check(state)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
+from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, _folder
 from tests.azurite.container import Container
 from tests.cli.conftest import Command
 from tests.support import ROOT
@@ -164,7 +164,7 @@ def test_verify_names_what_is_broken(container: Container, command: Command) -> 
     container.client.delete_blob(name)
     ended = command("checkpoint", "verify", url, "--json")
     assert ended.code == 1
-    assert ended.records[-1]["summary"] == {"url": url, "good": 0, "broken": 3, "unchecked": 0}
+    assert ended.records[-1]["summary"] == {"url": url, "good": 0, "broken": 3, "unchecked": 0, "compared": False}
 
 
 def test_export_and_import(container: Container, command: Command, tmp_path: Path) -> None:
@@ -203,10 +203,36 @@ class Stranger:
     """An object that weights_only does not load."""
 
 
+def test_verify_compares_with_digests_without_unpickling(container: Container, command: Command) -> None:
+    url = container.blob_url("step")
+    state = {"weight": torch.full((1000,), 3.0), "other": torch.ones(4), "config": Stranger()}
+    dcp.save(state, storage_writer=BlobStorageWriter(url, credential=container.key, digests=True), no_dist=True)
+    ended = command("checkpoint", "verify", url, "--json")
+    assert ended.records[-1]["summary"] == {"url": url, "good": 3, "broken": 0, "unchecked": 0, "compared": True}
+    ended = command("checkpoint", "inspect", url)
+    assert "with digests" in ended.out + ended.err
+    value = torch.tensor(3.0).numpy().tobytes()
+    for name in container.names():  # a copy is not checked by ETags
+        container.put(name.replace("step/", "copy/"), container.get(name).replace(100 * value, 99 * value + b"1234"))
+    ended = command("checkpoint", "verify", container.blob_url("copy"), "--json")
+    assert ended.code == 1
+    (broken,) = [record for record in ended.records if record.get("status") == "broken"]
+    assert broken["key"] == "weight"
+    assert broken["reason"].count("blake3:") == 2
+    assert ".distcp" in broken["reason"]
+    for name in container.names():
+        if name.endswith(".digests"):
+            container.client.delete_blob(name)
+    _folder._known.forget()
+    ended = command("checkpoint", "verify", url)
+    assert ended.code == 0
+    assert "not compared" in ended.out + ended.err
+
+
 def test_what_may_run_code_needs_trust(container: Container, command: Command, tmp_path: Path) -> None:
     url = save(container, "step", {"weight": torch.ones(3), "config": Stranger()})
     ended = command("checkpoint", "verify", url, "--json")
-    assert ended.records[-1]["summary"] == {"url": url, "good": 1, "broken": 0, "unchecked": 1}
+    assert ended.records[-1]["summary"] == {"url": url, "good": 1, "broken": 0, "unchecked": 1, "compared": False}
     assert command("checkpoint", "verify", url, "--trust", "--json").records[-1]["summary"]["good"] == 2
     ended = command("checkpoint", "export", url, tmp_path / "state.pt")
     assert ended.code == 1

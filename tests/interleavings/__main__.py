@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from .explorer import Tally
-from .table import Combination, combinations, explore_pair, rows, wander_often
+from .table import DELTAS, Combination, combinations, explore_pair, rows, wander_often
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 _CHUNK = 10_000
@@ -49,7 +49,7 @@ Three actors of any of these kinds at once, in random orders, half of them with 
 def main(count: int, seed: int) -> int:
     """Run everything, on all processors; return the number of violations."""
     began = time.monotonic()
-    pairs = combinations(2)
+    pairs = [*combinations(2), *DELTAS]
     chunks = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
     found: dict[Combination, Tally] = {}
     random_ones = Tally()

@@ -13,12 +13,14 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, Metadata, SavePlan
 
 from azstoragetorch import TransferConfig
+from azstoragetorch._blob import upload
 from azstoragetorch.checkpoint import (
     BlobStorageReader,
     BlobStorageWriter,
     _cleaning,
     _fence,
     _folder,
+    _unchanged,
     clean,
     delete_checkpoint,
     keep_last,
@@ -46,16 +48,20 @@ PLAN, METADATA = _planned()
 
 
 class Values:
-    """The part of a planner that `write_data` needs: every tensor is full of *step*."""
+    """The part of a planner that `write_data` needs: every tensor is full of *step*, or ``x`` is *frozen*."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, frozen: int | None = None) -> None:
         self._step = step
+        self._frozen = frozen
 
-    def resolve_data(self, _item: Any) -> torch.Tensor:
-        return torch.full((2,), float(self._step))
+    def resolve_data(self, item: Any) -> torch.Tensor:
+        is_frozen = self._frozen is not None and item.index.fqn == "x"
+        return torch.full((2,), float(self._frozen if is_frozen else self._step))  # type: ignore[arg-type]
 
 
-def save(folder: str, step: int, writer: BlobStorageWriter | None = None, **options: Any) -> str:
+def save(
+    folder: str, step: int, writer: BlobStorageWriter | None = None, frozen: int | None = None, **options: Any
+) -> str:
     """Save two data blobs, as torch does; return the id of the save."""
     url = f"{BASE}/{folder}"
     writer = BlobStorageWriter(url, blobs_per_rank=2, **OPTIONS) if writer is None else writer
@@ -63,7 +69,7 @@ def save(folder: str, step: int, writer: BlobStorageWriter | None = None, **opti
     save_id = writer.storage_meta().save_id
     writer.set_up_storage_writer(True, rank=0, **options)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(PLAN)])
-    written = writer.write_data(plan, Values(step)).value()  # type: ignore[arg-type]
+    written = writer.write_data(plan, Values(step, frozen)).value()  # type: ignore[arg-type]
     writer.finish(replace(METADATA), [written])
     assert save_id is not None
     return save_id
@@ -83,9 +89,11 @@ def load(folder: str) -> int:
     plans = readers[0].prepare_global_plan(planners[0].create_global_plan(plans))
     for reader, planner, plan in zip(readers, planners, plans, strict=True):
         reader.read_data(planner.finish_plan(plan), planner).wait()
-    values = {value for state in states for tensor in state.values() for value in tensor.tolist()}
-    assert len(values) == 1, f"the ranks have loaded {values}"
-    return int(values.pop())
+    values = {key: {value for state in states for value in state[key].tolist()} for key in KEYS}
+    assert all(len(found) == 1 for found in values.values()), f"the ranks have loaded {values}"
+    frozen, step = (found.pop() for found in values.values())
+    assert frozen in (step, FROZEN), f"of two saves: {frozen}, {step}"
+    return int(step)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,15 @@ class Kind:
     deletes: bool = False  # the checkpoint, on purpose
     sweeps: bool = False  # data of saves in progress
     same_writer: bool = False
+
+
+FROZEN = 5
+
+
+def delta(folder: str, step: int, base: str = "latest") -> str:
+    """Save ``x`` as the base has it, and ``y`` with another value."""
+    writer = BlobStorageWriter(f"{BASE}/{folder}", blobs_per_rank=2, base=base, **OPTIONS)
+    return save(folder, step, writer, FROZEN)
 
 
 def _keep(folder: str, number: int, writer: BlobStorageWriter) -> list[str]:
@@ -131,6 +148,15 @@ DELETE = Kind(
 )
 KINDS = (SAVE, ASYNC, OWN, LOAD, CLEAN, CLEAN_ALL, KEEP, DELETE)
 
+
+DELTA = Kind("save with a base", lambda folder, number, writer: delta(folder, 10 + number), saves=True)
+OF_BASE = f"{BASE}/step-1"
+"""The folder of the base, where the save with it is to another one."""
+DELTA_OF = Kind(
+    "save with another base", lambda folder, number, writer: delta(folder, 10 + number, OF_BASE), saves=True
+)
+SAVE_BASE = Kind("save over the base", lambda folder, number, writer: save("step-1", 10 + number))
+DELETE_BASE = Kind("delete the base", lambda folder, number, writer: delete_checkpoint(OF_BASE, **OPTIONS))
 
 NOW = 1_790_000_000  # seconds since 1970; the clocks of all actors agree and stand still
 
@@ -167,7 +193,7 @@ def _actors(members: tuple[tuple[int, Kind], ...], folder: str) -> list[Actor]:
 def _known() -> object:
     """The state that the actors of the last process share."""
     known = _folder._known.get()
-    return tuple(known.metadata), tuple(known.paths)
+    return tuple(known.metadata), tuple(known.paths), tuple(known.digests)
 
 
 def _random_bytes(size: int) -> bytes:
@@ -186,6 +212,8 @@ def predictable() -> Iterator[None]:
         (_fence, "os"): randomness,
         (names, "time"): clock,
         (_cleaning, "time"): clock,
+        (upload, "os"): randomness,
+        (_unchanged, "LEAST"): 1,
     }
     real = {place: getattr(*place) for place in replaced}
     for place, value in replaced.items():
@@ -208,6 +236,8 @@ def started(name: str) -> Memory:
         memory = _run_alone(memory, 7, lambda: save("step-1", 1))
     if name in ("leftovers", "a checkpoint and leftovers"):
         memory = _run_alone(memory, 8, lambda: _put(f"step-1/{OLD}"))
+    if name in ("a checkpoint with digests", "a base"):
+        memory = _run_alone(memory, 7, lambda: delta("step-1", 1))
     if name == "two checkpoints":
         memory = _run_alone(memory, 7, lambda: save("step-1", 1))
         memory = _run_alone(memory, 8, lambda: save("step-2", 2))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from azure.core.exceptions import AzureError
 
+from azstoragetorch._tensors.hashing import algorithm_of, digest_of
 from azstoragetorch.checkpoint._fence import is_tombstone
-from azstoragetorch.checkpoint._format import load_metadata
+from azstoragetorch.checkpoint._format import digests_of, load_digests, load_metadata
 from azstoragetorch.exceptions import AZStorageTorchError, CheckpointConflictError
 
 from .actors import Kind
@@ -25,6 +26,11 @@ def _needs(content: bytes) -> tuple[str | None, tuple[tuple[str, int, str], ...]
         needed[info.relative_path] = size, info.etag
     save_id = metadata.storage_meta.save_id if metadata.storage_meta is not None else None
     return save_id, tuple((path, size, etag) for path, (size, etag) in sorted(needed.items()))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digests(content: bytes) -> str | None:
+    return digests_of(load_metadata(content))
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Rules:
         for name, content in current.items():
             if not is_strict and self._is_exposed(state, name, content):
                 continue
+            wrong += self._undigested(state, name, content)
             for path, size, etag in _needs(content)[1]:
                 stored = state.memory.blobs.get(name.rpartition("/")[0] + "/" + path)
                 if stored is None or len(stored.data) < size or stored.etag != etag:
@@ -73,6 +80,22 @@ class Rules:
         if is_kept and f"{self._prefix}.metadata" not in current:
             wrong.append("there is no checkpoint any more")
         return wrong
+
+    def _undigested(self, state: State, name: str, content: bytes) -> list[str]:
+        """What a checkpoint with digests says that is not so: its data, whoever has composed it, is what was saved."""
+        digests = _digests(content)
+        if digests is None:
+            return []
+        folder = name.rpartition("/")[0]
+        side = state.memory.blobs.get(f"{folder}/{digests}")
+        if side is None:
+            return [f"{name}: its digests are missing"]
+        return [
+            f"{name}: {path} from {start} to {stop} is not what was saved"
+            for (path, start, stop), digest in load_digests(side.data).by_place.items()
+            if (stored := state.memory.blobs.get(f"{folder}/{path}")) is not None
+            and digest_of([memoryview(stored.data)[start:stop]], algorithm_of(digest)) != digest
+        ]
 
     def at_end(self, state: State) -> list[str]:
         """No reported success is false, errors are clear, and actors without conflicts succeed."""

@@ -17,6 +17,7 @@ class Stored:
     data: bytes
     etag: str
     notes: tuple[tuple[str, str], ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,22 @@ class Memory:
     """
 
     blobs: dict[str, Stored] = field(default_factory=dict)
+    staged: dict[str, tuple[tuple[str, bytes], ...]] = field(default_factory=dict)  # uncommitted blocks of each blob
     history: tuple[tuple[str, bytes | None], ...] = ()  # of metadata blobs
     writes: dict[str, int] = field(default_factory=dict)  # of each blob
 
     def copy(self) -> Memory:
-        return Memory(dict(self.blobs), self.history, dict(self.writes))
+        return Memory(dict(self.blobs), dict(self.staged), self.history, dict(self.writes))
 
     @property
     def key(self) -> object:
         """A key that is equal for equal memories."""
-        return frozenset(self.blobs.items()), self.history, frozenset(self.writes.items())
+        return (
+            frozenset(self.blobs.items()),
+            frozenset(self.staged.items()),
+            self.history,
+            frozenset(self.writes.items()),
+        )
 
     def serve(self, request: Wire) -> Reply:
         if request.is_listing:
@@ -145,14 +152,23 @@ class Memory:
         stored = self.blobs.get(request.name)
         is_new_only = request.headers.get("if-none-match") == "*"
         wanted = request.headers.get("if-match")
+        if request.method == "PUT" and request.query.get("comp") == ["block"]:
+            return self._stage(request)
         if request.method == "PUT":
             if is_new_only and stored is not None:
                 return _refusal(409, "BlobAlreadyExists")
             if wanted is not None and (stored is None or stored.etag != wanted):
                 return _refusal(412, "ConditionNotMet")
-            number = self.writes[request.name] = self.writes.get(request.name, 0) + 1
+            number = self.writes.get(request.name, 0) + 1
             notes = tuple((key, value) for key, value in request.headers.items() if key.startswith("x-ms-meta-"))
-            stored = Stored(request.body, f'"0x{number}"', notes)
+            data, blocks = request.body, ()
+            if request.query.get("comp") == ["blocklist"]:
+                blocks = tuple(re.findall("<Latest>(.*?)</Latest>", request.body.decode()))
+                staged = dict(self.staged.get(request.name, ()))
+                if not all(block in staged for block in blocks):
+                    return _refusal(400, "InvalidBlockList")
+                data = b"".join(staged[block] for block in blocks)
+            stored = Stored(data, f'"0x{number}"', notes, blocks)
             self._set(request.name, stored)
             return Reply(201, (("ETag", stored.etag),))
         if stored is None:
@@ -163,6 +179,10 @@ class Memory:
             self._set(request.name, None)
             return Reply(202)
         headers = (("ETag", stored.etag), *stored.notes)
+        if request.query.get("comp") == ["blocklist"]:
+            names = "".join(f"<Block><Name>{block}</Name></Block>" for block in stored.blocks)
+            whole = f"<BlockList><CommittedBlocks>{names}</CommittedBlocks></BlockList>"
+            return Reply(200, headers, whole.encode())
         if request.method == "HEAD":
             return Reply(200, (*headers, ("Content-Length", str(len(stored.data)))), is_head=True)
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers["x-ms-range"])
@@ -173,7 +193,27 @@ class Memory:
         span = f"bytes {start}-{stop - 1}/{len(stored.data)}"
         return Reply(206, (*headers, ("Content-Range", span)), stored.data[start:stop])
 
+    def _stage(self, request: Wire) -> Reply:
+        """Put Block, or Put Block From URL."""
+        data = request.body
+        source = request.headers.get("x-ms-copy-source")
+        if source is not None:
+            found = self.blobs.get(unquote(source.partition("?")[0].split("/", 5)[5]))
+            if found is None:
+                return _refusal(404, "CannotVerifyCopySource")
+            if request.headers["x-ms-source-if-match"] != found.etag:
+                return _refusal(412, "SourceConditionNotMet")
+            first, last = request.headers["x-ms-source-range"].removeprefix("bytes=").split("-")
+            data = found.data[int(first) : int(last) + 1]
+        (block_id,) = request.query["blockid"]
+        blocks = {**dict(self.staged.get(request.name, ())), block_id: data}
+        self.staged[request.name] = tuple(sorted(blocks.items()))
+        return Reply(201)
+
     def _set(self, name: str, stored: Stored | None) -> None:
+        if stored is not None:
+            self.writes[name] = self.writes.get(name, 0) + 1
+            self.staged.pop(name, None)
         if name.endswith(".metadata"):
             self.history += ((name, stored.data if stored is not None else None),)
         if stored is None:
@@ -184,7 +224,8 @@ class Memory:
     def _page(self, request: Wire) -> bytes:
         delimiter = request.query.get("delimiter", [""])[0]
         entries: dict[str, str] = {}
-        for name in sorted(self.blobs):
+        is_with_staged = "uncommittedblobs" in request.query.get("include", [""])[0]
+        for name in sorted({*self.blobs, *(self.staged if is_with_staged else ())}):
             if not name.startswith(request.name):
                 continue
             head, found, _ = name[len(request.name) :].partition(delimiter or "\0")
@@ -192,7 +233,7 @@ class Memory:
                 folder = request.name + head + delimiter
                 entries[folder] = f"<BlobPrefix><Name>{escape(folder)}</Name></BlobPrefix>"
             else:
-                stored = self.blobs[name]
+                stored = self.blobs.get(name, Stored(b"", ""))
                 entries[name] = (
                     f"<Blob><Name>{escape(name)}</Name><Properties><Content-Length>{len(stored.data)}</Content-Length>"
                     f"<Etag>{stored.etag}</Etag></Properties></Blob>"

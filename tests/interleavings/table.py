@@ -8,7 +8,25 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, KEEP, KINDS, OWN, Kind, Programs, predictable, started
+from .actors import (
+    ASYNC,
+    CLEAN,
+    CLEAN_ALL,
+    DELETE,
+    DELETE_BASE,
+    DELTA,
+    DELTA_OF,
+    KEEP,
+    KINDS,
+    LOAD,
+    OWN,
+    SAVE,
+    SAVE_BASE,
+    Kind,
+    Programs,
+    predictable,
+    started,
+)
 from .checks import Rules
 from .explorer import FAULTS, Fault, Tally, explore, replaced_transport, wander
 from .memory import Memory
@@ -39,6 +57,16 @@ class Combination:
 @functools.cache
 def _started(name: str) -> Memory:
     return started(name)
+
+
+DELTAS = [
+    *(
+        Combination((DELTA, other), "a checkpoint with digests")
+        for other in (DELTA, SAVE, LOAD, CLEAN, CLEAN_ALL, DELETE)
+    ),
+    *(Combination((DELTA_OF, other), "a base", "step-2") for other in (SAVE_BASE, DELETE_BASE)),
+]
+"""Two actors, of which one saves with a base, which the other may replace or delete."""
 
 
 def combinations(count: int) -> list[Combination]:
@@ -83,7 +111,7 @@ def wander_once(randomness: random.Random, programs: Programs) -> Tally:
 def explore_pair(number: int) -> Tally:
     """Everything about the pair *number*."""
     with replaced_transport(), predictable():
-        return explore_all(combinations(2)[number], faults=True)
+        return explore_all([*combinations(2), *DELTAS][number], faults=True)
 
 
 def wander_often(seed: int, count: int) -> Tally:

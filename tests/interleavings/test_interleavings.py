@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +17,10 @@ from azure.core.exceptions import AzureError
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _save, _writer
 
-from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, LOAD, SAVE, Programs, predictable
+from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, LOAD, SAVE, Programs, predictable
 from .explorer import Fault, Tally, replaced_transport
-from .table import Combination, combinations, explore_all, wander_once
+from .memory import Memory
+from .table import DELTAS, Combination, combinations, explore_all, wander_once
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,26 @@ def test_two_at_once_in_every_order(pair: Combination, programs: Programs) -> No
     ids=str,
 )
 def test_two_saves_with_a_lost_answer_or_a_death_at_any_request(pair: Combination) -> None:
+    assert explore_all(pair, faults=True).violations == []
+
+
+@pytest.mark.parametrize("pair", DELTAS, ids=str)
+def test_a_save_with_a_base_in_every_order(pair: Combination) -> None:
+    """What it composes is what was saved, also while the base is replaced or deleted."""
+    tally = explore_all(pair, faults=False)
+    assert tally.violations == []
+    assert tally.runs
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pair if pair.beginning == "a base" or LOAD in pair.kinds else pytest.param(pair, marks=pytest.mark.slow)
+        for pair in DELTAS
+    ],
+    ids=str,
+)
+def test_a_save_with_a_base_with_a_lost_answer_or_a_death_at_any_request(pair: Combination) -> None:
     assert explore_all(pair, faults=True).violations == []
 
 
@@ -140,3 +162,20 @@ def test_an_error_while_old_data_is_deleted_does_not_fail_the_save(monkeypatch: 
 def test_deleting_and_cleaning_during_a_first_save_never_makes_a_success_false() -> None:
     for kind in (DELETE, CLEAN, CLEAN_ALL):
         assert explore_all(Combination((SAVE, kind), "nothing"), faults=True).violations == []
+
+
+def test_a_copy_without_the_version_as_a_condition_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is overwritten, under the same name, while it is copied."""
+    original = Memory._stage
+
+    def unconditional(memory: Memory, request: Any) -> Any:
+        source = request.headers.get("x-ms-copy-source", "").partition("?")[0].rpartition("/run/")[2]
+        stored = memory.blobs.get(f"run/{source}")
+        if stored is None:
+            return original(memory, request)
+        memory.blobs[f"run/{source}"] = replace(stored, data=bytes(len(stored.data)))
+        headers = {**request.headers, "x-ms-source-if-match": stored.etag}
+        return original(memory, replace(request, headers=headers))
+
+    monkeypatch.setattr(Memory, "_stage", unconditional)
+    assert found(Combination((DELTA, LOAD), "a checkpoint with digests")).violations

@@ -25,7 +25,10 @@ _ETAG = re.compile(r'(?:W/)?"[!#-~]{0,254}"')  # what may stand in a header
 
 
 class Item(NamedTuple):
-    """Where one item is. ``payload`` is None if the item has to be decoded to know what it holds."""
+    """Where one item is. ``payload`` is None if the item has to be decoded to know what it holds.
+
+    ``digest`` is known where the item is written, and goes to the side blob, not into the metadata.
+    """
 
     path: str
     offset: int
@@ -33,6 +36,7 @@ class Item(NamedTuple):
     transforms: tuple[str, ...] = ()
     payload: Payload | None = None
     etag: str | None = None
+    digest: str | None = None
 
 
 def storage_info(item: Item) -> Any:
@@ -44,7 +48,15 @@ def storage_info(item: Item) -> Any:
         info.payload = _facts(item.payload)
     if item.etag is not None:
         info.etag = item.etag
+    if item.digest is not None:
+        info.digest = item.digest
     return info
+
+
+def take_digest(info: Any) -> str | None:
+    """Remove the digest from *info*, an entry that `storage_info` has made, and return it."""
+    digest: str | None = vars(info).pop("digest", None)
+    return digest
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from azstoragetorch.checkpoint._format import items, records
 from azstoragetorch.checkpoint._format.interpreter import parse
+from azstoragetorch.checkpoint._format.names import is_digests
 from azstoragetorch.checkpoint._format.properties import read_properties, values_of
 from azstoragetorch.checkpoint._format.records import LARGEST, Array, Call, Name, Table
 from azstoragetorch.exceptions import CheckpointError
@@ -35,6 +36,7 @@ _BYTES_PER_ENTRY = 40  # an entry with its index and place takes at least 55; wi
 _BYTES_PER_ITEM = 64  # an item takes at least 70 in large metadata
 _ENTRIES = 4096  # in any case
 _ROOM = 8  # bytes for each byte
+_DIGESTS = "azstoragetorch_digests"  # a further attribute, which other readers ignore
 _LONG = 4096  # characters of a field such as the id of a save
 
 
@@ -53,10 +55,19 @@ def many_objects() -> Iterator[None]:
             gc.enable()
 
 
-def dump_metadata(metadata: dcp.Metadata) -> bytes:
-    """*metadata* as the content of the blob ``.metadata``."""
+def dump_metadata(metadata: dcp.Metadata, digests: str | None = None) -> bytes:
+    """*metadata* as the content of the blob ``.metadata``; *digests* is the name of the side blob, if there is one."""
     with many_objects():
-        return pickle.dumps(_with_equal_parts_once(metadata), protocol=4)  # readable by every supported Python
+        whole = _with_equal_parts_once(metadata)
+        if digests is not None:
+            setattr(whole, _DIGESTS, digests)
+        return pickle.dumps(whole, protocol=4)  # readable by every supported Python
+
+
+def digests_of(metadata: dcp.Metadata) -> str | None:
+    """The name of the side blob with the digests of the checkpoint that *metadata* describes; None without one."""
+    name = getattr(metadata, _DIGESTS, None)
+    return name if is_digests(name) else None
 
 
 def _with_equal_parts_once(metadata: dcp.Metadata) -> dcp.Metadata:

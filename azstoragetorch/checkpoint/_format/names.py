@@ -1,4 +1,4 @@
-"""The names of a checkpoint's blobs: the metadata, and data blobs that no two saves share."""
+"""The names of a checkpoint's blobs: the metadata, and data blobs and their digests, which no two saves share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 METADATA = ".metadata"
 
-_DATA_NAME = re.compile(r"__([0-9]{1,9})_([0-9]{1,9})\.([0-9]{14})-[0-9a-f]{16}(-own)?\.distcp")
+_DATA_NAME = re.compile(r"__([0-9]{1,9})_([0-9]{1,9})\.([0-9]{14})-[0-9a-f]{16}(-own)?\.(?:distcp|digests)")
 _RANK_METADATA = re.compile(r"__([0-9]{1,9})\.metadata")
 
 
@@ -41,8 +41,18 @@ def data_name(rank: int, number: int, save_id: str, *, is_own: bool = False) -> 
     return f"__{rank}_{number}.{save_id}{'-own' if is_own else ''}.distcp"
 
 
+def digests_name(rank: int, save_id: str, *, is_own: bool = False) -> str:
+    """The name of the side blob with the digests, of the save *save_id* that *rank* commits."""
+    return f"__{rank}_0.{save_id}{'-own' if is_own else ''}.digests"
+
+
+def is_digests(name: object) -> bool:
+    """Whether *name* is that of a side blob with digests."""
+    return type(name) is str and name.endswith(".digests") and _DATA_NAME.fullmatch(name) is not None
+
+
 def metadata_of(name: str) -> str:
-    """The one metadata blob that can ever refer to the data blob *name*, which is ours."""
+    """The one metadata blob that can ever refer to *name*, a data blob or side blob of ours."""
     found = _DATA_NAME.fullmatch(name)
     assert found is not None
     return metadata_name(int(found.group(1)) if found.group(4) else None)
@@ -55,7 +65,7 @@ def rank_of(name: str) -> int | None:
 
 
 def saved_at(name: str) -> float | None:
-    """When the save began that wrote the data blob *name* (seconds since 1970); None for names that are not ours."""
+    """When the save began that wrote *name*, a data blob or side blob (seconds since 1970); None for other names."""
     found = _DATA_NAME.fullmatch(name)
     if found is None:
         return None
