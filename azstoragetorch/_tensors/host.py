@@ -48,6 +48,11 @@ def select(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
+def bytes_alike(tensor: torch.Tensor) -> torch.Tensor:
+    """*tensor*, as bytes if its elements are narrow floats, of which torch cannot copy all types."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 and tensor.dtype.is_floating_point else tensor
+
+
 class Copier:
     """Copies between a device and the host, while the device does other work."""
 

@@ -15,11 +15,12 @@ from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._tensors.broadcast import this_node
 from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.checkpoint._folder import Version, describe, picklable
 from azstoragetorch.checkpoint._format import Digests, Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
-from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing, this_node
+from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from azstoragetorch._tensors.broadcast import PACKED, PARCEL, broadcast, device_of
+from azstoragetorch._tensors.broadcast import PACKED, PARCEL, broadcast, device_of, subgroup
 from azstoragetorch._tensors.host import select
 from azstoragetorch._tensors.planning import boxes
 from azstoragetorch.exceptions import CheckpointError
@@ -102,11 +100,6 @@ def _received(failure: str | None, ranks: tuple[int, ...], forms: list[TensorFor
     return _Report(failure, ranks, forms)
 
 
-def this_node() -> str:
-    """The node of this process: the host, and the agent of torchrun that started it."""
-    return f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
-
-
 def read_key(wanted: ReadItem) -> ReadKey:
     """What *wanted* is a read of, whatever tensor it goes to."""
     index = wanted.storage_index
@@ -164,15 +157,8 @@ class Sharing:
                     "load them with load_once_per='rank'"
                 )
         if len(self.group) > 1 and self.owners:
-            carriers = group
-            if len(self.group) < dist.get_world_size(group):
-                ranks = [rank if group is None else dist.get_global_rank(group, rank) for rank in self.group]
-                carriers = dist.new_group(ranks, use_local_synchronization=True)
-            try:
+            with subgroup(self.group, group) as carriers:
                 _Broadcasts(self, wanted, load, carriers).run(forms)
-            finally:
-                if carriers is not group:
-                    dist.destroy_process_group(carriers)
 
 
 class _Broadcasts:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from azure.core.exceptions import AzureError
 
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.memory import expect_filling
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch._tensors.host import select, view_of
+from azstoragetorch._tensors.host import bytes_alike, select, view_of
 from azstoragetorch._tensors.pinned import PinnedBlob, TruncatedError
 from azstoragetorch._tensors.planning import Piece, Request, StoredBox, contiguous_strides, cut, join
 from azstoragetorch._tensors.progress import ProgressCallback, ProgressCounter
@@ -95,22 +94,18 @@ class _Fetch:
         with self._staging.buffers([piece.stop - piece.start for piece, _ in pieces], copiers) as buffers:
             scope.check()
             memory = [buffer if place is None else place for place, buffer in zip(places, buffers, strict=True)]
-            targets = list(map(view_of, memory))
-            for place, target in zip(places, targets, strict=True):
+            views = list(map(view_of, memory))
+            for place, view in zip(places, views, strict=True):
                 if place is not None:
-                    expect_filling(target)
+                    expect_filling(view)
             validated = self._transfer.effective_part_size if self._transfer.validate_content else None
-            self._blobs[request.blob].receive_request(request, targets, scope, validated_part=validated)
+            self._blobs[request.blob].receive_request(request, views, scope, validated_part=validated)
             for (piece, read), copier, buffer in zip(pieces, copiers, buffers, strict=True):
                 if copier is not None:
                     source = elements_of(piece, read.dtype, read.shape, buffer)
-                    copier.copy(*_as_bytes(select(read.target, piece.box), source))
+                    target = select(read.target, piece.box)
+                    if target.dtype == source.dtype:
+                        target, source = bytes_alike(target), bytes_alike(source)
+                    copier.copy(target, source)
             for copier in {copier for copier in copiers if copier is not None}:
                 copier.wait()
-
-
-def _as_bytes(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as bytes where nothing is converted: torch cannot copy elements of all narrow types."""
-    if target.dtype == source.dtype and target.itemsize == 1:
-        return target.view(torch.uint8), source.view(torch.uint8)
-    return target, source

@@ -17,7 +17,7 @@ from azstoragetorch._tensors.pinned import PinnedBlob
 from azstoragetorch.exceptions import SafetensorsError
 from azstoragetorch.safetensors._header import LENGTH, Header, header_length, parse_header
 
-_SPECULATED = 128 * KiB  # bytes of the first request: the headers of some 1,000 tensors
+_SPECULATED = 64 * KiB  # bytes of the first request: the header of some 500 tensors
 
 
 @dataclass(frozen=True, slots=True)

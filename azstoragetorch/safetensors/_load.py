@@ -1,23 +1,24 @@
-"""Load tensors into new memory: of one file, or of a folder."""
+"""Load tensors into new memory: of one file, or of a folder; alone, or together with other ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
-from azstoragetorch._tensors.planning import Box
 from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.safetensors._fetch import fetch
-from azstoragetorch.safetensors._model import Model, Stored, reads_of
+from azstoragetorch.safetensors._folder import Folder
+from azstoragetorch.safetensors._model import Model, reads_of
 from azstoragetorch.safetensors._open import open_model_file
-from azstoragetorch.safetensors._slices import Shard, box_of_shard, check_shard
-
-Sharding = Shard | Mapping[str, Shard | None] | Callable[[str], Shard | None] | None
-"""Which part of each tensor to read: one part for all, or by the name of the tensor."""
+from azstoragetorch.safetensors._parts import Sharding, converted, sharding, wanted_of
+from azstoragetorch.safetensors._shared import SHARING, load_shared
+from azstoragetorch.safetensors._slices import Shard
 
 
 def load_file(
@@ -27,6 +28,8 @@ def load_file(
     *,
     dtype: torch.dtype | None = None,
     shard: Sharding = None,
+    shared: str = "rank",
+    process_group: Any = None,
     credential: Credential = None,
     transfer: TransferConfig | None = None,
     progress: ProgressCallback | None = None,
@@ -44,6 +47,10 @@ def load_file(
         shard: Load only a part of each tensor, for tensor parallelism: ``(dim, rank, world)`` is part *rank* of *world*
             parts of dimension *dim*, as `torch.chunk` divides it. A mapping or a function from the name of a tensor to
             such a tuple, or to None for all of it, chooses by name. Tensors without that dimension are loaded whole.
+        shared: ``"rank"``: this rank fetches what it needs. ``"node"`` or ``"world"``: all ranks of a node or of the
+            process group call this function together. Each fetches about an equal part, which is sent to the others.
+            Ranks may load different shards, but of the same tensors.
+        process_group: The ranks that load together; by default, all of the job.
         credential: As for :class:`~azstoragetorch.io.BlobIO`.
         transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
             is used in addition to the tensors.
@@ -54,13 +61,80 @@ def load_file(
 
     Raises:
         SafetensorsError: the blob is not a valid safetensors file, it does not have one of *names*, or torch does not
-            have the type of a tensor.
+            have the type of a tensor; or a rank that loads together with this one failed.
         BlobChangedError: the file was overwritten while it was read.
         ResourceNotFoundError: the blob does not exist.
     """
-    parts = sharding(shard)
-    model = open_model_file(url, credential, transfer)
-    return load_model(model, torch.device(device), names, dtype, parts, progress)
+    open_it = partial(open_model_file, url, credential, transfer)
+    return _load(open_it, device, names, dtype, shard, shared, process_group, progress)
+
+
+def load_model_folder(
+    url: str,
+    device: str | int | torch.device = "cpu",
+    names: Iterable[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    shard: Sharding = None,
+    shared: str = "rank",
+    process_group: Any = None,
+    credential: Credential = None,
+    transfer: TransferConfig | None = None,
+    progress: ProgressCallback | None = None,
+) -> dict[str, torch.Tensor]:
+    """Load the tensors of a model that is saved as safetensors files in a folder.
+
+    The files are those that the index ``model.safetensors.index.json`` names. Without an index it is the file
+    ``model.safetensors``, or else all files ``*.safetensors`` in the folder itself. Parts of tensors that torch's
+    ``HuggingFaceStorageWriter`` wrote on several ranks are put together. Only the files that have one of *names* are
+    opened if there is an index.
+
+    Args:
+        url: URL of the folder, or of an index in it.
+        device: As for `load_file`.
+        names: As for `load_file`.
+        dtype: As for `load_file`.
+        shard: As for `load_file`.
+        shared: As for `load_file`.
+        process_group: As for `load_file`.
+        credential: As for `load_file`.
+        transfer: As for `load_file`.
+        progress: As for `load_file`.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        SafetensorsError: there is no model in the folder; it has several indexes; a file or a tensor is missing; or a
+            file is not valid.
+        BlobChangedError: a file was overwritten while it was read.
+    """
+    wanted = None if names is None else [names] if isinstance(names, str) else list(names)
+    open_it = partial(_open_folder, url, credential, transfer, wanted)
+    return _load(open_it, device, wanted, dtype, shard, shared, process_group, progress)
+
+
+def _open_folder(url: str, credential: Credential, transfer: TransferConfig | None, names: list[str] | None) -> Model:
+    return Folder(url, credential, transfer).open(names)
+
+
+def _load(
+    open_it: Callable[[], Model],
+    device: str | int | torch.device,
+    names: Iterable[str] | None,
+    dtype: torch.dtype | None,
+    shard: Sharding,
+    shared: str,
+    group: Any,
+    progress: ProgressCallback | None,
+) -> dict[str, torch.Tensor]:
+    if shared not in SHARING:
+        raise ValueError(f"shared must be one of {', '.join(map(repr, SHARING))}, not {shared!r}")
+    parts, place = sharding(shard), torch.device(device)
+    is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+    if shared == "rank" or is_alone:
+        return load_model(open_it(), place, names, dtype, parts, progress)
+    return load_shared(open_it, place, names, dtype, parts, per=shared, group=group, progress=progress)
 
 
 def load_model(
@@ -79,34 +153,3 @@ def load_model(
         reads += reads_of(stored, box, tensors[name])
     fetch(reads, model.transfer, progress=progress)
     return tensors
-
-
-def wanted_of(
-    model: Model, names: Iterable[str] | None, parts: Callable[[str], Shard | None]
-) -> dict[str, tuple[Stored, Box]]:
-    """What to load of *model*, by name."""
-    return {
-        name: (stored, box_of_shard(check_shard(parts(name)), stored.shape))
-        for name, stored in model.select(names).items()
-    }
-
-
-def converted(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of a loaded tensor: *dtype* in the place of floating-point types."""
-    return dtype if dtype is not None and stored.is_floating_point else stored
-
-
-def sharding(shard: Sharding) -> Callable[[str], Shard | None]:
-    """*shard* as a function of the name.
-
-    Raises:
-        TypeError: it is not of one of the types.
-        ValueError: there is no such part.
-    """
-    if callable(shard):
-        return shard
-    if isinstance(shard, Mapping):
-        by_name: Mapping[str, Any] = shard
-        return by_name.get
-    part = check_shard(shard)
-    return lambda _name: part

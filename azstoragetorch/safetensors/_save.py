@@ -12,7 +12,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.scope import on_error
-from azstoragetorch._tensors.host import Copiers, host_bytes
+from azstoragetorch._tensors.host import Copiers, bytes_alike, host_bytes
 from azstoragetorch.exceptions import SafetensorsError
 from azstoragetorch.safetensors._dtypes import FROM_TORCH, header_shape
 from azstoragetorch.safetensors._header import LARGEST, LENGTH, Layout, build_header
@@ -132,9 +132,7 @@ def write_pieces(client: BlobClient, layout: Layout, data: Iterator[memoryview],
 def _bytes_of(tensors: Mapping[str, torch.Tensor], names: list[str], limit: int) -> Iterator[memoryview]:
     copiers = Copiers()
     for name in names:
-        tensor = tensors[name].detach()
-        if tensor.itemsize == 1 and not tensor.is_contiguous():
-            tensor = tensor.view(torch.uint8)  # torch cannot copy elements of all narrow types
+        tensor = bytes_alike(tensors[name].detach())
         yield from host_bytes(tensor, copiers.of(tensor.device), limit)
 
 
