@@ -19,12 +19,12 @@
               copying  download  listing  window
               service
               authorizers  connection  credentials  retry  transport
-              errors  secret  url
+              admission  errors  secret  url
    _engine    threads
               budget  turns
               job
               metrics  scope
-              config  memory  process  ranges
+              config  memory  pacing  process  ranges
 
 Each row is a layer. A module imports only from the rows below it and, inside its package, from its own row. Importing
 the package itself loads neither torch nor the Azure SDK; each module loads what it needs.

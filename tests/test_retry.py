@@ -6,7 +6,6 @@ import http.client
 import pickle
 import ssl
 import time
-from collections import deque
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -23,6 +22,7 @@ from azure.core.exceptions import (
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from azstoragetorch._blob.admission import Entry
 from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Retry, Transient, classify_refusal, is_connection_failure, retry_after, retrying
 from azstoragetorch._engine.config import TransferConfig
@@ -178,34 +178,32 @@ class TestThrottling:
             Retry(TransferConfig(max_attempts=1)).pause_after(Transient(self.busy()))
         assert "attempts" not in str(caught.value)
 
-    def test_a_warning_once_a_minute_counts(
-        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The first at once; later throttling is counted in the next one; other errors are not counted."""
+    def throttled(self, *, is_early: bool) -> Transient:
+        return Transient(self.busy(), None, Entry(0.0, is_early))
+
+    def test_a_refusal_of_a_request_that_was_sent_early_is_not_an_attempt(self) -> None:
+        """Except for the first one: one attempt is one. The admission makes the request wait, not the pause."""
+        retry = Retry(TransferConfig(max_attempts=2))
+        for _ in range(50):
+            assert retry.pause_after(self.throttled(is_early=True)) == 0.0
+        with pytest.raises(HttpResponseError, match="after 2 attempts"):
+            retry.pause_after(self.throttled(is_early=False))
+        with pytest.raises(HttpResponseError):
+            Retry(TransferConfig(max_attempts=1)).pause_after(self.throttled(is_early=True))
+
+    def test_a_request_that_alone_is_refused_does_not_wait_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After six times the longest pause since the first refusal, every refusal is an attempt."""
         now = 1000.0
-        monkeypatch.setattr("azstoragetorch._blob.retry._warned", {})
-        monkeypatch.setattr("azstoragetorch._blob.retry._throttled", deque())
         monkeypatch.setattr("azstoragetorch._blob.retry.time.monotonic", lambda: now)
-        monkeypatch.setattr("azstoragetorch._blob.retry.start_thread", lambda warn: warn() or True)
-
-        def fail(count: int, error: HttpResponseError) -> None:
-            for _ in range(count):
-                Retry(TransferConfig(max_backoff=0)).pause_after(Transient(error))
-
-        with caplog.at_level("WARNING", logger="azstoragetorch"):
-            fail(1, error_of(500, "InternalError"))
-            assert caplog.messages == []
-            fail(3, self.busy())
-            assert ["refused 1 in the last 60 s (1 x 503 ServerBusy)" in message for message in caplog.messages] == [
-                True
-            ]
-            now += 59
-            fail(1, error_of(429, "TooManyRequests"))
-            assert len(caplog.messages) == 1
-            now += 2
-            fail(1, self.busy())
-        assert len(caplog.messages) == 2
-        assert "refused 4 in the last 61 s (3 x 503 ServerBusy, 1 x 429" in caplog.messages[1]
+        retry = Retry(TransferConfig(max_attempts=3, max_backoff=10.0))
+        retry.pause_after(self.throttled(is_early=True))
+        now = 1059.0
+        for _ in range(50):
+            retry.pause_after(self.throttled(is_early=True))
+        now = 1061.0
+        retry.pause_after(self.throttled(is_early=True))
+        with pytest.raises(HttpResponseError):
+            retry.pause_after(self.throttled(is_early=True))
 
 
 class TestSorting:

@@ -12,7 +12,7 @@ import re
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
@@ -24,7 +24,7 @@ from azstoragetorch._blob.service import Service
 from azstoragetorch._blob.transport import give_back, parse_head, take_idle
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.memory import bytes_to_fill
-from azstoragetorch._engine.metrics import count, count_answer
+from azstoragetorch._engine.metrics import THROTTLED, count, count_answer
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
@@ -103,13 +103,16 @@ class Multiplexer:
         done: Callable[[BlobVersion, bytes], None],
         failed: Callable[[], None],
     ) -> bool:
-        """Start to read the first *length* bytes; return False if no connection is idle or the request cannot be sent.
+        """Start to read the first *length* bytes; return False if the request cannot be sent now.
+
+        That is so if no connection is idle, or if the service throttles: then a thread waits for its turn.
 
         If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
         if no thread can be started.
         """
-        connection = None if self.is_stuck() else take_idle(service.origin)
-        if connection is None:
+        entry = None if self.is_stuck() else service.admission.enter_now()
+        connection = None if entry is None else take_idle(service.origin)
+        if connection is None or entry is None:
             return False
         hold = scope.holding(connection.interrupt)
         try:
@@ -122,7 +125,8 @@ class Multiplexer:
             if isinstance(error, (Cancelled, OSError)):
                 return False
             raise
-        read = _Read(connection, hold, length, headers["x-ms-client-request-id"], done, failed)
+        note = partial(service.note_status, entry)
+        read = _Read(connection, hold, length, headers["x-ms-client-request-id"], note, done, failed)
         try:
             self._reads[descriptor] = read
             self._watch(descriptor, connection)
@@ -264,6 +268,7 @@ class _Read:
         hold: Hold,
         length: int,
         request_id: str,
+        note: Callable[[int, str, Mapping[str, str]], None],
         done: Callable[[BlobVersion, bytes], None],
         failed: Callable[[], None],
     ) -> None:
@@ -273,6 +278,7 @@ class _Read:
         self._hold = hold
         self._length = length
         self._request_id = request_id
+        self._note = note  # the status, for the admission
         self._done = done
         self._failed = failed
         self._began = time.perf_counter()
@@ -333,6 +339,9 @@ class _Read:
     def _check(self, head: bytes) -> BlobVersion:
         """The version of the blob, from the headers of a response to exactly this request."""
         status, fields, stays_open = parse_head(head)
+        self._note(status, fields.get("", ""), fields)
+        if status in THROTTLED:
+            count_answer(time.perf_counter() - self._began, status, 0)
         found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
             raise _UnexpectedResponseError

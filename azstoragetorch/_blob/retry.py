@@ -7,18 +7,16 @@ import logging
 import random
 import ssl
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from azure.core.exceptions import AzureError, HttpResponseError
 
+from azstoragetorch._blob.admission import LONGEST_HOLD, Entry
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.metrics import THROTTLED, count
 from azstoragetorch._engine.scope import Scope
-from azstoragetorch._engine.threads import start_thread
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
 
 T = TypeVar("T")
@@ -26,8 +24,7 @@ log = logging.getLogger("azstoragetorch")
 
 RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BASE = 0.4  # seconds; the first pause is 0.2 s on average
-_WARN_EVERY = 60.0  # seconds between two warnings about throttling
-_LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a service that asks for more is treated as unavailable
+_PATIENCE = 6  # times `max_backoff`: how long refusals of requests that were sent early are not counted
 
 
 # What is retried, and by whom
@@ -44,6 +41,11 @@ _LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a service that asks for more is tre
 # attempt without a response took effect (`commit`). `Retry` counts. A read that made real progress since its last
 # failure starts counting from zero: a long download may fail many times without being stuck.
 #
+# A refusal because the service throttles (503, 429) is different in two ways. `admission` decides when the request is
+# sent again, since it knows what the service does with all other requests. And it is an attempt only if the request was
+# sent as late as a failed one would have been: a service that accepts others at its own pace is not down. That has a
+# limit, too, for a service that accepts all requests except for this one.
+#
 # A timeout or a failed connection is transient for writes too, although the service may have carried out the request,
 # because every request of this package can be sent twice: reads and staged blocks are idempotent, the delete of a
 # missing blob is not an error, and commits check. A new operation must keep that property.
@@ -52,10 +54,16 @@ _LONGEST_REQUESTED_PAUSE = 120.0  # seconds; a service that asks for more is tre
 class Transient(Exception):  # noqa: N818 - it carries an error and is not one
     """A failure that may be retried. *error* is raised if no attempt is left."""
 
-    def __init__(self, error: AzureError | ClientRequestIdMismatchError, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        error: AzureError | ClientRequestIdMismatchError,
+        retry_after: float | None = None,
+        throttled: Entry | None = None,
+    ) -> None:
         super().__init__(str(error))
         self.error = error
         self.retry_after = retry_after
+        self.throttled = throttled  # how the request was admitted, if it was refused because the service throttles
 
 
 class Retry:
@@ -69,6 +77,7 @@ class Retry:
         """Start counting from zero: an operation that makes progress is not stuck."""
         self._failures = 0
         self._began = time.monotonic()
+        self._patient_until = 0.0  # refusals of requests that were sent early are not counted before this time
 
     def pause_after(self, failure: Transient) -> float:
         """Seconds to wait before the next attempt.
@@ -76,11 +85,16 @@ class Retry:
         Raises:
             AzureError: no attempt is left.
         """
+        now, throttled = time.monotonic(), failure.throttled
+        if throttled is not None and throttled.is_early and self._failures and now < self._patient_until:
+            count("retries")
+            log.debug("refused, to be sent again: %s", failure)
+            return 0.0
+        if not self._failures:
+            self._patient_until = now + _PATIENCE * self._config.max_backoff
         self._failures += 1
-        if isinstance(failure.error, HttpResponseError) and failure.error.status_code in THROTTLED:
-            _note_throttling(failure.error)
         if self._failures >= self._config.max_attempts:
-            _add_tries(failure.error, self._failures, time.monotonic() - self._began)
+            _add_tries(failure.error, self._failures, now - self._began)
             try:
                 raise failure.error from failure.__cause__
             finally:
@@ -88,9 +102,10 @@ class Retry:
                 # the error refers to this frame, and the failure, which is its context, refers to the error.
                 failure.error.__context__ = None
                 del failure
-        pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
-        if failure.retry_after is not None:
-            pause += min(failure.retry_after, _LONGEST_REQUESTED_PAUSE)
+        pause = 0.0
+        if throttled is None:
+            pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
+            pause += min(failure.retry_after or 0.0, LONGEST_HOLD)
         count("retries")
         log.debug("attempt %d failed, retrying in %.2f s: %s", self._failures, pause, failure)
         return pause
@@ -103,36 +118,6 @@ def _add_tries(error: AzureError | ClientRequestIdMismatchError, tries: int, sec
         error.args = message, *error.args[1:]
         if isinstance(error, AzureError):
             error.message = message
-
-
-_throttled: deque[str] = deque(maxlen=100_000)  # responses since the last warning
-_warned: dict[str, float] = {}
-
-
-def _note_throttling(error: HttpResponseError) -> None:
-    """Warn that the service throttles, at once and then at most once a minute, with the number of responses."""
-    _throttled.append(f"{error.status_code} {getattr(error, 'error_code', '') or error.reason}")
-    now = time.monotonic()
-    since = now - _warned.get("at", now - _WARN_EVERY)
-    if since < _WARN_EVERY:
-        return
-    _warned["at"] = now
-    answers: Counter[str] = Counter()
-    with suppress(IndexError):  # another thread also takes from it
-        while _throttled:
-            answers[_throttled.popleft()] += 1
-
-    def warn() -> None:
-        log.warning(
-            "the service is throttling requests: it refused %d in the last %.0f s (%s). They are retried; a lower "
-            "max_connections in TransferConfig, or fewer processes, can be faster",
-            sum(answers.values()),
-            max(since, _WARN_EVERY),
-            ", ".join(f"{number} x {answer}" for answer, number in answers.most_common()),
-        )
-
-    # On another thread: a logging handler can hold a lock, and this thread must not wait, since others wait for it.
-    start_thread(warn)
 
 
 def retrying(config: TransferConfig, operation: Callable[[], T], scope: Scope | None = None) -> T:
@@ -157,10 +142,12 @@ def is_connection_failure(error: BaseException) -> bool:
     return isinstance(error, (OSError, http.client.HTTPException))
 
 
-def classify_refusal(error: HttpResponseError, headers: Mapping[str, str]) -> HttpResponseError | Transient:
-    """*error*, as a `Transient` if its status is retryable."""
+def classify_refusal(
+    error: HttpResponseError, headers: Mapping[str, str], entry: Entry | None = None
+) -> HttpResponseError | Transient:
+    """*error*, as a `Transient` if its status is retryable. *entry* is how the request was admitted."""
     if error.status_code in RETRYABLE_STATUS:
-        return Transient(error, retry_after(headers))
+        return Transient(error, retry_after(headers), entry if error.status_code in THROTTLED else None)
     return error
 
 

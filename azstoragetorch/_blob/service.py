@@ -22,13 +22,15 @@ from azure.core.tracing import SpanKind
 from azure.core.tracing.decorator import distributed_trace
 
 from azstoragetorch._blob import transport
+from azstoragetorch._blob.admission import Entry, admission_for
 from azstoragetorch._blob.authorizers import Authorizer
 from azstoragetorch._blob.connection import Body, Origin, length_of
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.errors import connection_error, service_error
-from azstoragetorch._blob.retry import Transient, classify_refusal, is_connection_failure
+from azstoragetorch._blob.retry import Transient, classify_refusal, is_connection_failure, retry_after
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.metrics import THROTTLED
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
@@ -126,6 +128,7 @@ class Service:
         self.config = config
         self.origin = Origin.of(url.scheme, url.host, config)
         self.authorizer: Authorizer = credential.authorizer(url, config.trusted_hosts)
+        self.admission = admission_for(url.host, config)
 
     def send(self, request: Request) -> ServiceResponse:
         """Sign and send *request*; return when the response headers have arrived.
@@ -148,14 +151,14 @@ class Service:
 
     def _send(self, request: Request) -> ServiceResponse:
         try:
-            response = self._exchange(request)
+            response, entry = self._exchange(request)
         except _FAILURES as error:
             _raise_translated(request, error)
         if response.status not in request.accept:
-            self._refuse(request, response)
+            self._refuse(request, response, entry)
         return ServiceResponse(request, response)
 
-    def _exchange(self, request: Request) -> transport.Response:
+    def _exchange(self, request: Request) -> tuple[transport.Response, Entry]:
         """Sign and send *request*. If the credential is rejected, renew it and send the request once more."""
         query = "&".join(filter(None, (request.query, _version_query(request.url))))
         headers = {**_common_headers(), **(request.headers or {})}
@@ -163,6 +166,7 @@ class Service:
             headers["Content-Length"] = str(length_of(request.body))
         has_renewed = False
         while True:
+            entry = self.admission.enter(self.config, request.scope)
             proof, sas = self.authorizer.headers(), self.authorizer.query()
             response = transport.send(
                 self.origin,
@@ -173,13 +177,22 @@ class Service:
                 scope=request.scope,
                 on_repeat=request.on_repeat,
             )
+            self.note_status(entry, response.status, response.reason, response.headers)
             # A token is rejected with 401, an expired SAS with 403.
             if has_renewed or response.status not in ((401,) if proof else (401, 403)):
-                return response
+                return response, entry
             if not self.authorizer.renew(proof, sas, response.headers.get("WWW-Authenticate", "")):
-                return response
+                return response, entry
             has_renewed = True
             response.close()
+
+    def note_status(self, entry: Entry, status: int, reason: str, headers: Mapping[str, str]) -> None:
+        """Report to the admission how a request that *entry* admitted was answered."""
+        if status in THROTTLED:
+            answer = f"{status} {headers.get('x-ms-error-code') or reason}"
+            self.admission.refused(entry, answer, retry_after(headers), self.config.max_connections)
+        elif status < 500:
+            self.admission.accepted(entry)
 
     def sign(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """The request target and headers of a signed GET, for a caller that sends it itself.
@@ -204,7 +217,7 @@ class Service:
             headers["x-ms-copy-source-authorization"] = token
         return headers
 
-    def _refuse(self, request: Request, response: transport.Response) -> NoReturn:
+    def _refuse(self, request: Request, response: transport.Response, entry: Entry) -> NoReturn:
         with response:
             try:
                 body = response.read()
@@ -223,6 +236,7 @@ class Service:
                 anonymous=self.authorizer.is_anonymous,
             ),
             response.headers,
+            entry,
         )
 
 

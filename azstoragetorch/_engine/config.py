@@ -97,7 +97,8 @@ class TransferConfig:
         read_ahead: Bytes fetched ahead of a sequential reader; 0 turns read-ahead off.
         connect_timeout: Seconds to establish a connection.
         read_timeout: Seconds without receiving a byte before a request is retried.
-        max_attempts: Attempts of a request that makes no progress, including the first one.
+        max_attempts: Attempts of a request that makes no progress, including the first one. A refusal because the
+            service throttles (503, 429) is not an attempt while the service accepts other requests.
         max_backoff: Longest pause between two attempts in seconds; a longer ``Retry-After`` is honored.
         validate_content: Check an MD5 of every part read, and let the service check one of every block written.
             Parts are then at most 4 MiB. TLS already protects bytes in flight.

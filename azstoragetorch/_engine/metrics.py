@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from azstoragetorch._engine.process import PerProcess
 
@@ -39,6 +39,9 @@ class Metrics:
         bytes_copied: Bytes that the service copied from one blob to another, without a transfer.
         blocked_seconds: Time in which callers waited for the network, summed over threads.
         transform_seconds: Time in ``transform`` of datasets, including the time that it waited for the network.
+        throttled_seconds: Time in which requests were not sent because the service throttles, summed over threads.
+        pace: Requests that may be sent to the service in a second at the moment; of several services that throttle, to
+            the slowest. Infinite if none throttles. In a difference, the value of the later snapshot.
         latencies: Responses by the time until their first byte, in buckets; see `latency`.
     """
 
@@ -52,6 +55,8 @@ class Metrics:
     bytes_copied: int = 0
     blocked_seconds: float = 0.0
     transform_seconds: float = 0.0
+    throttled_seconds: float = 0.0
+    pace: float = math.inf
     latencies: tuple[int, ...] = field(default=(0,) * _BUCKETS, repr=False)
 
     def latency(self, share: float) -> float:
@@ -73,13 +78,13 @@ class Metrics:
         differences = {
             item.name: getattr(self, item.name) - getattr(earlier, item.name)
             for item in fields(self)
-            if item.name != "latencies"
+            if item.name in _SUMS
         }
         buckets = tuple(now - then for now, then in zip(self.latencies, earlier.latencies, strict=True))
-        return Metrics(**differences, latencies=buckets)
+        return Metrics(**differences, pace=self.pace, latencies=buckets)
 
 
-_SUMS = tuple(item.name for item in fields(Metrics) if item.name != "latencies")
+_SUMS = tuple(item.name for item in fields(Metrics) if item.name not in ("latencies", "pace"))
 _LONG = 512  # entries of the queue: a few dozen KiB
 _Entry = tuple[str, float] | tuple[None, tuple[float, int, int]]
 
@@ -100,6 +105,7 @@ class _Counters:
     def __init__(self) -> None:
         self._queue: deque[_Entry] = deque()
         self._sums = _Sums(Metrics())
+        self.paces: dict[str, float] = {}  # of services that throttle, by host
 
     def add(self, entry: _Entry) -> None:
         self._queue.append(entry)
@@ -149,7 +155,8 @@ _counters: PerProcess[_Counters] = PerProcess(_Counters)
 
 def metrics() -> Metrics:
     """A snapshot of what this process has transferred so far."""
-    return _counters.get().total()
+    counters = _counters.get()
+    return replace(counters.total(), pace=min(list(counters.paces.values()), default=math.inf))
 
 
 def count(name: str, amount: float = 1) -> None:
@@ -160,6 +167,15 @@ def count(name: str, amount: float = 1) -> None:
 def count_answer(seconds: float, status: int, sent: int) -> None:
     """Count an answer that began after *seconds* to a request with *sent* bytes."""
     _counters.get().add((None, (seconds, status, sent)))
+
+
+def set_pace(host: str, pace: float) -> None:
+    """Report that *pace* requests a second may be sent to *host*; infinity if it does not throttle."""
+    paces = _counters.get().paces
+    if pace < math.inf:
+        paces[host] = pace
+    else:
+        paces.pop(host, None)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from azstoragetorch._blob.admission import forget_admissions
+
 from .proxy import LoggingProxy
 from .service import FaultService
 
@@ -20,6 +22,12 @@ class LoopbackTls:
 
     server_context: ssl.SSLContext
     ca_path: Path  # PEM, for REQUESTS_CA_BUNDLE or SSL_CERT_FILE
+
+
+@pytest.fixture(autouse=True)
+def _no_service_throttles() -> None:
+    """A port that a service of an earlier test had, and the throttling with it, can be given to this test's."""
+    forget_admissions()
 
 
 @pytest.fixture(scope="session")

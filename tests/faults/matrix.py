@@ -104,6 +104,8 @@ ROWS = [
     Row("503", Status(503), RIGHT, HTTP),
     Row("503 with Retry-After: 1", Status(503, retry_after=1), RIGHT, HTTP, times=1, few_tries=2),
     Row("429", Status(429), RIGHT, HTTP),
+    Row("throttled account", Status(503), RIGHT, None, times=40),  # every other request
+    Row("throttled account with Retry-After", Status(503, retry_after_ms=30), RIGHT, None, times=40),
     Row("500", Status(500), RIGHT, HTTP),
     Row("408", Status(408), RIGHT, HTTP),
     Row("connection refused", ConnectionRefused(0.01), RIGHT, RESPONSE, transfer={"max_backoff": 0.4}),

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from azstoragetorch._blob import download, listing, multiplex, readahead, window
+from azstoragetorch._blob import admission, download, listing, multiplex, readahead, retry, window
+from azstoragetorch._blob.admission import forget_admissions
 from azstoragetorch._blob.client import BlobClient, ClientFactory
 from azstoragetorch._blob.readahead import ReadAhead
-from azstoragetorch._engine import budget, job, metrics, process, scope, threads
+from azstoragetorch._engine import budget, job, metrics, pacing, process, scope, threads
 from azstoragetorch._engine.config import KiB, TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
@@ -25,11 +26,12 @@ from azstoragetorch._samples import prefetch
 from azstoragetorch._samples.fetching import fetch_ahead
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults import FaultService
+from tests.faults.faults import Match, Status
 from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, blob_client, container_client, content, wait_until
 
 FILES: list[ModuleType] = [budget, job, metrics, process, scope, threads, readahead, window, download, listing]
-FILES += [multiplex, prefetch]
+FILES += [multiplex, prefetch, admission, pacing, retry]
 SIZE = 600 * KiB
 NAMES = [f"{number:02}" for number in range(12)]
 _limits = itertools.count(20)
@@ -135,6 +137,20 @@ class Listing(Actor):
         self.pages.close()  # type: ignore[attr-defined]
 
 
+class Throttled(Actor):
+    """Reads of a service that refuses some requests: waiting for turns, probes, and being woken."""
+
+    def act(self) -> None:
+        forget_admissions()
+        self.service.script(Match("get_blob", every=2), [Status(503), Status(429, retry_after=0.002), Status(503)])
+        clients = [blob_client(self.service.blob_url("small", name), self.transfer) for name in NAMES[:4]]
+        assert engine_for(self.transfer).map(lambda client, _: client.read()[0], clients, 3) == [content(2000)] * 4
+
+    def close(self) -> None:
+        self.service.clear_script()
+        forget_admissions()
+
+
 class Borrowing(Actor):
     """Loans with waiting, and buffers."""
 
@@ -152,7 +168,7 @@ class Borrowing(Actor):
         assert self.engine is None or self.engine.budget.take(1) is not None
 
 
-ACTORS = [Reading, Prefetching, Mapping, Listing, Borrowing]
+ACTORS = [Reading, Prefetching, Mapping, Listing, Throttled, Borrowing]
 
 
 def visit(
