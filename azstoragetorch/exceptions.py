@@ -1,6 +1,6 @@
 """The errors of azstoragetorch.
 
-::
+.. code-block:: text
 
     Exception
     └── AZStorageTorchError

@@ -1,13 +1,18 @@
 """Nodes for ``torchdata.nodes`` over blobs: list, shard, read, shuffle; each resumes exactly, at any point.
 
-They can be combined with the nodes of torchdata::
+They can be combined with the nodes of torchdata:
+
+.. code-block:: python
 
     from torchdata.nodes import Loader, ParallelMapper
-    from azstoragetorch.nodes import BlobLister, BlobReader, BlobSharder, ShuffleBuffer
+    from azstoragetorch.nodes import (
+        BlobLister, BlobReader, BlobSharder, ShuffleBuffer
+    )
 
-    node = BlobLister("https://<account>.blob.core.windows.net/<container>/train/", "*.jpg")
-    node = ShuffleBuffer(BlobSharder(node), 10_000, seed=0)
-    node = ParallelMapper(BlobReader(node), decode, num_workers=4)
+    container = "https://<account>.blob.core.windows.net/<container>"
+    node = BlobSharder(BlobLister(f"{container}/train/", "*.jpg"))
+    node = BlobReader(ShuffleBuffer(node, 10_000, seed=0))
+    node = ParallelMapper(node, decode, num_workers=4)
     loader = Loader(node)  # with state_dict() and load_state_dict()
 
 A state is a small new dict that can be stored as JSON. Items in flight are not part of it, and are fetched again. If a

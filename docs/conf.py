@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from sphinx.pycode import ModuleAnalyzer
+
 import azstoragetorch
 
 project = "azstoragetorch"
@@ -103,10 +105,20 @@ def add_contents(_app: Any, page: str, source: list[str]) -> None:
             source[0] += "\n".join(["", "```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```", ""])
 
 
-def show_defaults(
+# Users get objects of these classes from functions and methods, so their constructors are private.
+NOT_CONSTRUCTED = {
+    "azstoragetorch.datasets.Blob",
+    "azstoragetorch.datasets.BlobDataset",
+    "azstoragetorch.datasets.IterableBlobDataset",
+}
+
+
+def show_signature(
     _app: Any, _what: str, name: str, _object: Any, _options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Show the defaults of a configuration, which come from the environment, by their values without one."""
+    """Hide private constructors, and show the default values of a configuration, which come from the environment."""
+    if name in NOT_CONSTRUCTED:
+        return "", returns
     if name == "azstoragetorch.TransferConfig" and signature:
         for setting in fields(azstoragetorch.TransferConfig):
             if setting.default_factory is not MISSING:
@@ -116,6 +128,15 @@ def show_defaults(
     return signature, returns
 
 
+def hide_overloads(_app: Any) -> None:
+    """Show methods of datasets with all their arguments: their overloads, which are for type checkers, hide them."""
+    for module in ("azstoragetorch.datasets._map", "azstoragetorch.datasets._iterable"):
+        analyzer = ModuleAnalyzer.for_module(module)
+        analyzer.analyze()
+        analyzer.overloads.clear()
+
+
 def setup(app: Any) -> None:
+    app.connect("builder-inited", hide_overloads)
     app.connect("source-read", add_contents)
-    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("autodoc-process-signature", show_signature)

@@ -8,26 +8,35 @@ from azstoragetorch._blob.url import BlobURL
 
 
 class BlobInfo(NamedTuple):
-    """A blob as a listing describes it: its URL without a SAS, its length in bytes, its quoted ETag."""
+    """A blob in a listing."""
 
     url: str
+    """The URL, without a SAS."""
     size: int
+    """The size in bytes."""
     etag: str
+    """The quoted ETag."""
 
 
 class BlobRange(NamedTuple):
-    """Bytes ``start <= i < stop`` of the version *etag* of a blob of *size* bytes.
+    """The bytes ``start <= i < stop`` of one version of a blob.
 
-    With a delimiter in *align* it stands for the records that start in these bytes: reading it skips what belongs to
-    a record that started before, and continues past *stop* to the end of its last record.
+    With a delimiter in `align`, the range means the records that start in these bytes: a reader skips the end of a
+    record that started earlier, and continues past `stop` to the end of the last record.
     """
 
     url: str
+    """The URL of the blob, without a SAS."""
     start: int
+    """The first byte."""
     stop: int
+    """The byte after the last one."""
     size: int
+    """The size of the blob in bytes."""
     etag: str
+    """The quoted ETag of the version."""
     align: bytes = b""
+    """The delimiter that ends a record; empty if records do not matter."""
 
 
 Item: TypeAlias = "str | BlobInfo | BlobRange"

@@ -1,14 +1,18 @@
-"""Distributed checkpoints (`torch.distributed.checkpoint`) on Azure Blob Storage, and their management.
+"""Distributed checkpoints (`torch.distributed.checkpoint`) on Azure Blob Storage.
 
-``writer`` and ``reader`` are what torch calls; what they have in common is in ``storage``. ``encoding`` turns items
-into the bytes of data blobs. A ``load`` carries out what torch's planner asks for: ``reads`` says what that is of which
-blobs, ``receiving`` gets it into memory, and ``sharing`` has ranks fetch once for all. Below them
-``format`` knows what a checkpoint consists of and ``folder`` where it all is; ``_tensors`` plans the requests and gets
-their bytes into tensors. ``commit`` is how saves, deletions and cleaning stay out of each other's way, and argues why.
-``catalog`` finds checkpoints and keeps the last, by ``order``; ``cleaning`` removes them, ``inspect`` looks into them,
-and ``convert`` loads entries and converts. ``urls`` has torch's functions choose the writer or reader for a URL.
-Connections and threads belong to the core.
+Pass a `BlobStorageWriter` to ``dcp.save`` or ``dcp.async_save`` and a `BlobStorageReader` to ``dcp.load``, or call
+`enable_urls` and pass URLs. Other functions find, inspect, convert, and delete checkpoints.
+
+A checkpoint is a folder in torch's format. A save is all or nothing: one request, for the blob ``.metadata``, makes it
+visible. :doc:`The guide </guide/checkpoints>` describes concurrent jobs, failures, and untrusted checkpoints.
 """
+
+# Structure: `_writer` and `_reader` implement torch's interfaces, and share `_storage`; `_urls` gives them to torch for
+# URLs. `_encoding` encodes items for data blobs. `_load` executes the plan of a load: `_reads` determines the ranges,
+# `_receiving` receives them, and `_sharing` lets ranks fetch shared data once. `_format` parses and writes metadata;
+# `_folder` knows the names in a folder. The package `_tensors` plans requests and copies bytes into tensors. `_commit`
+# explains how concurrent saves, deletions, and cleaning stay consistent. `_catalog` lists checkpoints in the order of
+# `_order`, `_cleaning` deletes them, `_inspect` reads metadata, and `_convert` loads entries and converts.
 
 from __future__ import annotations
 

@@ -1,13 +1,17 @@
 """DataPipes over blobs: list, open, load, read, save, shard, split, unpack, resume.
 
-They are torch's own ``IterDataPipe`` and compose with all of torch's pipes and DataLoader. Importing this module
-registers their functional names::
+They subclass torch's ``IterDataPipe``, and work with torch's pipes and DataLoader. Importing this module registers
+their functional names:
+
+.. code-block:: python
 
     from torch.utils.data import DataLoader
     from azstoragetorch.datapipes import AzureBlobFileLister
 
-    pipe = AzureBlobFileLister("https://<account>.blob.core.windows.net/<container>/train/", "*.jpg")
-    pipe = pipe.shuffle().sharding_filter().read_files_by_azure().map(decode)
+    container = "https://<account>.blob.core.windows.net/<container>"
+    pipe = AzureBlobFileLister(f"{container}/train/", "*.jpg")
+    pipe = pipe.shuffle().sharding_filter()
+    pipe = pipe.read_files_by_azure().map(decode)
     loader = DataLoader(pipe, batch_size=32, num_workers=4)
 
 =============================  =========================  =======================================================

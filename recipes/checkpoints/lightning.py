@@ -4,12 +4,12 @@
     trainer = Trainer(plugins=[plugin], callbacks=[ModelCheckpoint(dirpath="checkpoints", save_last=True)])
     trainer.fit(model, ckpt_path="last")
 
-Lightning continues to think in paths; those below *root* are blobs below the URL, and all others stay local files. A
-save is all or nothing: the blob that was there stays until the new one is complete.
+Lightning still uses paths. Paths below *root* are blobs below the URL, and all others are local files. A save is all or
+nothing: an existing blob stays until the new one is complete.
 
-``ModelCheckpoint`` looks at the local disk to find the last checkpoint and to choose a name that is not taken. So each
-blob has a short note of the same name below *root*, made when the plugin is made and when it saves; on a new machine,
-``ckpt_path="last"`` and names such as ``last-v1.ckpt`` work as with local files.
+``ModelCheckpoint`` searches the local disk for the last checkpoint and for a free name. So the plugin writes a small
+local file of the same name for each blob, when it is created and when it saves. On a new machine, ``ckpt_path="last"``
+and names such as ``last-v1.ckpt`` work as with local files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from urllib.parse import quote
 import torch
 from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
 from azure.core.exceptions import ResourceNotFoundError
-from azure.storage.blob import BlobClient, ContainerClient
+from azure.storage.blob import BlobClient, BlobServiceClient, ContainerClient
 
 from azstoragetorch import join_url
 from azstoragetorch.io import BlobIO
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class BlobCheckpointIO(CheckpointIO):
-    """Keeps what Lightning saves below *root* in blobs below *url*, in which a SAS may be."""
+    """Stores checkpoints below *root* as blobs below *url*, which may contain a SAS."""
 
     def __init__(self, url: str, *, root: str | os.PathLike[str] = ".", credential: Any = None) -> None:
         super().__init__()
@@ -102,17 +102,17 @@ class BlobCheckpointIO(CheckpointIO):
         """Nothing is held open."""
 
     def url_of(self, path: str | os.PathLike[str]) -> str:
-        """The blob that stands for *path*."""
+        """The URL of the blob for *path*."""
         text = os.fspath(path)
         if "://" in text:
             return text
         whole = self._place(path)
         if not whole.is_relative_to(self._root) or whole == self._root:
-            raise ValueError(f"{text!r} is not below {str(self._root)!r}, which is what the blobs stand for")
+            raise ValueError(f"{text!r} is not below root, {str(self._root)!r}")
         return join_url(self._url, whole.relative_to(self._root).as_posix())
 
     def note_blobs(self) -> None:
-        """Leave a note for each checkpoint that is in a blob and not on this machine."""
+        """Write a local note for each checkpoint in a blob."""
         blob = BlobClient.from_blob_url(join_url(self._url, "x"))
         place, _, sas = blob.url.partition("?")
         container_url = place[: -len(quote(f"/{blob.blob_name}", safe="~/"))]
@@ -128,7 +128,7 @@ class BlobCheckpointIO(CheckpointIO):
 
     def _note(self, place: Path, modified: float | None = None) -> None:
         if os.path.lexists(place) and not self._is_note(place):
-            return  # somebody's file
+            return  # a file of the user
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(f"{_NOTE}{self.url_of(place).partition('?')[0]}\n", encoding="utf-8")
         if modified is not None:
@@ -151,7 +151,7 @@ class BlobCheckpointIO(CheckpointIO):
     def _local(self, path: str | os.PathLike[str]) -> Any:
         """Lightning's way to local files: under ``ddp_spawn`` it hands over the weights in a temporary one."""
         if TorchCheckpointIO is None:
-            raise ValueError(f"{os.fspath(path)!r} is not below {str(self._root)!r}, which is what the blobs stand for")
+            raise ValueError(f"{os.fspath(path)!r} is not below root, {str(self._root)!r}")
         return TorchCheckpointIO()
 
     def _refuse_links(self, path: str | os.PathLike[str]) -> None:
@@ -166,6 +166,9 @@ class BlobCheckpointIO(CheckpointIO):
     def _sdk_credential(self) -> Any:
         credential = self._credential
         if credential is None and "sig=" not in self._url:
+            if self._url.startswith("http://"):  # Azurite, with its published key, as in BlobIO
+                emulator = BlobServiceClient.from_connection_string("UseDevelopmentStorage=true").credential
+                return AzureNamedKeyCredential(emulator.account_name, emulator.account_key)
             from azure.identity import DefaultAzureCredential
 
             credential = DefaultAzureCredential()

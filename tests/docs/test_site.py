@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,15 @@ def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
         if not any(f"{other}.{name}" in documented for other in twins):
             missing.append(name)
     assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_signatures_of_datasets_are_those_that_users_call(site: Path) -> None:
+    """The reference shows all arguments of the methods that create a dataset, and no private constructor."""
+    page = re.sub("<[^>]+>", "", (site / "reference/datasets.html").read_text(encoding="utf-8"))
+    assert "even" in page
+    assert [word for word in ("contents:", "placement:", "**options", "BlobClient") if word in page] == []
 
 
 @pytest.mark.slow
