@@ -12,7 +12,7 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError, ResourceNotFoundError
 from torch.distributed.checkpoint.metadata import Metadata
 
-from azstoragetorch._blob.client import BlobClient, ClientFactory, Page
+from azstoragetorch._blob.client import BlobClient, ClientFactory, ContainerClient, Page
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._engine.config import TransferConfig
@@ -111,6 +111,11 @@ class Folder:
     def prefix(self) -> str:
         """What the names of all blobs of the folder begin with."""
         return f"{self.address.blob}/" if self.address.blob else ""
+
+    @property
+    def container(self) -> ContainerClient:
+        """The container that it is in."""
+        return self._container
 
     def at(self, url: str) -> Folder:
         """The folder *url*, reached as this one is if it is in the same account and *url* has no SAS.

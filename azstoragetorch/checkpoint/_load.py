@@ -43,6 +43,7 @@ class Load:
         keep: Collection[ReadKey] = (),
         *,
         weights_only: bool = False,
+        hint: str = "",
     ) -> None:
         self._planner = planner
         self._folder = folder
@@ -54,7 +55,7 @@ class Load:
         """What was loaded of what other ranks wait for; `accept` hands it to the planner."""
         self._config = folder.transfer
         self._buffers = Staging(folder.transfer.memory_limit)
-        self._blobs = DataBlobs(folder)
+        self._blobs = DataBlobs(folder, hint)
         self._touched: set[str] = set()
         self._planner_calls = one_at_a_time()
 

@@ -155,7 +155,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
             self._failure = before
             return _Unread(before)  # torch asks after any failure; only a missing checkpoint is a reason to
         try:
-            metadata, version = self._folder.load(rank)
+            metadata, version = self._load_metadata(rank)
             self._check_version(version)
         except Exception as error:
             is_missing = isinstance(error, CheckpointNotFoundError)
@@ -170,6 +170,14 @@ class BlobStorageReader(FolderStorage, StorageReader):
         metadata.storage_meta.load_id = self._load_id
         self._version = version if rank is None else None  # ranks that did not coordinate have one each
         return metadata
+
+    @property
+    def _overwritten_hint(self) -> str:
+        return "; if it was restored from a copy, read it with check_etags=False"
+
+    def _load_metadata(self, rank: int | None) -> tuple[Metadata, Version]:
+        """The metadata of all ranks, or that of *rank* alone. Other formats have another way."""
+        return self._folder.load(rank)
 
     def _check_version(self, version: Version) -> None:
         if self._wanted is not None and self._wanted not in (version.save_id, version.etag):
@@ -252,7 +260,9 @@ class BlobStorageReader(FolderStorage, StorageReader):
         keep = sharing.kept() if sharing is not None else ()
         mine = plan.items if sharing is None else sharing.mine(plan.items)
         failure: CheckpointError | None = None
-        load = Load(self._folder, planner, self._registry, keep, weights_only=self._weights_only)
+        load = Load(
+            self._folder, planner, self._registry, keep, weights_only=self._weights_only, hint=self._overwritten_hint
+        )
         try:
             load.verify_with(self._digests())
             with many_objects():

@@ -15,7 +15,8 @@ from azstoragetorch.exceptions import BlobChangedError, CheckpointError
 class DataBlobs:
     """The data blobs of the checkpoint in *folder*, for one load."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, hint: str = "") -> None:
+        self._hint = hint  # what else an overwritten blob may mean
         self._folder = folder
         self._transfer = folder.transfer
         self._blobs: dict[str, PinnedBlob] = {}
@@ -50,8 +51,7 @@ class DataBlobs:
             state = (
                 "is missing"
                 if is_gone
-                else "is not the one that was saved, or was overwritten while it was read; if it was restored from a "
-                "copy, read it with check_etags=False"
+                else f"is not the one that was saved, or was overwritten while it was read{self._hint}"
             )
             raise CheckpointError(
                 f"the data blob {request.blob} with {named(keys)} {state} ({error})", key=keys[0]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceNotFoundError
 
-from azstoragetorch._blob.client import BlobClient, BlobVersion, ClientFactory
+from azstoragetorch._blob.client import BlobClient, BlobVersion, ClientFactory, ContainerClient
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import MiB, TransferConfig
@@ -33,19 +33,13 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\\\\:\ud800-\udfff]")
 
 
 class Folder:
-    """A folder of safetensors files; its URL may also be that of its index."""
+    """A folder of safetensors files. *index* is the name of the index to use, if the user has given it."""
 
-    def __init__(self, url: str, credential: Credential, transfer: TransferConfig | None) -> None:
-        parsed = parse_url(url)
-        if parsed.is_read_only:
-            raise ValueError(f"url {str(parsed)!r}: a folder has no snapshot or version")
-        name = parsed.blob.strip("/")
-        self._index: str | None = None
-        if name.endswith(INDEX_SUFFIX):
-            name, _, self._index = name.rpartition("/")
-        self._address: BlobURL = replace(parsed, blob=name, sas=None)
-        self._container = ClientFactory(credential, transfer, parsed).container(parsed)
-        self.prefix = f"{name}/" if name else ""
+    def __init__(self, container: ContainerClient, address: BlobURL, index: str | None = None) -> None:
+        self._container = container
+        self._address = address
+        self._index = index
+        self.prefix = f"{address.blob}/" if address.blob else ""
 
     @property
     def url(self) -> str:
@@ -196,12 +190,28 @@ class Folder:
         raise SafetensorsError(f"{self.url}: {what}", url=self.url)
 
 
+def folder_at(url: str, credential: Credential, transfer: TransferConfig | None) -> Folder:
+    """The folder at *url*, which may also be the URL of its index.
+
+    Raises:
+        ValueError: *url* is not valid, or names a snapshot.
+    """
+    parsed = parse_url(url)
+    if parsed.is_read_only:
+        raise ValueError(f"url {str(parsed)!r}: a folder has no snapshot or version")
+    name, index = parsed.blob.strip("/"), None
+    if name.endswith(INDEX_SUFFIX):
+        name, _, index = name.rpartition("/")
+    container = ClientFactory(credential, transfer, parsed).container(parsed)
+    return Folder(container, replace(parsed, blob=name, sas=None), index)
+
+
 def open_model(url: str, credential: Credential, transfer: TransferConfig | None) -> Model:
     """The model at *url*, which is that of a file if it ends in ``.safetensors``, else of a folder or an index."""
     parsed = parse_url(url)
     if parsed.blob.endswith(SUFFIX):
         return model_of_file(open_file(ClientFactory(credential, transfer, parsed).blob(parsed)))
-    return Folder(url, credential, transfer).open()
+    return folder_at(url, credential, transfer).open()
 
 
 def numbered(number: int, count: int, save: str = "") -> str:

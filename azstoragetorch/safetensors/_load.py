@@ -13,7 +13,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.safetensors._fetch import fetch
-from azstoragetorch.safetensors._folder import Folder
+from azstoragetorch.safetensors._folder import folder_at
 from azstoragetorch.safetensors._model import Model, reads_of
 from azstoragetorch.safetensors._open import open_model_file
 from azstoragetorch.safetensors._parts import Sharding, converted, sharding, wanted_of
@@ -115,7 +115,7 @@ def load_model_folder(
 
 
 def _open_folder(url: str, credential: Credential, transfer: TransferConfig | None, names: list[str] | None) -> Model:
-    return Folder(url, credential, transfer).open(names)
+    return folder_at(url, credential, transfer).open(names)
 
 
 def _load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -22,6 +23,7 @@ from azstoragetorch.safetensors._header import Entry
 
 SHARDING = "DCP_SHARDING_INFO"  # the metadata in which torch notes which part of a tensor a file holds
 OFFSETS = "saved_offsets"
+SAVE = "azstoragetorch_save"  # the metadata in which a save of several ranks has its id and its number of files
 _CELLS = 1 << 20  # of the grid that the chunks of one tensor make; no mesh of ranks makes so many
 
 
@@ -171,8 +173,9 @@ def model_of_files(url: str, files: Sequence[TensorFile]) -> Model:
     """The tensors of all *files*, of which those that torch has sharded are put together.
 
     Raises:
-        SafetensorsError: two files have the same tensor, or a part of a tensor is missing.
+        SafetensorsError: two files have the same tensor, or a part of a tensor or a file of a save is missing.
     """
+    _check_saves(url, files)
     tensors: dict[str, Stored] = {}
     parts: dict[str, list[Stored]] = {}
     for file in files:
@@ -215,6 +218,19 @@ def model_of_index(url: str, index: str, files: dict[str, TensorFile], weight_ma
                     tensor=name,
                 )
     return Model(url, tuple(files.values()), tensors, index)
+
+
+def _check_saves(url: str, files: Sequence[TensorFile]) -> None:
+    """Raise unless all files of a save of several ranks are there, and of one save only."""
+    saves = Counter((file.header.metadata or {}).get(SAVE) for file in files)
+    del saves[None]
+    for save, count in saves.items():
+        if save is not None and (len(saves) > 1 or save.rpartition("/")[2] != str(count)):
+            raise SafetensorsError(
+                f"{url}: of a save of several ranks, {count} of {save.rpartition('/')[2][:20]} files are here, with "
+                f"those of {len(saves) - 1} other saves: it is in progress, was interrupted, or files are missing",
+                url=url,
+            )
 
 
 def sharding_of(file: TensorFile) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import AZStorageTorchError, SafetensorsError
-from azstoragetorch.safetensors._folder import INDEX, INDEX_SUFFIX, SINGLE, Folder, numbered, of_a_save
+from azstoragetorch.safetensors._folder import INDEX, INDEX_SUFFIX, SINGLE, Folder, folder_at, numbered, of_a_save
 from azstoragetorch.safetensors._header import Layout
 from azstoragetorch.safetensors._save import kind_of, layout_of, write_file
 
@@ -85,7 +85,7 @@ def save_folder(
     """
     limit = _bytes_of(max_shard_size)
     state = _unshared(tensors.state_dict()) if isinstance(tensors, torch.nn.Module) else dict(tensors)
-    folder = Folder(url, credential, transfer)
+    folder = folder_at(url, credential, transfer)
     for name, tensor in state.items():
         kind_of(name, tensor, folder.url)
     metadata = {"format": "pt"} if metadata is None else metadata
