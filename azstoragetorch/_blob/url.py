@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 from azstoragetorch._blob.secret import Secret
@@ -152,6 +152,12 @@ class BlobURL:
         """
         check_name(name, "name")
         return BlobURL(self.scheme, self.host, self.account_path, self.container, name, sas=self.sas)
+
+    def with_checked_blob(self, name: str) -> BlobURL:
+        """The blob *name*, which is not refused, in the same snapshot or version, with the same SAS."""
+        # Not dataclasses.replace, which takes twice as long: every sample needs this.
+        version = self.snapshot, self.versionid
+        return BlobURL(self.scheme, self.host, self.account_path, self.container, name, *version, self.sas)
 
 
 def parse_blob_url(url: str) -> BlobURL:
@@ -296,16 +302,8 @@ def _with_query(place: BlobURL, text: str, what: str) -> BlobURL:
         raise ValueError(f"{what} has a SAS without a signature (sig=): copy the whole SAS")
     if not _SAS.fullmatch(sas):
         raise ValueError(f"{what} has a SAS with a space or another invalid character: copy it again")
-    return BlobURL(
-        place.scheme,
-        place.host,
-        place.account_path,
-        place.container,
-        place.blob,
-        snapshot=options.get("snapshot") or None,
-        versionid=options.get("versionid") or None,
-        sas=Secret(sas) if sas else None,
-    )
+    snapshot, version = options.get("snapshot") or None, options.get("versionid") or None
+    return replace(place, snapshot=snapshot, versionid=version, sas=Secret(sas) if sas else None)
 
 
 def _check_parameter(item: str, place: BlobURL, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import io
 import pathlib
 import pickle
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from azstoragetorch.checkpoint._format import dump_metadata, load_metadata, read_item
 from azstoragetorch.checkpoint._format.records import _NAMES
 from azstoragetorch.exceptions import CheckpointError
+from tests.checkpoint.watched import changes_since, snapshot
 
 from .pickles import example
 
@@ -28,23 +28,6 @@ SLOWEST = 1.0  # seconds of processor time for one input
 _TIMES, _ANYWAY = 20, 64 << 20  # memory of one input: so many times its length, and so many bytes anyway
 _RELEASES = Path(__file__).parent.parent / "checkpoint" / "stock"  # what releases of torch write
 _PAGE = resource.getpagesize()
-_ENUM = metadata_classes._MEM_FORMAT_ENCODING
-_WATCHED: tuple[Any, ...] = (
-    *(value for value in vars(metadata_classes).values() if isinstance(value, type)),
-    *_ENUM,
-    _StorageInfo,
-    pathlib,
-    *(value for value in vars(pathlib).values() if isinstance(value, type)),
-    enum,
-    *(value for value in vars(enum).values() if isinstance(value, type)),
-    torch,
-    torch.Size,
-    torch.dtype,
-    torch.layout,
-    torch.memory_format,
-    torch.device,
-    torch.serialization,
-)
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.layout, torch.memory_format)
 _MADE = (
     metadata_classes.Metadata,
@@ -64,7 +47,7 @@ def check_metadata(raw: bytes) -> None:
     It takes little time and memory, nothing outside changes, what is returned is what `pickle` reads, and it can be
     shown, compared, hashed and saved again.
     """
-    before = [dict(vars(value)) for value in _WATCHED]
+    before = snapshot()
     peak, now = _peak(), _resident()
     begin = time.process_time()
     metadata, error = None, ""
@@ -158,15 +141,6 @@ def _peak() -> int:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-
-
-def changes_since(before: list[dict[str, Any]]) -> list[Any]:
-    """Which of the watched have another attribute, one less or one more."""
-    return [value for value, was in zip(_WATCHED, before, strict=True) if not _is_same(vars(value), was)]
-
-
-def _is_same(now: Any, was: dict[str, Any]) -> bool:
-    return len(now) == len(was) and all(now.get(name, ...) is member for name, member in was.items())
 
 
 def metadata_seeds() -> list[bytes]:
