@@ -14,8 +14,13 @@ A save
   6. deletes the data that what was seen referred to.
 
 A save of one rank alone writes the metadata blob of that rank, which readers use only without a checkpoint of all
-ranks. After (4) it looks for one, and if there is one it deletes its metadata and fails: so it does not succeed with a
-checkpoint that is not loaded. A save of all ranks that commits later replaces it.
+ranks. After (4) it looks for one, and if there is one it takes its metadata back and fails: so it does not succeed with
+a checkpoint that is not loaded. A save of all ranks that commits later replaces it.
+
+To take metadata back is not to delete it: it may carry the fence of a cleaner, or stand in the place of a tombstone
+that was one. A save lists the folder, writes a tombstone on the condition that its metadata is still there, with a
+cutoff that covers all data in the listing that could be committed, deletes what is left of its own data, and ends as
+in (e).
 
 Cleaning deletes data that no metadata refers to. It
   a. lists the folder; what began after a cutoff is left alone;
@@ -43,6 +48,9 @@ Why data that counts is never deleted:
   checkpoint without data; then all of it is gone, and looking for any one blob (5) shows it. The folder had
   no other checkpoint that could have been lost. If the save is killed between 4 and 5, its metadata stays: the one case
   that remains, for a folder without a checkpoint that is swept in the last instant of its first save.
+* Data that was fenced off stays so when metadata is taken back. If none of it is in the listing, what was to be deleted
+  of it is deleted: its save finds that out in (3), or in (5) if all of it was there before. If some of it is, the new
+  cutoff covers it, and the tombstone stays as long as it is there.
 * A write whose answer is lost may be repeated after it was carried out and undone: if nothing was seen, the checkpoint
   was deleted meanwhile and nothing is there again. That is why a deletion, too, ends with a tombstone.
 
@@ -54,8 +62,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from azure.core.exceptions import ResourceModifiedError
+from azure.core.exceptions import AzureError, ResourceModifiedError
 
 from azstoragetorch._blob.client import BlobProperties
 from azstoragetorch.checkpoint._fence import (
@@ -64,9 +75,9 @@ from azstoragetorch.checkpoint._fence import (
     cleaned_until,
     new_tombstone,
 )
-from azstoragetorch.checkpoint._folder import Folder, Seen
+from azstoragetorch.checkpoint._folder import Folder, Seen, describe, picklable
 from azstoragetorch.checkpoint._format import metadata_name, metadata_of, saved_at
-from azstoragetorch.exceptions import CheckpointConflictError, CheckpointError
+from azstoragetorch.exceptions import AZStorageTorchError, CheckpointConflictError, CheckpointError
 
 log = logging.getLogger("azstoragetorch")
 
@@ -81,7 +92,8 @@ def commit(
     Raises:
         CheckpointConflictError: something else is there by now, or the checkpoint of all ranks, which readers prefer to
             that of one; it is unchanged.
-        CheckpointError: the data was deleted, and the metadata was taken back.
+        CheckpointError: the data was deleted, and the metadata was taken back; or the save is committed, but a look
+            afterwards failed. The message says which.
         FatalBlobIOWriteError: the service does not say whether it was done.
         AzureError: the service refused the request, or could not be reached.
     """
@@ -93,10 +105,11 @@ def commit(
         is_ours, found = blob.replace(content, etag=etag)
         if is_ours:
             folder.remember(content, paths)
+            mine = _Committed(folder, rank, content, paths, save_id)
             if not seen.exists and paths:
-                _check_kept(folder, rank, content, min(paths))
+                mine.check_kept()
             if rank is not None:
-                _check_preferred(folder, rank, content, save_id)
+                mine.check_preferred()
             return
         if not _is_only_fenced(folder, rank, found, seen, begun):
             break
@@ -116,45 +129,95 @@ def _is_only_fenced(folder: Folder, rank: int | None, found: BlobProperties | No
     return folder.blob(metadata_name(rank)).has_content(found, seen.content)
 
 
-def _check_kept(folder: Folder, rank: int | None, content: bytes, path: str) -> None:
-    """Take the metadata *content* back if the data blob *path*, which it refers to, is gone."""
-    if folder.blob(path).version() is None and _take_back(folder, rank, content):
-        raise CheckpointError(
-            f"{folder.url}: {path} was deleted while the save was in progress, so the save has no effect. Clean with a "
-            "min_age that is longer than a save takes",
-            checkpoint=folder.url,
-            rank=rank,
-        )
+@dataclass(frozen=True)
+class _Committed:
+    """A save whose metadata *content* was written."""
 
+    folder: Folder
+    rank: int | None
+    content: bytes
+    paths: frozenset[str]
+    save_id: str
 
-def _check_preferred(folder: Folder, rank: int, content: bytes, save_id: str) -> None:
-    """Take the metadata *content* of *rank* back if there is a checkpoint of all ranks."""
-    if folder.is_complete():
-        _take_back(folder, rank, content)
+    def check_kept(self) -> None:
+        """Take the save back if its data is gone; any one blob shows it."""
+        folder, path = self.folder, min(self.paths)
+        with self._explaining(
+            f"whether its data is still there could not be checked after that (HEAD {path}); load the checkpoint to "
+            "find out, or save again"
+        ):
+            is_there = folder.blob(path).version() is not None
+        if is_there:
+            return
+        with self._explaining(
+            f"{path} had been deleted while it was in progress, so it cannot be loaded, and its metadata could not be "
+            "taken back; delete the checkpoint, save again, and clean with a min_age that is longer than a save takes"
+        ):
+            is_gone = self._take_back()
+        if is_gone:
+            raise self._error(
+                f"{path} was deleted while the save was in progress, so the save has no effect. Clean with a min_age "
+                "that is longer than a save takes"
+            )
+
+    def check_preferred(self) -> None:
+        """Take the save of one rank back if there is a checkpoint of all ranks."""
+        folder, rank = self.folder, self.rank
+        with self._explaining(
+            "whether there is a checkpoint of all ranks, which readers prefer, could not be checked after that (HEAD "
+            f"{metadata_name()}); save again, and use separate folders for saves with and without collectives"
+        ):
+            if not folder.is_complete():
+                return
+        with self._explaining(
+            "a save of all ranks was committed while it was in progress, which readers load instead, and its metadata "
+            f"could not be taken back; delete {metadata_name(rank)}, and use separate folders for saves with and "
+            "without collectives"
+        ):
+            self._take_back()
         other = folder.save_id()
         raise CheckpointConflictError(
-            f"{folder.url}: while this save ({save_id}) of rank {rank} alone was in progress, a save of all ranks "
+            f"{folder.url}: while this save ({self.save_id}) of rank {rank} alone was in progress, a save of all ranks "
             f"({other or 'of an unknown id'}) was committed, which readers prefer. This save has no effect, and the "
             "other checkpoint is unchanged. Use separate folders for saves with and without collectives",
             checkpoint=folder.url,
             rank=rank,
-            save_id=save_id,
+            save_id=self.save_id,
             other_save_id=other,
         )
 
-
-def _take_back(folder: Folder, rank: int | None, content: bytes) -> bool:
-    """Delete the metadata *content*; False if it was replaced or deleted since."""
-    for _ in range(_MOST_FENCES):
-        now = folder.see(rank)
-        if now.content != content:
-            return False
+    def _take_back(self) -> bool:
+        """Put a tombstone in the place of the metadata and end the save; False if another save has replaced it."""
+        folder, rank = self.folder, self.rank
+        name = metadata_name(rank)
+        for _ in range(_MOST_FENCES):
+            now = folder.see(rank)
+            if now.content != self.content:
+                return not now.exists
+            begun = [saved_at(found) or 0.0 for found in _committable(folder, rank)]
+            etag = fence(folder, rank, now, max(begun, default=0.0), keeps=False)
+            if etag is not None:
+                break
+        else:
+            raise CheckpointError(f"other processes have changed {name} {_MOST_FENCES} times")
         try:
-            folder.blob(metadata_name(rank)).delete(etag=now.etag)
-            break
-        except ResourceModifiedError:
-            continue
-    return True
+            folder.each(lambda path: folder.blob(path).delete(), sorted(self.paths))
+            lift(folder, rank, etag)
+        except (AzureError, AZStorageTorchError) as error:
+            log.warning("%s: data of a save without effect was not deleted, clean will: %s", folder.url, error)
+        return True
+
+    @contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        """Say of an error of the service that the save is committed, and *what* is the matter."""
+        try:
+            yield
+        except (AzureError, AZStorageTorchError) as error:
+            state = f"this save ({self.save_id}) is committed, but {what}: {describe(error)}"
+            raise self._error(state) from picklable(error)
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder.url}: {what}", checkpoint=self.folder.url, rank=self.rank)
 
 
 def _conflict(
@@ -202,10 +265,16 @@ def fence(folder: Folder, rank: int | None, seen: Seen, cutoff: float, *, keeps:
 def lift(folder: Folder, rank: int | None, etag: str) -> None:
     """Delete the tombstone *etag*, unless there is data that a save in progress could still commit in its place."""
     name = metadata_name(rank)
-    if any(saved_at(found) is not None and metadata_of(found) == name for found in folder.names(uncommitted=True)):
+    if _committable(folder, rank):
         log.info("%s: %s stays, since there is data of a save in progress", folder.url, name)
         return
     try:
         folder.blob(name).delete(etag=etag)
     except ResourceModifiedError:
         log.debug("%s: %s was replaced", folder.url, name)
+
+
+def _committable(folder: Folder, rank: int | None) -> list[str]:
+    """The data blobs in *folder*, also uncommitted ones, that the metadata of *rank* could refer to."""
+    name = metadata_name(rank)
+    return [n for n in folder.names(uncommitted=True) if saved_at(n) is not None and metadata_of(n) == name]

@@ -292,7 +292,9 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                 raise
             raise _exists(save) from error
         except (AzureError, FatalBlobIOWriteError) as error:
-            raise _error(save, f"the metadata could not be written: {error}") from picklable(error)
+            is_known = isinstance(error, AzureError)  # else the message says what is not known
+            effect = ", so the save has no effect" if is_known else ""
+            raise _error(save, f"the metadata could not be written{effect}: {error}") from picklable(error)
 
     def _discard(self, save: Save, paths: frozenset[str], seen: Seen) -> None:
         """Delete the data of the checkpoint that was replaced. The save counts, whatever comes of that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,7 +26,7 @@ from azstoragetorch.checkpoint._fence import new_tombstone
 from azstoragetorch.checkpoint._format import load_metadata
 from azstoragetorch.exceptions import CheckpointConflictError, CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.states import load, reason, save
-from tests.faults import FaultService, Match, Status
+from tests.faults import FaultService, Fine, Match, Status
 
 QUICK = TransferConfig(max_backoff=0.05)
 OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
@@ -181,6 +182,104 @@ def test_an_error_while_old_data_is_deleted_does_not_fail_the_save(fault_service
     fault_service.script("delete", [Status(403)], repeat=True)
     save(state(2), writer(url))
     assert loaded(url) == 2
+
+
+# -- looks after the commit -------------------------------------------------------------------------------------------
+
+
+def failed(url: str, **options: Any) -> str:
+    """The message of a save that fails."""
+    with pytest.raises((dcp.CheckpointException, CheckpointError)) as caught:
+        save(state(1), writer(url), **options)
+    error = caught.value if isinstance(caught.value, CheckpointError) else reason(caught.value)
+    assert isinstance(error, CheckpointError)
+    assert error.checkpoint == url
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    return str(error)
+
+
+def when_metadata(service: FaultService, exists: bool, action: Any = None) -> Any:
+    """A condition for requests: whether ``.metadata`` or that of rank 0 exists; *action* runs first if it holds."""
+
+    def holds(_request: Any) -> bool:
+        found = any(name.endswith(("/.metadata", "/__0.metadata")) for name in service.names("data"))
+        if found == exists and action is not None:
+            action()
+        return found == exists
+
+    return holds
+
+
+def delete_data(service: FaultService) -> None:
+    for name in service.names("data"):
+        if name.endswith(".distcp"):
+            service.delete("data", name)
+
+
+def test_a_commit_that_is_refused_has_no_effect(fault_service: FaultService, url: str) -> None:
+    fault_service.script(Match("put_blob", path="metadata"), [Status(403)])
+    assert "could not be written, so the save has no effect" in failed(url)
+    assert not fault_service.exists("data", "run/.metadata")
+
+
+def test_a_failure_to_look_for_the_data_of_a_committed_save_says_so(fault_service: FaultService, url: str) -> None:
+    """A first save looks once more after its commit."""
+    is_committed = when_metadata(fault_service, exists=True)
+    fault_service.script(Match("head", path="distcp", where=is_committed), [Status(403)], repeat=True)
+    message = failed(url)
+    assert "is committed, but whether its data is still there could not be checked" in message
+    assert "HEAD __0_0." in message
+    assert "403" in message
+    assert "no effect" not in message
+    fault_service.clear_script()
+    assert loaded(url) == 1
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_save_whose_data_is_deleted_at_its_commit_takes_itself_back(
+    fault_service: FaultService, url: str, own: bool
+) -> None:
+    """It leaves nothing behind, not even a tombstone."""
+    before = when_metadata(fault_service, exists=False, action=lambda: delete_data(fault_service))
+    fault_service.script(Match("put_blob", path="metadata", where=before), [Fine()])
+    options: dict[str, Any] = {"no_dist": True, "use_collectives": False} if own else {}
+    assert "was deleted while the save was in progress, so the save has no effect" in failed(url, **options)
+    assert fault_service.names("data") == []
+
+
+def test_a_save_that_cannot_be_taken_back_says_so(fault_service: FaultService, url: str) -> None:
+    before = when_metadata(fault_service, exists=False, action=lambda: delete_data(fault_service))
+    after = when_metadata(fault_service, exists=True)
+    fault_service.script(Match("put_blob", path="metadata", where=before), [Fine()])
+    fault_service.script(Match("put_blob", path="metadata", where=after), [Status(403)], repeat=True)
+    message = failed(url)
+    assert "is committed, but __0_0." in message
+    assert "its metadata could not be taken back; delete the checkpoint" in message
+    assert "403" in message
+    assert "no effect" not in message
+    fault_service.clear_script()
+    assert delete_checkpoint(url, credential=False) == 1
+    assert fault_service.names("data") == []
+
+
+def test_a_failure_to_look_for_a_checkpoint_of_all_ranks_says_so(fault_service: FaultService, url: str) -> None:
+    """A save of one rank alone looks for one after its commit, since readers would prefer it."""
+    is_committed = when_metadata(fault_service, exists=True)
+    fault_service.script(Match("head", path=r"/\.metadata", where=is_committed), [Status(403)], repeat=True)
+    message = failed(url, no_dist=True, use_collectives=False)
+    assert "is committed, but whether there is a checkpoint of all ranks" in message
+    assert "403" in message
+    assert "no effect" not in message
+    assert fault_service.exists("data", "run/__0.metadata")
+
+
+def test_a_save_of_one_rank_alone_that_cannot_be_taken_back_says_so(fault_service: FaultService, url: str) -> None:
+    after = when_metadata(fault_service, exists=True)
+    fault_service.script(Match("put_blob", path="__0.metadata", where=after), [Fine(), Status(403)], repeat=True)
+    message = failed(url, planner=Meanwhile(lambda: save(state(3), writer(url))), no_dist=True, use_collectives=False)
+    assert "is committed, but a save of all ranks was committed while it was in progress" in message
+    assert "could not be taken back; delete __0.metadata" in message
+    assert loaded(url) == 3
 
 
 # -- cleaning ---------------------------------------------------------------------------------------------------------

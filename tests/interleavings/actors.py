@@ -75,6 +75,22 @@ def save(
     return save_id
 
 
+def save_by_two_ranks(folder: str, step: int) -> str:
+    """Save one data blob on each of two ranks, the coordinator last, as torch does; return the id of the save."""
+    url = f"{BASE}/{folder}"
+    writers = [BlobStorageWriter(url, blobs_per_rank=1, **OPTIONS) for _ in range(2)]
+    for writer in writers:
+        writer.reset(url)
+    save_id = writers[0].storage_meta().save_id
+    for rank, writer in enumerate(writers):
+        writer.set_up_storage_writer(rank == 0, rank=rank)
+    plans = [replace(PLAN, items=PLAN.items[rank :: len(writers)]) for rank in range(len(writers))]
+    written = [writers[rank].write_data(plans[rank], Values(step)).value() for rank in (1, 0)]  # type: ignore[arg-type]
+    writers[0].finish(replace(METADATA), written)
+    assert save_id is not None
+    return save_id
+
+
 def load(folder: str) -> int:
     """Load with two ranks, as torch does; return the step, which must be the same everywhere."""
     states = [{key: torch.zeros(2) for key in KEYS} for _ in range(2)]
@@ -123,6 +139,7 @@ def _keep(folder: str, number: int, writer: BlobStorageWriter) -> list[str]:
 
 
 SAVE = Kind("save", lambda folder, number, writer: save(folder, 10 + number), saves=True)
+RANKS = Kind("save by two ranks", lambda folder, number, writer: save_by_two_ranks(folder, 10 + number), saves=True)
 ASYNC = Kind(
     "async_save, one writer",
     lambda folder, number, writer: save(folder, 10 + number, writer),

@@ -273,6 +273,18 @@ def begin(programs: Sequence[Program], memory: Memory) -> State:
     return State(programs, tuple(program.start for program in programs), memory)
 
 
+def advanced(state: State, first: Sequence[tuple[int, str]]) -> State:
+    """The state after *first*: an actor sends requests until the next one is the named one, or it has ended."""
+    for number, stop in first:
+        while True:
+            at, request = next(((at, request) for at, who, request in state.enabled if who == number), (0, None))
+            if request is None or (stop and str(request).startswith(stop)):
+                assert (request is None) == (not stop), f"actor {number} does not send {stop!r}"
+                break
+            state = state.step(at, number)
+    return state
+
+
 class _Search:
     def __init__(self, after_step: Check, at_end: Check, faults: Sequence[str], fault: Fault | None) -> None:
         self._after_step = after_step
@@ -322,14 +334,16 @@ def explore(
     *,
     faults: Sequence[str] = (),
     fault: Fault | None = None,
+    first: Sequence[tuple[int, str]] = (),
 ) -> Tally:
-    """Run every order, without a fault and with one of *faults* at any request, or each with *fault*.
+    """Run every order that begins with *first*, without a fault and with one of *faults* at any later request.
 
-    Stops at the first violation.
+    With *fault*, only with that. Stops at the first violation.
     """
     search = _Search(after_step, at_end, faults, fault)
     state = begin(programs, memory)
-    search.tally.runs = search.visit(state, (0,) * sum(len(node.pending) for node in state.nodes))
+    count = sum(len(node.pending) for node in state.nodes)
+    search.tally.runs = search.visit(advanced(state, first), (0,) * count)
     return search.tally
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .actors import (
@@ -90,12 +90,18 @@ def _makes_sense(kinds: tuple[Kind, ...], beginning: str) -> bool:
 
 
 def explore_all(
-    pair: Combination, *, faults: bool, fault: Fault | None = None, programs: Programs | None = None
+    pair: Combination,
+    *,
+    faults: bool,
+    fault: Fault | None = None,
+    programs: Programs | None = None,
+    first: Sequence[tuple[int, str]] = (),
 ) -> Tally:
-    """Every order of *pair*; with *faults* also with each fault at each request of each actor."""
+    """Every order of *pair* that begins with *first*; with *faults* also with each fault at each later request."""
     rules = pair.rules
     found = (programs or Programs()).of(pair.kinds, pair.folder)
-    return explore(found, pair.start, rules.after_step, rules.at_end, faults=FAULTS if faults else (), fault=fault)
+    kinds = FAULTS if faults else ()
+    return explore(found, pair.start, rules.after_step, rules.at_end, faults=kinds, fault=fault, first=first)
 
 
 THREES = combinations(3)

@@ -17,7 +17,7 @@ from azure.core.exceptions import AzureError
 from azstoragetorch._blob.client import BlobClient
 from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _save, _writer
 
-from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, LOAD, SAVE, Programs, predictable
+from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, LOAD, RANKS, SAVE, Programs, predictable
 from .explorer import Fault, Tally, replaced_transport
 from .memory import Memory
 from .table import DELTAS, Combination, combinations, explore_all, wander_once
@@ -85,6 +85,26 @@ def test_three_at_once_in_random_orders_with_random_faults(programs: Programs) -
         assert wander_once(randomness, programs).violations == []
 
 
+FENCED_WHEN_TAKEN_BACK = [
+    (0, "PUT run/step-1/.metadata"),  # a save has seen nothing, and its data is there
+    (1, "PUT run/step-1/__1_0"),  # so has another one, by two ranks
+    (3, ""),  # the data of the first is deleted on purpose, before the other one has any
+    (0, "HEAD run/step-1/__0_0"),  # the first commits, and has yet to look for its data
+    (1, "PUT run/step-1/__0_0"),  # the other one has stored the data of one rank
+    (2, "DELETE"),  # which a cleaner lists; it has put up its fence: the metadata of the first
+    (1, "PUT run/step-1/.metadata"),  # the data of the other rank, which the cleaner has not listed, is there too
+]
+FOUR = Combination((SAVE, RANKS, CLEAN_ALL, DELETE), "nothing")
+
+
+@pytest.mark.parametrize("faults", [False, True])
+def test_a_save_that_takes_its_metadata_back_leaves_the_fence_of_others(faults: bool) -> None:
+    """If its metadata was deleted, the other save would commit half of its data."""
+    tally = explore_all(FOUR, faults=faults, first=FENCED_WHEN_TAKEN_BACK)
+    assert tally.violations == []
+    assert tally.runs > 100
+
+
 # -- the explorer detects wrong protocols ------------------------------------------------------------------------------
 
 
@@ -116,8 +136,17 @@ def test_a_save_that_repeats_its_commit_past_every_fence_is_caught(monkeypatch: 
 
 
 def test_a_first_save_that_does_not_look_again_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_commit, "_check_kept", lambda *_: None)
+    monkeypatch.setattr(_commit._Committed, "check_kept", lambda _: None)
     assert found(Combination((SAVE, CLEAN_ALL), "nothing")).violations
+
+
+def test_metadata_that_is_deleted_with_the_fence_that_it_carries_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def delete(save: Any) -> bool:
+        now = save.folder.see(save.rank)
+        return now.content == save.content and save.folder.blob(".metadata").delete(etag=now.etag)
+
+    monkeypatch.setattr(_commit._Committed, "_take_back", delete)
+    assert explore_all(FOUR, faults=False, first=FENCED_WHEN_TAKEN_BACK).violations
 
 
 def test_a_commit_that_is_not_looked_for_when_its_answer_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
