@@ -2,14 +2,18 @@
 
 torch calls a writer several times for a save, all on the thread that the save runs on, and passes nothing along that
 says which save it is. Several saves may use one writer at once: `async_save` runs each on a thread, and a signal
-handler may save in the middle of another save on the same thread.
+handler may save in the middle of another save on the same thread. That one may fail at any point, which the writer is
+not told. So a save remembers the calls that were running when it began: see `Saves`.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 from azstoragetorch._engine.job import Job
@@ -18,6 +22,20 @@ from azstoragetorch.checkpoint._folder import Folder, Seen
 from azstoragetorch.checkpoint._format import new_save_id
 
 _MOST_OPEN = 8  # saves of one thread that have not ended; older ones have failed
+
+
+Stack = tuple[tuple[int, CodeType], ...]
+"""The calls that are running on a thread, the outermost first. Not their frames, which keep alive what is saved."""
+
+
+def _present_stack() -> Stack:
+    """The stack of this thread."""
+    found = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        found.append((id(frame), frame.f_code))
+        frame = frame.f_back
+    return tuple(reversed(found))
 
 
 @dataclass(eq=False)
@@ -35,6 +53,12 @@ class Save:
     digesting: Job[Digesting] | None = None
     is_set_up: bool = False
     is_written: bool = False
+    begun: Stack = field(default_factory=_present_stack, repr=False)
+
+    def returned(self, now: Stack) -> int:
+        """How many of the calls that were running when it began are over in the stack *now*."""
+        common = (one == other for one, other in zip(self.begun, now, strict=False))
+        return len(self.begun) - sum(1 for _ in itertools.takewhile(bool, common))
 
     @property
     def is_own(self) -> bool:
@@ -62,7 +86,7 @@ class Saves(threading.local):
 
     def begin_again(self, prepared: Save) -> Save:
         """Begin the save *prepared* again: with another id, so that it begins now."""
-        save = Save(prepared.folder)
+        save = Save(prepared.folder, begun=prepared.begun)
         self._open = [save if other is prepared else other for other in self._open]
         return save
 
@@ -72,17 +96,27 @@ class Saves(threading.local):
         return save if save is not None and not save.is_set_up else None
 
     def innermost(self) -> Save | None:
-        """The save that was begun last."""
-        return next(reversed(self._open), None)
+        """The save in progress that was begun last."""
+        return next(iter(self._likeliest_first()), None)
+
+    def _likeliest_first(self) -> list[Save]:
+        """The saves, the one first to which the present call of torch belongs.
+
+        That is the innermost one whose `dcp.save` is running. When another save has failed inside of it, more of the
+        calls that were running when that one began are over: its `dcp.save`, and the handler that called this.
+        """
+        now, found = _present_stack(), self._open[::-1]
+        found.sort(key=lambda save: save.returned(now))  # of equals, the innermost stays first
+        return found
 
     def to_write(self) -> Save | None:
         """The innermost save that is set up and has written nothing."""
-        return next((save for save in reversed(self._open) if save.is_set_up and not save.is_written), None)
+        return next((save for save in self._likeliest_first() if save.is_set_up and not save.is_written), None)
 
     def to_finish(self, paths: Collection[str]) -> Save | None:
         """The save that wrote one of *paths*, else the innermost that wrote."""
         ours = (save for save in reversed(self._open) if any(save.save_id in path for path in paths))
-        written = (save for save in reversed(self._open) if save.is_written)
+        written = (save for save in self._likeliest_first() if save.is_written)
         return next(ours, None) or next(written, None)
 
     def end(self, save: Save) -> None:

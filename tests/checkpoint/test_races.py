@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -175,6 +177,65 @@ def test_a_save_inside_another_by_the_same_writer_and_thread(url: str) -> None:
 
     dcp.save(state(1), checkpoint_id=f"{url}/outer", storage_writer=mine, planner=Interrupted(), no_dist=True)
     assert (loaded(f"{url}/outer"), loaded(f"{url}/inner")) == (1, 7)
+
+
+STEPS = ["set_up_planner", "create_local_plan", "create_global_plan", "finish_plan", "resolve_data"]  # of a planner
+
+
+class Logging(BlobStorageWriter):
+    """A writer of a user, with a method of its own between torch and ours."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        super().reset(checkpoint_id)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", [BlobStorageWriter, Logging])
+def test_a_save_that_fails_inside_another_by_the_same_writer_and_thread(
+    url: str, step: str, kind: type[BlobStorageWriter]
+) -> None:
+    """As in a signal handler: the outer save keeps its folder, wherever it is and the inner one fails."""
+    mine = kind(url, credential=False)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("broken")
+
+    for inside in STEPS:
+        failing, outer = dcp.DefaultSavePlanner(), dcp.DefaultSavePlanner()
+        setattr(failing, step, fail)
+        original = getattr(outer, inside)
+        failures: list[BaseException] = []
+
+        def handle(
+            *arguments: Any, original: Any = original, failing: Any = failing, failures: Any = failures, **options: Any
+        ) -> Any:
+            if not failures:
+                with pytest.raises(dcp.CheckpointException, match="broken") as caught:
+                    dcp.save(state(7), checkpoint_id=f"{url}/inner", storage_writer=mine, planner=failing, no_dist=True)
+                failures.append(caught.value)
+            return original(*arguments, **options)
+
+        setattr(outer, inside, handle)
+        dcp.save(state(1), checkpoint_id=f"{url}/{inside}", storage_writer=mine, planner=outer, no_dist=True)
+        assert failures
+        assert loaded(f"{url}/{inside}") == 1
+    with pytest.raises(dcp.CheckpointException, match=r"no checkpoint here|no complete checkpoint"):
+        loaded(f"{url}/inner")
+
+
+def test_a_save_that_has_failed_keeps_nothing_alive(url: str) -> None:
+    class Failing(dcp.DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            raise OSError("broken")
+
+    mine = writer(url)
+    tensor = torch.zeros(1000)
+    gone = weakref.ref(tensor)
+    with pytest.raises(dcp.CheckpointException, match="broken"):
+        dcp.save({"x": tensor}, checkpoint_id=url, storage_writer=mine, planner=Failing(), no_dist=True)
+    del tensor
+    gc.collect()
+    assert gone() is None
 
 
 def test_an_error_while_old_data_is_deleted_does_not_fail_the_save(fault_service: FaultService, url: str) -> None:
