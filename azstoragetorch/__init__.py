@@ -4,7 +4,7 @@
 
    faces      cli
               safetensors
-              checkpoint  datapipes  datasets  filesystem  nodes
+              checkpoint  datapipes  datasets  filesystem  nodes  weights
               io
    _samples   cache  catalog  fetching  listing  resume  sources  workers
               tar

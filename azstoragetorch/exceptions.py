@@ -8,6 +8,7 @@
         ├── BlobChangedError               a blob was overwritten while it was being read
         ├── ClientRequestIdMismatchError   a response belongs to another request
         ├── SafetensorsError               a safetensors file or a folder of them cannot be read or written
+        ├── WeightsError                   published weights cannot be published or followed
         └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
             ├── CheckpointConflictError    another save was committed while this one was in progress
             ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
@@ -32,6 +33,7 @@ __all__ = [
     "ClientRequestIdMismatchError",
     "FatalBlobIOWriteError",
     "SafetensorsError",
+    "WeightsError",
 ]
 
 
@@ -135,3 +137,7 @@ class CheckpointExistsError(CheckpointError):
 
 class CheckpointNotFoundError(CheckpointError):
     """The folder has no checkpoint, or only data that an interrupted save left behind."""
+
+
+class WeightsError(AZStorageTorchError):
+    """Weights cannot be published, because another publisher has published to the folder, or cannot be followed."""

@@ -26,7 +26,7 @@ import azstoragetorch
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
-FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors", "filesystem"}
+FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors", "filesystem", "weights"}
 HOUSES = FACES | {"cli"}  # packages or modules that are not divided into layers
 
 # Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
