@@ -16,7 +16,7 @@
               description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload
-              copying  download  listing  window
+              copying  download  listing  signing  window
               service
               authorizers  connection  credentials  retry  transport
               admission  errors  secret  url

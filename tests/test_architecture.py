@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.authorizers", "filesystem._options"},
-    "azure.storage.blob": {"_blob.authorizers"},
+    "azure.storage.blob": {"_blob.authorizers", "_blob.signing"},
     "blake3": {"_tensors.hashing"},  # an optional dependency, for which SHA-256 stands in
     "certifi": {"_blob.connection"},
     "fsspec": {"filesystem"},  # an extra, although torch depends on it
@@ -78,7 +78,7 @@ ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
     ("_engine.turns", "_getframe"): "documented; a call is known by its frame",
     ("_engine.turns", "_current_frames"): "documented; whether a thread still executes a call",
     ("io._drops", "_finalizing"): "the mark that Python's io classes have while their finalizer closes them",
-    ("filesystem._transfers", "_intrans"): "whether a transaction is open, which fsspec's own file systems ask as well",
+    ("filesystem._writes", "_intrans"): "whether a transaction is open, which fsspec's own file systems ask as well",
     ("checkpoint._format.envelope", "_checkpoint_offset"): "where torch.load, in that mode, says that the bytes begin",
     ("checkpoint._load", "_extension"): "torch's registry of stream extensions, which the format refers to",
     ("checkpoint._urls", "_storage_setup"): "where torch chooses the writer or reader for a checkpoint_id",

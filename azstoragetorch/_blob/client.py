@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from azstoragetorch._blob.multiplex import multiplexer_for
 from azstoragetorch._blob.readahead import ReadAhead
 from azstoragetorch._blob.retry import Retry, Transient, retrying
 from azstoragetorch._blob.service import Request, Service, is_tracing
+from azstoragetorch._blob.signing import sign_for_identity, sign_with_key
 from azstoragetorch._blob.upload import BlockContent, BlockWriter
 from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
@@ -182,7 +184,7 @@ class BlobClient(_Client):
         found = self.find_properties()
         return found.version if found is not None else None
 
-    def put(self, data: bytes, *, create_only: bool = False) -> None:
+    def put(self, data: bytes | memoryview, *, create_only: bool = False) -> None:
         """Replace the content of the blob with *data*, with one request if it fits into a block.
 
         Raises:
@@ -282,6 +284,19 @@ class BlobClient(_Client):
             AzureError: the service refused the request, cannot read the source, or cannot be reached.
         """
         copy_blob(self.service, self.url, source, properties, scope)
+
+    def sign(self, lifetime: timedelta) -> str:
+        """The URL of the blob with a SAS that allows reading it for *lifetime*.
+
+        Raises:
+            ValueError: the credential is a SAS, or anonymous: neither can sign.
+            AzureError: the service refused to create a key for the identity.
+        """
+        if (key := self._credential.account_key(self.url)) is not None:
+            return sign_with_key(self.url, key, lifetime)
+        if not self.service.authorizer.headers():
+            raise ValueError(f"{self.url}: only an account key or an identity can sign a URL, not a SAS")
+        return sign_for_identity(self.service, self.url, lifetime)
 
     def delete(self, *, etag: str | None = None) -> bool:
         """Delete the blob, only if it has *etag* where that is given; return False if the blob does not exist."""

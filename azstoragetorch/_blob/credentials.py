@@ -94,6 +94,12 @@ class CredentialHolder:
             f"{TRUSTED_HOSTS}={url.host}; for public data pass credential=False"
         )
 
+    def account_key(self, url: BlobURL) -> AzureNamedKeyCredential | None:
+        """The account key for *url*, if the credential is one."""
+        if self._sas is None and isinstance(self._credential, AzureNamedKeyCredential):
+            return self._credential
+        return _EMULATOR_KEY if self._sas is None and self._credential is None and url.is_emulator else None
+
     def __repr__(self) -> str:
         kind = "SAS in URL" if self._sas is not None else type(self._credential).__name__
         return f"CredentialHolder({kind})"

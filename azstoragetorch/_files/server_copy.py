@@ -13,7 +13,7 @@ from azstoragetorch._files.transfer import CopyOptions, Hooks, copy_blob
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 
 COPIED_BLOCK = 64 * MiB  # large enough that requests cost little, small enough that many are copied at once
-_NOT_IMPLEMENTED = 501  # what emulators answer
+_NOT_IMPLEMENTED = (500, 501)  # what emulators answer
 
 
 def copy_on_server(
@@ -52,6 +52,6 @@ def copy_on_server(
             writer.commit(md5=found.md5, properties=headers)
     except FatalBlobIOWriteError as error:
         cause = error.__cause__
-        if not (isinstance(cause, HttpResponseError) and cause.status_code == _NOT_IMPLEMENTED):
+        if not (isinstance(cause, HttpResponseError) and cause.status_code in _NOT_IMPLEMENTED):
             raise
         copy_blob(source, target, Hooks(scope, lambda _size: None), CopyOptions(is_forced=True))

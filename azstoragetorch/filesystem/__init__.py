@@ -19,6 +19,13 @@ Files are :class:`~azstoragetorch.io.BlobIO`, and transfers of many files and ra
 
 from __future__ import annotations
 
+try:
+    import fsspec as _fsspec  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"azstoragetorch.filesystem needs fsspec ({error}): pip install 'azstoragetorch[fsspec]'"
+    ) from error
+
 from azstoragetorch.filesystem._file import AzureBlobFile
 from azstoragetorch.filesystem._system import AzureBlobFileSystem, install
 

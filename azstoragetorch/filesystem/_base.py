@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.utils import tokenize
 
 from azstoragetorch._blob.client import AccountClient, BlobClient, ClientFactory, ContainerClient
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.url import BlobURL, check_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.threads import Engine, engine_for
-from azstoragetorch.filesystem._options import Hidden, check_names, hide, resolve, transfer_of
+from azstoragetorch.filesystem._options import Hidden, account_url, check_names, credential_of, hide, transfer_of
 from azstoragetorch.filesystem._paths import PROTOCOLS, Place, account_of, parent, strip
-
-try:
-    from fsspec import AbstractFileSystem
-    from fsspec.utils import tokenize
-except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.filesystem needs fsspec ({error}): pip install 'azstoragetorch[fsspec]'"
-    ) from error
 
 
 class _Strip:
@@ -52,6 +48,7 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
     storage_options = _StorageOptions()
     storage_args: tuple[Any, ...] = ()
     _strip_protocol = _Strip()
+    _epoch = object()  # another one after each change; listings that are older are not cached
 
     def __init__(
         self,
@@ -94,21 +91,19 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
     @property
     def clients(self) -> ClientFactory:
         """The clients of this account."""
-        return self._resolved()[0]
+        found: ClientFactory | None = self.__dict__.get("_clients")
+        if found is None:
+            credential, is_trusted = credential_of(self._options, self.account)
+            trusted = self.account if is_trusted else None
+            found = self.__dict__.setdefault("_clients", ClientFactory(credential, transfer_of(self._options), trusted))
+        assert found is not None
+        return found
 
     @property
     def account(self) -> BlobURL:
         """The URL of this account, with an empty container."""
-        return self._resolved()[1]
-
-    def _resolved(self) -> tuple[ClientFactory, BlobURL]:
-        found: tuple[ClientFactory, BlobURL] | None = self.__dict__.get("_found")
-        if found is None:
-            account = resolve(self._options)
-            trusted = account.url if account.is_trusted else None
-            made = ClientFactory(account.credential, transfer_of(self._options), trusted), account.url
-            found = self.__dict__.setdefault("_found", made)
-        return found
+        found: BlobURL | None = self.__dict__.get("_account")
+        return found or self.__dict__.setdefault("_account", account_url(self._options))
 
     @property
     def engine(self) -> Engine:
@@ -132,10 +127,12 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
             return [self.strip(item) for item in path]
         named = account_of(path)
         if named is not None and named.host != self.account.host:
-            raise ValueError(
-                f"path: it is in the account {named.host}, but this file system is for {self.account.host}: create "
-                "another one with fsspec.url_to_fs(path)"
-            )
+            ours = self._options.get("account_name") or self.account.account_name
+            if not ours or named.account_name != ours:
+                raise ValueError(
+                    f"path: it is in the account {named.host}, but this file system is for {self.account.host}: create "
+                    "another one with fsspec.url_to_fs(path)"
+                )
         return strip(path)
 
     @staticmethod
@@ -179,6 +176,7 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
 
     def invalidate_cache(self, path: Any = None) -> None:
         """Forget the cached listings of *path*, of everything below it, and of the directories above it; or all."""
+        self._epoch = object()
         super().invalidate_cache(path)
         if path is None:
             self.dircache.clear()
@@ -192,7 +190,8 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
                 break
             place = parent(place)
         for key in stale:
-            self.dircache.pop(key, None)
+            with suppress(KeyError):  # another thread was first
+                del self.dircache[key]
 
     # -- what is shown and pickled ----------------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from azstoragetorch.filesystem._errors import already_exists, is_a_directory, no
 from azstoragetorch.filesystem._listings import is_marker
 from azstoragetorch.filesystem._paths import Place
 from azstoragetorch.filesystem._plans import plan_copy
-from azstoragetorch.filesystem._transfers import Transfers
+from azstoragetorch.filesystem._writes import Writes
 
 
-class Changes(Transfers):
+class Changes(Writes):
     """The operations that change files and containers."""
 
     def rm_file(self, path: Any) -> None:
@@ -64,15 +64,12 @@ class Changes(Transfers):
             raise PermissionError(f"{self!r}: all containers of an account are not deleted at once: name them")
         found = self.find_below(place, maxdepth=maxdepth)
         is_there = bool(found.files or found.directories or found.markers)
-        files = [Place(*name.split("/", 1)) for name in found.files]
-        if place.name and self._map(self._delete, [place, *files])[0]:
-            is_there = True
-        elif not place.name:
-            self._map(self._delete, files)
+        self._map(self._delete, [Place(*name.split("/", 1)) for name in found.files])
         self._delete_markers(found.markers)
-        with translating(place.path):
-            if not place.name and maxdepth is None and self.container(place).delete():
-                is_there = True
+        if maxdepth is None or not found.directories:  # else it is not empty
+            with translating(place.path):
+                itself = self.blob(place) if place.name else self.container(place)
+                is_there = itself.delete() or is_there
         self.invalidate_cache(place.path)
         if not is_there:
             raise not_found(place.path)
@@ -115,7 +112,7 @@ class Changes(Transfers):
                 if found is None and not self.isdir(source.path):
                     raise not_found(source.path)
                 return None
-            copy_on_server(client, self._target(target.path), found, Scope())
+            copy_on_server(client, self.target(target.path), found, Scope())
         self.invalidate_cache(target.path)
         return source, found.version.etag
 
@@ -171,9 +168,19 @@ class Changes(Transfers):
         self._map(self._delete_version, copied)
         if recursive:
             for item in path1 if isinstance(path1, list) else [path1]:
-                self._delete_markers(self.find_below(self.place(item)).markers)
+                self._delete_all_markers(self.place(item))
         for place, _ in copied:
             self.invalidate_cache(place.path)
+
+    def _delete_all_markers(self, place: Place) -> None:
+        """Delete the markers of the directory *place*, from which all files were moved, and of those below it."""
+        found = self.find_below(place)
+        if not found.files:
+            self._delete_markers(found.markers)
+            with translating(place.path):
+                properties = self.blob(place).find_properties() if place.name else None
+                if properties is not None and is_marker(properties.headers):
+                    self.blob(place).delete(etag=properties.version.etag)
 
     def mv_file(self, path1: Any, path2: Any) -> None:
         """Move a file; see `mv`."""
@@ -218,7 +225,7 @@ class Changes(Transfers):
         """Like `mkdir` with parents; with *exist_ok*, it is not an error if the directory exists.
 
         Raises:
-            FileExistsError: something is at *path*, and *exist_ok* is not set; or a file is there.
+            FileExistsError: something is at *path*, and *exist_ok* is not set.
         """
         if not exist_ok:
             self.mkdir(path)

@@ -8,8 +8,9 @@ the cache of listings. Everything else asks the service.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from typing import Any
@@ -64,14 +65,17 @@ class Listings(Base):
         return [dict(entry) for entry in entries] if detail else [entry["name"] for entry in entries]
 
     def _list_directory(self, place: Place) -> list[Entry]:
+        epoch = self._epoch
         with translating(place.path):
             found, exists = self._list_level(place)
         entries = sorted([*found.files.values(), *found.directories.values()], key=_name_of)
+        entries = [entry for entry in entries if entry["name"] != f"{place.path}/"]  # its path is that of the directory
         if not entries and not exists:
             entry = self.info(place.path)
             if entry["type"] == "file":
                 return [entry]
-        self.dircache[place.path] = entries
+        if self._epoch is epoch:  # else something was changed meanwhile
+            self.dircache[place.path] = entries
         return entries
 
     def info(self, path: Any, refresh: bool = False) -> Entry:  # noqa: ARG002 - always fresh
@@ -114,20 +118,22 @@ class Listings(Base):
         place = self.place(path)
         if not place.name:
             return False
-        with translating(place.path):
+        with suppress(FileNotFoundError), translating(place.path):
             found = self.blob(place).find_properties()
-        return found is not None and not is_marker(found.headers)
+            return found is not None and not is_marker(found.headers)
+        return False
 
     def isdir(self, path: Any) -> bool:
         """Whether a directory exists at *path*. There can be a file as well."""
         place = self.place(path)
         if not place.container:
             return True
-        with translating(place.path):
+        with suppress(FileNotFoundError), translating(place.path):
             if self._has_blobs(place):
                 return True
             found = self.blob(place).find_properties() if place.name else None
-        return found is not None and is_marker(found.headers)
+            return found is not None and is_marker(found.headers)
+        return False
 
     def sizes(self, paths: Iterable[Any]) -> list[int]:
         """The size of each of *paths* in bytes."""
@@ -205,7 +211,7 @@ class Listings(Base):
 
     def find_below(self, place: Place, prefix: str = "", maxdepth: int | None = None, *, dated: bool = False) -> Found:
         """Everything below *place*. Files have entries only if *dated*. Nothing if the container does not exist."""
-        with translating(place.path):
+        with suppress(FileNotFoundError), translating(place.path):
             if maxdepth is not None:
                 return self._find_levels(place, prefix, maxdepth)
             if place.container:
@@ -215,6 +221,7 @@ class Listings(Base):
             for part in self._map(partial(self._find_flat, dated=dated), list(places)):
                 found.update(part)
             return found
+        return Found()  # no container can have this name
 
     def _find_flat(self, place: Place, prefix: str = "", *, dated: bool) -> Found:
         found, container = Found(), place.container
@@ -316,6 +323,23 @@ class Listings(Base):
         if date is None:
             raise NotImplementedError(f"{self.blob(place).url}: the service sent no {header}")
         return date
+
+    def sign(self, path: Any, expiration: float = 100) -> str:
+        """The URL of a file with a SAS that allows reading it for *expiration* seconds.
+
+        It is signed with the account key, or for the identity, which needs the role Storage Blob Delegator, too.
+
+        Raises:
+            NotImplementedError: the credential is a SAS, or anonymous.
+        """
+        place = self.place(path)
+        if not place.name:
+            raise is_a_directory(place.path)
+        with translating(place.path):
+            try:
+                return self.blob(place).sign(timedelta(seconds=expiration))
+            except ValueError as error:
+                raise NotImplementedError(str(error)) from error
 
     def missing(self, path: str, error: HttpResponseError) -> OSError:
         """The error for a file that cannot be read because of *error*: what is there can be a directory."""

@@ -40,20 +40,20 @@ KNOWN = (
     "skip_instance_cache",
 )
 _OF_ADLFS = {
-    "blocksize": "transfer=TransferConfig(block_size=...)",
-    "max_concurrency": "transfer=TransferConfig(max_concurrency=...)",
-    "connection_timeout": "transfer=TransferConfig(connect_timeout=...)",
-    "read_timeout": "transfer=TransferConfig(read_timeout=...)",
-    "timeout": "transfer=TransferConfig(read_timeout=...)",
-    "default_cache_type": "nothing: files read ahead as the access pattern needs",
-    "default_fill_cache": "nothing: files read ahead as the access pattern needs",
-    "version_aware": "nothing: a path can always end in ?versionid=...",
-    "assume_container_exists": "nothing: containers are not checked",
-    "asynchronous": "nothing: the file system is synchronous, and many transfers run at once anyway",
-    "loop": "nothing: the file system is synchronous, and many transfers run at once anyway",
-    "location_mode": "account_host='<account>-secondary.blob.core.windows.net'",
-    "request_session": "nothing: connections are pooled by this process",
-    "socket_timeout": "nothing: it has no effect in adlfs either",
+    "blocksize": "pass transfer=TransferConfig(block_size=...)",
+    "max_concurrency": "pass transfer=TransferConfig(max_concurrency=...)",
+    "connection_timeout": "pass transfer=TransferConfig(connect_timeout=...)",
+    "read_timeout": "pass transfer=TransferConfig(read_timeout=...)",
+    "timeout": "pass transfer=TransferConfig(read_timeout=...)",
+    "default_cache_type": "leave it out, since files read ahead as the access pattern needs",
+    "default_fill_cache": "leave it out, since files read ahead as the access pattern needs",
+    "version_aware": "leave it out, since a path can always end in ?versionid=...",
+    "assume_container_exists": "leave it out, since containers are not checked",
+    "asynchronous": "leave it out, since the file system is synchronous, and many transfers run at once anyway",
+    "loop": "leave it out, since the file system is synchronous, and many transfers run at once anyway",
+    "location_mode": "pass account_host='<account>-secondary.blob.core.windows.net'",
+    "request_session": "leave it out, since connections are pooled by this process",
+    "socket_timeout": "leave it out, since it has no effect in adlfs either",
 }
 _FIELDS = {  # of a connection string
     name.lower()
@@ -81,16 +81,6 @@ class Hidden:
             return None
 
 
-@dataclass(frozen=True)
-class Account:
-    """An account with its credential."""
-
-    url: BlobURL
-    credential: Credential | CredentialHolder
-    is_trusted: bool
-    """Whether the credential was passed together with the host."""
-
-
 def check_names(options: Mapping[str, Any]) -> None:
     """Refuse unknown options.
 
@@ -101,9 +91,7 @@ def check_names(options: Mapping[str, Any]) -> None:
         if name in KNOWN:
             continue
         if name in _OF_ADLFS:
-            raise TypeError(
-                f"storage option {name!r} is one of adlfs; write {_OF_ADLFS[name]}".replace("write no", "use no")
-            )
+            raise TypeError(f"storage option {name!r} is one of adlfs: {_OF_ADLFS[name]}")
         nearest = get_close_matches(name, KNOWN, 1, cutoff=0.6)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the options are {', '.join(KNOWN)}"
         raise TypeError(f"unknown storage option {name!r}: {hint}")
@@ -134,36 +122,46 @@ def transfer_of(options: Mapping[str, Any]) -> TransferConfig | None:
     return TransferConfig(**transfer) if isinstance(transfer, Mapping) else transfer
 
 
-def resolve(options: Mapping[str, Any]) -> Account:
-    """The account that *options* (see `hide`) and the environment name.
+def credential_of(options: Mapping[str, Any], url: BlobURL) -> tuple[Credential | CredentialHolder, bool]:
+    """The credential for the account *url*, from *options* (see `hide`) or the environment.
+
+    The second value says whether it was passed together with the host.
 
     Raises:
-        ValueError: no account is named, or options contradict each other; or a secret was left out of a pickle and is
-            not in the environment either.
-        TypeError: an option has the wrong type.
+        ValueError: options contradict each other; or a secret was left out of a pickle and is not in the environment
+            either.
     """
+    explicit = _explicit_credentials(options, url)
+    if len(explicit) > 1:
+        raise ValueError(f"storage options {' and '.join(explicit)} contradict each other: pass one of them")
+    for credential in explicit.values():
+        return credential, True
+    found, is_trusted = _credential_of_environment(url)
+    lost = [value for value in options.values() if isinstance(value, Hidden) and value.value is None]
+    if found is None and lost:
+        lost[0].secret.reveal()  # raises: it says what to do
+    return found, is_trusted
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
     for name in KNOWN:
         if name in ("account_name", "account_host", "tenant_id", "client_id") or name in _SECRETS:
             value = options.get(name)
             if not (value is None or isinstance(value, (str, Hidden))):
                 raise TypeError(f"storage option {name} must be a str, not {type(value).__name__}")
-    url = _account_url(options)
-    explicit = _explicit_credentials(options, url)
-    if len(explicit) > 1:
-        raise ValueError(f"storage options {' and '.join(explicit)} contradict each other: pass one of them")
-    for credential in explicit.values():
-        return Account(url, credential, is_trusted=True)
-    found, is_trusted = _credential_of_environment(url)
-    lost = [value for value in options.values() if isinstance(value, Hidden) and value.value is None]
-    if found is None and lost:
-        lost[0].secret.reveal()  # raises: it says what to do
-    return Account(url, found, is_trusted=is_trusted)
 
 
 # -- the account -------------------------------------------------------------------------------------------------------
 
 
-def _account_url(options: Mapping[str, Any]) -> BlobURL:
+def account_url(options: Mapping[str, Any]) -> BlobURL:
+    """The account that *options* (see `hide`) and the environment name, as a URL with an empty container.
+
+    Raises:
+        ValueError: no account is named, or two.
+        TypeError: an option has the wrong type.
+    """
+    _check_types(options)
     connection = _connection(options)
     named, host = options.get("account_name"), options.get("account_host")
     name = named or connection.get("accountname")
@@ -174,6 +172,8 @@ def _account_url(options: Mapping[str, Any]) -> BlobURL:
         connection = _connection_of_environment()
         name, endpoint = connection.get("accountname"), _endpoint(connection)
     name = name or (os.environ.get(ACCOUNT_VARIABLE) if not endpoint else None)
+    if not endpoint and name and _connection_of_environment().get("accountname") == name:
+        endpoint = _endpoint(_connection_of_environment())
     if endpoint:
         return _url_of_endpoint(endpoint, name)
     if not name:

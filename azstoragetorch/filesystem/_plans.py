@@ -18,7 +18,7 @@ class Plan:
 
     def __init__(self, fs: Listings) -> None:
         self._fs = fs
-        self._kinds: dict[str, str] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self.pairs: list[tuple[Any, Any]] = []
 
     def get_file(self, rpath: Any, lpath: Any, **_options: Any) -> None:
@@ -33,18 +33,22 @@ class Plan:
         """Note the pair."""
         self.pairs.append((path1, path2))
 
+    def entry_of(self, path: Any) -> dict[str, Any] | None:
+        """What a listing has shown at *path*."""
+        return self._entries.get(path)
+
     def is_known_directory(self, path: Any) -> bool:
         """Whether a listing has shown that *path* is a directory."""
-        return self._kinds.get(path) == "directory"
+        entry = self._entries.get(path)
+        return entry is not None and entry["type"] == "directory"
 
     def isdir(self, path: Any) -> bool:
         """Like the file system, without a request if a listing has shown it."""
-        kind = self._kinds.get(path)
-        return self._fs.isdir(path) if kind is None else kind == "directory"
+        return self.is_known_directory(path) if path in self._entries else self._fs.isdir(path)
 
     def exists(self, path: Any, **options: Any) -> bool:
         """Like the file system, without a request if a listing has shown it."""
-        return path in self._kinds or self._fs.exists(path, **options)
+        return path in self._entries or self._fs.exists(path, **options)
 
     def find(self, path: Any, **options: Any) -> Any:
         """Like the file system."""
@@ -61,7 +65,7 @@ class Plan:
     def _listed(self, operation: str, path: Any, options: dict[str, Any]) -> Any:
         detail = options.pop("detail", False)
         found = getattr(self._fs, operation)(path, detail=True, **options)
-        self._kinds.update({name: entry["type"] for name, entry in found.items()})
+        self._entries.update(found)
         return found if detail else list(found)
 
     def __getattr__(self, name: str) -> Any:

@@ -34,6 +34,7 @@ OPERATIONS = frozenset(
         "delete_container",
         "list_containers",
         "get_account_information",
+        "get_user_delegation_key",
         "unknown",
     }
 )

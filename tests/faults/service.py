@@ -470,7 +470,7 @@ def _operation(head: Head, query: Mapping[str, str], container: str, blob: str) 
             ("DELETE", ""): "delete_container",
         }
     else:
-        names = {("GET", "list"): "list_containers"}
+        names = {("GET", "list"): "list_containers", ("POST", "userdelegationkey"): "get_user_delegation_key"}
     return names.get((method, comp), "unknown")
 
 

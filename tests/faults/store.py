@@ -575,6 +575,21 @@ class BlobStore:
             },
         )
 
+    def _do_get_user_delegation_key(self, request: Request) -> Answer:
+        info = ElementTree.fromstring(bytes(request.body))
+        fields = {
+            "SignedOid": "oid",
+            "SignedTid": "tid",
+            "SignedStart": info.findtext("Start") or "",
+            "SignedExpiry": info.findtext("Expiry") or "",
+            "SignedService": "b",
+            "SignedVersion": "2023-11-03",
+            "Value": base64.b64encode(bytes(32)).decode(),
+        }
+        rows = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items())
+        body = f'<?xml version="1.0" encoding="utf-8"?><UserDelegationKey>{rows}</UserDelegationKey>'
+        return Answer(200, {"Content-Type": "application/xml"}, body.encode())
+
     def _do_unknown(self, request: Request) -> Answer:
         raise ServiceError(405, "UnsupportedHttpVerb")
 

@@ -19,9 +19,8 @@ def connection_string(container: Container) -> str:
 
 
 def on_azurite(container: Container, **options: Any) -> AzureBlobFileSystem:
-    return AzureBlobFileSystem(
-        connection_string=connection_string(container), **{"skip_instance_cache": True, **options}
-    )
+    options = {"connection_string": connection_string(container), "skip_instance_cache": True, **options}
+    return AzureBlobFileSystem(**options)
 
 
 def on_faults(service: FaultService, **options: Any) -> AzureBlobFileSystem:

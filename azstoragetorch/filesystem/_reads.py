@@ -1,9 +1,8 @@
-"""Bytes: opening files, and reading and writing whole files and ranges, many at once."""
+"""Open files, and read whole files and ranges, many at once."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,12 @@ from fsspec.callbacks import DEFAULT_CALLBACK
 from fsspec.utils import isfilelike
 
 from azstoragetorch._blob.client import BlobClient
+from azstoragetorch._blob.url import check_name
 from azstoragetorch._engine.memory import filled_bytes
 from azstoragetorch._engine.ranges import ByteRange, coalesce
 from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import one_at_a_time
-from azstoragetorch._files.transfer import CopyOptions, Hooks, get_file, get_stream, put_file
+from azstoragetorch._files.transfer import CopyOptions, Hooks, get_file, get_stream
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.filesystem._errors import (
     EXPECTED,
@@ -29,14 +29,13 @@ from azstoragetorch.filesystem._errors import (
 )
 from azstoragetorch.filesystem._file import AzureBlobFile
 from azstoragetorch.filesystem._listings import Listings, is_marker
-from azstoragetorch.filesystem._plans import Plan, plan_get, plan_put
+from azstoragetorch.filesystem._plans import Plan, plan_get
 
 _MAX_GAP = 64 << 10  # bytes between two ranges that are fetched anyway: cheaper than a second request
-_LARGE_AT_ONCE = 2  # each takes all connections; the second one covers the end of the first
 _FORWARDED = ("block_size", "cache_type", "cache_options", "fill_cache", "size")  # of fsspec; they have no effect here
 
 
-_Fetch: TypeAlias = "Callable[[], list[tuple[int, Any]]]"
+_Fetch: TypeAlias = "Callable[[Scope], list[tuple[int, Any]]]"
 """Fetches some ranges; returns their numbers, and for each the bytes or an error."""
 
 
@@ -49,8 +48,8 @@ class _Ranges:
     members: tuple[tuple[int, int, int], ...]
 
 
-class Transfers(Listings):
-    """The operations that transfer bytes."""
+class Reads(Listings):
+    """The operations that read, and `open`."""
 
     def _open(
         self,
@@ -103,8 +102,6 @@ class Transfers(Listings):
         if found is not None and is_marker(found.headers):
             raise is_a_directory(path)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
-
     def cat_file(self, path: Any, start: int | None = None, end: int | None = None) -> bytes:
         """The content of a file, or the bytes from *start* to *end*, which work as in a slice.
 
@@ -148,13 +145,11 @@ class Transfers(Listings):
         results: list[Any] = [b""] * len(paths)
         groups, others = self._plan_ranges(paths, begins, stops, _MAX_GAP if max_gap is None else max_gap)
         etags: dict[str, str] = {}
-        calls: list[Callable[[], list[tuple[int, Any]]]] = [
-            partial(self._fetch_group, group, etags) for group in groups
-        ]
+        calls: list[_Fetch] = [partial(self._fetch_group, group, etags) for group in groups]
         calls += [partial(self._fetch_other, number, paths[number], begins[number], stops[number]) for number in others]
 
-        def call(fetch: _Fetch, _scope: Scope) -> list[tuple[int, Any]]:
-            found = fetch()
+        def call(fetch: _Fetch, scope: Scope) -> list[tuple[int, Any]]:
+            found = fetch(scope)
             for _, result in found:
                 if on_error != "return" and isinstance(result, Exception):
                     raise result
@@ -190,10 +185,10 @@ class Transfers(Listings):
                 groups.append(_Ranges(path, span, tuple(ranges[first:at])))
         return groups, others
 
-    def _fetch_group(self, group: _Ranges, etags: dict[str, str]) -> list[tuple[int, Any]]:
+    def _fetch_group(self, group: _Ranges, etags: dict[str, str], scope: Scope) -> list[tuple[int, Any]]:
         try:
             client = self._file_client(group.path)
-            opened = client.open_range(group.span)
+            opened = client.open_range(group.span, scope=scope)
             etag = opened.version.etag
             if etag and etags.setdefault(group.path, etag) != etag:
                 opened.close()
@@ -210,7 +205,9 @@ class Transfers(Listings):
             return [(group.members[0][0], data)]
         return [(number, data[begin - low : end - low]) for number, begin, end in group.members]
 
-    def _fetch_other(self, number: int, path: Any, start: int | None, end: int | None) -> list[tuple[int, Any]]:
+    def _fetch_other(
+        self, number: int, path: Any, start: int | None, end: int | None, _scope: Scope
+    ) -> list[tuple[int, Any]]:
         try:
             return [(number, self.cat_file(path, start, end))]
         except (OSError, ValueError) as error:
@@ -251,33 +248,31 @@ class Transfers(Listings):
 
         For a directory, a local directory is created.
         """
-        place = self.place(rpath)
         stream = outfile if outfile is not None else lpath if isfilelike(lpath) else None
-        if not place.name:
+        entry = self.info(rpath)
+        if entry["type"] != "directory":
+            self._get_one(rpath, lpath if stream is None else stream, callback, entry["size"], Scope())
+        elif stream is not None:
+            raise is_a_directory(entry["name"])
+        else:
             Path(lpath).mkdir(parents=True, exist_ok=True)
-            return
-        client = self.blob(place)
-        if callback is not DEFAULT_CALLBACK:
-            with translating(place.path):
-                callback.set_size(client.get_properties().version.size)
-        hooks = Hooks(Scope(), _advance(callback))
-        try:
-            if stream is not None:
-                get_stream(client, stream, hooks)
+
+    def _get_one(self, rpath: Any, target: Any, callback: Any, size: int | None, scope: Scope) -> None:
+        """Copy a file to *target*, a local path or an open file."""
+        path = self.strip(rpath)
+        client = self._file_client(path)
+        if size is not None and callback is not DEFAULT_CALLBACK:
+            callback.set_size(size)
+        hooks = Hooks(scope, advance_of(callback))
+        with translating(path):
+            if isfilelike(target):
+                get_stream(client, target, hooks)
                 return
-            target = Path(lpath)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_dir():
-                raise is_a_directory(str(target))
-            get_file(client, target, hooks, CopyOptions(is_forced=True))
-        except EXPECTED as error:
-            if isinstance(error, HttpResponseError):
-                failure = self.missing(place.path, error)
-                if isinstance(failure, IsADirectoryError) and stream is None:
-                    Path(lpath).mkdir(parents=True, exist_ok=True)
-                    return
-                raise failure from error
-            raise as_os_error(error, place.path) from error
+            local = Path(target)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            if local.is_dir():
+                raise is_a_directory(str(local))
+            get_file(client, local, hooks, CopyOptions(is_forced=True))
 
     def get(
         self,
@@ -290,109 +285,21 @@ class Transfers(Listings):
         """Copy files and, with *recursive*, directories to local ones, concurrently, by the rules of fsspec."""
         plan = plan_get(self, rpath, lpath, recursive, maxdepth)
 
-        def transfer(pair: tuple[Any, Any], child: Any) -> None:
+        def transfer(pair: tuple[Any, Any], child: Any, scope: Scope) -> None:
             source, target = pair
-            if plan.is_known_directory(source):
-                Path(target).mkdir(parents=True, exist_ok=True)
+            entry = plan.entry_of(source) or self.info(source)
+            if entry["type"] != "directory":
+                self._get_one(source, target, child, entry["size"], scope)
             else:
-                self.get_file(source, target, callback=child)
+                check_name(self.place(source).name, "path")  # '..' in it would lead out of the local directory
+                Path(target).mkdir(parents=True, exist_ok=True)
 
-        self._transfer_all(plan.pairs, transfer, callback, self.transfer.max_concurrency)
+        self.transfer_all(plan.pairs, transfer, callback, self.transfer.max_concurrency)
 
-    # -- writing ----------------------------------------------------------------------------------------------------
-
-    def pipe_file(self, path: Any, value: Any, mode: str = "overwrite") -> None:
-        """Replace the content of a file with the bytes *value*; with the mode ``"create"``, it must not exist.
-
-        Raises:
-            FileExistsError: the mode is ``"create"``, and the file exists.
-        """
-        path = self.strip(path)
-        if self._intrans:
-            with self.open(path, "xb" if mode == "create" else "wb") as file:
-                file.write(value)
-            return
-        client = self._target(path)
-        with translating(path):
-            client.put(value, create_only=_is_create(mode))
-        self.invalidate_cache(path)
-
-    def pipe(self, path: Any, value: Any = None, **options: Any) -> None:
-        """Write *value* to *path*; or many files concurrently, as a dict of paths and bytes."""
-        files = path if isinstance(path, Mapping) else {path: value}
-
-        def write(item: tuple[Any, Any], _scope: Scope) -> None:
-            self.pipe_file(item[0], item[1], **options)
-
-        small = [item for item in files.items() if len(item[1]) <= self.transfer.block_size]
-        large = [item for item in files.items() if len(item[1]) > self.transfer.block_size]
-        if self._intrans:
-            self.engine.map(write, [*large, *small], 1)
-            return
-        self.engine.map(write, large, _LARGE_AT_ONCE)
-        self.engine.map(write, small, self.transfer.max_connections)
-
-    def put_file(self, lpath: Any, rpath: Any, callback: Any = DEFAULT_CALLBACK, mode: str = "overwrite") -> None:
-        """Copy a local file, completely or not at all. For a local directory, nothing is created but a container."""
-        path = self.strip(rpath)
-        source = Path(lpath)
-        if source.is_dir():
-            self.makedirs(path, exist_ok=True)
-            return
-        if self._intrans or _is_create(mode):
-            self._put_as_file(source, path, callback, mode)
-            return
-        client = self._target(path)
-        if callback is not DEFAULT_CALLBACK:
-            callback.set_size(source.stat().st_size)
-        with translating(path):
-            put_file(source, client, None, Hooks(Scope(), _advance(callback)), CopyOptions(is_forced=True))
-        self.invalidate_cache(path)
-
-    def _put_as_file(self, source: Path, path: str, callback: Any, mode: str) -> None:
-        with source.open("rb") as file, self.open(path, "xb" if mode == "create" else "wb") as target:
-            callback.set_size(os.fstat(file.fileno()).st_size)
-            while data := file.read(self.transfer.block_size):
-                callback.relative_update(target.write(data))
-
-    def put(
-        self,
-        lpath: Any,
-        rpath: Any,
-        recursive: bool = False,
-        callback: Any = DEFAULT_CALLBACK,
-        maxdepth: int | None = None,
-        **options: Any,
-    ) -> None:
-        """Copy local files and, with *recursive*, directories, concurrently. Paths follow the rules of fsspec."""
-        pairs = plan_put(self, lpath, rpath, recursive, maxdepth).pairs
-        limit = self.transfer.block_size
-        sizes = [source.stat().st_size if source.is_file() else 0 for source in (Path(pair[0]) for pair in pairs)]
-        large = [pair for pair, size in zip(pairs, sizes, strict=True) if size > limit]
-        small = [pair for pair, size in zip(pairs, sizes, strict=True) if size <= limit]
-
-        def transfer(pair: tuple[Any, Any], child: Any) -> None:
-            self.put_file(*pair, callback=child, **options)
-
-        callback.set_size(len(pairs))
-        at_once = 1 if self._intrans else self.transfer.max_connections
-        self._transfer_all(large, transfer, callback, min(at_once, _LARGE_AT_ONCE), is_sized=True)
-        self._transfer_all(small, transfer, callback, at_once, is_sized=True)
-
-    def _target(self, path: str) -> BlobClient:
-        """The client for a file that is written."""
-        place = self.place(path)
-        if not place.name:
-            raise is_a_directory(path)
-        client = self.blob(place)
-        if client.url.is_read_only:
-            raise ValueError(f"{path} is a snapshot or version, which can only be read")
-        return client
-
-    def _transfer_all(
+    def transfer_all(
         self,
         pairs: list[tuple[Any, Any]],
-        transfer: Callable[[tuple[Any, Any], Any], None],
+        transfer: Callable[[tuple[Any, Any], Any, Scope], None],
         callback: Any,
         at_once: int,
         *,
@@ -403,12 +310,12 @@ class Transfers(Listings):
             callback.set_size(len(pairs))
         turn = one_at_a_time()
 
-        def call(pair: tuple[Any, Any], _scope: Scope) -> None:
+        def call(pair: tuple[Any, Any], scope: Scope) -> None:
             if callback is DEFAULT_CALLBACK:
-                transfer(pair, callback)
+                transfer(pair, callback, scope)
                 return
             with callback.branched(*pair) as child:
-                transfer(pair, child)
+                transfer(pair, child, scope)
             with turn:
                 callback.relative_update(1)
 
@@ -430,7 +337,7 @@ def _read(client: BlobClient, start: int, end: int | None) -> bytes:
         reader.close()
 
 
-def _advance(callback: Any) -> Callable[[int], None]:
+def advance_of(callback: Any) -> Callable[[int], None]:
     if callback is DEFAULT_CALLBACK:
         return _ignore
     turn = one_at_a_time()
@@ -444,9 +351,3 @@ def _advance(callback: Any) -> Callable[[int], None]:
 
 def _ignore(_size: int) -> None:
     pass
-
-
-def _is_create(mode: str) -> bool:
-    if mode not in ("overwrite", "create"):
-        raise ValueError(f"mode must be 'overwrite' or 'create', not {mode!r}")
-    return mode == "create"
