@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +20,14 @@ from azstoragetorch._tensors.progress import ProgressCallback
 from azstoragetorch.checkpoint._folder import Version, describe, picklable
 from azstoragetorch.checkpoint._format import Digests, Item, many_objects, read_item
 from azstoragetorch.checkpoint._load import Load
-from azstoragetorch.checkpoint._sharing import SHARING, Sharing, expect_exchange, plan_sharing
+from azstoragetorch.checkpoint._sharing import (
+    SHARING,
+    Sharing,
+    expect_exchange,
+    fingerprint,
+    members_of,
+    plan_sharing,
+)
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
 
@@ -29,10 +36,15 @@ log = logging.getLogger("azstoragetorch")
 
 @dataclass(frozen=True)
 class _RankState:
-    """What a rank reports with its plan: the version that it has read, unless it has a separate one; its node."""
+    """What a rank reports with its plan: the version that it has read, unless it has a separate one; its node.
+
+    If it is to share what it fetches, also its global rank, and which ones are in its process group.
+    """
 
     version: Version | None
     node: str
+    rank: int = 0
+    group: str = ""
 
 
 class _Unread(Metadata):
@@ -71,7 +83,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         load_once_per: ``"rank"``: every rank fetches what it needs. ``"node"`` or ``"world"``: one rank of each node or
             of the job fetches the data that several ranks need, such as replicated weights, and broadcasts it.
         process_group: The group that is passed to ``dcp.load``; used for broadcasting. With ``load_once_per``, a group
-            of another size is an error.
+            of other ranks is an error.
         check_etags: Refuse data blobs that are not the versions that the save wrote. Copies in other folders are not
             checked, because they have other ETags. Pass False after restoring a backup into the original folder.
         extension_registry: The registry of torch's stream extensions; by default, torch's own.
@@ -204,7 +216,10 @@ class BlobStorageReader(FolderStorage, StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Add to the plan which version this rank has read, and on which node it runs."""
-        plan.storage_data = _RankState(self._version, this_node())
+        state = _RankState(self._version, this_node())
+        if self._load_once_per != "rank" and dist.is_available() and dist.is_initialized():
+            state = replace(state, rank=dist.get_rank(), group=fingerprint(members_of(self._group)))
+        plan.storage_data = state
         expect_exchange(self._group)
         return plan
 
@@ -220,7 +235,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         for plan, state in zip(plans, states, strict=True):
             plan.storage_data = state.node if isinstance(state, _RankState) else None
         if self._load_once_per != "rank" and len(plans) > 1:
-            self._check_group(len(plans))
+            self._check_group([state for state in states if isinstance(state, _RankState)])
             shared = plan_sharing(plans, by_node=self._load_once_per == "node", size_of=self._size_of)
             for plan, sharing in zip(plans, shared, strict=True):
                 plan.storage_data = sharing
@@ -238,16 +253,20 @@ class BlobStorageReader(FolderStorage, StorageReader):
                 checkpoint=self.checkpoint_id,
             )
 
-    def _check_group(self, ranks: int) -> None:
-        """Raise unless the group to share in can be that of the load, of *ranks*: in another one, ranks would wait."""
+    def _check_group(self, states: list[_RankState]) -> None:
+        """Raise unless all ranks share in the group of the load: in another one, they would wait for others."""
+        loading = fingerprint([state.rank for state in states])
+        wrong = next((number for number, state in enumerate(states) if state.group != loading), None)
+        if wrong is None:
+            return
         size = dist.get_world_size(self._group)
-        if size != ranks:
-            raise CheckpointError(
-                f"{self.checkpoint_id}: {ranks} ranks load, but the process group that BlobStorageReader has for "
-                f"load_once_per={self._load_once_per!r} has {size}; nothing was loaded. Pass the process_group of "
-                "dcp.load to BlobStorageReader, too",
-                checkpoint=self.checkpoint_id,
-            )
+        found = f"has {size}" if size != len(states) else f"has other ranks (seen on rank {wrong} of the load)"
+        raise CheckpointError(
+            f"{self.checkpoint_id}: {len(states)} ranks load, but the process group that BlobStorageReader has for "
+            f"load_once_per={self._load_once_per!r} {found}; nothing was loaded. Pass the process_group of dcp.load to "
+            "BlobStorageReader, too",
+            checkpoint=self.checkpoint_id,
+        )
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load the items of *plan*; called by torch on every rank.

@@ -14,6 +14,7 @@ that has not reached `Sharing.exchange`, makes that rank take part in one more g
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -75,6 +76,19 @@ _pending = _Pending()
 def expect_exchange(group: Any) -> None:
     """Note that a load over *group* begins on this thread, and may fail before its exchange."""
     _pending.is_expected, _pending.group = True, group
+
+
+def members_of(group: Any) -> list[int]:
+    """The global ranks in *group*, in order; none if this rank is not in it."""
+    try:
+        return list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # torch checks it in no version
+        return []
+
+
+def fingerprint(ranks: list[int]) -> str:
+    """A short string that is equal for equal *ranks*, which may be thousands."""
+    return hashlib.sha256(repr(ranks).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,18 @@ def load_once_in_the_wrong_group(rank: int, url: str, credential: Any, per: str)
     return "no error"
 
 
+def load_once_in_a_group_of_others(rank: int, url: str, credential: Any, per: str) -> str:
+    """Two ranks load together, twice; the readers of all have a pair as well, of one rank of each."""
+    loading = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    others = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    reader = BlobStorageReader(url, credential=credential, load_once_per=per, process_group=others[rank % 2])
+    try:
+        dcp.load(unloaded(), storage_reader=reader, process_group=loading[rank // 2])
+    except dcp.CheckpointException as error:
+        return str(error)
+    return "no error"
+
+
 def save_replicated(rank: int, url: str, credential: Any) -> None:
     dcp.save(replicated(), storage_writer=BlobStorageWriter(url, credential=credential))
 

@@ -240,6 +240,16 @@ def test_sharing_in_another_group_than_that_of_the_load_is_an_error_at_once(
     assert single == "no error"
 
 
+@pytest.mark.parametrize("per", ["node", "world"])
+def test_sharing_in_a_group_of_the_same_size_with_other_ranks_is_an_error_at_once(
+    container: Container, base: str, per: str
+) -> None:
+    run_ranks(2, jobs.save_replicated, base, container.key)
+    for told in run_ranks(4, jobs.load_once_in_a_group_of_others, base, container.key, per):
+        assert "2 ranks load" in told
+        assert f"load_once_per={per!r} has other ranks" in told
+
+
 def test_sharing_ranks_fail_together(container: Container, base: str) -> None:
     run_ranks(2, jobs.save_replicated, base, container.key)
     for told in run_ranks(2, jobs.load_once_and_fail, base, container.key, "big"):

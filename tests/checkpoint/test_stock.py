@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from azstoragetorch.checkpoint._format import Item, dump_metadata, load_metadata, properties, read_item
 from azstoragetorch.exceptions import CheckpointError
@@ -112,3 +113,16 @@ def test_the_name_of_a_layout_imports_nothing(name: bytes, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match=r"describes 'a\.b'"):
         load_metadata(data.replace(layout, b"\x8c" + bytes([len(name)]) + name))
     assert asked == []
+
+
+def test_plans_in_the_metadata_are_refused_by_name_and_may_be_removed() -> None:
+    """Megatron Core stores them; the guide says how to remove them."""
+    found = pickle.loads(dump_metadata(metadata()))
+    found.all_local_plans = [SavePlan([WriteItem(MetadataIndex("a"), WriteItemType.BYTE_IO)])]
+    found.mcore_data = {"a": {"nd_reformulated_orig_global_shape": (4, 6)}}
+    with pytest.raises(CheckpointError, match=r"planner\.(SavePlan|WriteItem)"):
+        load_metadata(pickle.dumps(found))
+    del found.all_local_plans
+    loaded: Any = load_metadata(pickle.dumps(found))
+    assert loaded.mcore_data == found.mcore_data
+    assert loaded.state_dict_metadata == found.state_dict_metadata
