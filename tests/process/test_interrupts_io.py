@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, content, wait_until
 
 FILES = [*Path(azstoragetorch.io.__file__).parent.glob("*.py"), str(turns.__file__)]
+_limits = itertools.count(100)
+TRANSFER = [QUICK]  # of the present test: its engine is that of no other one
 DATA = b"0123456789\n" + content(200_000)
 NEW = [b"some ", content(100_000, 1), b" more"]
 
@@ -34,6 +38,11 @@ READS: dict[str, Callable[[BlobIO], Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _engine_of_its_own() -> None:
+    TRANSFER[0] = replace(QUICK, max_connections=next(_limits))
+
+
 @pytest.fixture
 def service(fault_service: FaultService) -> Iterator[FaultService]:
     fault_service.put("c", "b", DATA)
@@ -44,7 +53,7 @@ def service(fault_service: FaultService) -> Iterator[FaultService]:
 
 
 def open_blob(service: FaultService, mode: Any = "rb", name: str = "b") -> BlobIO:
-    return BlobIO(service.blob_url("c", name), mode, credential=False, transfer=QUICK)
+    return BlobIO(service.blob_url("c", name), mode, credential=False, transfer=TRANSFER[0])
 
 
 def opened_at_3(service: FaultService) -> BlobIO:
@@ -60,7 +69,7 @@ def write_all(blob: BlobIO) -> None:
 
 
 def is_given_back() -> bool:
-    return engine_for(QUICK).budget.in_flight == 0
+    return engine_for(TRANSFER[0]).budget.in_flight == 0
 
 
 def use_others(service: FaultService) -> None:
