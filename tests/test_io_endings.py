@@ -385,6 +385,9 @@ class TestGoingBack:
         blob.write(b"0123456789")
         with pytest.raises(io.UnsupportedOperation, match=r"seek: .*c/b cannot go to byte 4 of 10: .*io\.BytesIO"):
             blob.seek(4)
+        blob.seek(10)
+        with pytest.raises(io.UnsupportedOperation, match=r"seek: .*c/b is not seekable: .*io\.BytesIO"):
+            blob.seek(blob.tell())
         with pytest.raises(ValueError, match="negative"):
             blob.seek(-1)
         with pytest.raises(ValueError, match="whence"):

@@ -51,12 +51,18 @@ class CopyOptions:
     """Give the copy of a blob the index tags of the source."""
 
 
+def _ignore_tags(_count: int) -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """The progress callback and the cancel scope of a copy."""
+    """The cancel scope and the callbacks of a copy."""
 
     scope: Scope
     advance: Advance
+    report_tags: Callable[[int], None] = _ignore_tags
+    """Called with the number of index tags of the source if the copy does not get them."""
 
 
 def md5_of(path: Path) -> bytes:
@@ -191,6 +197,8 @@ def copy_blob(source: BlobClient, target: BlobClient, hooks: Hooks, options: Cop
     """
     found = describe(source, hooks.scope)
     size = found.version.size
+    if found.tag_count and not options.keeps_tags:
+        hooks.report_tags(found.tag_count)
     kept = partial(headers_of_copy, keeps_tier=options.keeps_tier, keeps_tags=options.keeps_tags, scope=hooks.scope)
     headers = kept(source, found)
     there = target.version() if not options.is_forced and found.md5 is not None else None

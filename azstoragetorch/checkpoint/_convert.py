@@ -203,7 +203,9 @@ def torch_save_to_checkpoint(
     with BlobIO(blob_url, "rb", credential=credential, transfer=transfer) as blob:
         state = torch.load(blob, map_location="cpu", weights_only=weights_only)
     if not isinstance(state, dict):
-        raise TypeError(f"{blob_url!r} holds a {type(state).__name__}; a checkpoint is made from a dict")
+        raise TypeError(
+            f"{blob_url!r} contains a {type(state).__name__}, but a checkpoint can only be made from a dict"
+        )
     writer = BlobStorageWriter(
         url, credential=credential, transfer=transfer, overwrite=overwrite, base=base, digests=digests
     )

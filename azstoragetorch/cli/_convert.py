@@ -175,9 +175,11 @@ def _load(file: Any, trust: bool, *, mmap: bool = False) -> Any:
 
     try:
         return torch.load(file, map_location="cpu", mmap=mmap, weights_only=not trust)
-    except pickle.UnpicklingError:
-        # Trusting a file that is not a pickle does not help.
-        if not mmap and file.seek(0) == 0 and file.read(2)[:1] not in (b"P", b"\x80"):
+    except (AzureError, AZStorageTorchError, OSError, MemoryError):
+        raise
+    except Exception:
+        # torch.load also tries to unpickle a file that is not a pickle, and trusting that file would not help.
+        if not mmap and file.seek(0) == 0 and file.read(1) not in (b"P", b"\x80"):
             raise ValueError("it is neither a zip archive nor a pickle") from None
         raise
 

@@ -101,7 +101,7 @@ def cp(
 
 def _carry_out(session: Session, config: TransferConfig, plan: Plan, begin: float) -> None:
     """Carry out *plan*, which was started at *begin*, and report the outcome."""
-    tally = _Tally(session, plan.jobs, plan.refused)
+    tally = _Tally(session, plan)
     try:
         _run(session, config, plan.jobs, tally)
     except KeyboardInterrupt:
@@ -138,17 +138,16 @@ def _check(session: Session, sources: tuple[CopySource, ...], target: Target) ->
 class _Tally:
     """Counts the outcomes of the jobs."""
 
-    def __init__(self, session: Session, jobs: list[Job], refused: int) -> None:
+    def __init__(self, session: Session, plan: Plan) -> None:
         self._output = session.output
-        self._jobs = jobs
-        self._refused = refused
+        self._plan = plan
         self._started: deque[Job] = deque()
         self._ended: deque[tuple[Job, str, int]] = deque()
 
     @property
     def failed(self) -> int:
         """The number of sources that were not copied."""
-        return self._refused + sum(status == "failed" for _, status, _ in self._ended)
+        return self._plan.refused + sum(status == "failed" for _, status, _ in self._ended)
 
     def start(self, job: Job) -> None:
         """Note that *job* has started."""
@@ -173,20 +172,25 @@ class _Tally:
     def finish(self, seconds: float) -> None:
         """Print the summary."""
         summary = self._summary()
-        self._output.record({"summary": {**summary, "seconds": round(seconds, 3)}})
+        tagged = len(self._plan.tagged)
+        tags = {"index_tags_not_copied": tagged} if tagged else {}
+        self._output.record({"summary": {**summary, "seconds": round(seconds, 3), **tags}})
         words = ", ".join(f"{count:,} {word}" for word, count in summary.items() if count and word != "bytes")
         size = summary["bytes"]
         rate = f", {human(size / seconds)}/s" if size and seconds else ""
         self._output.note(f"{words or 'nothing to do'}: {human(size)} in {seconds:.1f} s{rate}")
+        if tagged:
+            blobs = "1 blob" if tagged == 1 else f"{tagged:,} blobs"
+            self._output.note(f"index tags of {blobs} were not copied: pass --tags to copy them")
 
     def interrupted(self, code: object) -> None:
         """Print how much a second run does not need to copy again."""
         done = {id(job) for job, status, _ in self._ended if status != "failed"}
-        kept = sum(job.size or 0 for job in self._jobs if id(job) in done)
+        kept = sum(job.size or 0 for job in self._plan.jobs if id(job) in done)
         kept += sum(
             Record.kept_bytes(job.path) for job in self._started if job.path is not None and id(job) not in done
         )
-        total = sum(job.size or 0 for job in self._jobs)
+        total = sum(job.size or 0 for job in self._plan.jobs)
         self._output.record({"summary": {**self._summary(), "interrupted": True, "kept": kept, "total": total}})
         self._output.error(
             f"interrupted; run it again to resume ({human(kept)} of {human(total)} kept)",

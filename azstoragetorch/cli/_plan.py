@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +63,8 @@ class Plan:
         """The number of sources that cannot be copied. Each was reported."""
         self.left_out = 0
         """The number of files that are skipped on purpose."""
+        self.tagged: deque[BlobURL] = deque()
+        """Blobs with index tags that their copies do not get."""
 
     def add_one(self, source: CopySource, target: Target) -> None:
         """Copy one file or blob, or the blobs that match a glob."""
@@ -291,6 +294,7 @@ class Plan:
 
     def _copy(self, source: BlobURL, target: BlobURL, size: int) -> None:
         def run(hooks: Hooks) -> str:
+            hooks = replace(hooks, report_tags=lambda _count: self.tagged.append(source))
             return copy_blob(self._blob(source), self._blob(target), hooks, self._options)
 
         self._append(Job(str(source), str(target), size, run))

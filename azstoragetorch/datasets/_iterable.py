@@ -274,7 +274,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         """Raise TypeError, as the number of samples depends on workers, ranks and ``on_error``."""
         raise TypeError(
             "an IterableBlobDataset and its loader have no length: dataset.metadata.count is the number of its blobs "
-            "(listing them first), before they are dealt out to ranks and workers"
+            "(it lists them first), before they are divided among ranks and workers"
         )
 
     def __bool__(self) -> bool:

@@ -86,7 +86,8 @@ class Writer:
         self._believed = target if target != end else None
         if target in (0, end) and not (target == end and is_question):
             return target
-        raise io.UnsupportedOperation(f"seek: {self._name} cannot go to byte {target} of {end}: {_ADVICE}")
+        place = f"cannot go to byte {target} of {end}" if target != end else "is not seekable"
+        raise io.UnsupportedOperation(f"seek: {self._name} {place}: {_ADVICE}")
 
     def truncate(self, size: int) -> NoReturn:
         """Refused; a caller that ignores this does not get the longer blob."""

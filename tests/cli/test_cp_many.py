@@ -196,6 +196,24 @@ class TestWhatACopyKeeps:
             assert ended.records[-1]["summary"]["skipped"] == skipped, options
         assert (b.get_blob_properties().blob_tier, b.get_blob_tags()) == ("Cool", tags)
 
+    def test_index_tags_that_are_not_copied_are_reported(self, container: Container, command: Command) -> None:
+        """By a copy and by one that is skipped; not if there are none, nor if they are copied."""
+        for name, tags in (("f/a", {"key": "value"}), ("f/b", {"key": "value"}), ("f/c", None)):
+            container.client.upload_blob(name, name.encode(), tags=tags)
+        assert command("cp", "-r", container.blob_url("f"), container.blob_url("copies"), "--tags").code == 0
+        for target in ("new", "new"):
+            ended = command("cp", "-r", container.blob_url("f"), container.blob_url(target))
+            assert ended.code == 0
+            assert "index tags of 2 blobs were not copied: pass --tags to copy them" in ended.err
+        ended = command("cp", "-r", container.blob_url("f"), container.blob_url("newer"), "--json")
+        assert ended.records[-1]["summary"]["index_tags_not_copied"] == 2
+        for options in (["--tags"], []):
+            name = "f" if options else "f/c"
+            ended = command(
+                "cp", *(["-r"] if options else []), *options, container.blob_url(name), container.blob_url("t")
+            )
+            assert (ended.code, "index tags" in ended.err) == (0, False)
+
     def test_tags_that_may_not_be_read_fail_the_copy(self, container: Container, command: Command) -> None:
         container.client.upload_blob("a", b"data", tags={"key": "value"})
         may_not = f"{container.blob_url('a')}?{container.sas('r')}"
