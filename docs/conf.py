@@ -71,6 +71,7 @@ CONTENTS = {
         "guide/nodes",
         "guide/filesystem",
         "guide/checkpoints",
+        "guide/safetensors",
         "guide/deltas",
         "guide/resuming",
         "guide/tuning",

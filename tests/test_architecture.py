@@ -80,6 +80,8 @@ ALLOWED_PRIVATE: dict[tuple[str, str], str] = {
     ("io._drops", "_finalizing"): "the mark that Python's io classes have while their finalizer closes them",
     ("filesystem._writes", "_intrans"): "whether a transaction is open, which fsspec's own file systems ask as well",
     ("checkpoint._format.envelope", "_checkpoint_offset"): "where torch.load, in that mode, says that the bytes begin",
+    ("safetensors._convert", "_subclasses"): "FakeTensorMode reads a file's structure without its elements",
+    ("safetensors._convert", "_checkpoint_offset"): "where torch.load, in that mode, says that the elements begin",
     ("checkpoint._load", "_extension"): "torch's registry of stream extensions, which the format refers to",
     ("checkpoint._urls", "_storage_setup"): "where torch chooses the writer or reader for a checkpoint_id",
     ("datapipes._base", "_check_unpickable_fn"): "torch's own words for a function that no worker can be sent",

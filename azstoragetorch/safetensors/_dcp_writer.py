@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,21 +21,15 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from azstoragetorch._blob.credentials import Credential
-from azstoragetorch._engine.config import MiB, TransferConfig
-from azstoragetorch._tensors.host import view_of
-from azstoragetorch._tensors.planning import Box, boxes
+from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import SafetensorsError
-from azstoragetorch.safetensors._dtypes import header_shape
-from azstoragetorch.safetensors._fetch import fetch
+from azstoragetorch.safetensors._copying import bytes_of_model, layout_of_model
 from azstoragetorch.safetensors._files import open_files
 from azstoragetorch.safetensors._folder import SUFFIX, Folder
-from azstoragetorch.safetensors._header import Layout, build_header
-from azstoragetorch.safetensors._model import OFFSETS, SAVE, SHARDING, Model, model_of_files, reads_of
+from azstoragetorch.safetensors._model import OFFSETS, SAVE, SHARDING, model_of_files
 from azstoragetorch.safetensors._save import kind_of, layout_of, write_file, write_pieces
 from azstoragetorch.safetensors._save_folder import Before, commit, delete, encode_index, look, names_of
-
-_AT_ONCE = 32 * MiB  # bytes of a tensor that are put together at once
 
 _Files = dict[tuple[int, int], list[WriteItem]]
 """The items of each file, by the rank that writes it and its number in the mapping."""
@@ -238,23 +232,6 @@ class HuggingFaceBlobWriter(FolderStorage, StorageWriter):
 
     def _error(self, what: str, name: str | None = None) -> SafetensorsError:
         return SafetensorsError(f"{self.checkpoint_id}: {what}", url=self.checkpoint_id, tensor=name)
-
-
-def layout_of_model(model: Model, names: list[str], metadata: Mapping[str, str]) -> Layout:
-    """The layout of a file with the whole tensors *names* of *model*."""
-    kinds = {name: model.tensors[name].kind for name in names}
-    shapes = {name: (kind, header_shape(kind, model.tensors[name].shape)) for name, kind in kinds.items()}
-    return build_header(shapes, metadata)
-
-
-def bytes_of_model(model: Model, names: list[str]) -> Iterator[memoryview]:
-    """The elements of the tensors *names* of *model*, fetched when they are drawn, some MiB at a time."""
-    for name in names:
-        stored = model.tensors[name]
-        for box in boxes(stored.shape, stored.dtype.itemsize, _AT_ONCE):
-            part = stored.new(Box(box.offsets, box.lengths), None, torch.device("cpu"))
-            fetch(reads_of(stored, box, part), model.transfer)
-            yield view_of(part)
 
 
 def _check_once(items: list[WriteItem]) -> None:

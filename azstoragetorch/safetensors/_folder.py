@@ -60,6 +60,11 @@ class Folder:
         pages = self._container.pages(prefix=self.prefix, delimiter="/")
         return sorted(name.removeprefix(self.prefix) for page in pages for name in page.names)
 
+    def all_names(self) -> list[str]:
+        """The names of all blobs in the folder and in folders below it, but for markers of folders; sorted."""
+        pages = self._container.pages(prefix=self.prefix)
+        return sorted(name.removeprefix(self.prefix) for page in pages for name in page.names if not name.endswith("/"))
+
     def open(self, wanted: Sequence[str] | None = None) -> Model:
         """The model, with the headers of its files; with an index, only of those that have one of *wanted*.
 

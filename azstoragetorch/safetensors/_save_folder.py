@@ -83,7 +83,7 @@ def save_folder(
             that the outcome is not known.
         ValueError: *max_shard_size* is not a size, or *url* is not the URL of a folder.
     """
-    limit = _bytes_of(max_shard_size)
+    limit = bytes_of_size(max_shard_size)
     state = _unshared(tensors.state_dict()) if isinstance(tensors, torch.nn.Module) else dict(tensors)
     folder = folder_at(url, credential, transfer)
     for name, tensor in state.items():
@@ -245,7 +245,7 @@ def _unshared(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return kept
 
 
-def _bytes_of(size: int | str) -> int:
+def bytes_of_size(size: int | str) -> int:
     """*size* as a number of bytes."""
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     number = int(float(found[1]) * _UNITS[found[2]]) if found is not None else size

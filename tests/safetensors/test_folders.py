@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from azstoragetorch.safetensors import (
     safe_open,
     save_file,
     save_folder,
+    snapshot,
 )
 from tests.azurite.container import Container
 from tests.faults import FaultService, Fine, Hold, Match, Status
@@ -409,3 +411,37 @@ def test_a_file_by_its_url(service: FaultService) -> None:
 def test_a_tensor_of_a_type_that_torch_lacks_does_not_hinder_others(service: FaultService, url: str) -> None:
     put(service, {"model.safetensors": raw({"a": entry("F6_E2M3", [4], 0, 3), "b": entry("U8", [1], 3, 4)}, bytes(4))})
     assert list(load(url, names=["b"])) == ["b"]
+
+
+class TestSnapshot:
+    def test_all_but_the_weights(self, service: FaultService, url: str, tmp_path: Path) -> None:
+        put(service, {**FILES, "config.json": b"{}", "tokenizer/vocab.txt": b"a", "model.bin": b"x", "empty": b""})
+        assert snapshot(url, tmp_path / "local", credential=False) == tmp_path / "local"
+        found = {
+            str(path.relative_to(tmp_path / "local")): path.read_bytes()
+            for path in (tmp_path / "local").rglob("*")
+            if path.is_file()
+        }
+        assert found == {"config.json": b"{}", "tokenizer/vocab.txt": b"a", "empty": b""}
+        snapshot(url, tmp_path / "all", ignore=(), credential=False)
+        assert (tmp_path / "all/model.bin").read_bytes() == b"x"
+
+    @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "a\\b", "a:b"])
+    def test_a_name_that_leads_elsewhere(self, service: FaultService, url: str, tmp_path: Path, name: str) -> None:
+        service.put("models", f"llm/{name}", b"x")
+        with pytest.raises((SafetensorsError, ValueError)):
+            snapshot(url, tmp_path / "local", credential=False)
+        assert not (tmp_path / "outside").exists()
+
+    def test_a_link_to_another_folder_is_not_followed(self, service: FaultService, url: str, tmp_path: Path) -> None:
+        put(service, {"a/config.json": b"{}"})
+        (tmp_path / "local").mkdir()
+        (tmp_path / "other").mkdir()
+        (tmp_path / "local/a").symlink_to(tmp_path / "other")
+        with pytest.raises(Exception, match="link"):
+            snapshot(url, tmp_path / "local", credential=False)
+        assert not list((tmp_path / "other").iterdir())
+
+    def test_a_folder_without_blobs(self, service: FaultService, url: str, tmp_path: Path) -> None:
+        with pytest.raises(SafetensorsError, match="no blobs"):
+            snapshot(url, tmp_path / "local", credential=False)

@@ -1,0 +1,1 @@
+"""Models from blobs: into transformers, and into an engine that serves them."""
