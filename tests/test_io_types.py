@@ -45,6 +45,7 @@ print(name_of(blob), data, opened(blob.name))
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "checker",
     [["mypy", "--strict", "--cache-dir=.cache"], ["basedpyright", "--level=error", f"--pythonpath={sys.executable}"]],
@@ -59,7 +60,7 @@ def test_a_file_of_bytes_is_what_torch_and_others_take(tmp_path: Path, checker: 
         env={**os.environ, "PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

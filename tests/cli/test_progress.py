@@ -54,7 +54,7 @@ def on_terminal(container: Container, *commands: list[str], answer: str = "", fa
     os.close(theirs)
     os.write(ours, answer.encode())
     reader.start()
-    process.wait(timeout=90)
+    process.wait(timeout=500)
     reader.join()
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(shown).decode())
@@ -96,7 +96,7 @@ def test_long_actions_show_amount_rate_and_time_left(container: Container, tmp_p
     assert torch.equal(torch.load(tmp_path / "exported.pt")["weight"], torch.ones(1 << 18))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_deletion_shows_what_would_go_and_asks(container: Container) -> None:
     names = [f"run/step-{number:02}/.metadata" for number in range(13)]
     for name in names:
