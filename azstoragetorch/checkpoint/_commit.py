@@ -10,7 +10,8 @@ A save
   2. uploads its data, on all ranks;
   3. checks that all its data is there;
   4. writes the metadata blob, on the condition that it still is what was seen;
-  5. if nothing was seen, checks that one of its data blobs is still there, or else takes its metadata back;
+  5. if nothing was seen, checks that one of its data blobs is still there, with the same ETag, or else takes its
+     metadata back;
   6. deletes the data that what was seen referred to.
 
 A save of one rank alone writes the metadata blob of that rank, which readers use only without a checkpoint of all
@@ -85,9 +86,18 @@ _MOST_FENCES = 8  # that are put up while a save commits, or while another one i
 
 
 def commit(
-    folder: Folder, rank: int | None, content: bytes, paths: frozenset[str], *, seen: Seen, save_id: str
+    folder: Folder,
+    rank: int | None,
+    content: bytes,
+    paths: frozenset[str],
+    *,
+    sample: tuple[str, str] | None,
+    seen: Seen,
+    save_id: str,
 ) -> None:
-    """Make *content*, which refers to the data blobs *paths*, the metadata in the place of what was *seen*.
+    """Make *content*, which refers to the blobs *paths*, the metadata in the place of what was *seen*.
+
+    *sample* is one of the data blobs, if there are any, with its ETag.
 
     Raises:
         CheckpointConflictError: something else is there by now, or the checkpoint of all ranks, which readers prefer to
@@ -106,8 +116,8 @@ def commit(
         if is_ours:
             folder.remember(content, paths)
             mine = _Committed(folder, rank, content, paths, save_id)
-            if not seen.exists and paths:
-                mine.check_kept()
+            if not seen.exists and sample is not None:
+                mine.check_kept(*sample)
             if rank is not None:
                 mine.check_preferred()
             return
@@ -139,15 +149,18 @@ class _Committed:
     paths: frozenset[str]
     save_id: str
 
-    def check_kept(self) -> None:
-        """Take the save back if its data is gone; any one blob shows it."""
-        folder, path = self.folder, min(self.paths)
+    def check_kept(self, path: str, etag: str) -> None:
+        """Take the save back if its data is gone; any one blob *path*, which had *etag*, shows it.
+
+        A cleaner may put an empty blob in its place for a moment: see `_cleaning.remove`.
+        """
+        folder = self.folder
         with self._explaining(
             f"whether its data is still there could not be checked after that (HEAD {path}); load the checkpoint to "
             "find out, or save again"
         ):
-            is_there = folder.blob(path).version() is not None
-        if is_there:
+            found = folder.blob(path).version()
+        if found is not None and found.etag == etag:
             return
         with self._explaining(
             f"{path} had been deleted while it was in progress, so it cannot be loaded, and its metadata could not be "

@@ -277,16 +277,19 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             metadata.storage_meta = meta  # for the caller of dcp.save, who gets it
             whole = replace(metadata, storage_data=written, storage_meta=meta, version=VERSION)
             paths |= {digests} if digests is not None else frozenset()
-            self._commit(save, dump_metadata(whole, digests), paths, save.seen)
+            sample = min(((info.relative_path, info.etag) for info in written.values()), default=None)
+            self._commit(save, dump_metadata(whole, digests), paths, save.seen, sample)
             self._discard(save, paths, save.seen)
             if save.is_own and save.rank == 0 and save.seen.exists:
                 self._discard_ranks(save)
         finally:
             self._saves.end(save)
 
-    def _commit(self, save: Save, content: bytes, paths: frozenset[str], seen: Seen) -> None:
+    def _commit(
+        self, save: Save, content: bytes, paths: frozenset[str], seen: Seen, sample: tuple[str, str] | None
+    ) -> None:
         try:
-            commit(save.folder, save.metadata_rank, content, paths, seen=seen, save_id=save.save_id)
+            commit(save.folder, save.metadata_rank, content, paths, sample=sample, seen=seen, save_id=save.save_id)
         except CheckpointConflictError as error:
             if self._overwrite or not save.folder.see(save.metadata_rank).exists:
                 raise

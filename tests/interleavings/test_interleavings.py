@@ -105,6 +105,37 @@ def test_a_save_that_takes_its_metadata_back_leaves_the_fence_of_others(faults: 
     assert tally.runs > 100
 
 
+REMOVED_TWICE = [
+    (0, "HEAD run/step-1/__0_0"),  # a first save has stored its data
+    (1, "PUT run/step-1/.metadata"),  # which a cleaner has listed
+    (2, "GET run/step-1/.metadata"),  # and a second one
+    (0, "PUT run/step-1/.metadata"),  # the data was there
+    (1, "DELETE run/step-1/__0_0"),  # the first cleaner has put up its fence
+    (2, ""),  # the second one puts up another, deletes the data, and lifts its fence
+    (1, "DELETE run/step-1/__0_0"),
+]
+THREE = Combination((SAVE, CLEAN_ALL, CLEAN_ALL), "nothing")
+
+
+@pytest.mark.parametrize("faults", [False, True])
+def test_an_empty_blob_that_a_cleaner_puts_for_a_moment_is_not_taken_for_data(faults: bool) -> None:
+    """It does that to delete staged blocks, here because another cleaner has deleted the blob."""
+    tally = explore_all(THREE, faults=faults, first=REMOVED_TWICE)
+    assert tally.violations == []
+    assert tally.runs > 100
+
+
+def test_a_look_for_any_blob_of_that_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = _commit._Committed.check_kept
+
+    def look(save: Any, path: str, etag: str) -> None:
+        found = save.folder.blob(path).version()
+        original(save, path, found.etag if found is not None else etag)
+
+    monkeypatch.setattr(_commit._Committed, "check_kept", look)
+    assert explore_all(THREE, faults=False, first=REMOVED_TWICE).violations
+
+
 # -- the explorer detects wrong protocols ------------------------------------------------------------------------------
 
 
@@ -136,7 +167,7 @@ def test_a_save_that_repeats_its_commit_past_every_fence_is_caught(monkeypatch: 
 
 
 def test_a_first_save_that_does_not_look_again_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_commit._Committed, "check_kept", lambda _: None)
+    monkeypatch.setattr(_commit._Committed, "check_kept", lambda *_: None)
     assert found(Combination((SAVE, CLEAN_ALL), "nothing")).violations
 
 
@@ -173,9 +204,9 @@ def test_ranks_that_do_not_compare_versions_are_caught(monkeypatch: pytest.Monke
 def test_old_data_that_is_deleted_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = _writer.BlobStorageWriter._commit
 
-    def early(writer: Any, save: Any, metadata: Any, paths: Any, seen: Any) -> None:
+    def early(writer: Any, save: Any, content: Any, paths: Any, seen: Any, sample: Any) -> None:
         writer._discard(save, paths, seen)
-        original(writer, save, metadata, paths, seen)
+        original(writer, save, content, paths, seen, sample)
 
     monkeypatch.setattr(_writer.BlobStorageWriter, "_commit", early)
     assert found(Combination((SAVE, LOAD), "a checkpoint")).violations
