@@ -63,6 +63,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ from azstoragetorch.exceptions import AZStorageTorchError, CheckpointConflictErr
 
 log = logging.getLogger("azstoragetorch")
 
+_SKEW = 24 * 3600.0  # seconds by which no clock is fast
 _MOST_FENCES = 8  # that are put up while a save commits, or while another one is put up; more is not chance
 
 
@@ -207,8 +209,7 @@ class _Committed:
             now = folder.see(rank)
             if now.content != self.content:
                 return not now.exists
-            begun = [saved_at(found) or 0.0 for found in _committable(folder, rank)]
-            etag = fence(folder, rank, now, max(begun, default=0.0), keeps=False)
+            etag = fence(folder, rank, now, self._latest_begin(), keeps=False)
             if etag is not None:
                 break
         else:
@@ -219,6 +220,15 @@ class _Committed:
         except (AzureError, AZStorageTorchError) as error:
             log.warning("%s: data of a save without effect was not deleted, clean will: %s", folder.url, error)
         return True
+
+    def _latest_begin(self) -> float:
+        """When the latest save began that has data in the folder; later than any if this may not list."""
+        try:
+            names = _committable(self.folder, self.rank)
+        except AzureError as error:
+            log.debug("%s: the folder could not be listed: %s", self.folder.url, error)
+            return time.time() + _SKEW
+        return max((saved_at(name) or 0.0 for name in names), default=0.0)
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:

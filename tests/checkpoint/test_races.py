@@ -308,6 +308,19 @@ def test_a_save_whose_data_is_deleted_at_its_commit_takes_itself_back(
     assert fault_service.names("data") == []
 
 
+def test_a_save_that_may_not_list_takes_itself_back_too(fault_service: FaultService, url: str) -> None:
+    """A placeholder stays, which the next save replaces."""
+    before = when_metadata(fault_service, exists=False, action=lambda: delete_data(fault_service))
+    fault_service.script(Match("put_blob", path="metadata", where=before), [Fine()])
+    fault_service.script("list_blobs", [Status(403)], repeat=True)
+    assert "was deleted while the save was in progress, so the save has no effect" in failed(url)
+    assert fault_service.names("data") == ["run/.metadata"]
+    with pytest.raises(dcp.CheckpointException, match="no checkpoint here"):
+        loaded(url)
+    save(state(2), writer(url))
+    assert loaded(url) == 2
+
+
 def test_a_save_that_cannot_be_taken_back_says_so(fault_service: FaultService, url: str) -> None:
     before = when_metadata(fault_service, exists=False, action=lambda: delete_data(fault_service))
     after = when_metadata(fault_service, exists=True)
