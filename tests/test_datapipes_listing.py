@@ -114,6 +114,13 @@ def test_a_root_that_holds_nothing_is_an_error_that_names_it(container: Containe
         list(AzureBlobFileLister(container.url + root, credential=container.key))
 
 
+def test_an_error_of_one_level_does_not_deny_the_levels_below(container: Container) -> None:
+    container.put("only/folders/x", b"1")
+    pipe = AzureBlobFileLister(f"{container.url}/only", recursive=False, credential=container.key)
+    with pytest.raises(ResourceNotFoundError, match=r"no blobs are directly below it \(recursive=False\)"):
+        list(pipe)
+
+
 def test_an_empty_container_is_empty_and_a_missing_one_an_error(container: Container) -> None:
     assert list(AzureBlobFileLister(container.url, credential=container.key)) == []
     with pytest.raises(ResourceNotFoundError, match="-missing"):

@@ -1,4 +1,4 @@
-"""How transfers behave: sizes, concurrency, memory, time. Values only, checked once."""
+"""The configuration of transfers: sizes, concurrency, memory, and timeouts, validated when it is created."""
 
 from __future__ import annotations
 

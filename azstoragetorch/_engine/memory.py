@@ -1,7 +1,7 @@
-"""Memory that costs little to fill: bytes made without zeroing, and reusable buffers on huge pages.
+"""Memory that is cheap to fill: bytes that are not zeroed first, and reusable buffers on huge pages.
 
-Most of the CPU time of a fast download is page faults. A range of 4 KiB pages faults 512 times as often as one
-of 2 MiB pages, so the kernel is asked for huge pages where it offers them.
+A fast download spends most of its CPU time on page faults. Memory in 4 KiB pages faults 512 times as often as memory in
+2 MiB pages, so this module requests huge pages if the kernel offers them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What this process has transferred so far, counted where it happens.
+"""Counts the transfers of this process.
 
-A forked child starts at zero, and so does every DataLoader worker: ask there.
+A forked child starts at zero, and so does every DataLoader worker: call `metrics` there.
 
-Counting must not wait, since signal handlers transfer, too. So what is counted is put into a queue, one step, and added
-up when somebody asks or the queue gets long. Sums are never changed: a thread that adds up makes new ones and links
-them behind those that it began with. Only the first link stays; a thread that comes second begins again from there.
+Counting must not wait, because signal handlers transfer as well. So each count is appended to a queue in one step, and
+the queue is summed when the sums are requested or when it gets long. Sums are never modified: a thread creates new ones
+and links them to the previous ones. The first link wins, and any other thread starts again from there.
 """
 
 from __future__ import annotations

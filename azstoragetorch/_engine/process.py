@@ -1,8 +1,8 @@
-"""This process, and what belongs to it alone.
+"""State that belongs to one process.
 
-Threads, sockets and connections of a parent mean nothing in a forked child, and locks that another thread held at the
-fork stay locked there for good. So whatever is alive belongs to one process: it is made on first use, forgotten in a
-forked child, and left out of pickles. This module has the one fork hook of the package.
+Threads, sockets, and connections of a parent are useless in a forked child, and locks that another thread held during
+the fork stay locked there forever. So live objects belong to one process: they are created on first use, forgotten in a
+forked child, and excluded from pickles. This module contains the only fork hook of the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Transfers that are given up together, and what they block on.
+"""Transfers that are canceled together, and the resources that they block on.
 
-Cancelling takes no lock, because it is called from signal handlers and finalizers, which run inside whatever the
-thread was doing. What decides instead is the order of single steps, each of which the interpreter does not divide:
+Canceling takes no lock, because signal handlers and finalizers cancel while the thread may be in the middle of
+anything. Instead, it relies on the order of single steps, which the interpreter does not divide:
 
 * `Hold.__enter__` first adds the hold to the scope and then looks whether the scope is cancelled; `Scope.cancel` first
   marks the scope and then goes through its holds. So at least one of the two sees the other.

@@ -1,15 +1,15 @@
-"""The one place that makes threads: an engine has a few, started when there is work, and runs work on them.
+"""The only module that creates threads: an engine starts a few when there is work, and runs work on them.
 
-Submitting takes no lock, so that a signal handler can do it inside any other code, also inside of `submit`. Tasks are
-in a queue that is safe for that. Two heaps of tokens say whether a thread has to be started: ``_spare`` holds one for
-each thread that may still be made, ``_resting`` one for each thread that waits for a task, less one for each task in
-the queue that counts on such a thread. The tokens only decide when to start a thread. That every task is run needs no
-more than this: a thread goes away by first giving its spare token back and then looking once more whether a task has
-come, and a task is put into the queue before its submitter looks for a spare token. So one of the two sees the other.
+`submit` takes no lock, so a signal handler can call it inside any other code, even inside `submit`. Tasks are in a
+queue that allows this. Two heaps of tokens decide whether to start a thread: ``_spare`` has one for each thread that
+may still be started, and ``_resting`` one for each thread that waits for a task, minus one for each queued task that
+counts on such a thread. The tokens decide only when to start a thread. Every task is run because of the order of
+steps: a thread that exits first returns its spare token and then looks for tasks once more, and a submitter enqueues
+its task before it looks for a spare token. So at least one of the two sees the other.
 
-Threads are made by ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module and waits for the
-new thread, and a handler that came in between would wait forever. They are like daemon threads: at interpreter exit
-nothing here is worth waiting for, since only closing a writer commits.
+Threads are started with ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module while it
+waits for the new thread, and a handler that runs at that moment would wait forever. The threads are like daemon
+threads: the interpreter does not wait for them at exit, because only closing a writer commits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The data-loading kit above the blob client: what datasets, pipes and nodes share, and no torch but in ``workers``.
+"""Data loading on top of the blob client, shared by datasets, pipes, and nodes. Only ``workers`` imports torch.
 
-``sources``, ``listing`` and ``catalog`` say which blobs there are, ``sharding`` and ``resume`` which of them come when,
-``prefetch`` and ``fetching`` fetch them in order, ``cache`` keeps them on a local disk, ``items``, ``records`` and
-``tar`` say what is read of them.
+``sources``, ``listing``, and ``catalog`` determine which blobs exist. ``sharding`` and ``resume`` determine their
+order. ``prefetch`` and ``fetching`` fetch them in order, and ``cache`` keeps them on a local disk. ``items``,
+``records``, and ``tar`` define the parts of blobs that are read.
 """

@@ -1,9 +1,9 @@
-"""Blobs kept on a local disk by (URL, ETag), for jobs that read the same ones again and again.
+"""A cache of blobs on a local disk, by URL and ETag, for jobs that read the same blobs repeatedly.
 
-Any number of processes may use one folder at once: files appear whole, by renaming, and are never changed after; the
-count of bytes is kept under a file lock. Only one call of a process waits for that lock; any other one leaves its bytes
-to that call, since it may be a signal handler inside it. The least recently used blobs are evicted. A disk that is
-full or read-only does not raise: blobs are then read from the service, with one warning.
+Any number of processes can use one folder at the same time: a file appears complete, by renaming, and never changes
+afterwards, and a file lock protects the total of bytes. Within a process, only one call waits for that lock. Other
+calls pass their bytes to it, because they may be signal handlers that interrupted it. The least recently used blobs
+are evicted. If the disk is full or read-only, blobs are read from the service, with one warning.
 """
 
 from __future__ import annotations

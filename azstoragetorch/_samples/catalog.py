@@ -1,7 +1,6 @@
-"""Many blobs at a few dozen bytes each: what was listed, or what URLs name, as columns in a few large objects.
+"""Listed blobs, or blobs given by URLs, as columns in a few large objects: a few dozen bytes per blob.
 
-A Python object for each of a million blobs is gigabytes and, in forked workers, copied by reference counts; these
-columns are neither.
+With a Python object per blob, a million blobs take gigabytes, and reference counts copy them in forked workers.
 """
 
 from __future__ import annotations

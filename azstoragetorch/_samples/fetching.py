@@ -1,6 +1,6 @@
-"""The content of items, in order, fetched ahead; and the ranges that a blob is cut into.
+"""Fetch the contents of items ahead, in order, and divide blobs into ranges.
 
-A blob is read in one version: the one that its first request finds, or the one that the item names.
+Only one version of a blob is read: the version that the first request finds, or the one that the item names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What pipes and nodes pass on: a URL, a listed blob, a range of a blob. Values; no I/O."""
+"""The items of pipes and nodes: a URL, a listed blob, or a range of a blob. No I/O."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""List a container into a catalog. A long listing fans out over folders where it mostly waits for the service.
+"""List a container into a catalog. If a long listing mostly waits for the service, folders are listed in parallel.
 
-The order is that of the flat listing, whichever way was taken.
+The order is always that of the flat listing.
 """
 
 from __future__ import annotations

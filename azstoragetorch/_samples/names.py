@@ -1,6 +1,6 @@
-"""Which listed blobs are left out: those with a name that no request is made for, and markers of folders.
+"""Skip listed blobs whose names cannot be requested, and markers of folders.
 
-The URL type decides which names are refused; here is only what becomes of such a blob.
+The URL type decides which names cannot be requested. This module decides whether such a blob is skipped or an error.
 """
 
 from __future__ import annotations

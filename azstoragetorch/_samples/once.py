@@ -1,7 +1,7 @@
-"""Work that one of several forked processes does, and all of them have the result of.
+"""Work that one of several forked processes does for all of them.
 
-DataLoader forks its workers without a hook in which the parent could prepare something for them. Instead the workers
-share an unnamed file: the first to lock it does the work, and the others find the result.
+DataLoader forks its workers without a hook that lets the parent prepare something. So the workers share an unnamed
+file: the first one to lock it does the work, and the others read the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Work on many blobs at once, results in order: what keeps datasets, pipes and nodes fed.
+"""Work on many blobs at the same time, with results in order, for datasets, pipes, and nodes.
 
-What is in flight is bounded by the engine's byte budget and by a count, and never stuck: the next item always goes
-ahead, even while others hold the whole budget, since the thread that needs its result does the work itself if nothing
-has begun.
+Work in flight is bounded by the engine's byte budget and by a count. It cannot get stuck, even if others hold the whole
+budget: the thread that needs a result does the work itself if it has not started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records of a blob that is read in ranges: which belong to a range, and how to read no more than these.
+"""Records of a blob that is read in ranges: which records belong to a range, and how to read only these.
 
 A range owns the records that start in it. The reader of a range looks for the first delimiter in it to find where its
 records begin, and reads past its end to finish the last one. So different processes can read the ranges without

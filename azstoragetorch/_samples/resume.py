@@ -1,7 +1,7 @@
-"""How far an epoch is: small, JSON-able states of shards, and how those of several become one. Pure.
+"""The position in an epoch: small states of shards, which can be stored as JSON, and their merging. No I/O.
 
-A state says which order was read (seed, epoch, fingerprint of the listing), how it was striped, and how many samples
-of a shard were consumed. What was in flight is not part of it.
+A state contains the order (seed, epoch, fingerprint of the listing), the number of shards, and the number of samples
+that a shard has consumed. Samples in flight are not part of it.
 """
 
 from __future__ import annotations

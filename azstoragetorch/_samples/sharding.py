@@ -1,7 +1,7 @@
-"""Who reads what, in which order: pure plans over positions 0..n-1. No I/O, no torch, nothing random but by seed.
+"""Plan which shard reads which of the positions 0..n-1, and in which order. No I/O, no torch, and random only by seed.
 
-Everything here is integer arithmetic in O(1) memory or nearly so: every process computes the same plan for itself,
-and a plan can be entered at any point, which is what makes resuming exact and cheap.
+These functions are integer arithmetic in almost constant memory. Every process computes the same plan separately, and
+can start at any position of it, which makes resuming exact and cheap.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which blobs are below a root: a container, a folder, one blob, or the beginning of names.
+"""List the blobs below a root: a container, a folder, a blob, or a prefix of names.
 
-A listing is lazy: it holds one page, and one more is fetched while that page is read.
+A listing is lazy: it holds one page, and fetches the next one while that page is read.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Listing:
         names_filter.warn()
         if not has_any and (url.blob or self.masks):
             what = f"no blob below {url} matches {', '.join(map(repr, self.masks))}"
-            raise not_found(what if self.masks else f"there is no blob {url} and none below it")
+            place = "below it" if self.recursive else "directly below it (recursive=False)"
+            raise not_found(what if self.masks else f"{url} is not a blob, and no blobs are {place}")
 
     def _pages(self, container: ContainerClient, name: str) -> Iterator[Page]:
         delimiter = "" if self.recursive else "/"

@@ -1,6 +1,6 @@
-"""Steps of an iteration that a reset, a signal handler or an interrupt may meet at any line.
+"""Steps of an iteration that a reset, a signal handler, or an interrupt can hit at any line.
 
-A step yields an item and moves the state on, or does neither:
+A step yields an item and advances the state, or does neither:
 
 * The state of a run is replaced as the last thing that a step does, and never changed in place. So a handler that asks
   for it gets a true one, and what an interrupt leaves behind is known: the state from before.

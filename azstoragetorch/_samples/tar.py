@@ -1,7 +1,7 @@
-"""Walk through a tar that streams in: names and contents of its files, in order, at the speed of the stream.
+"""Read a tar from a stream: the names and contents of its files, in order.
 
-Understands ustar, PAX and GNU headers. The whole structure is checked: a header without its checksum, or an end without
-the end marker, is an error, since what is missing after it would be missing silently.
+Supports ustar, PAX, and GNU headers. The whole structure is checked: a wrong checksum of a header or a missing end
+marker is an error, because otherwise files could be missing without an error.
 """
 
 from __future__ import annotations

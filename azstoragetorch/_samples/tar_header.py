@@ -1,6 +1,6 @@
-"""What the headers of a tar say: pure functions over blocks and records. Every number is bounded before it is used.
+"""Parse the headers of a tar: pure functions over blocks and records. Every number is bounded before it is used.
 
-The message of `DamagedHeaderError` says what is wrong with a header; the caller adds where the header is.
+The message of `DamagedHeaderError` describes the damage; the caller adds the position of the header.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Decompress a stream while it comes in: gzip, bzip2, xz, lzma and zstd, told apart by their first bytes.
+"""Decompress a stream as it is received: gzip, bzip2, xz, lzma, or zstd, recognized by the first bytes.
 
-Memory is bounded whatever the stream claims: output is taken in pieces, and windows are limited. Bytes behind the end
-of the compressed data are ignored, as gzip and tar do.
+Memory is bounded, whatever the stream claims: output is produced in pieces, and windows are limited. Bytes after the
+end of the compressed data are ignored, as gzip and tar do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which shard this process is, DataLoader worker x distributed rank, and what it shares with the other workers.
+"""The shard of this process (DataLoader worker x distributed rank), and data shared with the other workers.
 
-A spawned or forkserver worker has no process group. So rank and world size are noted in the parent, at the moment
-when an object is pickled for a child process; a plain pickle, which may be loaded anywhere, carries none.
+A worker of spawn or forkserver has no process group. So the parent adds rank and world size to an object when it
+pickles the object for a child process. Other pickles, which can be loaded anywhere, do not contain them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Remove checkpoints, and what interrupted saves left. `_commit` says why neither harms what loads."""
+"""Delete checkpoints, and data of interrupted saves. `_commit` explains why concurrent loads and saves are safe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write one data blob: at once where it is small, else in blocks. The service copies those that are unchanged."""
+"""Write one data blob: with one request if it is small, else in blocks. The service copies unchanged blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What marks a metadata blob whose folder was cleaned: see `_commit` for what it is good for. No I/O."""
+"""The mark on a metadata blob whose folder was cleaned. `_commit` explains its purpose. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder of blobs, and the requests that concern it as a whole."""
+"""The folder of a checkpoint, and the requests for the folder as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look into a checkpoint: what it holds, from its metadata alone."""
+"""Describe the contents of a checkpoint, reading only its metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pipes are made of: torch's DataPipes or, in a torch without them, small classes of this package."""
+"""Base classes of the pipes: torch's DataPipes or, in a torch without them, small classes of this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipes that list: what is below a container, a folder or the beginning of a name."""
+"""Pipes that list the blobs below a container, a folder, or a prefix of names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipes that open and read what a lister, a pipe of URLs or a range splitter yields, many at once and in order."""
+"""Pipes that open or read the items of a lister, a pipe of URLs, or a range splitter, concurrently and in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a graph of pipes that has to resume exactly."""
+"""The last pipe of a graph that resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipe that gives each worker and rank its share."""
+"""The pipe that divides items among workers and ranks."""
 
 from __future__ import annotations
 

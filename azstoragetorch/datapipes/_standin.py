@@ -1,8 +1,8 @@
-"""Small classes in place of torch's DataPipes, for a torch that has none: the base, sharding, seeding, streams.
+"""Small replacements of torch's DataPipes, for a torch without them: the base class, sharding, seeding, and streams.
 
-They keep what pipes promise: functional names, pickling, one way to shard and to seed a graph. A DataLoader of
-such a torch treats the end of a graph as any `IterableDataset`. It does not call `apply_sharding`, so pipes that shard
-find their place themselves, by the worker and by torch.distributed's rank.
+They support functional names, pickling, and one way to shard and to seed a graph. The DataLoader of such a torch
+treats the last pipe as any `IterableDataset`. It does not call `apply_sharding`, so pipes that shard determine their
+share from the worker and from torch.distributed's rank.
 """
 
 from __future__ import annotations

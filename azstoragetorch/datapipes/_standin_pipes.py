@@ -1,4 +1,4 @@
-"""The operations between our pipes, for a torch without DataPipes: map, filter, batch, collate, shuffle, shard."""
+"""Operations between pipes, for a torch without DataPipes: map, filter, batch, collate, concat, shuffle, shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipes over tar archives in the manner of WebDataset: their members, and samples made of these."""
+"""Pipes that read tar archives as WebDataset does: their members, and samples of several members."""
 
 from __future__ import annotations
 

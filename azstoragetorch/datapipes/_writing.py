@@ -1,4 +1,4 @@
-"""Pipes that write: one blob for each item, or tar shards of bounded size. A blob is written whole or not at all."""
+"""Pipes that write a blob per item, or tar shards of bounded size. A blob is written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Datasets of blobs: map-style and iterable, with reads that run ahead, in order, inside each worker.
+"""Datasets of blobs, map-style and iterable, which read ahead, in order, in each worker.
 
-A dataset is a listing (or a list of URLs), kept as columns, and a transform. Fetching is the core's; which sample
-comes when is planned by position, so that any process can say what is left.
+A dataset consists of a listing or a list of URLs, stored as columns, and a transform. The order of samples is computed
+from positions, so every process can compute which samples remain.
 """
 
 from __future__ import annotations

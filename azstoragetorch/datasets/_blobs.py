@@ -1,4 +1,4 @@
-"""One blob as a transform gets it, and how it becomes a sample."""
+"""The blob that a transform receives, and its conversion to a sample."""
 
 from __future__ import annotations
 

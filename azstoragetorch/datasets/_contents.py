@@ -1,4 +1,4 @@
-"""What a dataset is made of: the catalog of its blobs, and a client for each of them."""
+"""The contents of a dataset: the catalog of its blobs, and a client for each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The iterable dataset: which sample comes when, in which process, and how to resume after an interruption."""
+"""The iterable dataset: the order of samples, their division among processes, and resuming."""
 
 from __future__ import annotations
 

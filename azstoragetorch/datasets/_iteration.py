@@ -1,7 +1,7 @@
-"""One iteration of one shard: its place in the epoch, and the samples from there on.
+"""One iteration of one shard: its position in the epoch, and the remaining samples.
 
-`Position` alone says how far an iteration is. What is fetched ahead only makes it fast: wherever that does not begin at
-the position, as after an interrupt between any two lines, it is thrown away and fetched again.
+Only `Position` determines the progress of an iteration. Data fetched ahead makes it fast. If that data does not start
+at the position, for example after an interrupt between two lines, it is discarded and fetched again.
 """
 
 from __future__ import annotations

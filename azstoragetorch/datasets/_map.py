@@ -1,4 +1,4 @@
-"""The map-style dataset: batches fetched concurrently, and ahead where they come as foreseen."""
+"""The map-style dataset: fetches batches concurrently, and ahead if the sampler's next batch can be predicted."""
 
 from __future__ import annotations
 

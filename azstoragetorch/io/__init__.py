@@ -1,4 +1,4 @@
-"""`BlobIO`: one blob as a Python file. File semantics only; transfers are the core's."""
+"""`BlobIO`: a blob as a Python file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of a file's methods, as those of Python's own files take them."""
+"""Arguments of file methods, with the semantics of Python's files."""
 
 from __future__ import annotations
 

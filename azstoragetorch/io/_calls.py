@@ -1,4 +1,4 @@
-"""How calls of one `BlobIO` follow each other."""
+"""Order the calls of one `BlobIO`."""
 
 from __future__ import annotations
 

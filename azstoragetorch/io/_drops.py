@@ -1,7 +1,7 @@
-"""How an end on purpose is told from a drop.
+"""Distinguish a deliberate close from a drop.
 
-Dropping a writer commits nothing. But a wrapper that is dropped, such as `io.TextIOWrapper`, flushes and closes what it
-wraps, as if all was well. Its finalizer can be recognized:
+Dropping a writer commits nothing. But a wrapper that is dropped, such as `io.TextIOWrapper`, flushes and closes the
+wrapped file as in a deliberate close. Its finalizer can be recognized:
 
 * Python's own wrappers call ``_dealloc_warn(wrapper)`` of what they wrap before they close it.
 * A finalizer written in Python is a frame named ``__del__`` below the call of `close`.

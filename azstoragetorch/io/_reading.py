@@ -1,8 +1,8 @@
 """The reading half of `BlobIO`: a position, and a small buffer for lines and small reads.
 
-A read computes first and moves last: the position is one attribute that is assigned once, when the bytes are there. So
-an error or an interrupt anywhere in a read leaves the position where it was, or after the bytes of a read that is
-complete. The buffer holds bytes of the one version that is read, so it is right wherever the position is.
+A read changes the position last: the position is one attribute, which is assigned once, when the bytes are available.
+So an error or an interrupt during a read leaves the position where it was, or after the bytes of a complete read. The
+buffer holds bytes of the only version that is read, so it is valid at any position.
 """
 
 from __future__ import annotations
