@@ -174,8 +174,8 @@ def _note_throttling(answer: str) -> None:
     def warn() -> None:
         log.warning(
             "the service is throttling requests: it refused %d in the last %.0f s (%s). They are sent again, and all "
-            "requests of this process at the pace that the service accepts; fewer processes, or fewer and larger "
-            "blobs, need fewer requests",
+            "requests of this process at the pace that the service accepts. Larger blobs or a larger part_size need "
+            "fewer requests",
             sum(answers.values()),
             max(since, _WARN_EVERY),
             ", ".join(f"{number} x {answer}" for answer, number in answers.most_common()),
