@@ -109,6 +109,53 @@ class TestWaiting:
             entry = found.enter(QUICK, None)
         assert not entry.is_early
 
+    def test_not_all_begin_when_a_pause_of_the_service_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One does, and others one by one; those for whom no such turn is left, at random times after that."""
+        monkeypatch.setattr(admission.time, "monotonic", lambda: 1000.0)
+        waits: list[float] = []
+
+        def note(_self: Admission, seconds: float, *_: object) -> None:
+            waits.append(seconds)
+            raise Cancelled
+
+        monkeypatch.setattr(Admission, "_sleep", note)
+        held = closed(seconds=5.0)
+        for _ in range(64):
+            with pytest.raises(Cancelled):
+                held.enter(TransferConfig(), None)
+        assert waits[0] == pytest.approx(5.0)
+        assert len(set(waits)) == 64
+        assert sum(seconds < 5.05 for seconds in waits) <= 3
+        assert max(waits) <= 7.0
+
+    def test_a_long_wait_before_does_not_count_when_the_service_closes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A request that has waited for its turn for long waits like all others after the next refusal."""
+        now = 1000.0
+        monkeypatch.setattr(admission.time, "monotonic", lambda: now)
+        found = closed(seconds=0.0)
+        waits: list[float] = []
+
+        def wait(held: Admission, seconds: float, *_: object) -> None:
+            nonlocal now
+            waits.append(seconds)
+            if len(waits) == 1:  # it opens, and the request gets a turn that is far away
+                held.pacing.accepted(now, now)
+                held.pacing.plan.next = now + 30.0
+            elif len(waits) == 2:  # and closes again before that
+                now += 29.0
+                held.pacing.refused(now, now)
+                held.pacing.plan.next = now + 1000.0
+                now += 1.0
+            else:
+                raise Cancelled
+
+        monkeypatch.setattr(Admission, "_sleep", wait)
+        found.pacing.plan.next = now + 1000.0
+        monkeypatch.setattr(admission.random, "uniform", lambda _low, high: high)
+        with pytest.raises(Cancelled):
+            found.enter(TransferConfig(), None)
+        assert waits == pytest.approx([2.0, 30.0, 1.0])
+
     def test_a_forked_child_does_not_wait(self, service: FaultService) -> None:
         client = blob_client(service.blob_url("c", "000"))
         held = client.service.admission
@@ -279,7 +326,7 @@ class TestReporting:
         read_all(service, NAMES)  # leaves idle connections, which the multiplexer uses
         service.script(Match("get_blob", nth=5, every=10), [Status(503, "ServerBusy")] * 8)
         before = metrics()
-        assert len(read_all(service, NAMES)) == len(NAMES)
+        assert len(read_all(service, NAMES, replace(QUICK, max_attempts=100))) == len(NAMES)
         assert (metrics() - before).throttles == 8
         assert noted == ["503 ServerBusy"] * 8
 

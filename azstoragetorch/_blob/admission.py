@@ -32,7 +32,7 @@ from azstoragetorch._engine.threads import start_thread
 log = logging.getLogger("azstoragetorch")
 
 LONGEST_HOLD = 120.0  # seconds; a service that asks for a longer pause is treated as unavailable
-_LONGEST_SLEEP = 60.0  # seconds between two looks at the plan
+_LONGEST_SLEEP = 60.0  # seconds; a request that waits for longer books again then
 _BACKOFF = 2.0  # seconds, less up to a half; more than the windows of a second in which services count requests
 _WARN_EVERY = 60.0  # seconds between two warnings about throttling
 
@@ -87,25 +87,26 @@ class Admission:
             self._publish(f"refuses requests ({answer}, Retry-After {hold:g} s)")
 
     def _wait(self, config: TransferConfig, scope: Scope) -> Entry:
-        pacing = self.pacing
-        patience = held_until = math.inf
+        pacing, held_until = self.pacing, math.inf
         while True:
             now = time.monotonic()
-            plan, turn = pacing.plan, pacing.book(now)
+            plan, turn, patience = pacing.plan, pacing.book(now), math.inf
             if pacing.held_until > now:
                 held_until = pacing.held_until
             if pacing.is_closed:
-                if patience == math.inf:
-                    patience = pacing.refused_at + self._backoff(config, now)
-                turn = min(turn, max(patience, pacing.held_until))
+                patience = max(pacing.refused_at, pacing.held_until) + self._backoff(config, now)
+                turn = min(turn, patience)
+            if turn - now > _LONGEST_SLEEP:
+                self._sleep(_LONGEST_SLEEP, plan, scope)
+                continue
             while pacing.plan is plan and (rest := turn - time.monotonic()) > 0:
-                self._sleep(min(rest, _LONGEST_SLEEP), plan, scope)
+                self._sleep(rest, plan, scope)
             now = time.monotonic()
             if pacing.plan is plan or pacing.is_free:
                 return Entry(now, is_early=not pacing.is_closed or now < min(patience, held_until))
 
     def _backoff(self, config: TransferConfig, now: float) -> float:
-        """Seconds after the last refusal until a request is sent although the service has not accepted any."""
+        """Seconds after the last refusal, or its pause, until a request is sent although none has been accepted."""
         longest = min(config.max_backoff, max(_BACKOFF, self.pacing.closed_for(now) / 2))
         return random.uniform(0.5, 1.0) * longest
 
