@@ -7,7 +7,7 @@ response: the service then copies the same bytes of the same version.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from azure.core.exceptions import ResourceModifiedError, ServiceResponseError
 
@@ -89,10 +89,18 @@ def copy_blob(
     _carry_out(service, source, send, scope)
 
 
-def stage_block(service: Service, url: BlobURL, block_id: str, part: CopyRange, scope: Scope | None = None) -> None:
+def stage_block(
+    service: Service,
+    url: BlobURL,
+    block_id: str,
+    part: CopyRange,
+    scope: Scope | None = None,
+    *,
+    at_most: int | None = None,
+) -> None:
     """Stage *part*, at most `MAX_COPIED_BLOCK` bytes, as the block *block_id* (percent-encoded) of the blob at *url*.
 
-    Raises as `copy_blob` does.
+    *at_most* limits the attempts, where there is something else to try. Raises as `copy_blob` does.
     """
     query = f"comp=block&blockid={block_id}"
     headers = {"x-ms-source-range": part.span.header}
@@ -100,7 +108,7 @@ def stage_block(service: Service, url: BlobURL, block_id: str, part: CopyRange, 
     def send() -> None:
         service.send(_request(url, query, headers, part.source, frozenset({201}), scope)).close()
 
-    _carry_out(service, part.source, send, scope)
+    _carry_out(service, part.source, send, scope, at_most)
     count("bytes_copied", len(part))
 
 
@@ -123,8 +131,13 @@ def _request(
     return Request("PUT", url, query, sent, b"", accept, scope, f"copy from {source}")
 
 
-def _carry_out(service: Service, source: CopySource, send: Callable[[], None], scope: Scope | None) -> None:
+def _carry_out(
+    service: Service, source: CopySource, send: Callable[[], None], scope: Scope | None, at_most: int | None = None
+) -> None:
+    config = service.config
+    if at_most is not None:
+        config = replace(config, max_attempts=min(config.max_attempts, at_most))
     try:
-        retrying(service.config, send, scope)
+        retrying(config, send, scope)
     except ResourceModifiedError as error:
         raise BlobChangedError(f"{source} was overwritten while it was being copied: copy it again") from error

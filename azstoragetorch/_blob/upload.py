@@ -46,6 +46,8 @@ from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import AZStorageTorchError, FatalBlobIOWriteError
 
+_COPY_ATTEMPTS = 3  # after which the bytes are uploaded instead
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -416,7 +418,7 @@ class BlockWriter:
     def _is_copied(self, block_id: str, content: CopyOrUpload) -> bool:
         """Have the service copy a block; False if it refuses, for whatever reason."""
         try:
-            stage_block(self._service, self._url, block_id, content.part, self._scope)
+            stage_block(self._service, self._url, block_id, content.part, self._scope, at_most=_COPY_ATTEMPTS)
         except (AzureError, AZStorageTorchError, ValueError) as error:
             content.refused(error)
             return False

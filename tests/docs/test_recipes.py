@@ -65,5 +65,7 @@ def test_it_runs_as_printed(container: Container, tmp_path: Path, command: str) 
         "jsonlines": "300 records",
         "image": ", 3, 32, 32) from http",
         "checkpoints.train": "step 100: loss",
+        "checkpoints.lora": "step 20: loss",
+        "checkpoints.actors": "actor 2: step 8",
     }
     assert next(text for name, text in expected.items() if name in command) in result.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from azstoragetorch import weights
 from azstoragetorch.checkpoint import list_checkpoints
-from recipes.checkpoints import lightning
+from recipes.checkpoints import actors, lightning, lora
 from recipes.checkpoints.lightning import BlobCheckpointIO
 from recipes.checkpoints.train import train
 from recipes.demo.ranks import show_ranks
 from tests.azurite.container import Container
 from tests.checkpoint.ranks import Ranks, context, run_ranks
+from tests.checkpoint.test_deltas import sas as container_sas
 
 STEPS, EVERY = 14, 4
 
@@ -102,3 +105,46 @@ def test_two_ranks_save_and_one_loads(container: Container) -> None:
     )
     assert "2 ranks saved 32 MiB" in told[0]
     assert "1 rank loaded the same" in told[1]
+
+
+def fine_tune(url: str, credential: Any, killed_at: int) -> None:
+    def report(step: int, loss: float, sent: int) -> None:
+        if step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lora.train(url, steps=12, every=2, credential=credential, report=report)
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_killed_and_resumes_and_uploads_only_the_adapters(container: Container) -> None:
+    credential = container_sas(container)
+    undisturbed = lora.train(container.blob_url("undisturbed"), steps=12, every=2, credential=credential)
+    url = container.blob_url("killed")
+    process = context.Process(target=fine_tune, args=(url, credential, 7))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    seen: list[tuple[int, int]] = []
+    model = lora.train(
+        url, steps=12, every=2, credential=credential, report=lambda step, _, sent: seen.append((step, sent))
+    )
+    assert [step for step, _ in seen] == [7, 8, 9, 10, 11, 12]  # after the last save before it was killed
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert all(0 < sent < 0.05 * whole for step, sent in seen if step % 2 == 0)
+    for key, value in undisturbed.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_two_actors_have_the_weights_of_the_trainer(container: Container) -> None:
+    url = container.blob_url("policy")
+    with ThreadPoolExecutor(2) as pool:
+        followers = [pool.submit(actors.act, f"actor {number}", url, 7, container.key) for number in (1, 2)]
+        published = list(actors.train(url, 7, container.key))
+        digests = [follower.result(timeout=120) for follower in followers]
+    assert [result.is_full for result in published] == [True, *[False] * 4, True, False, False]
+    assert all(result.nbytes < 0.05 * result.total for result in published if not result.is_full)
+    late = actors.make_weights()
+    subscriber = weights.subscribe(url, credential=container.key)
+    assert subscriber.poll() == 7
+    subscriber.apply(late)
+    assert digests == [actors.digest_of(late)] * 2
