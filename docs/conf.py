@@ -85,7 +85,7 @@ CONTENTS = {
         "integrations/tensorboard",
         "integrations/kubernetes",
     ],
-    "Coming from": ["coming-from/published", "coming-from/others"],
+    "Coming from": ["coming-from/published", "coming-from/adlfs", "coming-from/others"],
     "How it works": ["architecture", "decisions", "reliability", "performance"],
     "Reference": [
         "reference/index",

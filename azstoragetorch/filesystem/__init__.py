@@ -22,9 +22,7 @@ from __future__ import annotations
 try:
     import fsspec as _fsspec  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.filesystem needs fsspec ({error}): pip install 'azstoragetorch[fsspec]'"
-    ) from error
+    raise ImportError(f"azstoragetorch.filesystem needs fsspec ({error}): pip install 'fsspec>=2024.9'") from error
 
 from azstoragetorch.filesystem._file import AzureBlobFile
 from azstoragetorch.filesystem._system import AzureBlobFileSystem, install

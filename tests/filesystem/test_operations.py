@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import fsspec
 import pandas as pd
 import pyarrow.dataset
 import pyarrow.fs
@@ -691,6 +692,7 @@ class TestWithOthers:
             found = torch.load(file)
         assert all(torch.equal(found[name], state[name]) for name in state)
 
+    @pytest.mark.skipif(fsspec.__version__ < "2025.7", reason="pandas needs a newer fsspec")
     def test_pandas_and_pyarrow(self, container: Container, tmp_path: Path) -> None:
         install()
         options = {"connection_string": connection_string(container)}

@@ -382,7 +382,7 @@ class TestProtocols:
             "import sys\nsys.modules['fsspec'] = None\ntry:\n    import azstoragetorch.filesystem\n"
             "except ImportError as error:\n    print(error)"
         )
-        assert "pip install 'azstoragetorch[fsspec]'" in run_python(program)
+        assert "pip install 'fsspec>=2024.9'" in run_python(program)
 
     def test_an_open_url(self, container: Container) -> None:
         install()
