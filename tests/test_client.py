@@ -143,7 +143,7 @@ class TestFaults:
         assert len(service.log) == 1
         assert service.names("c") == ["b"]
 
-    def test_an_error_without_a_body_is_told_by_its_headers(self, service: FaultService) -> None:
+    def test_an_error_without_a_body_is_reported_by_its_headers(self, service: FaultService) -> None:
         """Responses to HEAD have no body."""
         service.script(Match("head"), [Status(403, "AuthorizationPermissionMismatch")], repeat=True)
         with pytest.raises(HttpResponseError, match="AuthorizationPermissionMismatch"):

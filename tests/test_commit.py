@@ -52,7 +52,7 @@ class TestLostAnswers:
         assert service.unused_faults() == []
 
     @SIZES
-    def test_a_pooled_connection_that_dies_is_no_reason_to_create_twice_unseen(
+    def test_a_pooled_connection_that_dies_is_not_a_reason_to_create_twice_unseen(
         self, service: FaultService, size: int
     ) -> None:
         client = blob_client(service.blob_url("c", "new"))

@@ -254,7 +254,7 @@ class TestRefusedByUs:
             ({"account_key": "x"}, ""),
         ],
     )
-    def test_what_is_no_credential(self, credential: Any, hint: str) -> None:
+    def test_what_is_not_a_credential(self, credential: Any, hint: str) -> None:
         with pytest.raises(TypeError, match=rf"credential must be None.*False.*TokenCredential.*{hint}") as caught:
             BlobIO(str(HTTPS), "rb", credential=credential)
         assert "sig=x" not in str(caught.value)
@@ -974,7 +974,7 @@ class TestPickling:
             holder.authorizer(HTTP)
 
     @pytest.mark.parametrize("credential", [None, False], ids=["default", "anonymous"])
-    def test_what_is_no_secret_stays(self, credential: Any) -> None:
+    def test_what_is_not_a_secret_stays(self, credential: Any) -> None:
         holder = pickle.loads(pickle.dumps(CredentialHolder(credential)))
         assert holder.authorizer(HTTPS).is_anonymous is (credential is False)
 
@@ -1009,7 +1009,7 @@ def test_a_refresh_is_not_forgotten_when_the_service_is_slow(https_fault_service
     assert credential.fetched == 2
 
 
-def test_a_503_is_no_reason_to_renew(https_fault_service: FaultService) -> None:
+def test_a_503_is_not_a_reason_to_renew(https_fault_service: FaultService) -> None:
     service = https_fault_service
     service.put("c", "b", DATA)
     service.script("get_blob", [Status(503)])

@@ -134,7 +134,7 @@ def test_an_error_in_a_worker_keeps_its_type_and_url(container: Container) -> No
         list(DataLoader(pipe, num_workers=1, batch_size=None))
 
 
-def test_info_tells_size_and_etag(container: Container) -> None:
+def test_info_reports_size_and_etag(container: Container) -> None:
     container.put("a", b"12345")
     (info,) = AzureBlobInfoLister(container.url, credential=container.key)
     expected = container.client.get_blob_client("a").get_blob_properties()

@@ -106,7 +106,7 @@ def test_records_of_fixed_length_are_never_cut(fault_service: FaultService, reco
     assert b"".join(piece for _, piece in read) == data[: ranges[:100][-1].stop]
 
 
-def test_a_blob_that_is_no_whole_number_of_records_is_refused(fault_service: FaultService) -> None:
+def test_a_blob_that_is_not_a_whole_number_of_records_is_refused(fault_service: FaultService) -> None:
     fault_service.put("data", "a", b"12345")
     source = IterableWrapper([fault_service.blob_url("data", "a")])
     with pytest.raises(ValueError, match=r"data/a has 5 bytes, which is not a multiple of the record length 2"):

@@ -86,7 +86,7 @@ def test_it_reads_every_blob_in_order(fault_service: FaultService, reader: str, 
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_many_are_under_way_at_once_and_bounded(fault_service: FaultService, reader: str) -> None:
+def test_many_are_in_progress_at_once_and_bounded(fault_service: FaultService, reader: str) -> None:
     urls = fill(fault_service, 40)
     fault_service.latency = 0.02
     fault_service.script("get_blob", [Together(4)], repeat=True)

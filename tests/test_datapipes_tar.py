@@ -120,7 +120,7 @@ def test_it_reads_what_the_standard_library_writes(files: dict[str, bytes]) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff\xd8 no tar" * 100, bytes(511), b"\x1f\x8b" + bytes(600)])
-def test_what_is_no_tar_is_an_error_that_names_the_url(fault_service: FaultService, content: bytes) -> None:
+def test_what_is_not_a_tar_is_an_error_that_names_the_url(fault_service: FaultService, content: bytes) -> None:
     with pytest.raises(tarfile.ReadError, match=fault_service.blob_url("data", "shard.tar")):
         list(expand(fault_service, content))
 
@@ -214,14 +214,14 @@ def test_an_error_in_a_worker_keeps_its_type_and_url(fault_service: FaultService
         list(DataLoader(expand(fault_service, b"no tar" * 1000).map(str), num_workers=1))
 
 
-def test_text_is_no_tar() -> None:
+def test_text_is_not_a_tar() -> None:
     with pytest.raises(TypeError, match="url"):
         list(IterableWrapper([("url", io.StringIO("text"))]).expand_blob_tar())
     with pytest.raises(TypeError, match="url"):
         list(IterableWrapper([("url", "text")]).expand_blob_tar())
 
 
-def test_a_blob_opened_as_text_is_no_tar(fault_service: FaultService) -> None:
+def test_a_blob_opened_as_text_is_not_a_tar(fault_service: FaultService) -> None:
     with pytest.raises(TypeError, match=r"data/shard\.tar: a tar needs a binary stream, not text"):
         list(expand(fault_service, make_tar({"0.bin": b"\xff" * 100}), mode="rt"))
 

@@ -66,7 +66,7 @@ def test_without_overwrite_a_blob_that_is_there_stays(container: Container, make
 
 
 @pytest.mark.parametrize("data", ["text", 7, None, {"a": 1}, io.StringIO("text" * 100_000)])
-def test_what_is_no_bytes_is_an_error_that_names_the_url(container: Container, data: Any) -> None:
+def test_items_that_are_not_bytes_are_an_error_that_names_the_url(container: Container, data: Any) -> None:
     container.put("a", b"old")
     items = [(container.blob_url("0"), b"first"), (container.blob_url("a"), data)]
     saved = iter(IterableWrapper(items, deepcopy=False).save_by_azure(credential=container.key, transfer=SMALL))
@@ -77,7 +77,7 @@ def test_what_is_no_bytes_is_an_error_that_names_the_url(container: Container, d
 
 
 @pytest.mark.parametrize("item", ["https://h/a/c/b?sig=secret", ("https://h/a/c/b",), None])
-def test_what_is_no_pair_is_refused_in_words(item: Any) -> None:
+def test_an_item_that_is_not_a_pair_is_refused(item: Any) -> None:
     """For example URLs directly from a lister."""
     for pipe in ("save_by_azure", "expand_blob_tar", "group_blob_samples"):
         with pytest.raises(TypeError, match=r"expected \((name|url|path), .*, not ('https://h/a/c/b'|tuple|NoneType)"):

@@ -130,7 +130,7 @@ def test_a_large_blob_is_kept_when_it_was_read_whole(fault_service: FaultService
     ("size", "damage"),
     [(size, damage) for size in (3000, LARGE) for damage in ("cut", "empty", "longer")] + [(3000, "flipped")],
 )
-def test_a_damaged_file_is_read_anew(fault_service: FaultService, tmp_path: Path, size: int, damage: str) -> None:
+def test_a_damaged_file_is_read_again(fault_service: FaultService, tmp_path: Path, size: int, damage: str) -> None:
     url = fill(fault_service, 1, size)
     list(make(url, tmp_path))
     (path,) = files(tmp_path)

@@ -182,7 +182,7 @@ def test_a_long_listing_is_the_same_however_it_is_made(small_thresholds: FaultSe
         assert service.peak_active > 2
 
 
-def test_markers_of_directories_are_no_blobs(small_thresholds: FaultService) -> None:
+def test_markers_of_directories_are_not_blobs(small_thresholds: FaultService) -> None:
     with FaultService(hierarchical=True) as service:
         service.latency = 0.01
         for name in TREES["folders"]:
@@ -208,7 +208,7 @@ def test_a_short_listing_takes_one_request(fault_service: FaultService) -> None:
     assert len(fault_service.log) == 1
 
 
-def test_progress_is_told(fault_service: FaultService) -> None:
+def test_progress_is_reported(fault_service: FaultService) -> None:
     for index in range(7):
         fault_service.put("data", str(index), b"")
     told: list[int] = []

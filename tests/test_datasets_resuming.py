@@ -65,7 +65,7 @@ LOADERS = [(0, False), (2, False), (2, True)]
 
 @pytest.mark.parametrize(("workers", "persistent"), LOADERS)
 @pytest.mark.timeout(600)
-def test_a_stateful_loader_goes_on_exactly_from_every_place(url: str, workers: int, persistent: bool) -> None:
+def test_a_stateful_loader_continues_exactly_from_every_place(url: str, workers: int, persistent: bool) -> None:
     """From the start, middle and end of an epoch, then two more epochs; the state is stored as JSON."""
     dataset, loader = loader_of(url, workers, persistent=persistent)
     expected = epochs(dataset, loader, 0, 2)
@@ -97,7 +97,7 @@ def test_the_state_of_an_ended_epoch_leads_to_the_next_one(url: str, workers: in
 
 
 @pytest.mark.parametrize(("workers", "persistent"), LOADERS)
-def test_a_state_from_a_later_epoch_goes_on_in_that_epoch(url: str, workers: int, persistent: bool) -> None:
+def test_a_state_from_a_later_epoch_continues_in_that_epoch(url: str, workers: int, persistent: bool) -> None:
     dataset, loader = loader_of(url, workers, persistent=persistent)
     expected = epochs(dataset, loader, 0, 3)
     dataset, loader = loader_of(url, workers, persistent=persistent)
@@ -113,7 +113,7 @@ def test_a_state_from_a_later_epoch_goes_on_in_that_epoch(url: str, workers: int
 
 
 @pytest.mark.parametrize("even", ["drop", "pad"])
-def test_a_loader_whose_state_is_some_steps_old_goes_on_exactly(url: str, even: str) -> None:
+def test_a_loader_whose_state_is_some_steps_old_continues_exactly(url: str, even: str) -> None:
     """``snapshot_every_n_steps``: torchdata reads again what follows the snapshot."""
 
     def loader() -> Any:
@@ -131,7 +131,7 @@ def test_a_loader_whose_state_is_some_steps_old_goes_on_exactly(url: str, even: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_map_style_dataset_goes_on_with_the_sampler_of_a_stateful_loader(url: str, workers: int) -> None:
+def test_a_map_style_dataset_continues_with_the_sampler_of_a_stateful_loader(url: str, workers: int) -> None:
     def loader() -> Any:
         dataset = BlobDataset.from_container_url(url, credential=False, transfer=QUICK, transform=name_of)
         return StatefulDataLoader(dataset, 3, shuffle=True, num_workers=workers, collate_fn=list)
@@ -149,7 +149,7 @@ def test_a_map_style_dataset_goes_on_with_the_sampler_of_a_stateful_loader(url: 
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
-def test_a_stateful_loader_with_spawned_workers_goes_on_exactly(url: str, context: str) -> None:
+def test_a_stateful_loader_with_spawned_workers_continues_exactly(url: str, context: str) -> None:
     def loader() -> Any:
         return StatefulDataLoader(make(url), 3, num_workers=2, collate_fn=list, multiprocessing_context=context)
 
@@ -378,7 +378,7 @@ def test_counting_more_batches_than_there_are_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("worlds", [(2, 3), (3, 2, 1), (1, 4, 2, 5)])
-def test_another_number_of_ranks_goes_on_without_loss_or_repetition(
+def test_another_number_of_ranks_continues_without_loss_or_repetition(
     url: str, worlds: tuple[int, ...], shuffle: bool
 ) -> None:
     read: list[str] = []

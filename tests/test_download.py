@@ -184,7 +184,7 @@ class TestOneFault:
         with open_blob(service) as blob, service.refusing_connections(), taking(), refused:
             blob.read()
 
-    def test_after_an_error_reading_goes_on_where_it_was(self, service: FaultService) -> None:
+    def test_after_an_error_reading_continues_where_it_was(self, service: FaultService) -> None:
         """The position is the one before the failed call: nothing is skipped or returned twice."""
         data = DATA.replace(b"\n", b"x")  # a line would be served from what was read before
         service.put("c", "b", data)
@@ -251,7 +251,7 @@ class TestResuming:
         return [entry.range for entry in service.requests("get_blob")]  # type: ignore[misc]
 
     @pytest.mark.parametrize("after", [0, 1, 99_999, SIZE - 1])
-    def test_a_torn_body_goes_on_at_the_byte_it_reached(
+    def test_a_torn_body_continues_at_the_byte_it_reached(
         self, service: FaultService, client_read: Callable[[], bytes], after: int
     ) -> None:
         service.script("get_blob", [Torn(after=after)])
@@ -265,7 +265,7 @@ class TestResuming:
         assert client_read() == DATA
         assert [start for start, _ in self.spans(service)] == [0, 300_000, 600_000, 900_000, 1_200_000]
 
-    def test_but_not_for_ever_on_drops(self, service: FaultService, client_read: Callable[[], bytes]) -> None:
+    def test_drops_are_not_retried_forever(self, service: FaultService, client_read: Callable[[], bytes]) -> None:
         service.script("get_blob", [Torn(after=10)], repeat=True)
         with pytest.raises(ServiceResponseError, match="ended the body after 30 of 1300001 bytes"):
             client_read()

@@ -86,7 +86,7 @@ class TestThreads:
             together.wait(60)
             wait_until(lambda: thread_count() <= before)
 
-    def test_work_goes_on_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_work_continues_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As at interpreter exit, or at the limit of the system: the caller does the work."""
 
         def refuse(*_arguments: object) -> None:
@@ -322,7 +322,7 @@ class TestBudget:
 
     @given(st.integers(1, 50), st.lists(st.lists(st.integers(1, 60), max_size=8), min_size=1, max_size=6))
     @settings(max_examples=40, deadline=None)
-    def test_it_is_never_exceeded_and_nobody_waits_for_ever(self, limit: int, amounts: list[list[int]]) -> None:
+    def test_it_is_never_exceeded_and_nobody_waits_forever(self, limit: int, amounts: list[list[int]]) -> None:
         budget = Budget(limit)
         peak = watch_peak(budget)
         lock, held, worst = threading.Lock(), [], 0

@@ -221,7 +221,7 @@ class TestBuffers:
             assert blob.write(array) == 80
         assert service.get("c", "b") == array.tobytes()
 
-    def test_large_ones_that_are_no_bytes(self, service: FaultService) -> None:
+    def test_large_ones_that_are_not_bytes(self, service: FaultService) -> None:
         array = np.arange(100_000, dtype=np.int64)
         with open_blob(service, "wb") as blob:
             assert blob.write(memoryview(array)) == 800_000
@@ -401,7 +401,7 @@ class TestCommit:
 
 
 class TestPickling:
-    def test_a_reader_goes_on_where_it_was_in_the_version_it_saw(self, service: FaultService) -> None:
+    def test_a_reader_continues_where_it_was_in_the_version_it_saw(self, service: FaultService) -> None:
         service.put("c", "b", content(500_000))
         with open_blob(service) as blob:
             blob.read(1000)
@@ -536,7 +536,7 @@ def test_the_error_of_an_interrupted_block_is_what_is_seen(service: FaultService
     assert sys.exc_info() == (None, None, None)
 
 
-def test_closing_is_prompt_whatever_is_under_way(service: FaultService) -> None:
+def test_closing_is_prompt_whatever_is_in_progress(service: FaultService) -> None:
     gate = threading.Event()
     service.put("c", "b", content(2 * MiB))
     service.script(Match("get_blob", nth=2), [Hold(gate)], repeat=True)

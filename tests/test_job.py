@@ -86,7 +86,7 @@ class TestJob:
         job = Job(work)
         assert in_time(job.result) == 6
 
-    def test_an_interrupt_belongs_to_the_thread_that_it_came_to(self) -> None:
+    def test_an_interrupt_belongs_to_the_thread_that_it_hit(self) -> None:
         """Another thread that waits for the job does the work."""
         begun, may_end = threading.Event(), threading.Event()
         calls: list[int] = []
@@ -182,7 +182,7 @@ class TestHandedOver:
         assert not job.run()
 
 
-def test_a_forked_child_does_what_a_thread_of_its_parent_had_begun() -> None:
+def test_a_forked_child_does_what_a_thread_of_its_parent_had_started() -> None:
     """That thread does not exist in the child; the job of the parent is not affected."""
     program = """
 import os, threading

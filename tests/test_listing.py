@@ -95,7 +95,7 @@ class TestPages:
         service.wait_for_requests(2)
         assert len(service.log) == 2
 
-    def test_leaving_early_ends_what_is_under_way(self, service: FaultService) -> None:
+    def test_leaving_early_ends_what_is_in_progress(self, service: FaultService) -> None:
         client = container_client(service.container_url("c"), replace(QUICK, read_timeout=60))
         service.script(Match("list_blobs", nth=2), [Stall(60)])
         iterator = list_pages(client.service, client.url, page_size=10)
@@ -349,7 +349,7 @@ class TestFaults:
             one_blob(b"\xff", b"1"),
         ],
     )
-    def test_what_is_no_listing_is_an_error_and_not_an_empty_one(self, service: FaultService, page: bytes) -> None:
+    def test_what_is_not_a_listing_is_an_error_and_not_an_empty_one(self, service: FaultService, page: bytes) -> None:
         service.script("list_blobs", [MalformedXml(page)], repeat=True)
         with pytest.raises(ServiceResponseError, match="listing that cannot be read"):
             pages(service)

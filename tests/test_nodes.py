@@ -112,7 +112,7 @@ def test_it_takes_urls_infos_and_ranges(fault_service: FaultService) -> None:
         list(Loader(read(IterableWrapper(items[2:]))))
 
 
-def test_many_are_under_way_and_bounded(fault_service: FaultService) -> None:
+def test_many_are_in_progress_and_bounded(fault_service: FaultService) -> None:
     fill(fault_service, 40)
     fault_service.latency = 0.02
     fault_service.script("get_blob", [Together(4)], repeat=True)
@@ -362,7 +362,7 @@ def test_resetting_often_never_loses_a_sample(fault_service: FaultService) -> No
         "import torchdata; torchdata.__version__ = '0.10.1+cpu'",  # the nodes of 0.10 were a preview
     ],
 )
-def test_an_older_torchdata_is_told_what_is_needed(older: str) -> None:
+def test_an_older_torchdata_is_an_error_that_says_what_is_needed(older: str) -> None:
     program = f"{older}\nimport azstoragetorch.nodes"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert answer.returncode != 0

@@ -303,7 +303,7 @@ class TestCounts:
 
 
 class TestWindow:
-    def test_who_opens_an_archive_has_all_of_it_on_its_way(self, service: FaultService) -> None:
+    def test_opening_an_archive_requests_all_of_it(self, service: FaultService) -> None:
         """After the first bytes and the directory at the end, the bytes between are read ahead."""
         data = content(50 * MiB)
         service.put("c", "b", data)
@@ -330,7 +330,7 @@ class TestWindow:
             service.wait_until_idle()
         assert sum(entry.sent for entry in service.log) <= 9 * MiB
 
-    def test_sequential_reading_has_more_and_more_on_its_way(self, service: FaultService) -> None:
+    def test_sequential_reading_has_more_and_more_in_flight(self, service: FaultService) -> None:
         transfer = replace(QUICK, read_ahead=8 * MiB, memory_limit=16 * MiB, max_connections=10)
         service.put("c", "b", content(8 * MiB))
         service.latency = 0.05
@@ -385,7 +385,7 @@ class TestWindow:
             reader.close()
         wait_until(lambda: engine.budget.in_flight == 0)
 
-    def test_an_error_ahead_is_told_when_it_is_reached(self, service: FaultService) -> None:
+    def test_an_error_ahead_is_reported_when_it_is_reached(self, service: FaultService) -> None:
         service.put("c", "b", content(1 * MiB))
         service.script(Match("get_blob", nth=3), [Status(404)], repeat=True)
         with open_blob(service) as blob:
@@ -516,7 +516,7 @@ class TestDropped:
         assert collected >= 30
         wait_until(lambda: engine.budget.in_flight == 0)
 
-    def test_closing_does_not_wait_for_what_is_under_way(self, service: FaultService, engine: Engine) -> None:
+    def test_closing_does_not_wait_for_what_is_in_progress(self, service: FaultService, engine: Engine) -> None:
         service.script(Match("get_blob", nth=2), [Stall(60)], repeat=True)
         blob = open_blob(service, replace(self.TRANSFER, read_timeout=60, part_size=128 * KiB))
         blob.read(70_000)

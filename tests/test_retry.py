@@ -66,7 +66,7 @@ class TestPauses:
             assert 0.9 * longest < max(column) <= longest
             assert min(column) < 0.1 * longest
 
-    def test_at_least_what_was_asked_for_but_not_for_ever(self) -> None:
+    def test_at_least_what_was_asked_for_but_not_forever(self) -> None:
         config = TransferConfig(max_backoff=0.0)
         assert Retry(config).pause_after(Transient(BROKEN, 3.0)) == 3.0
         assert Retry(config).pause_after(Transient(BROKEN, 1e9)) == 120.0
@@ -78,7 +78,7 @@ class TestPauses:
         with pytest.raises(ServiceResponseError, match="broken"):
             retry.pause_after(Transient(BROKEN))
 
-    def test_progress_starts_the_count_anew(self) -> None:
+    def test_progress_starts_the_count_again(self) -> None:
         retry = Retry(TransferConfig(max_attempts=2))
         for _ in range(10):
             retry.pause_after(Transient(BROKEN))
@@ -191,7 +191,7 @@ class TestThrottling:
         with pytest.raises(HttpResponseError):
             Retry(TransferConfig(max_attempts=1)).pause_after(self.throttled(is_early=True))
 
-    def test_a_request_that_alone_is_refused_does_not_wait_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_request_that_alone_is_refused_does_not_wait_forever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """After six times the longest pause since the first refusal, every refusal is an attempt."""
         now = 1000.0
         monkeypatch.setattr("azstoragetorch._blob.retry.time.monotonic", lambda: now)
@@ -323,7 +323,7 @@ class TestErrors:
         assert str(copy) == str(error)
         assert getattr(copy, "status_code", None) == getattr(error, "status_code", None)
 
-    def test_an_error_page_of_somebody_else_is_no_obstacle(self) -> None:
+    def test_an_error_page_of_somebody_else_is_not_an_obstacle(self) -> None:
         assert "502" in str(error_of(502, body=b"<html>\xff\xfe<Code>" + b"x" * 100_000))
 
 

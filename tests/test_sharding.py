@@ -44,7 +44,7 @@ def test_a_shard_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("consumed", [[], [3, -1]])
-def test_what_are_no_positions_of_shards_is_refused(consumed: list[int]) -> None:
+def test_what_are_not_positions_of_shards_is_refused(consumed: list[int]) -> None:
     with pytest.raises(ValueError, match="not a list of positions of shards"):
         Remaining(10, consumed)
 
@@ -137,7 +137,7 @@ def test_an_epoch_resumed_with_other_shards_again_and_again_is_read_exactly_once
         assert read == list(Order(length, seed))
 
 
-def test_the_same_number_of_shards_goes_on_where_it_was() -> None:
+def test_the_same_number_of_shards_continues_where_it_was() -> None:
     state = ResumeState("f", None, 2, 3, (5, 4, 6))
     assert state.for_shard(1, 3) == ((), 4)
     assert state.for_shard(0, 2) == (((5, 4, 6),), 0)
@@ -188,7 +188,7 @@ GOOD = ResumeState("f", None, 0, 2, (5, None)).to_dict()
         {key: value for key, value in GOOD.items() if key != "epoch"},
     ],
 )
-def test_what_is_no_state_is_refused(broken: object) -> None:
+def test_what_is_not_a_state_is_refused(broken: object) -> None:
     with pytest.raises(ValueError, match="state:"):
         ResumeState.from_dict(broken)
 

@@ -151,7 +151,7 @@ class TestRequests:
         assert len(service.requests("put_block")) == 6
         assert service.get("c", "b") == b"head" + content(65536 * 4) + b"tail"
 
-    def test_writes_that_leave_connections_idle_go_on_in_the_background(self, service: FaultService) -> None:
+    def test_writes_that_leave_connections_idle_continue_in_the_background(self, service: FaultService) -> None:
         gate = threading.Event()
         service.script("put_block", [Hold(gate)], repeat=True)
         blob = open_writer(service)
@@ -409,7 +409,7 @@ class TestFaults:
         blob.close()
         assert service.get("c", "b") == OLD
 
-    def test_a_block_that_fails_in_the_background_is_told_by_the_next_call(self, service: FaultService) -> None:
+    def test_a_block_that_fails_in_the_background_is_reported_by_the_next_call(self, service: FaultService) -> None:
         service.script("put_block", [Status(403)], repeat=True)
         blob = open_writer(service)
         for _ in range(10):

@@ -391,12 +391,12 @@ class TestRefusals:
             (f"{ACCOUNT}/c?comp=metadata&sig=x", "comp="),
         ],
     )
-    def test_what_is_no_blob_is_refused_with_the_argument_and_the_reason(self, url: str, reason: str) -> None:
+    def test_what_is_not_a_blob_is_refused_with_the_argument_and_the_reason(self, url: str, reason: str) -> None:
         with pytest.raises(ValueError, match=f"blob_url.*{reason}"):
             parse_blob_url(url)
 
     @pytest.mark.parametrize("url", [f"{ACCOUNT}/c/b", f"{ACCOUNT}/c//"])
-    def test_a_blob_is_no_container(self, url: str) -> None:
+    def test_a_blob_is_not_a_container(self, url: str) -> None:
         with pytest.raises(ValueError, match=r"container_url.*prefix="):
             parse_container_url(url)
 
@@ -406,7 +406,7 @@ class TestRefusals:
             parse_container_url(f"{ACCOUNT}/c?{option}=2024")
 
     @pytest.mark.parametrize("url", [None, 1, b"https://account.blob.core.windows.net/c/b", ["x"]])
-    def test_what_is_no_text_is_a_type_error(self, url: object) -> None:
+    def test_what_is_not_a_string_is_a_type_error(self, url: object) -> None:
         with pytest.raises(TypeError, match="blob_url must be a str"):
             parse_blob_url(url)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="container_url must be a str"):

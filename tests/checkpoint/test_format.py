@@ -106,7 +106,7 @@ def test_the_ends_of_an_item_tell_what_lies_between(dtype: torch.dtype) -> None:
     ],
     ids=["transposed", "sparse", "csr", "quantized", "view", "list", "text"],
 )
-def test_what_is_no_plain_dense_tensor_is_decoded_whole(value: Any) -> None:
+def test_what_is_not_a_plain_dense_tensor_is_decoded_whole(value: Any) -> None:
     item = saved(value)
     assert probe(item[:4096], item[-4096:], len(item)) is None
 

@@ -146,7 +146,7 @@ def test_cleaning_knows_checkpoints_of_ranks_that_did_not_coordinate(container: 
     assert list_checkpoints(container.blob_url("runs"), credential=container.key) == []
 
 
-def test_a_summary_tells_keys_types_shapes_and_bytes(container: Container, base: str) -> None:
+def test_a_summary_reports_keys_types_shapes_and_bytes(container: Container, base: str) -> None:
     save(rich_state(), BlobStorageWriter(base, credential=container.key))
     summary = inspect_checkpoint(base, credential=container.key)
     entries = {entry.key: entry for entry in summary.entries}
@@ -176,7 +176,7 @@ def test_to_one_blob_and_back(container: Container, base: str) -> None:
         torch_save_to_checkpoint(blob, f"{base}/again", overwrite=False, credential=key)
 
 
-def test_converting_what_is_no_state_dict_or_not_there(container: Container, base: str) -> None:
+def test_converting_what_is_not_a_state_dict_or_not_there(container: Container, base: str) -> None:
     stream = io.BytesIO()
     torch.save(torch.ones(3), stream)
     container.put("tensor.pt", stream.getvalue())

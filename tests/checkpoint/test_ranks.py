@@ -72,7 +72,7 @@ def test_an_error_on_one_rank_is_everybodys_and_changes_nothing(container: Conta
     run_ranks(2, jobs.load, base, container.key, ["columns"])
 
 
-def test_a_rank_that_fails_does_not_let_the_others_finish_in_vain(container: Container, base: str) -> None:
+def test_a_rank_that_fails_does_not_let_the_others_finish_for_nothing(container: Container, base: str) -> None:
     run_ranks(2, jobs.save, base, container.key, "rows")
     before = set(container.names())
     for told, resolved in run_ranks(2, jobs.fail_while_others_are_slow, base, container.key):
@@ -147,7 +147,7 @@ IN_TWO_DIMENSIONS = ["hybrid sharded", "tensor and fully sharded"]
         pytest.param(4, "fully sharded", [(4, kind) for kind in PARALLEL + IN_TWO_DIMENSIONS], marks=pytest.mark.slow),
     ],
 )
-def test_a_model_and_its_optimizer_go_on_in_parallel_of_another_kind(
+def test_a_model_and_its_optimizer_continue_in_parallel_of_another_kind(
     container: Container, base: str, ranks: int, saved: str, others: list[tuple[int, str]]
 ) -> None:
     """State dicts of DDP, FSDP2, tensor parallelism, and two of them combined."""

@@ -222,7 +222,7 @@ print(status("VmHWM") - before)
     "kind",
     ["in place", *(pytest.param(k, marks=pytest.mark.slow) for k in ("converted", "transposed", "decoded", "shared"))],
 )
-def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
+def test_a_load_takes_no_more_than_the_limit_in_addition_to_its_tensors(
     fault_service: FaultService, url: str, kind: str, tmp_path: Path
 ) -> None:
     """128 MiB and more. Items of torch's writer that are stored in another order than that of indices are decoded."""
@@ -252,7 +252,7 @@ def test_a_load_takes_no_more_than_the_limit_beside_its_tensors(
         assert int(out) <= limit + 64 * MiB
 
 
-def test_a_save_takes_no_more_than_the_limit_beside_its_tensors(fault_service: FaultService, url: str) -> None:
+def test_a_save_takes_no_more_than_the_limit_in_addition_to_its_tensors(fault_service: FaultService, url: str) -> None:
     """128 MiB that must be copied, since their memory layout is not the saved one."""
     program = (
         "import sys, warnings, torch, torch.distributed.checkpoint as dcp\n"

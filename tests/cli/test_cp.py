@@ -96,7 +96,7 @@ def test_dry_run_copies_nothing(container: Container, command: Command, tmp_path
     assert not (tmp_path / "x").exists()
 
 
-def test_names_that_are_no_paths_stay_out(container: Container, command: Command, tmp_path: Path) -> None:
+def test_names_that_are_not_paths_stay_out(container: Container, command: Command, tmp_path: Path) -> None:
     """The others are copied, and the exit code reports the failure."""
     container.put("d//etc/passwd", b"1")
     container.put("d/good", b"2")
@@ -145,7 +145,7 @@ def test_mistakes_are_explained(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_download_goes_on(
+def test_an_interrupted_download_resumes(
     fault_service: FaultService, command: Command, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Received bytes (after SIGKILL: bytes on disk) are not fetched again; no incomplete file has the final name."""
@@ -213,7 +213,7 @@ def interrupted_download(
     return url, settings, said
 
 
-def test_a_new_version_is_downloaded_anew(fault_service: FaultService, command: Command, tmp_path: Path) -> None:
+def test_a_new_version_is_downloaded_again(fault_service: FaultService, command: Command, tmp_path: Path) -> None:
     """The unfinished download of another version is not used, and is deleted."""
     url, settings, _ = interrupted_download(fault_service, tmp_path / "target", 1 * MiB)
     assert len(leftovers(tmp_path)) == 1

@@ -158,7 +158,7 @@ class TestFolders:
         assert "2 skipped" in ended.err
         assert container.names() == ["all/file", "all/folder/x", "all/good", "none/good"]
 
-    def test_a_link_to_a_folder_above_is_no_endless_walk(
+    def test_a_link_to_a_folder_above_is_not_an_endless_walk(
         self, container: Container, command: Command, tmp_path: Path
     ) -> None:
         (tmp_path / "s" / "sub").mkdir(parents=True)

@@ -69,6 +69,6 @@ def test_names_do_not_steer_the_terminal(container: Container, command: Command)
     assert command("ls", container.url, "--json").records[0]["name"] == "[red]\u202e\x9b2J ü"
 
 
-def test_an_empty_container_is_no_error(container: Container, command: Command) -> None:
+def test_an_empty_container_is_not_an_error(container: Container, command: Command) -> None:
     ended = command("ls", container.url)
     assert (ended.code, ended.out) == (0, "")

@@ -168,7 +168,7 @@ class CheckpointStorageSuite:
 
     # -- what torch relies on
 
-    def test_the_metadata_tells_what_there_is_and_where(self, place: Place, door: Door) -> None:
+    def test_the_metadata_describes_all_entries(self, place: Place, door: Door) -> None:
         returned = save(rich_state(), place.writer())
         door.carry()
         metadata = place.reader().read_metadata()

@@ -55,7 +55,7 @@ def test_an_absolute_request(
     assert "proxy-authorization" not in arrived.headers
 
 
-def test_a_body_goes_through(
+def test_a_body_passes_through(
     service: FaultService, logging_proxy: LoggingProxy, connection: http.client.HTTPConnection
 ) -> None:
     headers = {"x-ms-blob-type": "BlockBlob"}

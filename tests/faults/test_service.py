@@ -118,7 +118,7 @@ class TestReading:
         assert reply.body == b"56"
 
     @pytest.mark.parametrize(("name", "size"), [("ten", 10), ("empty", 0)])
-    def test_a_range_behind_the_end_is_416_and_tells_the_size(
+    def test_a_range_behind_the_end_is_416_and_reports_the_size(
         self, service: FaultService, name: str, size: int
     ) -> None:
         service.put("data", "empty", b"")
@@ -126,7 +126,7 @@ class TestReading:
         assert (reply.status, reply.error_code) == (416, "InvalidRange")
         assert reply.headers["Content-Range"] == f"bytes */{size}"
 
-    def test_there_are_no_suffix_ranges(self, service: FaultService) -> None:
+    def test_suffix_ranges_are_refused(self, service: FaultService) -> None:
         assert ask(service, "GET", "data/ten", {"Range": "bytes=-3"}).status == 400
 
     def test_head_has_the_headers_of_get_and_no_body(self, service: FaultService) -> None:

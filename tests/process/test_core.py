@@ -112,7 +112,7 @@ class TestMethods:
     """With every start method, and whether or not the parent has read before."""
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_readers_go_on_in_a_child(self, service: FaultService, method: str) -> None:
+    def test_readers_continue_in_a_child(self, service: FaultService, method: str) -> None:
         """At the same time as the parent, which is not disturbed."""
         url, used = service.blob_url("c", "b"), [0, 1000, 200_000]
         readers = [BlobIO(url, "rb", credential=False, transfer=QUICK) for _ in used]
@@ -299,7 +299,7 @@ class TestFork:
         go_on.set()
         thread.join(60)
 
-    def test_memory_in_flight_is_counted_anew(self, service: FaultService) -> None:
+    def test_memory_in_flight_is_counted_again(self, service: FaultService) -> None:
         service.put("c", "b", content(2 * MiB))
         blob = BlobIO(service.blob_url("c", "b"), "rb", credential=False, transfer=QUICK)
         for _ in range(20):

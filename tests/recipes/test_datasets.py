@@ -29,7 +29,7 @@ def names(count: int) -> Counter[str]:
     return Counter(f"{train.FOLDER}{number:05d}.pt" for number in range(count))
 
 
-def test_training_goes_on_in_mid_epoch(container: Container) -> None:
+def test_training_continues_in_mid_epoch(container: Container) -> None:
     train.upload(container.url, container.key, 30)
     used = train.train(container.url, container.key, 3) + train.train(container.url, container.key, 5)
     assert Counter(used) == names(30)  # two workers of 15 make 8 batches
@@ -98,7 +98,7 @@ def finish(job: subprocess.Popen[str], *, kill_at: int | None = None) -> list[di
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 1])
-def test_two_ranks_are_killed_and_any_number_goes_on_in_mid_epoch(container: Container, ranks: int) -> None:
+def test_two_ranks_are_killed_and_any_number_continues_in_mid_epoch(container: Container, ranks: int) -> None:
     """What the model had seen when it was saved, and what was read after, is each blob once."""
     count = 48  # divides by all shards in question
     train.upload(container.url, container.key, count)
