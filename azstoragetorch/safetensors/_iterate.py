@@ -11,8 +11,9 @@ import torch
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.budget import Budget, Loan
-from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.job import Bell, Job
+from azstoragetorch._engine.memory import new_buffer
 from azstoragetorch._engine.process import here
 from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import engine_for
@@ -21,6 +22,8 @@ from azstoragetorch.safetensors._fetch import fetch
 from azstoragetorch.safetensors._folder import open_model
 from azstoragetorch.safetensors._model import Stored, reads_of
 from azstoragetorch.safetensors._parts import Sharding, converted, sharding, wanted_of
+
+_MAPPED = 2 * MiB  # bytes; larger tensors get memory of the system itself
 
 _Batch = dict[str, tuple[Stored, Box]]
 
@@ -107,7 +110,9 @@ def _arrivals(
                 if loan is None and flying:
                     break
                 batch = waiting.popleft()
-                job = Job(partial(_fetch_batch, batch, device, dtype, transfer, scope), bell)
+                made = {name: _new(stored, box, dtype, device) for name, (stored, box) in batch.items()}
+                job = Job(partial(_fetch_batch, batch, made, transfer, scope), bell)
+                del made
                 flying.append(_Fetching(batch, job, loan))
                 engine_for(transfer).submit(job.run)
             arrived = _first(flying, bell)
@@ -142,13 +147,28 @@ def _first(flying: list[_Fetching], bell: Bell) -> _Fetching:
         for fetching in flying:
             if fetching.job.is_over:
                 return fetching
-        flying[0].job.run()
+        flying[-1].job.run()  # the one that a thread would begin with last
+
+
+def _new(stored: Stored, box: Box, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    """Memory for one tensor; that of a large one goes back to the system at once when it is dropped.
+
+    What malloc gets back it may keep, which for tensors of many sizes adds up to more than is in use.
+    """
+    kind = converted(stored.dtype, dtype)
+    count = torch.Size(box.lengths).numel()
+    if device.type != "cpu" or count * kind.itemsize < _MAPPED:
+        return stored.new(box, kind, device)
+    try:
+        area = new_buffer(count * kind.itemsize)
+    except (OSError, MemoryError, OverflowError):
+        return stored.new(box, kind, device)  # or the error that there is none
+    return torch.frombuffer(area, dtype=torch.uint8).view(kind).view(box.lengths)
 
 
 def _fetch_batch(
-    batch: _Batch, device: torch.device, dtype: torch.dtype | None, transfer: TransferConfig, scope: Scope
+    batch: _Batch, tensors: dict[str, torch.Tensor], transfer: TransferConfig, scope: Scope
 ) -> dict[str, torch.Tensor]:
-    tensors = {name: stored.new(box, converted(stored.dtype, dtype), device) for name, (stored, box) in batch.items()}
     reads = [read for name, (stored, box) in batch.items() for read in reads_of(stored, box, tensors[name])]
     with scope.child() as inner:
         fetch(reads, transfer, scope=inner)
