@@ -54,9 +54,10 @@ class Sizes:
     counts: tuple[int, ...] = (10, 60)
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
     rounds: int = 2
+    ranges: int = 1000
 
 
-TINY = Sizes(1 * MiB, 1 * MiB, 1 * MiB, 8, (1 << 10,), (4,), (1, 2), 1)
+TINY = Sizes(1 * MiB, 1 * MiB, 1 * MiB, 8, (1 << 10,), (4,), (1, 2), 1, 8)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
             yield {"case": "save", "base": base, "name": "saved.pt", "state": "few", "size": sizes.large}
         if base in (first, slow):
             yield {"case": "load", "base": base, "name": "model.pt", "state": "many", "size": sizes.model}
+            yield {"case": "stream", "base": base, "name": "half", "size": sizes.large // 2}
+            yield {"case": "ranges", "base": base, "name": "half", "size": sizes.large // 2, "count": sizes.ranges}
             yield {"case": "latency", "base": base, "name": "step-4096", "size": 4096}
             yield {"case": "samples", "base": base, "name": f"samples-{sizes.samples}/", "count": sizes.samples}
             for operation in ("checkpoint-save", "checkpoint-load"):
@@ -300,7 +303,7 @@ def make_environments(folder: Path, names: list[str]) -> dict[str, str]:
     pythons = {}
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     for name in names:
-        if name == "ours":
+        if name in ("ours", "filesystem"):
             pythons[name] = sys.executable
             continue
         home = folder / name

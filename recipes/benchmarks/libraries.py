@@ -21,6 +21,7 @@ CONCURRENCY = 16  # of one transfer: the default of azstoragetorch, and what the
 SAMPLES_AT_ONCE = 32
 BATCH = 32
 MiB = 1 << 20
+RANGE = 16 << 10  # bytes of a small range
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class _BlobIO:
     def read(self, name: str) -> int:
         with self.open(name, "rb") as blob:
             return len(blob.read())
+
+    def stream(self, name: str) -> int:
+        total = 0
+        with self.open(name, "rb") as blob:
+            while data := blob.read(MiB):
+                total += len(data)
+        return total
 
     def write(self, name: str, data: bytes) -> None:
         with self.open(name, "wb") as blob:
@@ -160,27 +168,28 @@ class Sdk:
         return sum(1 for _ in self.container.list_blobs(name_starts_with=prefix))
 
 
-class Adlfs:
-    requirements = ("adlfs",)
-    title = "adlfs"
+class _FileSystem:
+    """What all file systems of fsspec have."""
 
-    def __init__(self, place: Place) -> None:
-        from adlfs import AzureBlobFileSystem
-
-        account = urlsplit(place.account_url)
-        name = account.path.strip("/") or account.netloc.partition(".")[0]
-        proof = f"SharedAccessSignature={place.sas}"
-        if not place.sas:  # a connection string needs a key; a service that is open to everybody does not look at it
-            proof = f"AccountKey={base64.b64encode(os.urandom(64)).decode()}"
-        self.options = {"connection_string": f"BlobEndpoint={place.account_url};AccountName={name};{proof};"}
-        self.files = AzureBlobFileSystem(**self.options, max_concurrency=CONCURRENCY, skip_instance_cache=True)
-        self.container = place.container
+    files: Any
+    container: str
 
     def read(self, name: str) -> int:
         return len(self.files.cat_file(f"{self.container}/{name}"))
 
-    def read_with(self, name: str, concurrency: int) -> int:
-        return len(self.files.cat_file(f"{self.container}/{name}", max_concurrency=concurrency))
+    def stream(self, name: str) -> int:
+        """Read as pandas and others do: a piece at a time."""
+        total = 0
+        with self.files.open(f"{self.container}/{name}", "rb") as blob:
+            while data := blob.read(MiB):
+                total += len(data)
+        return total
+
+    def ranges(self, name: str, size: int, count: int) -> int:
+        """*count* ranges of 16 KiB, spread over the blob of *size* bytes."""
+        starts = [number * (size // count) for number in range(count)]
+        ends = [start + min(RANGE, size // count) for start in starts]
+        return sum(map(len, self.files.cat_ranges([f"{self.container}/{name}"] * count, starts, ends)))
 
     def write(self, name: str, data: bytes) -> None:
         self.files.pipe_file(f"{self.container}/{name}", data)
@@ -209,6 +218,38 @@ class Adlfs:
     def names(self, prefix: str) -> int:
         self.files.invalidate_cache()
         return len(self.files.find(f"{self.container}/{prefix}"))
+
+
+class FileSystem(_FileSystem):
+    requirements = ()
+    title = "azstoragetorch, fsspec"
+
+    def __init__(self, place: Place) -> None:
+        from azstoragetorch.filesystem import AzureBlobFileSystem
+
+        proof: dict[str, Any] = {"sas_token": place.sas} if place.sas else {"anon": True}
+        self.files = AzureBlobFileSystem(account_host=place.account_url, **proof)
+        self.container = place.container
+
+
+class Adlfs(_FileSystem):
+    requirements = ("adlfs",)
+    title = "adlfs"
+
+    def __init__(self, place: Place) -> None:
+        from adlfs import AzureBlobFileSystem
+
+        account = urlsplit(place.account_url)
+        name = account.path.strip("/") or account.netloc.partition(".")[0]
+        proof = f"SharedAccessSignature={place.sas}"
+        if not place.sas:  # a connection string needs a key; a service that is open to everybody does not look at it
+            proof = f"AccountKey={base64.b64encode(os.urandom(64)).decode()}"
+        self.options = {"connection_string": f"BlobEndpoint={place.account_url};AccountName={name};{proof};"}
+        self.files = AzureBlobFileSystem(**self.options, max_concurrency=CONCURRENCY, skip_instance_cache=True)
+        self.container = place.container
+
+    def read_with(self, name: str, concurrency: int) -> int:
+        return len(self.files.cat_file(f"{self.container}/{name}", max_concurrency=concurrency))
 
     def checkpoint_save(self, name: str, state: dict[str, Any]) -> None:
         import torch.distributed.checkpoint as dcp
@@ -297,12 +338,18 @@ class Obstore:
 
 LIBRARIES: dict[str, Callable[[Place], Any]] = {
     "ours": Ours,
+    "filesystem": FileSystem,
     "published": Published,
     "sdk": Sdk,
     "adlfs": Adlfs,
     "obstore": Obstore,
 }
-_DISTRIBUTIONS = {"ours": "azstoragetorch", "published": "azstoragetorch", "sdk": "azure-storage-blob"}
+_DISTRIBUTIONS = {
+    "ours": "azstoragetorch",
+    "filesystem": "azstoragetorch",
+    "published": "azstoragetorch",
+    "sdk": "azure-storage-blob",
+}
 
 
 def version_of(library: str) -> str:

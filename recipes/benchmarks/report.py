@@ -12,8 +12,12 @@ from typing import Any
 from recipes.benchmarks.libraries import LIBRARIES
 
 MiB = 1 << 20
-COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"}
-DARK = {"ours": "#4da3ff", "published": "#ff8a5c", "sdk": "#b0aaa8", "adlfs": "#b79ae6", "obstore": "#8bc34a"}
+COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"} | {
+    "filesystem": "#00a2ad"
+}
+DARK = {"ours": "#4da3ff", "published": "#ff8a5c", "sdk": "#b0aaa8", "adlfs": "#b79ae6", "obstore": "#8bc34a"} | {
+    "filesystem": "#4cd3dc"
+}
 INK = "#242424"  # text, axes and grid
 DARK_INK = "#cfd0d0"
 PALETTES = (COLORS | {"ink": INK}, DARK | {"ink": DARK_INK})
@@ -26,6 +30,8 @@ WHAT = {
     "load": "torch.load, {size} in 318 tensors",
     "samples": "dataset of {count} blobs of 110 KB",
     "names": "list {count} blobs",
+    "stream": "read {size}, 1 MiB at a time",
+    "ranges": "read {count} ranges of 16 KiB",
     "latency": "read 4 KiB, sequentially",
     "checkpoint-save": "distributed checkpoint saved, {size}",
     "checkpoint-load": "distributed checkpoint loaded, {size}",
@@ -173,9 +179,9 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     parts += ["", "## Many blobs, listing, checkpoints, latency", ""]
     parts += table(
         found,
-        found.cases("samples", "names", "checkpoint-save", "checkpoint-load"),
+        found.cases("samples", "names", "checkpoint-save", "checkpoint-load", "stream", "ranges"),
         "rate",
-        "samples/s, names/s, MiB/s",
+        "samples/s, names/s, ranges/s, MiB/s",
         is_more_better=True,
     )
     parts += [""]

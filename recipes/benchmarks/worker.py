@@ -68,6 +68,14 @@ def make(library: Any, command: dict[str, Any]) -> tuple[Timed, str] | None:
     def read() -> float:
         return expect(library.read(name), size) / MiB
 
+    def stream() -> float:
+        return expect(library.stream(name), size) / MiB
+
+    def ranges() -> float:
+        count = command["count"]
+        expect(library.ranges(name, size, count), count * min(libraries.RANGE, size // count))
+        return float(count)
+
     def concurrency() -> float:
         return expect(library.read_with(name, command["concurrency"]), size) / MiB
 
@@ -105,7 +113,7 @@ def make(library: Any, command: dict[str, Any]) -> tuple[Timed, str] | None:
         state_of(command["state"], size)
     if case == "checkpoint-load" and command.get("first"):
         library.checkpoint_save(name, dict(state_of(command["state"], size)))
-    units = {"latency": "reads/s", "samples": "samples/s", "names": "names/s"}
+    units = {"latency": "reads/s", "samples": "samples/s", "names": "names/s", "ranges": "ranges/s"}
     run = locals()[case.replace("-", "_")]
     return run, units.get(case, "MiB/s")
 
