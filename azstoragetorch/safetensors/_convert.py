@@ -105,7 +105,7 @@ def checkpoint_to_safetensors(
             others.append(name)
         else:
             forms[name] = Form(entry.properties.dtype, tuple(entry.size))
-    _check_others(url, others, only_tensors=only_tensors)
+    _check_others(reader.checkpoint_id, others, only_tensors=only_tensors)
     save_id = getattr(metadata.storage_meta, "save_id", None)
 
     def load_some(names: list[str]) -> Mapping[str, torch.Tensor]:
@@ -200,7 +200,7 @@ def torch_save_to_safetensors(
             tensors[name] = value
         else:
             others.append(name)
-    _check_others(blob_url, others, only_tensors=only_tensors)
+    _check_others(file.url, others, only_tensors=only_tensors)
     forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def load_some(names: list[str]) -> Mapping[str, torch.Tensor]:

@@ -118,3 +118,20 @@ def test_with_a_sas_in_both_urls(container: Container, model: str, command: Comm
     sas = container.sas()
     assert command("safetensors", "convert", f"{model}?{sas}", f"{container.url}/model.pt?{sas}").code == 0
     same(torch.load(io.BytesIO(container.get("model.pt")), weights_only=True), TENSORS)
+
+
+def test_no_error_shows_a_sas(container: Container) -> None:
+    from azstoragetorch.exceptions import SafetensorsError
+    from azstoragetorch.safetensors import checkpoint_to_safetensors, torch_save_to_safetensors
+
+    sas = container.sas()
+    buffer = io.BytesIO()
+    torch.save({"lr": 0.1}, buffer)
+    container.put("model.pt", buffer.getvalue())
+    url = f"{container.url}/checkpoint"
+    dcp.save({"epoch": 3}, storage_writer=BlobStorageWriter(url, credential=container.key), no_dist=True)
+    for convert, source in ((torch_save_to_safetensors, f"{container.url}/model.pt"), (checkpoint_to_safetensors, url)):
+        with pytest.raises(SafetensorsError, match="cannot be stored") as caught:
+            convert(f"{source}?{sas}", f"{container.url}/folder?{sas}")
+        assert caught.value.url == source
+        assert "sig" not in str(caught.value)

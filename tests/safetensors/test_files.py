@@ -24,7 +24,7 @@ from tests.safetensors.models import bits, entry, filled, models, raw, same
 from tests.support import QUICK
 
 KiB, MiB = 1 << 10, 1 << 20
-fixed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+fixed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -21,6 +21,7 @@ from azstoragetorch.safetensors._dtypes import BITS, FROM_TORCH, header_shape
 from azstoragetorch.safetensors._header import LARGEST, Header, build_header, header_length, parse_header
 from tests.safetensors.models import entry, models, raw
 
+patient = settings(suppress_health_check=[HealthCheck.too_slow])  # the machine can be busy
 URL = "https://account.blob.core.windows.net/models/model.safetensors"
 F32 = entry("F32", [2], 0, 8)
 
@@ -34,6 +35,7 @@ def read(data: bytes, size: int | None = None) -> Header:
 strings = st.text(st.characters(exclude_categories=["Cs"]))
 
 
+@patient
 @given(models(), st.none() | st.dictionaries(strings, strings, min_size=1, max_size=1))
 def test_a_file_of_the_package_is_read_and_written_alike(tensors: Any, metadata: dict[str, str] | None) -> None:
     data = save(tensors, metadata)
@@ -148,6 +150,7 @@ def test_a_hostile_header_takes_memory_in_proportion(text: bytes) -> None:
         tracemalloc.stop()
 
 
+@patient
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
@@ -174,6 +177,7 @@ entries = st.fixed_dictionaries(
 )
 
 
+@patient
 @given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries | json_values), st.integers(0, 16))
 def test_what_is_accepted_is_what_the_package_accepts(header: Any, rest: int) -> None:
     data = raw(header, bytes(rest))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import azstoragetorch
@@ -23,6 +23,7 @@ from tests.checkpoint.ranks import Ranks, run_ranks
 from tests.faults import FaultService, Match, Status
 from tests.safetensors.models import bits, filled, same
 
+patient = settings(suppress_health_check=[HealthCheck.too_slow])  # the machine can be busy
 KiB, MiB = 1 << 10, 1 << 20
 WORLD = 8
 TENSORS = {
@@ -45,6 +46,7 @@ def received(service: FaultService) -> int:
     return sum(request.sent for request in service.requests("get_blob"))
 
 
+@patient
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(-3, 3), st.integers(1, 5))
 def test_parts_are_those_of_torch(shape: list[int], dim: int, world: int) -> None:
     tensor = torch.arange(math.prod(shape)).reshape(shape)
@@ -61,6 +63,7 @@ def test_parts_are_those_of_torch(shape: list[int], dim: int, world: int) -> Non
             assert part.numel() == 0
 
 
+@patient
 @given(st.lists(st.integers(0, 5), max_size=3), st.data())
 def test_a_box_and_what_is_left_of_an_index_select_what_the_index_does(shape: list[int], data: st.DataObject) -> None:
     tensor = torch.arange(math.prod(shape)).reshape(shape)
@@ -133,6 +136,7 @@ def boxes_of(shape: tuple[int, ...], ranks: int) -> st.SearchStrategy[list[Box]]
     return st.just([whole] * ranks) | shards
 
 
+@patient
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=3), max_size=4), st.integers(1, 5), st.data())
 def test_every_element_that_is_wanted_is_read_by_one_rank(shapes: Any, ranks: int, data: st.DataObject) -> None:
     tensors = [(str(number), tuple(shape), 4) for number, shape in enumerate(shapes)]
