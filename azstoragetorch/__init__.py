@@ -16,14 +16,14 @@
               description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload
-              copying  download  listing  signing  window
+              copying  download  first_part  listing  signing  window
               service
-              authorizers  connection  credentials  retry  transport
+              authorizers  connection  credentials  head  race  retry  transport
               admission  errors  secret  url
    _engine    threads
               budget  turns
               job
-              metrics  scope
+              hedging  metrics  scope
               config  memory  pacing  process  ranges
 
 Each row is a layer. A module imports only from the rows below it and, inside its package, from its own row. Importing

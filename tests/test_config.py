@@ -55,6 +55,43 @@ def test_the_ends_of_the_ranges_are_allowed(lowest: dict[str, int]) -> None:
                 TransferConfig(**{name: value - 1})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", ["Auto", "fast", "", 0, -1, float("nan"), float("inf"), 1 << 60])
+def test_hedging_needs_a_possible_time(value: object) -> None:
+    with pytest.raises(ValueError, match="hedge_after must be"):
+        TransferConfig(hedge_after=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf")])
+def test_the_budget_of_hedging_is_a_share(value: float) -> None:
+    with pytest.raises(ValueError, match="hedge_budget must be between 0 and 1"):
+        TransferConfig(hedge_budget=value)
+
+
+@pytest.mark.parametrize("setting", [{"hedge_after": True}, {"hedge_after": []}, {"hedge_budget": "2 %"}])
+def test_hedging_takes_numbers(setting: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(setting))} must be"):
+        TransferConfig(**setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("AUTO", "auto"), ("none", None), ("0.25", 0.25), (None, "auto")]
+)
+def test_hedging_can_be_set_by_the_environment(
+    text: str | None, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is None:
+        monkeypatch.delenv("AZSTORAGETORCH_HEDGE_AFTER", raising=False)
+    else:
+        monkeypatch.setenv("AZSTORAGETORCH_HEDGE_AFTER", text)
+    assert TransferConfig().hedge_after == value
+
+
+def test_a_variable_for_hedging_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZSTORAGETORCH_HEDGE_AFTER", "soon")
+    with pytest.raises(ValueError, match="AZSTORAGETORCH_HEDGE_AFTER='soon'"):
+        TransferConfig()
+
+
 def test_a_typo_is_an_error() -> None:
     with pytest.raises(TypeError, match="part_sise"):
         TransferConfig(part_sise=1)  # type: ignore[call-arg]
@@ -113,7 +150,11 @@ class TestEnvironment:
         base = TransferConfig()
         for setting in fields(TransferConfig):
             value = getattr(base, setting.name)
-            other = (not value) if isinstance(value, bool) else value + 1 if value != () else ("a.example", "b.example")
+            special = {"trusted_hosts": ("a.example", "b.example"), "hedge_after": 0.5, "hedge_budget": 0.5}
+            if setting.name in special:
+                other = special[setting.name]
+            else:
+                other = (not value) if isinstance(value, bool) else value + 1
             with monkeypatch.context() as patch:
                 text = ", ".join(other) if isinstance(other, tuple) else str(other)
                 patch.setenv(f"AZSTORAGETORCH_{setting.name.upper()}", text)

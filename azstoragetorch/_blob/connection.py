@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import ipaddress
+import math
 import os
 import re
 import select
@@ -63,7 +64,7 @@ class Connection:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.was_used = False
-        self._has_timeout = False  # has the read timeout; otherwise the connect timeout, or non-blocking after `begin`
+        self._timeout: float | None = None  # seconds, of the socket; None while it has the connect timeout
         self._is_interrupted = False
         self._was_closed = False  # `close` was called by the request that owns the connection
         self._wakers: dict[object, None] = {}  # calls of `interrupt` that may be using the socket
@@ -95,8 +96,20 @@ class Connection:
             self.proxy_headers = proxy.headers
         return through
 
-    def send(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> None:
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: Body,
+        patience: float | None = None,
+        *,
+        limit: float | None = None,
+    ) -> None:
         """Send a request; connect first if the connection is not open.
+
+        The socket then has the timeout *patience*, or the read timeout. *limit* is the longest time in seconds to
+        connect and to send each piece of the body, where that is shorter than the timeouts of the origin.
 
         Raises:
             ValueError: a part of the request has a control character or another character that HTTP cannot carry.
@@ -105,10 +118,11 @@ class Connection:
         head = self._head(method, self._prefix + target, headers)
         connection = self._http
         if connection.sock is None:
+            if limit is not None:
+                connection.timeout = min(limit, self.origin.connect_timeout)
             connection.connect()
-        if not self._has_timeout:
-            self.socket.settimeout(self.origin.read_timeout)
-            self._has_timeout = True
+        longest = self.origin.read_timeout if limit is None else min(limit, self.origin.read_timeout)
+        self.set_timeout(longest if body is not None or patience is None else patience)
         if self._is_interrupted:  # by an interrupt that came before there was a socket to shut down
             raise ConnectionAbortedError("interrupted")
         try:
@@ -124,6 +138,14 @@ class Connection:
             if body is None:
                 raise
             # A service that refuses a request responds before it has read a large body: receive that response.
+        if body is not None and patience is not None:
+            self.set_timeout(patience)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set the timeout of the socket; zero makes it non-blocking. Costs next to nothing if it has this timeout."""
+        if self._timeout != seconds:
+            self.socket.settimeout(seconds)
+            self._timeout = seconds
 
     def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
@@ -146,9 +168,7 @@ class Connection:
         """
         sock = self.socket
         head = self._head("GET", self._prefix + target, headers)
-        if self._has_timeout:
-            sock.setblocking(False)
-            self._has_timeout = False
+        self.set_timeout(0.0)
         if sock.send(head) != len(head):
             raise BlockingIOError("the request could not be sent at once")
         return sock
@@ -168,13 +188,11 @@ class Connection:
         idle = time.monotonic() - self.idle_since
         if sock is None or self._is_interrupted or idle > MAX_IDLE_SECONDS:
             return True
-        if idle < unchecked:
-            return False
-        poll = select.poll() if hasattr(select, "poll") else None
-        if poll is None:
-            return bool(select.select([sock], [], [], 0)[0])
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return idle >= unchecked and self.is_readable()
+
+    def is_readable(self) -> bool:
+        """Whether an open connection has bytes to read, or was closed by the peer."""
+        return bool(readable([self.socket], 0))
 
     # A cancel shuts down the socket while a request blocks on it. If the request closed the socket at the same moment,
     # the system could give its descriptor to another connection, and the cancel would shut down that one. So whichever
@@ -219,6 +237,16 @@ class Connection:
         if sock is not None:
             with suppress(OSError):  # already closed
                 os.close(sock.detach())
+
+
+def readable(sockets: Sequence[socket.socket], seconds: float) -> list[int]:
+    """The descriptors of *sockets* that have bytes to read, or have failed; waits for the first one."""
+    if not hasattr(select, "poll"):
+        return [sock.fileno() for sock in select.select(sockets, [], [], seconds)[0]]
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1000))]
 
 
 def _unsendable(method: str, target: str, headers: Mapping[str, str]) -> ValueError:

@@ -8,32 +8,33 @@ the blob again with `open_range`, which retries, renews tokens and raises errors
 
 from __future__ import annotations
 
-import re
+import logging
 import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
-from ssl import SSLWantReadError
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.first_part import MAX_HEAD_BYTES, Attempt, FirstPart, UnexpectedResponseError
 from azstoragetorch._blob.service import Service
-from azstoragetorch._blob.transport import give_back, parse_head, take_idle
+from azstoragetorch._blob.transport import take_idle
 from azstoragetorch._blob.url import BlobURL
-from azstoragetorch._engine.memory import bytes_to_fill
-from azstoragetorch._engine.metrics import THROTTLED, count, count_answer
+from azstoragetorch._engine.metrics import count
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.ranges import ByteRange
-from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
+from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 from azstoragetorch._engine.threads import Engine, start_thread
 
-_CONTENT_RANGE = re.compile(r"bytes 0-(\d+)/(\d+)")
-_MAX_HEAD_BYTES = 16 << 10  # of a response: status line and headers
+log = logging.getLogger("azstoragetorch")
+
 _POLL_SECONDS = 0.25  # between two checks for stalled reads
 _STUCK_SECONDS = 10.0  # without a step of the thread, after which others do not count on it
+_HEDGE_SECONDS = 0.0125  # the same if silent ones are requested once more
+_BRIEF_SECONDS = 1.0  # a read that has begun more recently, and is not silent, is not looked at
 _IDLE_SECONDS = 0.5  # for which the thread waits for another read before it exits
 
 
@@ -41,13 +42,15 @@ class Multiplexer:
     """The reads of one engine that are in flight on one thread, which is not one of the engine's threads."""
 
     # `begin` runs on any thread, also in a signal handler that interrupts another `begin`, so neither side takes a
-    # lock. They share four things: `_reads` (descriptor -> read), `_watched` (descriptor -> the connection for which
+    # lock. They share four things: `_reads` (descriptor -> attempt), `_watched` (descriptor -> the connection for which
     # it was registered), the epoll set, and `_turns`, which says whether the thread runs. A connection is used by one
-    # request at a time, so there is at most one read for a descriptor.
+    # request at a time, so there is at most one attempt for a descriptor. A read has one attempt at first, and another
+    # one if that is silent for too long (`_hedge`); `first_part` says which of them is received.
     #
-    # A read ends once, by the call that removes it from `_reads` (`_claim`). The thread removes it after a complete
-    # response, an error (a cancel of its scope shuts the socket down, which is an error here) or a stall, and calls
-    # `done` or `failed`. An interrupted `begin` removes its own read, closes the connection and raises.
+    # An attempt ends once, by the call that removes it from `_reads` (`_claim`). The thread removes it after a complete
+    # response, an error (a cancel of its scope shuts the socket down, which is an error here) or a stall. When the read
+    # is complete, or its last attempt has ended, the thread calls `done` or `failed`. An interrupted `begin` removes
+    # its own attempt, closes the connection and raises.
     #
     # Registration. A connection stays registered when it goes back to the pool, which saves two system calls for each
     # read. The price: it can become readable while another request uses it, or when the service closes it, and
@@ -79,11 +82,12 @@ class Multiplexer:
     # begins nothing.
 
     def __init__(self) -> None:
-        self._reads: dict[int, _Read] = {}  # by descriptor
+        self._reads: dict[int, Attempt] = {}  # by descriptor
         self._watched: dict[int, Connection] = {}  # registered, also while other requests use them
         self._epoll = select.epoll()
         self._turns: dict[None, _Turn] = {}  # the turn of the thread that runs, if one does
         self._last_active = self._last_sweep = self._last_step = 0.0
+        self._interval = _POLL_SECONDS
 
     def is_stuck(self) -> bool:
         """Whether the thread has to wait for the caller, or has not taken a step for long."""
@@ -125,22 +129,36 @@ class Multiplexer:
             if isinstance(error, (Cancelled, OSError)):
                 return False
             raise
-        note = partial(service.note_status, entry)
-        read = _Read(connection, hold, length, headers["x-ms-client-request-id"], note, done, failed)
+        read = FirstPart(
+            service.hedging if service.admission.pacing.is_free else None,
+            target,
+            headers,
+            length,
+            scope,
+            partial(service.note_status, entry),
+            done,
+            failed,
+            self._drop,
+        )
+        attempt = Attempt(read, connection, descriptor, hold, headers["x-ms-client-request-id"])
         try:
-            self._reads[descriptor] = read
+            read.attempts.append(attempt)
+            self._reads[descriptor] = attempt
             self._watch(descriptor, connection)
+            if read.hedging is not None:
+                self._interval = _HEDGE_SECONDS
             self._start()
         except BaseException:
-            if self._claim(descriptor, read):
-                hold.leave()
-                connection.close()
+            read.finish()
+            if self._claim(attempt):
+                attempt.close()
             raise
         return True
 
-    def _claim(self, descriptor: int, read: _Read) -> bool:
-        """Remove *read*; return whether it was still there, so that the caller is the one that ends it."""
-        return self._reads.get(descriptor) is read and self._reads.pop(descriptor, None) is read
+    def _claim(self, attempt: Attempt) -> bool:
+        """Remove *attempt*; return whether it was still there, so that the caller is the one that ends it."""
+        descriptor = attempt.descriptor
+        return self._reads.get(descriptor) is attempt and self._reads.pop(descriptor, None) is attempt
 
     def _watch(self, descriptor: int, connection: Connection) -> None:
         if self._watched.get(descriptor) is not connection:
@@ -165,8 +183,8 @@ class Multiplexer:
     def _fail_all(self, turn: _Turn, me: _Owner) -> None:
         """Fail all reads and end *turn*, if *me* has taken it. After an interrupt, call it again."""
         while turn.owner is me and self._turns.setdefault(None, turn) is turn:
-            for descriptor, read in list(self._reads.items()):
-                self._end(descriptor, read, is_good=False)
+            for attempt in list(self._reads.values()):
+                self._end(attempt, is_good=False)
             self._turns.pop(None, None)
             if not self._reads:
                 return
@@ -180,10 +198,10 @@ class Multiplexer:
         with on_error(partial(self._fail_all, turn, me)):
             if not turn.take(me):
                 return
-            scratch = memoryview(bytearray(_MAX_HEAD_BYTES))
+            scratch = memoryview(bytearray(MAX_HEAD_BYTES))
             self._last_active = time.monotonic()
             while self._is_wanted() or not self._has_ended(turn):
-                for descriptor, _ in self._epoll.poll(_POLL_SECONDS):
+                for descriptor, _ in self._epoll.poll(self._interval):
                     self._advance(descriptor, scratch)
                 self._drop_stalled()
 
@@ -191,39 +209,83 @@ class Multiplexer:
         return bool(self._reads) or time.monotonic() - self._last_active < _IDLE_SECONDS
 
     def _advance(self, descriptor: int, scratch: memoryview) -> None:
-        read = self._reads.get(descriptor)
-        if read is None:  # another request uses the connection, or the service has closed it
+        attempt = self._reads.get(descriptor)
+        if attempt is None:  # another request uses the connection, or the service has closed it
             self._unwatch(descriptor)
-            read = self._reads.get(descriptor)
-            if read is not None:  # `begin` may have found it still watched: see above
-                self._register(descriptor, read.connection)
+            attempt = self._reads.get(descriptor)
+            if attempt is not None:  # `begin` may have found it still watched: see above
+                self._register(descriptor, attempt.connection)
             return
-        self._last_step = self._last_active = read.last_active = time.monotonic()
+        self._last_step = self._last_active = attempt.silent_since = time.monotonic()
         try:
-            if read.advance(scratch):
-                self._end(descriptor, read, is_good=True)
-        except (OSError, HTTPException, _UnexpectedResponseError):
-            self._end(descriptor, read, is_good=False)
+            if attempt.advance(scratch):
+                self._end(attempt, is_good=True)
+        except (OSError, HTTPException, UnexpectedResponseError):
+            self._end(attempt, is_good=False)
 
     def _drop_stalled(self) -> None:
         now = self._last_step = time.monotonic()
-        if now - self._last_sweep < _POLL_SECONDS:
+        if now - self._last_sweep < self._interval:
             return
         self._last_sweep = now
-        for descriptor, read in list(self._reads.items()):
-            if now - read.last_active > read.connection.origin.read_timeout:
-                self._end(descriptor, read, is_good=False)
+        for attempt in list(self._reads.values()):
+            silence = now - attempt.silent_since
+            if silence < self._interval and now - attempt.since < _BRIEF_SECONDS:
+                continue
+            if silence > attempt.connection.origin.read_timeout or attempt.read.is_over:
+                self._end(attempt, is_good=False)
+            elif attempt.wants_hedge(now):
+                self._hedge(attempt)
 
-    def _end(self, descriptor: int, read: _Read, *, is_good: bool) -> None:
-        if self._claim(descriptor, read):
+    def _hedge(self, silent: Attempt) -> None:
+        """Request what is missing of the read of *silent* once more, on another connection."""
+        count("hedged")
+        read = silent.read
+        headers, start = read.rest()
+        _log_apart("GET %s: silent, sent once more from byte %d on", read.target.partition("?")[0], start)
+        connection = take_idle(silent.connection.origin)
+        if connection is None:  # a thread that has to read the blob itself opens one
+            count("hedges_won")
+            read.drop_all()
+            _, failed = read.finish()
+            failed()
+            return
+        hold = read.scope.holding(connection.interrupt)
+        try:
+            hold.__enter__()
+            descriptor = connection.begin(read.target, headers).fileno()
+        except (Cancelled, OSError):
+            hold.leave()
+            connection.close()
+            count("hedges_canceled")
+            return
+        attempt = Attempt(read, connection, descriptor, hold, headers["x-ms-client-request-id"], start)
+        read.attempts.append(attempt)
+        self._reads[descriptor] = attempt
+        self._watch(descriptor, connection)
+
+    def _end(self, attempt: Attempt, *, is_good: bool) -> None:
+        if self._claim(attempt):
             if not is_good:
-                self._unwatch(descriptor)
-            read.end(is_good)
+                self._unwatch(attempt.descriptor)
+            attempt.read.end(attempt, is_good=is_good)
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Give up an attempt of a read that has a better one."""
+        if self._claim(attempt):
+            self._unwatch(attempt.descriptor)
+        attempt.close()
 
     def _unwatch(self, descriptor: int) -> None:
         self._watched.pop(descriptor, None)
         with suppress(OSError):  # it is closed, or an interrupt came before it was registered
             self._epoll.unregister(descriptor)
+
+
+def _log_apart(message: str, *values: object) -> None:
+    """Log on another thread: a logging handler can hold a lock, and the thread of the multiplexer must not wait."""
+    if log.isEnabledFor(logging.DEBUG):
+        start_thread(partial(log.debug, message, *values))
 
 
 class _Owner:
@@ -253,104 +315,6 @@ class _Turn:
     def owner(self) -> _Owner | None:
         """Who has taken it."""
         return self._owners.get(None)
-
-
-class _UnexpectedResponseError(Exception):
-    """The response is not one that this module handles."""
-
-
-class _Read:
-    """One response in flight."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        hold: Hold,
-        length: int,
-        request_id: str,
-        note: Callable[[int, str, Mapping[str, str]], None],
-        done: Callable[[BlobVersion, bytes], None],
-        failed: Callable[[], None],
-    ) -> None:
-        self.connection = connection
-        self._socket = connection.socket
-        self.last_active = time.monotonic()
-        self._hold = hold
-        self._length = length
-        self._request_id = request_id
-        self._note = note  # the status, for the admission
-        self._done = done
-        self._failed = failed
-        self._began = time.perf_counter()
-        self._head = b""
-        self._version: BlobVersion | None = None
-        self._data = b""
-        self._missing = memoryview(b"")
-
-    def advance(self, scratch: memoryview) -> bool:
-        """Receive what has arrived; return whether the response is complete."""
-        sock = self._socket
-        try:
-            while self._version is None:
-                self._take_head(scratch[: self._receive(sock.recv_into(scratch))])
-            while self._missing:
-                self._missing = self._missing[self._receive(sock.recv_into(self._missing)) :]
-        except (BlockingIOError, SSLWantReadError):
-            return False
-        return True
-
-    def end(self, is_good: bool) -> None:
-        """Call *done* or *failed*. The connection goes back to the pool only after a complete response."""
-        self._hold.leave()
-        if is_good and self._version is not None and not self._hold.was_woken:
-            count("bytes_received", len(self._data))
-            give_back(self.connection)
-            self._done(self._version, self._data)
-        else:
-            self.connection.close()
-            self._failed()
-
-    @staticmethod
-    def _receive(received: int) -> int:
-        if not received:
-            raise _UnexpectedResponseError  # the connection was closed
-        return received
-
-    def _take_head(self, arrived: memoryview) -> None:
-        self._head += arrived
-        head, end, body = self._head.partition(b"\r\n\r\n")
-        if not end:
-            if len(self._head) > _MAX_HEAD_BYTES:
-                raise _UnexpectedResponseError
-            return
-        self._version = self._check(head)
-        count_answer(time.perf_counter() - self._began, 206, 0)
-        size = min(self._length, self._version.size)
-        if len(body) > size or size == 1 > len(body):
-            raise _UnexpectedResponseError
-        self._head = b""
-        if len(body) == size:
-            self._data = body
-            return
-        self._data, view = bytes_to_fill(size)
-        view[: len(body)] = body
-        self._missing = view[len(body) :]
-
-    def _check(self, head: bytes) -> BlobVersion:
-        """The version of the blob, from the headers of a response to exactly this request."""
-        status, fields, stays_open = parse_head(head)
-        self._note(status, fields.get("", ""), fields)
-        if status in THROTTLED:
-            count_answer(time.perf_counter() - self._began, status, 0)
-        found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
-        if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
-            raise _UnexpectedResponseError
-        stop, size = int(found.group(1)) + 1, int(found.group(2))
-        if stop != min(self._length, size) or fields.get("content-length") != str(stop):
-            raise _UnexpectedResponseError
-        if fields.get("x-ms-client-request-id") != self._request_id or not fields.get("etag"):
-            raise _UnexpectedResponseError  # possibly the response to another request
-        return BlobVersion(size, fields["etag"])
 
 
 _multiplexers: PerProcess[dict[Engine, Multiplexer]] = PerProcess(dict)

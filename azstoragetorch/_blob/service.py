@@ -30,6 +30,7 @@ from azstoragetorch._blob.errors import connection_error, service_error
 from azstoragetorch._blob.retry import Transient, classify_refusal, is_connection_failure, retry_after
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.hedging import hedging_for
 from azstoragetorch._engine.metrics import THROTTLED
 from azstoragetorch._engine.process import PerProcess
 from azstoragetorch._engine.scope import Cancelled, Scope
@@ -61,6 +62,11 @@ class Request:
     """Named in errors after the method, if several operations use the same method."""
     on_repeat: Callable[[], None] | None = None
     """Called before the request is sent again because a pooled connection failed: it may have been carried out."""
+
+    @property
+    def can_be_hedged(self) -> bool:
+        """Whether it may be sent twice at the same time: it reads, or stages a block, which is the same block then."""
+        return self.method in ("GET", "HEAD") or self.purpose == "block"
 
     @property
     def verb(self) -> str:
@@ -127,6 +133,7 @@ class Service:
     def __init__(self, url: BlobURL, credential: CredentialHolder, config: TransferConfig) -> None:
         self.config = config
         self.origin = Origin.of(url.scheme, url.host, config)
+        self.hedging = hedging_for(url.scheme, url.host, config)
         self.authorizer: Authorizer = credential.authorizer(url, config.trusted_hosts)
         self.admission = admission_for(url.host, config)
 
@@ -175,6 +182,8 @@ class Service:
                 {**headers, **proof},
                 body=request.body,
                 scope=request.scope,
+                hedging=self.hedging if request.can_be_hedged and self.admission.pacing.is_free else None,
+                kind=request.verb,
                 on_repeat=request.on_repeat,
             )
             self.note_status(entry, response.status, response.reason, response.headers)

@@ -9,163 +9,105 @@ from __future__ import annotations
 
 import atexit
 import http.client
-import logging
-import re
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 
 from azstoragetorch import __version__
 from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, length_of
+from azstoragetorch._blob.head import Headers, HTTPResponse, Stream, receive_head
+from azstoragetorch._blob.race import Overtaken, Race, Sent, can_be_continued, log_answer
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.config import KiB
+from azstoragetorch._engine.hedging import Hedging
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.process import PerProcess
-from azstoragetorch._engine.scope import Cancelled, Hold, Scope, on_error
+from azstoragetorch._engine.scope import Cancelled, Hold, Scope
 from azstoragetorch.exceptions import ClientRequestIdMismatchError
-
-log = logging.getLogger("azstoragetorch")
 
 USER_AGENT = f"azstoragetorch/{__version__}"
 _DRAIN_LIMIT = 64 * KiB  # receiving this much of an unwanted body is cheaper than a new connection
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
-_MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of a response: headers, and bytes of one
 _MAX_IDLE = 128  # connections kept for each origin
 _UNCHECKED_SECONDS = 1.0  # how long `take_idle` assumes that a connection is still open
-
-
-class Headers(Mapping[str, str]):
-    """Response headers; names are case-insensitive."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: dict[str, str]) -> None:
-        self._values = values  # by lower-case name; names of metadata keep their case
-
-    def __getitem__(self, name: str) -> str:
-        return self._values[name if name in self._values else name.lower()]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self._values or name.lower() in self._values)
-
-
-class _HTTPResponse(http.client.HTTPResponse):
-    """http.client's response with its own header parser: the email parser of http.client takes ten times as long."""
-
-    is_head = False
-    fields: Headers
-
-    def begin(self) -> None:
-        """Read the status line and the headers."""
-        while True:
-            self.code, values, stays_open = parse_head(self._read_head())
-            if self.code >= 200:  # lower statuses are interim responses
-                break
-        self.status = self.code
-        self.reason = values.pop("", "")
-        self.version = 11
-        self.fields = Headers(values)
-        self.chunked = values.get("transfer-encoding", "").lower() == "chunked"
-        self.chunk_left = None
-        self.will_close = not stays_open
-        length = values.get("content-length")
-        self.length = None
-        if self.is_head or self.status in (204, 304):
-            self.length = 0
-        elif length is not None and not self.chunked:
-            if not (length.isascii() and length.isdigit()):
-                raise http.client.HTTPException(f"Content-Length is {length!r}")
-            self.length = int(length)
-        if self.length is None and not self.chunked:
-            self.will_close = True
-
-    def _read_head(self) -> bytes:
-        lines: list[bytes] = []
-        for _ in range(_MAX_FIELDS):
-            line = self.fp.readline(_MAX_LINE)
-            if line in (b"\r\n", b"\n") and lines:
-                return b"".join(lines)
-            if not line.endswith(b"\n"):
-                if not lines and not line:
-                    raise http.client.RemoteDisconnected("the connection was closed without a response")
-                raise http.client.IncompleteRead(line) if lines else http.client.BadStatusLine(repr(line))
-            lines.append(line)
-        raise http.client.HTTPException(f"the response has more than {_MAX_FIELDS} headers")
-
-
-def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
-    """The status, the headers by lower-case name, and whether the connection stays open.
-
-    The reason phrase is the value for the empty name. Names of metadata keep their case.
-
-    Raises:
-        http.client.HTTPException: *head* is not a valid status line with headers.
-    """
-    # Not splitlines: it also splits at some bytes of UTF-8 names.
-    first, *lines = head.decode("latin-1").rstrip("\r\n").replace("\r\n", "\n").split("\n")
-    found = _STATUS_LINE.fullmatch(first)
-    if found is None:
-        raise http.client.BadStatusLine(repr(first))
-    values = {"": (found.group(3) or "").strip()}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise http.client.HTTPException(f"{line[:80]!r} is not a header")
-        name = name.strip()
-        lower = name.lower()
-        values[name if lower.startswith("x-ms-meta-") else lower] = value.strip()  # case matters in names of metadata
-    connection = values.get("connection", "").lower()
-    stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
-    return int(found.group(2)), values, stays_open
-
-
-def _receive_head(connection: Connection, method: str) -> _HTTPResponse:
-    response = _HTTPResponse(connection.socket, method=method)
-    response.is_head = method == "HEAD"
-    with on_error(response.close):
-        response.begin()
-    return response
 
 
 class Response:
     """The response to one request. Leaving its ``with`` block releases the connection."""
 
-    def __init__(self, pool: Pool, connection: Connection, raw: _HTTPResponse, hold: Hold) -> None:
+    def __init__(
+        self, pool: Pool, connection: Connection, raw: HTTPResponse, hold: Hold, race: Race | None = None
+    ) -> None:
         self._pool = pool
         self._connection = [connection]  # `pop` is one step, so `close` releases it once, even if interrupted
         self._raw = raw
         self._hold = hold
+        self._race = race
         self.status = raw.status
         self.reason = raw.reason
         self.headers: Mapping[str, str] = raw.fields
         self._received = 0
+        self._skip = 0  # bytes at the beginning of a second response that the first one has sent as well
         self.length = raw.length
         """The number of bytes of the body still to be received; None if the service has not declared it."""
 
     def readinto(self, target: memoryview) -> int:
         """Receive up to ``len(target)`` bytes; fewer, or zero, only at the end of the body."""
-        received = self._raw.readinto(target)
-        self._received += received
-        if self.length is not None:
-            self.length -= received
-        return received
+        if self.length is None:
+            received = self._raw.readinto(target)
+            self._received += received
+            return received
+        done, wanted, race = 0, min(target.nbytes, self.length), self._race
+        if race is not None:
+            race.can_continue = self.status == 206 and can_be_continued(self._raw)
+        while done < wanted:
+            try:
+                piece = target[done:wanted] if not self._skip else memoryview(bytearray(min(self._skip, _DRAIN_LIMIT)))
+                received = self._raw.receive(piece)
+                if not received:
+                    break
+                self._received += received
+                if self._skip:
+                    self._skip -= received
+                    continue
+                done += received
+                self.length -= received
+                if race is not None:
+                    race.done += received
+                    race.look()
+            except Overtaken as overtaken:
+                self._skip = race.done - overtaken.rival.start if race is not None else 0
+                self._replace(overtaken)
+        return done
 
     def read(self) -> bytes:
         """Receive the rest of the body."""
-        data = self._raw.read()
+        if self._race is not None:
+            self._race.can_continue = self._received == 0 and 200 <= self.status < 300
+        data: bytes | None = None
+        while data is None:
+            try:
+                data = self._raw.read()
+            except Overtaken as overtaken:  # noqa: PERF203 - rare
+                self._replace(overtaken)
         self._received += len(data)
         self.length = 0
         return data
+
+    def _replace(self, overtaken: Overtaken) -> None:
+        """Continue with a second response. The connection of the first one is closed before anything is received."""
+        first, hold = self._connection.pop(), self._hold
+        hold.leave()
+        first.close()
+        self._raw.close()
+        self._raw, self._hold = overtaken.raw, overtaken.rival.hold
+        self._connection.append(overtaken.rival.connection)
+        if self._race is not None:
+            self._race.overtaken(overtaken.raw)
 
     def discard(self) -> None:
         """Close the connection, whatever is left of the body."""
@@ -178,9 +120,13 @@ class Response:
             connection = self._connection.pop()
         except IndexError:
             return
+        if self._race is not None:
+            self._race.received(is_complete=self.length == 0)
+            self._race.can_continue = False
         try:
             if self.length is not None and 0 < self.length <= _DRAIN_LIMIT and not self._raw.isclosed():
-                self.read()
+                self._received += len(self._raw.read())
+                self.length = 0
             if self.length == 0:
                 self._raw.close()
         except (OSError, http.client.HTTPException):
@@ -297,11 +243,16 @@ def send(
     body: Body = None,
     scope: Scope | None = None,
     on_repeat: Callable[[], None] | None = None,
+    hedging: Hedging | None = None,
+    kind: str = "",
 ) -> Response:
     """Send one request and receive the response headers.
 
     If a pooled connection turns out to be closed, the request is sent again on another connection, which does not count
     as a failure. *on_repeat* is called before that. Conditional writes are not sent again.
+
+    With *hedging*, the request can be repeated. If it is silent, it is sent once more, and the first response is used.
+    It is compared with other requests of its *kind*.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
@@ -309,17 +260,24 @@ def send(
         Cancelled: *scope* was cancelled.
     """
     pool, scope = _pool.get(), scope or Scope()
+    sent = Sent(method, target, headers, body)
     while True:
         connection = pool.take(origin, is_new=origin in pool.distrusted and _is_conditional_write(method, headers))
         hold = scope.holding(connection.interrupt)
+        race = None if hedging is None else Race(hedging, kind, sent, connection, scope, partial(pool.take, origin))
         try:
             hold.__enter__()
             started = time.perf_counter()
-            connection.send(method, target, headers, body)
-            raw = _receive_head(connection, method)
+            raw = _exchange(connection, sent, race)
+        except Overtaken as overtaken:
+            hold.leave()
+            connection.close()
+            return _used(pool, overtaken, race)
         except BaseException as error:
             hold.leave()
             connection.close()
+            if race is not None:
+                race.close()
             if scope.is_cancelled and is_connection_failure(error):
                 raise Cancelled from None
             if connection.was_used and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
@@ -330,17 +288,39 @@ def send(
                 pool.distrusted.add(origin)
             raise
         count_answer(elapsed := time.perf_counter() - started, raw.status, length_of(body))
-        if log.isEnabledFor(logging.DEBUG):
-            url = redact(f"{origin.scheme}://{origin.host}{target}")
-            log.debug("%s %s: %d in %.1f ms", method, url, raw.status, elapsed * 1000)
-        sent_id, echoed_id = headers.get("x-ms-client-request-id", ""), raw.fields.get("x-ms-client-request-id")
-        if not echoed_id and raw.status >= 300:
-            raw.fields = Headers({**raw.fields, "x-ms-client-request-id": sent_id})  # for the error message
-        response = Response(pool, connection, raw, hold)
-        if sent_id and echoed_id and sent_id != echoed_id:
-            response.discard()
-            raise _mismatch(f"{method} {origin.scheme}://{origin.host}{target}", sent_id, raw.fields)
-        return response
+        log_answer(origin, sent, raw.status, elapsed)
+        return _checked(Response(pool, connection, raw, hold, race), origin, sent)
+
+
+def _exchange(connection: Connection, sent: Sent, race: Race | None) -> HTTPResponse:
+    """Send *sent* and receive the head of the response."""
+    if race is None:
+        connection.send(sent.method, sent.target, sent.headers, sent.body)
+        return receive_head(Stream(connection), sent.method)
+    connection.send(sent.method, sent.target, sent.headers, sent.body, race.patience)
+    race.begin()
+    raw = receive_head(Stream(connection, race.on_silence), sent.method)
+    race.answered(raw)
+    return raw
+
+
+def _used(pool: Pool, overtaken: Overtaken, race: Race | None) -> Response:
+    """The response of a rival, which was checked."""
+    assert race is not None
+    race.answered(overtaken.raw)
+    return Response(pool, overtaken.rival.connection, overtaken.raw, overtaken.rival.hold, race)
+
+
+def _checked(response: Response, origin: Origin, sent: Sent) -> Response:
+    """*response*, if it belongs to the request *sent*."""
+    sent_id = sent.headers.get("x-ms-client-request-id", "")
+    echoed_id = response.headers.get("x-ms-client-request-id")
+    if not echoed_id and response.status >= 300:  # for the error message
+        response.headers = Headers({**response.headers, "x-ms-client-request-id": sent_id})
+    if sent_id and echoed_id and sent_id != echoed_id:
+        response.discard()
+        raise _mismatch(f"{sent.method} {origin.scheme}://{origin.host}{sent.target}", sent_id, response.headers)
+    return response
 
 
 def _mismatch(request: str, sent_id: str, fields: Mapping[str, str]) -> ClientRequestIdMismatchError:

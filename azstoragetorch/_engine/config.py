@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -18,9 +18,17 @@ MAX_BLOCK_SIZE = 4000 * MiB  # the service's limit for one block
 MAX_VALIDATED_RANGE = 4 * MiB  # the service returns an MD5 only for ranges up to this size
 
 
+_REAL_NUMBERS = {
+    "connect_timeout": "a number of seconds",
+    "read_timeout": "a number of seconds",
+    "max_backoff": "a number of seconds",
+    "hedge_after": '"auto", None or a number of seconds',
+    "hedge_budget": "a number",
+}  # the other settings are integers
 _PREFIX = "AZSTORAGETORCH_"
 TRUSTED_HOSTS = f"{_PREFIX}TRUSTED_HOSTS"
 FILE_SYSTEM = f"{_PREFIX}FSSPEC"  # whether importing the package calls `filesystem.install`
+HEDGE_AFTER = f"{_PREFIX}HEDGE_AFTER"
 _HOST = re.compile(r"\.?(?:[\w-]+(?:\.[\w-]+)*\.?|\[[0-9a-f:.]+\])(?::\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -42,6 +50,18 @@ def _setting(name: str, default: Any) -> Any:
             ) from None
 
     return field(default_factory=resolve)
+
+
+def _hedge_after_of_environment() -> float | Literal["auto"] | None:
+    text = os.environ.get(HEDGE_AFTER, "auto").lower()
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f'environment variable {HEDGE_AFTER}={text!r} is not "auto", "none" or a number') from None
 
 
 def _hosts_of_environment() -> tuple[str, ...]:
@@ -100,6 +120,10 @@ class TransferConfig:
         max_attempts: Attempts of a request that makes no progress, including the first one. A refusal because the
             service throttles (503, 429) is not an attempt while the service accepts other requests.
         max_backoff: Longest pause between two attempts in seconds; a longer ``Retry-After`` is honored.
+        hedge_after: Seconds without a byte after which a request that can be repeated is sent once more, on another
+            connection; the response that begins first is used. ``"auto"`` derives them from the times that other
+            requests took, None turns it off. In the environment variable: ``auto``, ``none`` or seconds.
+        hedge_budget: Requests that are sent once more, as a share of all requests, at most; 0 turns it off.
         validate_content: Check an MD5 of every part read, and let the service check one of every block written.
             Parts are then at most 4 MiB. TLS already protects bytes in flight.
         trusted_hosts: Hosts outside Azure that get the credential even if only a list of URLs, a listing, or a
@@ -122,6 +146,8 @@ class TransferConfig:
     read_timeout: float = _setting("read_timeout", 60.0)
     max_attempts: int = _setting("max_attempts", 6)
     max_backoff: float = _setting("max_backoff", 20.0)
+    hedge_after: float | Literal["auto"] | None = field(default_factory=_hedge_after_of_environment)
+    hedge_budget: float = _setting("hedge_budget", 0.02)
     validate_content: bool = _setting("validate_content", False)
     trusted_hosts: Sequence[str] = field(default_factory=_hosts_of_environment)
 
@@ -140,14 +166,19 @@ class TransferConfig:
             "read_timeout": (0.001, 86_400),
             "max_attempts": (1, 1000),
             "max_backoff": (0, 86_400),
+            "hedge_budget": (0, 1),
         }
+        if isinstance(self.hedge_after, str) and self.hedge_after != "auto":
+            raise ValueError(f"hedge_after must be {_REAL_NUMBERS['hedge_after']}, not {self.hedge_after!r}")
+        if self.hedge_after not in (None, "auto"):
+            limits["hedge_after"] = (0.001, 86_400)
         if not isinstance(self.validate_content, bool):
             raise TypeError(f"validate_content must be True or False, not {self.validate_content!r}")
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            is_count = name not in ("connect_timeout", "read_timeout", "max_backoff")
+            is_count = name not in _REAL_NUMBERS
             if isinstance(value, bool) or not isinstance(value, int if is_count else (int, float)):
-                kind = "an integer" if is_count else "a number of seconds"
+                kind = "an integer" if is_count else _REAL_NUMBERS[name]
                 raise TypeError(f"{name} must be {kind}, not {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r}")

@@ -33,6 +33,9 @@ class Metrics:
         refusals: Responses with a status of 400 or more.
         throttles: Of these, responses that ask to slow down (429, 503).
         retries: Attempts after the first one.
+        hedged: Requests that were sent once more because they were silent; see ``TransferConfig.hedge_after``.
+        hedges_won: Of these, requests whose second response was used.
+        hedges_canceled: Of these, requests whose first response was used, or whose second one was refused or failed.
         connections: Connections opened.
         bytes_received: Bytes of response bodies.
         bytes_sent: Bytes of request bodies.
@@ -49,6 +52,9 @@ class Metrics:
     refusals: int = 0
     throttles: int = 0
     retries: int = 0
+    hedged: int = 0
+    hedges_won: int = 0
+    hedges_canceled: int = 0
     connections: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0

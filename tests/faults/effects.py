@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -23,6 +24,7 @@ from .faults import (
     SlowBytes,
     StaleConnection,
     Stall,
+    StallUntil,
     Torn,
     TornReset,
     WrongBytes,
@@ -52,6 +54,11 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class Until:
+    gate: threading.Event
+
+
+@dataclass(frozen=True, slots=True)
 class Send:
     """Bytes for the wire, of which *body_bytes* belong to the body; *status* if they complete the headers."""
 
@@ -60,7 +67,7 @@ class Send:
     status: int | None = None
 
 
-Step = Send | Wait | End
+Step = Send | Wait | Until | End
 
 
 def inverted(data: Bytes) -> bytes:
@@ -140,6 +147,11 @@ def delivery(fault: Fault | None, answer: Answer) -> Iterator[Step]:
             yield head
             yield _part(body[:after])
             yield Wait(seconds)
+            yield _part(body[after:])
+        case StallUntil(gate, after):
+            yield head
+            yield _part(body[:after])
+            yield Until(gate)
             yield _part(body[after:])
         case SlowBytes(rate):
             yield head

@@ -251,6 +251,14 @@ class Stall(Fault):
 
 
 @dataclass(frozen=True, slots=True)
+class StallUntil(Fault):
+    """Nothing until *gate* is set after *after* bytes, then the rest. For tests that need an order of events."""
+
+    gate: threading.Event
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SlowBytes(Fault):
     """The body is sent at *rate* bytes per second."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
 
 from . import faults as f
-from .effects import End, Send, Wait, alter_answer, alter_page, delivery, inverted
+from .effects import End, Send, Until, Wait, alter_answer, alter_page, delivery, inverted
 from .store import BlobStore, Request, ServiceError, error_xml, parse_range
 from .wire import Answer, Bytes, Connection, Head, LoopbackServer
 
@@ -314,6 +314,9 @@ class FaultService(LoopbackServer):
                     connection.send(data)
                 case Wait(seconds):
                     connection.wait(seconds)
+                case Until(gate):
+                    while not gate.wait(0.01):
+                        connection.wait(0)
                 case End.FIN:
                     return False
                 case End.RST:
