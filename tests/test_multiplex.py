@@ -6,14 +6,19 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from azure.core.exceptions import AzureError, ResourceNotFoundError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from azstoragetorch import TransferConfig, metrics
-from azstoragetorch._blob import multiplex
+from azstoragetorch._blob import first_part, multiplex
 from azstoragetorch._blob.client import ContainerClient, Head
 from azstoragetorch._blob.credentials import CredentialHolder
+from azstoragetorch._blob.first_part import Attempt, FirstPart
 from azstoragetorch._blob.transport import close_idle_connections
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine import job
@@ -22,6 +27,7 @@ from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import start_thread
 from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
 from tests.faults.faults import (
+    ChangedEtag,
     Chunked,
     CorruptByte,
     Fault,
@@ -36,6 +42,7 @@ from tests.faults.faults import (
     SlowBytes,
     StaleConnection,
     Stall,
+    StallUntil,
     Status,
     Together,
     Torn,
@@ -46,7 +53,7 @@ from tests.faults.faults import (
 )
 from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
-from tests.support import idle_connections, run_threads, taking, wait_until
+from tests.support import idle_connections, in_time, run_threads, taking, wait_until
 
 QUICK = TransferConfig(max_backoff=0.01, part_size=64 << 10, max_connections=16)
 IMPATIENT = replace(QUICK, read_timeout=0.8, max_attempts=20)  # others may take too long as well on a busy machine
@@ -447,3 +454,181 @@ def test_a_finalizer_at_every_line_of_its_thread_reads(
         wait_until(lambda: client.engine.budget.in_flight == 0)
 
     sweep(set_up, receive, check, files=[multiplex], do=handle, turns=1)
+
+
+# -- hedging ----------------------------------------------------------------------------------------------------------
+
+HEDGED = replace(QUICK, hedge_after=0.05, hedge_budget=1.0, read_timeout=60.0, max_connections=17)
+"""What stalls here stalls until its connection is closed, or for longer than any test may take."""
+
+
+@pytest.mark.parametrize("after", [None, 0, 10, 30_000])
+def test_stalled_responses_are_not_waited_for(
+    fault_service: FaultService, blobs: dict[str, bytes], after: int | None
+) -> None:
+    """Some stall before the response or in its body: the rest is received on another connection."""
+    client = container(fault_service, HEDGED)
+    warm(client, blobs)
+    names = [name for name, data in blobs.items() if len(data) > 31_000]
+    for nth in (2, 9, 20):
+        fault_service.script(Match("get_blob", path=f"{names[nth]}$"), [Stall(60, after)])
+    before = metrics()
+    heads = in_time(lambda: read_all(client, names))
+    assert [head.data for head in heads] == [blobs[name] for name in names]
+    assert not fault_service.unused_faults()
+    seen = metrics() - before
+    assert seen.hedges_won >= 3
+    assert seen.retries == 0
+    assert client.engine.budget.in_flight == 0
+
+
+def test_the_rest_of_a_small_blob_is_requested_of_the_same_version(
+    fault_service: FaultService, blobs: dict[str, bytes]
+) -> None:
+    client = container(fault_service, HEDGED)
+    warm(client, blobs)
+    etag = fault_service.put("box", "050", blobs["050"])
+    fault_service.reset_log()
+    fault_service.script("get_blob", [Stall(60, 30_000)])
+    assert in_time(lambda: read_all(client, ["050"]))[0].data == blobs["050"]
+    first, *others = fault_service.requests("get_blob")
+    rests = [entry for entry in others if "if-match" in entry.headers]
+    assert "if-match" not in first.headers
+    assert all(entry.headers["if-match"] == etag for entry in rests)
+    assert all(entry.range is not None and entry.range[0] > 0 for entry in rests)
+
+
+@pytest.mark.parametrize(
+    "refusal", [Status(403), Status(412), Status(503), Reset(), ChangedEtag(ignores_conditions=True)], ids=repr
+)
+def test_a_hedge_that_does_not_fit_leaves_the_first_response(
+    fault_service: FaultService, blobs: dict[str, bytes], refusal: Fault
+) -> None:
+    """The first response continues after the hedges were refused, and is used."""
+    client = container(fault_service, HEDGED)
+    warm(client, blobs)
+    gate, before = threading.Event(), metrics()
+    fault_service.script(Match("get_blob", path="050$"), [StallUntil(gate, 30_000), refusal, refusal])
+
+    def release() -> None:
+        wait_until(lambda: (metrics() - before).hedges_canceled >= 1)
+        gate.set()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    try:
+        heads = in_time(lambda: read_all(client, ["049", "050"]))
+    finally:
+        gate.set()
+        releasing.join(60)
+    assert [head.data for head in heads] == [blobs["049"], blobs["050"]]
+    assert (metrics() - before).retries == 0
+
+
+def test_without_an_idle_connection_a_thread_asks_again(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    client = container(fault_service, HEDGED)
+    close_idle_connections()
+    client.blob("000").head()  # leaves one connection
+    fault_service.script(Match("get_blob", path="050$"), [Stall(60, 100)])
+    started = list[bool]()
+    assert in_time(lambda: read_all(client, ["050"], started))[0].data == blobs["050"]
+    assert started == [True]
+
+
+class _Connection:
+    """A connection whose socket has what the test puts there."""
+
+    def __init__(self) -> None:
+        self.socket = self
+        self.arrived = bytearray()
+        self.is_closed = False
+
+    def recv_into(self, target: memoryview) -> int:
+        assert not self.is_closed, "a response that was given up is received"
+        count = min(len(target), len(self.arrived))
+        if not count:
+            raise BlockingIOError
+        target[:count] = self.arrived[:count]
+        del self.arrived[:count]
+        return count
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["begin", "send", "receive"]), st.integers(0, 400)))
+
+
+@given(size=st.integers(2, 1000), steps=STEPS)
+def test_no_byte_is_written_by_two_responses(size: int, steps: list[tuple[int, str, int]]) -> None:
+    """Whenever which of three responses sends what: each byte comes from one of them, and stays.
+
+    Response *n* consists of bytes of the value *n*, so the result shows which response has written what.
+    """
+    results: list[bytes] = []
+    read = FirstPart(
+        None,
+        "/",
+        {"x-ms-client-request-id": "id"},
+        8 << 20,
+        Scope(),
+        lambda *_: None,
+        lambda _version, data: results.append(data),
+        lambda: pytest.fail("it has failed"),
+        lambda attempt: attempt.close(),
+    )
+    scratch = memoryview(bytearray(16 << 10))
+    attempts: list[Attempt] = []
+    connections: list[_Connection] = []
+    sent: dict[int, int] = {}
+
+    def begin() -> None:
+        connection: Any = _Connection()
+        headers, start = read.rest() if attempts else ({"x-ms-client-request-id": "id"}, -1)
+        hold = read.scope.holding(connection.interrupt)
+        attempt = Attempt(read, connection, len(attempts), hold, headers["x-ms-client-request-id"], start)
+        read.attempts.append(attempt)
+        number, first = len(attempts), max(start, 0)
+        attempts.append(attempt)
+        connections.append(connection)
+        connection.arrived += (
+            f'HTTP/1.1 206 Partial Content\r\nContent-Length: {size - first}\r\nETag: "1"\r\n'
+            f"x-ms-client-request-id: {headers['x-ms-client-request-id']}\r\n"
+            f"Content-Range: bytes {first}-{size - 1}/{size}\r\n\r\n"
+        ).encode()
+        sent[number] = size - first
+
+    def send(number: int, count: int) -> None:
+        count = min(count, sent[number])
+        sent[number] -= count
+        connections[number].arrived += bytes([number + 1]) * count
+
+    def receive(number: int) -> None:
+        attempt = attempts[number]
+        if attempt in read.attempts and attempt.advance(scratch):
+            read.end(attempt, is_good=True)
+
+    begin()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_part, "give_back", lambda _connection: None)
+        for number, step, count in steps:
+            if read.is_over:
+                break
+            if step == "begin" and len(attempts) == number and number < 3:
+                begin()
+            elif number < len(attempts) and step == "send":
+                send(number, count)
+            elif number < len(attempts) and step == "receive":
+                receive(number)
+        while not read.is_over:
+            for number in range(len(attempts)):
+                send(number, size)
+                receive(number)
+    (data,) = results
+    assert len(data) == size
+    assert 0 not in data
+    writers = [data[0], *(b for a, b in pairwise(data) if a != b)]
+    assert len(writers) == len(set(writers)), "a response that was given up has written again"
+    assert not read.attempts

@@ -31,6 +31,7 @@ from tests.faults.faults import (
     Hold,
     MissingHeader,
     Reset,
+    SlowBytes,
     Stall,
     StallUntil,
     Status,
@@ -248,6 +249,18 @@ def test_writes_that_cannot_be_repeated_are_not_hedged(service: FaultService, op
     assert len(requests) == len({entry.connection for entry in requests})
     assert not any("-" in entry.headers["x-ms-client-request-id"] for entry in requests)
     assert seen[0].retries >= 1
+
+
+def test_a_body_that_drips_is_not_waited_for(service: FaultService) -> None:
+    """Compared with what other requests took; it would take a minute."""
+    transfer = replace(HEDGED, max_connections=10)
+    for _ in range(12):
+        read(service, transfer=transfer)
+    service.script("get_blob", [SlowBytes(SIZE / 60)])
+    with counted() as seen:
+        assert in_time(lambda: read(service, transfer=transfer), 120) == BLOB
+    assert seen[0].hedges_won >= 1
+    service.wait_until_idle()
 
 
 def test_a_budget_of_zero_and_none_send_nothing_twice(service: FaultService) -> None:

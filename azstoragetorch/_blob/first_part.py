@@ -250,6 +250,8 @@ class Attempt:
             count_answer(time.monotonic() - self.since, status, 0)
             if self.read.hedging is not None:
                 self.read.hedging.answered(self, status)
+        if status == 416 and self.read.owner is None:  # not a refusal: the blob is empty
+            self.read.drop_all(but=self)
         found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
             raise UnexpectedResponseError

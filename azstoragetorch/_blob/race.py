@@ -225,7 +225,8 @@ class Race:
                 raise TimeoutError("timed out")
             if self._connection.is_readable():  # since the timeout: this thread had to wait for its turn
                 return
-            if self._may_start() and self._hedging.allows(self.kind, since):
+            latest = self._rivals[-1].since if self._rivals else since
+            if self._may_start() and self._hedging.allows(self.kind, latest):
                 self._start(f"nothing for {time.monotonic() - since:.3f} s")
             if not self._rivals:
                 return
@@ -331,7 +332,8 @@ class Race:
         if echoed and echoed != rival.request_id:
             raise _RefusedError("the response to another request")
         if first is None:
-            is_good = 200 <= raw.status < 300
+            # 416 without a condition is not a refusal: the blob ends before the range.
+            is_good = 200 <= raw.status < 300 or (raw.status == 416 and "If-Match" not in self._sent.headers)
         elif first.status == 206:
             start, last, size = _range_of(first) or (0, 0, 0)
             is_good = (

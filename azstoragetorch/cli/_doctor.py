@@ -8,8 +8,9 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from typing import Any
 
 import click
@@ -31,6 +32,10 @@ from azstoragetorch.cli._session import Session, Url, common, examples
 from azstoragetorch.io import BlobIO
 
 _LATENCIES = 20  # requests measured one after the other
+_AT_ONCE = 16  # requests whose tails are measured
+_MOST_TAILS = 10_000  # requests
+_LONGEST_TAIL = 20.0  # seconds that one of them is waited for
+_TAIL_SHARE = 4.0  # the tails are measured for this multiple of one measurement
 _SMALL = 100 * KiB  # a typical image
 _SUGGESTED = ("part_size", "block_size", "max_concurrency", "max_connections", "memory_limit", "read_ahead")
 _BAR = 40  # characters of the longest bar
@@ -93,7 +98,11 @@ def doctor(session: Session, url: BlobURL, size: int, rounds: int, seconds: floa
         latencies = _latencies(site)
         words = ", ".join(f"{name} {value:.1f}" for name, value in latencies.items())
         output.line(f"latency in ms  {words}")
+        tails = _tails(site, _TAIL_SHARE * seconds)
+        words = ", ".join(f"{name} {value:.1f}" for name, value in tails.items())
+        output.line(f"tails in ms    {words} ({_AT_ONCE} requests at once, without hedging)")
         report = {"url": str(url), "credential": kind, "cpus": os.cpu_count(), "latency_ms": latencies}
+        report["tails_ms"] = tails
         with output.progress("measuring", None, unit="measurements") as bar:
             found = _Diagnosis(site, rounds, seconds, lambda: bar(1))
             bar.plan(found.at_most)
@@ -165,6 +174,31 @@ def _latencies(site: _Site) -> dict[str, float]:
         "least": round(times[0], 2),
         "median": round(statistics.median(times), 2),
         "p90": round(times[math.ceil(len(times) * 0.9) - 1], 2),
+    }
+
+
+def _tails(site: _Site, seconds: float) -> dict[str, float]:
+    """Milliseconds until the first byte of a blob, of many requests that are sent for *seconds*.
+
+    Nothing is sent once more here, so that a request that stalls is seen. One that fails counts with its time.
+    """
+    config = replace(TransferConfig(), hedge_after=None, read_timeout=_LONGEST_TAIL, max_attempts=1)
+    client = site.blob(site.read, config)
+    version = client.version()
+    assert version is not None
+    until = time.perf_counter() + seconds
+
+    def measure(_number: int, scope: Scope) -> float:
+        begin = time.perf_counter()
+        with suppress(AzureError):
+            client.fetch(ByteRange(0, 1), [memoryview(bytearray(1))], etag=version.etag, scope=scope)
+        return (time.perf_counter() - begin) * 1000
+
+    numbers = takewhile(lambda _: time.perf_counter() < until, range(_MOST_TAILS))
+    times = sorted(engine_for(config).map(measure, numbers, _AT_ONCE))
+    return {
+        name: round(times[math.ceil(len(times) * share) - 1], 2)
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
     }
 
 

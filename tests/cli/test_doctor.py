@@ -39,6 +39,7 @@ def test_it_measures_and_suggests(container: Container, command: Command) -> Non
     assert ended.code == 0, ended.err
     (report,) = ended.records
     assert report["credential"] == "account key in AZURE_STORAGE_KEY"
+    assert 0 < report["tails_ms"]["p50"] <= report["tails_ms"]["p99"] <= report["tails_ms"]["p99.9"]
     assert 0 < report["latency_ms"]["least"] <= report["latency_ms"]["median"] <= report["latency_ms"]["p90"]
     for name, setting in [
         ("download", "max_concurrency"),
@@ -57,7 +58,15 @@ def test_it_measures_and_suggests(container: Container, command: Command) -> Non
 def test_for_people_it_draws(container: Container, command: Command) -> None:
     ended = command("doctor", container.url, *QUICK)
     assert ended.code == 0, ended.err
-    for word in ("latency in ms", "download, MiB/s by max_concurrency", "upload", "small blobs", "█", "suggested"):
+    for word in (
+        "latency in ms",
+        "tails in ms",
+        "download, MiB/s by max_concurrency",
+        "upload",
+        "small blobs",
+        "█",
+        "suggested",
+    ):
         assert word in ended.out
 
 

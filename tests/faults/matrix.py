@@ -97,6 +97,7 @@ class Row:
 
 RESPONSE, HTTP, AUTH = "ServiceResponseError", "HttpResponseError", "ClientAuthenticationError"
 _STALLS: dict[str, Any] = {"transfer": {"read_timeout": SHORT_TIMEOUT}, "few_tries": 2}
+_HEDGED: dict[str, Any] = {"transfer": {"hedge_after": 0.05, "hedge_budget": 0.5}, "is_ours_alone": True}
 _SMALL = ("epoch", "epoch, 2 workers", "pipes")  # one request for each blob
 _CHANGED = {(operation, GET): RIGHT for operation in _SMALL}
 
@@ -120,6 +121,10 @@ ROWS = [
     Row("body cut short", Torn(5000), RIGHT, RESPONSE, ANSWERED),
     Row("stall before the response", Stall(STALL, None), RIGHT, RESPONSE, times=1, is_carried_out=True, **_STALLS),
     Row("stall in the body", Stall(STALL, 300), RIGHT, RESPONSE, ANSWERED, times=1, **_STALLS),
+    Row("stall before the answer, hedged", Stall(STALL, None), RIGHT, None, (*ANSWERED, HEAD, PUT), times=1, **_HEDGED),
+    Row("stall in the body, hedged", Stall(STALL, 300), RIGHT, None, ANSWERED, times=1, **_HEDGED),
+    Row("slow drip, hedged", SlowBytes(30_000), RIGHT, None, ANSWERED, times=2, **_HEDGED),
+    Row("everything is late, hedged", Stall(0.15, None), RIGHT, RIGHT, (*ANSWERED, HEAD, PUT), **_HEDGED),
     Row("slow bytes", SlowBytes(300_000), RIGHT, RIGHT, ANSWERED),
     Row("wrong Content-Range", WrongContentRange(), RIGHT, RESPONSE, READ),
     Row("Content-Length too long", WrongLength(10), RIGHT, RESPONSE, ANSWERED),

@@ -42,6 +42,7 @@ from .faults import (
     SlowBytes,
     StaleConnection,
     Stall,
+    StallUntil,
     Status,
     Together,
     Torn,
@@ -477,6 +478,19 @@ class TestOnTheWire:
             sock.sendall(request)
             rest = read_to_the_end(sock)
         assert rest.data.partition(b"\r\n\r\n")[2] == CONTENT
+
+    def test_stall_until(self, service: FaultService, client: Client) -> None:
+        gate = threading.Event()
+        service.script("get_blob", [StallUntil(gate, after=3)])
+        with socket.create_connection((service.host, service.port), TIMEOUT) as sock:
+            sock.sendall(f"GET {BLOB} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+            data = b""
+            while not data.endswith(b"\r\n\r\n" + CONTENT[:3]):
+                data += sock.recv(1)
+            assert_good(client)
+            assert service.active == 1
+            gate.set()
+            assert data.partition(b"\r\n\r\n")[2] + read_to_the_end(sock).data == CONTENT
 
     def test_a_stalled_client_may_leave(self, service: FaultService) -> None:
         service.script("get_blob", [Stall(60)])

@@ -42,6 +42,7 @@ QUICK = {
     "connect_timeout": 60.0,
     "read_timeout": READ_TIMEOUT,
     "max_backoff": 0.02,
+    "hedge_after": None,  # except in rows of hedging: a stall ends by the read timeout
 }
 _TRIES = 6  # of what always fails
 _MANY_TRIES = 25  # of what has to end well: a busy machine may refuse and time out more often than it is told to
@@ -54,7 +55,8 @@ def _is_slow(row: Row, operation: str) -> bool:
     """Cells that start processes, wait, or write and check checkpoints run only with the slow tests, except a few."""
     if "workers" in operation or "Retry-After" in row.name:
         return True
-    return row.name not in _QUICK_ROWS and (operation.startswith("dcp") or "stall" in row.name)
+    takes_long = operation.startswith("dcp") or "stall" in row.name or "hedged" in row.name
+    return row.name not in _QUICK_ROWS and takes_long
 
 
 PAIRS = [
