@@ -376,7 +376,7 @@ class Line:
 class Script:
     """The steps of a server, one whenever the client finds that nothing has arrived.
 
-    Response *n* consists of bytes of the value *n*, so the result shows which response has written what.
+    A byte shows its place in the blob and which response it comes from.
     """
 
     def __init__(self, size: int, steps: list[tuple[int, int]]) -> None:
@@ -403,7 +403,8 @@ class Script:
                 f'HTTP/1.1 206 Partial Content\r\nContent-Length: {self.size - start}\r\nETag: "1"\r\n'
                 f"Content-Range: bytes {start}-{self.size - 1}/{self.size}\r\n\r\n"
             ).encode()
-        body = bytes([number + 1]) * min(count, self.size - start - (line.sent - 1))
+        at = start + line.sent - 1
+        body = bytes(place % 80 * 3 + number for place in range(at, min(at + count, self.size)))
         line.sent += len(body)
         with suppress(OSError):
             line.theirs.sendall(data + body)
@@ -450,8 +451,8 @@ def test_no_byte_is_written_by_two_responses(size: int, steps: list[tuple[int, i
             assert target[: len(seen)] == seen, "what was received before has changed"
             seen = target[: at + count]
         response.close()
-    assert 0 not in target
-    owners = [target[0], *(b for a, b in pairwise(target) if a != b)]
+    assert [value // 3 for value in target] == [at % 80 for at in range(size)]
+    owners = [target[0] % 3, *(b % 3 for a, b in pairwise(target) if a % 3 != b % 3)]
     assert len(owners) == len(set(owners)), "a response that was given up has written again"
     before = bytes(target)
     for line in script.lines:

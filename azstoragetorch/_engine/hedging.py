@@ -44,8 +44,8 @@ from azstoragetorch._engine.process import PerProcess
 # that no longer exists: it counts as stuck for `_FORGOTTEN_SECONDS`, in which at most some hedges are not sent.
 
 _FLOOR = 0.05  # seconds; shorter silences are those of busy machines and networks
-_STEADY = 1.5  # a request is not late before this multiple of the 95th percentile
-_SPREAD = 3.0  # distances between the median and the 95th percentile that are usual beyond the latter
+_LATE = 2.0  # a request is late after this multiple of the 95th percentile
+_STEADY = 1.5  # and not before this multiple of the time that the requests took that it is compared with
 _COLD = 2.0  # seconds; the patience before there are any answers
 _FEW = 4  # answers, with fewer of which nothing is known
 _UNSURE = 16  # answers, with which the patience is twice as long as with many
@@ -75,15 +75,15 @@ class Waiting(Protocol):
 
 
 class _Times:
-    """The latest of some durations in seconds, with their median and 95th percentile."""
+    """The latest of some durations in seconds, with their 95th percentile."""
 
-    __slots__ = ("_before", "_last", "_latest", "count", "high", "middle", "patience")
+    __slots__ = ("_before", "_last", "_latest", "count", "high", "patience")
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_REMEMBERED)
         self.count = 0
         self._last = self._before = 0.0
-        self.middle = self.high = 0.0
+        self.high = 0.0
         self.patience = _COLD
 
     def note(self, seconds: float) -> None:
@@ -101,11 +101,9 @@ class _Times:
     def _refresh(self) -> None:
         with suppress(RuntimeError):  # another thread notes something at this moment
             times = sorted(self._latest)
-            self.middle = times[(len(times) - 1) // 2]
             self.high = times[(len(times) - 1) * 95 // 100]  # of up to 20, not the largest one
             if len(times) >= _FEW:
-                usual = max(_FLOOR, _STEADY * self.high, self.high + _SPREAD * (self.high - self.middle))
-                self.patience = _rounded(usual * (1 + _UNSURE / self.count))
+                self.patience = _rounded(max(_FLOOR, _LATE * self.high) * (1 + _UNSURE / self.count))
 
 
 def _rounded(seconds: float) -> float:
