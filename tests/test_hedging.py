@@ -167,7 +167,9 @@ def test_no_order_of_events_exceeds_the_budget(budget: float, steps: list[tuple[
             hedging.answered(waiting.pop(0))
             hedging.received(2 * MiB, seconds)
         elif step == "ask":
-            hedges += hedging.allows("GET", clock.now - seconds)
+            if hedging.allows("GET", clock.now - seconds):
+                hedges += 1
+                hedging.enter(Asked(clock.now), is_hedge=True)
         elif step == "drip":
             hedges += hedging.allows_for_drip("GET", 4 * MiB, 100, clock.now - seconds)
         assert hedges <= FIRST + budget * sent

@@ -611,10 +611,16 @@ def test_no_byte_is_written_by_two_responses(size: int, steps: list[tuple[int, s
         sent[number] -= count
         connections[number].arrived += bytes(at % 80 * 3 + number for at in range(start, start + count))
 
+    seen = b""
+
     def receive(number: int) -> None:
+        nonlocal seen
         attempt = attempts[number]
         if not connections[number].is_closed and attempt.advance(scratch):
             read.end(attempt, is_good=True)
+        if (owner := read.owner) is not None:
+            assert owner.data[: len(seen)] == seen, "what was received before has changed"
+            seen = owner.data[: owner.reached]
 
     begin()
     with pytest.MonkeyPatch.context() as patch:
