@@ -186,7 +186,7 @@ def answered(hedging: Hedging, clock: Clock, times: list[float], kind: str = "GE
 def test_the_patience_follows_what_is_usual() -> None:
     clock = Clock()
     hedging = Hedging(None, 0.02, clock)
-    assert hedging.patience("GET") == 2.0
+    assert hedging.patience("GET") == 1.0
     answered(hedging, clock, [0.01] * 300)
     assert 0.05 <= hedging.patience("GET") <= 0.07
     answered(hedging, clock, [0.2, 0.3] * 200)

@@ -46,7 +46,7 @@ from azstoragetorch._engine.process import PerProcess
 _FLOOR = 0.05  # seconds; shorter silences are those of busy machines and networks
 _LATE = 2.0  # a request is late after this multiple of the 95th percentile
 _STEADY = 1.5  # and not before this multiple of the time that the requests took that it is compared with
-_COLD = 2.0  # seconds; the patience before there are any answers
+_COLD = 1.0  # seconds; the patience before there are any answers
 _FEW = 4  # answers, with fewer of which nothing is known
 _UNSURE = 16  # answers, with which the patience is twice as long as with many
 _REMEMBERED = 256  # answers from which the quantiles are computed
