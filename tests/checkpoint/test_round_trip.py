@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from azstoragetorch import TransferConfig
+from azstoragetorch._tensors.progress import ProgressCounter
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter, TqdmProgress, load_keys
-from azstoragetorch.checkpoint._progress import ProgressCounter
 from tests.azurite.container import Container
 from tests.checkpoint.states import alone, blank, load, reason, rich_state, same, save
 
