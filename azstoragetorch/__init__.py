@@ -3,6 +3,7 @@
 .. code-block:: text
 
    faces      cli
+              lightning  litdata  transformers  webdataset
               safetensors
               checkpoint  datapipes  datasets  filesystem  nodes  weights
               io
@@ -12,7 +13,8 @@
    _tensors   pinned  staging
               broadcast  host  progress
               hashing  planning
-   _files     partial  record  server_copy  transfer
+   _files     folders
+              partial  record  server_copy  transfer
               description  paths  walk
    _blob      client
               commit  multiplex  readahead  upload

@@ -37,6 +37,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"azstoragetorch\._.*"),
 ]
 
+autodoc_mock_imports = ["lightning", "litdata", "transformers", "webdataset"]  # only readers need them
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
@@ -79,9 +80,12 @@ CONTENTS = {
         "guide/troubleshooting",
     ],
     "Integrations": [
+        "integrations/use-it-from",
         "integrations/fsdp",
         "integrations/lightning",
         "integrations/hugging-face",
+        "integrations/webdataset",
+        "integrations/litdata",
         "integrations/tensorboard",
         "integrations/kubernetes",
     ],

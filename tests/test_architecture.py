@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
 FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors", "filesystem", "weights"}
-HOUSES = FACES | {"cli"}  # packages or modules that are not divided into layers
+FRAMEWORKS = {"lightning", "litdata", "transformers", "webdataset"}  # each needs the framework of its name
+HOUSES = FACES | FRAMEWORKS | {"cli"}  # packages or modules that are not divided into layers
 
 # Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
 _ROW = re.compile(r" {3}(\w*) +((?:\w+ *)+)")
@@ -55,7 +57,7 @@ FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secre
 
 # Where each dependency may be imported. The longest matching prefix decides.
 MAY_IMPORT = {
-    "torch": (FACES - {"io", "filesystem"}) | {"_samples.workers", "_tensors", "cli"},
+    "torch": (FACES - {"io", "filesystem"}) | {"_samples.workers", "_tensors", "cli", "lightning", "transformers"},
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.authorizers", "filesystem._options"},
@@ -65,6 +67,12 @@ MAY_IMPORT = {
     "fsspec": {"filesystem"},  # an extra, although torch depends on it
     "click": {"cli"},  # an optional dependency: `cli` reports it if it is missing
     "rich": {"cli"},
+    "filelock": {"litdata"},  # a dependency of litdata
+    "lightning": {"lightning"},
+    "litdata": {"litdata"},
+    "pytorch_lightning": {"lightning"},
+    "transformers": {"transformers"},
+    "webdataset": {"webdataset"},
     "tqdm": {"_tensors.progress"},  # not a dependency: needed only for a progress bar
     "typing_extensions": {"", "_blob", "exceptions", *FACES},
 }
@@ -460,10 +468,17 @@ def test_importing_the_package_costs_next_to_nothing() -> None:
 PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split("."))]
 
 
+def load(name: str) -> ModuleType:
+    """The public module *name*. One that needs a framework is skipped where that is not installed."""
+    if name in FRAMEWORKS:
+        pytest.importorskip(name, reason=f"{name} is not installed; `make frameworks` installs it")
+    return importlib.import_module(MODULES[name].dotted)
+
+
 @pytest.mark.parametrize("name", PUBLIC, ids=lambda name: name or "azstoragetorch")
 def test_every_public_name_is_described(name: str) -> None:
     """Every name in ``__all__``, and every public member of a class, has a docstring."""
-    module = importlib.import_module(MODULES[name].dotted)
+    module = load(name)
     silent = []
     for public in getattr(module, "__all__", []):
         value = getattr(module, public)
@@ -492,7 +507,7 @@ def test_every_public_module_names_what_is_public(name: str) -> None:
         for node in module.tree.body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
     }
-    loaded = importlib.import_module(module.dotted)
+    loaded = load(name)
     if defined:
         assert defined <= set(loaded.__all__)
     assert [public for public in getattr(loaded, "__all__", []) if not hasattr(loaded, public)] == []

@@ -27,6 +27,7 @@ CONNECTION_VARIABLE = "AZURE_STORAGE_CONNECTION_STRING"
 _PRINCIPAL = ("tenant_id", "client_id", "client_secret")
 _SECRETS = ("account_key", "sas_token", "connection_string", "client_secret")
 OF_FSSPEC = ("use_listings_cache", "listings_expiry_time", "max_paths")
+_NO_EFFECT = ("asynchronous", "loop")  # for other file systems; zarr passes them to all
 KNOWN = (
     "account_name",
     "account_host",
@@ -37,6 +38,7 @@ KNOWN = (
     "client_id",
     *_SECRETS,
     *OF_FSSPEC,
+    *_NO_EFFECT,
     "skip_instance_cache",
 )
 _OF_ADLFS = {
@@ -49,8 +51,6 @@ _OF_ADLFS = {
     "default_fill_cache": "leave it out, since files read ahead as the access pattern needs",
     "version_aware": "leave it out, since a path can always end in ?versionid=...",
     "assume_container_exists": "leave it out, since containers are not checked",
-    "asynchronous": "leave it out, since the file system is synchronous, and many transfers run at once anyway",
-    "loop": "leave it out, since the file system is synchronous, and many transfers run at once anyway",
     "location_mode": "pass account_host='<account>-secondary.blob.core.windows.net'",
     "request_session": "leave it out, since connections are pooled by this process",
     "socket_timeout": "leave it out, since it has no effect in adlfs either",

@@ -90,10 +90,10 @@ class BlobIO(_BinaryFile):
         self._set_up(ClientFactory(credential, transfer, url).blob(url), mode)
 
     @classmethod
-    def _of(cls, client: BlobClient, version: BlobVersion | None = None, head: bytes = b"") -> BlobIO:
-        """A reader over *client*, of *version* if that is known, with its first bytes as far as they are here."""
+    def _of(cls, client: BlobClient, version: BlobVersion | None = None, head: bytes = b"", mode: str = "rb") -> BlobIO:
+        """A file over *client*; a reader is of *version* if that is known, with the first bytes that are here."""
         self = cls.__new__(cls)
-        self._set_up(client, "rb", version, head)
+        self._set_up(client, mode, version, head)
         return self
 
     def _set_up(self, client: BlobClient, mode: str, version: BlobVersion | None = None, head: bytes = b"") -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints of training jobs in blobs: a manager for any loop, training with ``fully_shard``, Lightning."""
+"""Checkpoints of training jobs in blobs: a manager for any loop, and training with ``fully_shard``."""

@@ -18,7 +18,8 @@ from tests.azurite.container import Container
 from tests.docs.pages import ROOT
 
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^((?:python|torchrun) .*-m recipes\..+)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^((?:python|torchrun) .*-m recipes\.(?!frameworks\.).+)$", PAGE, re.MULTILINE)
+WITH_FRAMEWORKS = re.findall(r"^(python -m recipes\.frameworks\..+)$", PAGE, re.MULTILINE)
 
 
 def test_every_recipe_has_a_row_and_a_section() -> None:
@@ -36,7 +37,9 @@ def test_every_module_that_is_a_program_is_run() -> None:
         for path in (ROOT / "recipes").glob("*/*.py")
         if "\ndef main()" in path.read_text(encoding="utf-8") and path.parent.name not in ("benchmarks", "demo")
     }
-    assert {name for command in COMMANDS for name in re.findall(r"recipes\.[\w.]+", command)} == programs
+    assert {
+        name for command in [*COMMANDS, *WITH_FRAMEWORKS] for name in re.findall(r"recipes\.[\w.]+", command)
+    } == programs
 
 
 @pytest.mark.slow

@@ -211,12 +211,16 @@ class TestNames:
             ("listings_expiry", "did you mean 'listings_expiry_time'"),
             ("xyz", "the options are account_name,"),
             ("blocksize", r"is one of adlfs: pass transfer=TransferConfig\(block_size"),
-            ("asynchronous", "is one of adlfs: leave it out"),
+            ("socket_timeout", "is one of adlfs: leave it out"),
         ],
     )
     def test_unknown_options_are_errors(self, name: str, hint: str) -> None:
         with pytest.raises(TypeError, match=hint):
             create(account_name="acct", **{name: "value"})
+
+    def test_options_that_zarr_passes_to_every_file_system_have_no_effect(self) -> None:
+        fs = create(account_name="acct", anon=True, asynchronous=True, loop=None)
+        assert fs.async_impl is False
 
     def test_types(self) -> None:
         with pytest.raises(TypeError, match="account_key must be a str, not bytes"):

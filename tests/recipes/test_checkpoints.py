@@ -1,13 +1,11 @@
-"""The recipes for checkpoints: a killed job that goes on with more ranks, Lightning's plugin, the demo of ranks."""
+"""The recipes for checkpoints: a killed job that goes on with more ranks, the demo of ranks."""
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,7 @@ import torch
 
 from azstoragetorch import weights
 from azstoragetorch.checkpoint import list_checkpoints
-from recipes.checkpoints import actors, lightning, lora
-from recipes.checkpoints.lightning import BlobCheckpointIO
+from recipes.checkpoints import actors, lora
 from recipes.checkpoints.train import train
 from recipes.demo.ranks import show_ranks
 from tests.azurite.container import Container
@@ -57,44 +54,6 @@ def test_a_killed_job_goes_on_with_twice_the_ranks_to_the_same_loss(container: C
         assert loss == pytest.approx(undisturbed[0][0], rel=1e-9)
     kept = list_checkpoints(url, credential=container.key)
     assert [name.rpartition("/")[2] for name in kept] == ["step-12", "step-14"]
-
-
-def test_lightnings_plugin_keeps_checkpoints_in_blobs(
-    container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lightning, "TorchCheckpointIO", None)  # as where Lightning is not installed
-    plugin = BlobCheckpointIO(container.blob_url("run"), root=tmp_path, credential=container.key)
-    state = {"state_dict": {"w": torch.randn(100)}, "epoch": 3}
-    path = tmp_path / "deep" / "epoch=3-step=4.ckpt"
-    plugin.save_checkpoint(state, path)
-    name = "run/deep/epoch=3-step=4.ckpt"
-    assert container.names() == [name]
-    assert torch.equal(torch.load(io.BytesIO(container.get(name)))["state_dict"]["w"], state["state_dict"]["w"])
-    loaded = plugin.load_checkpoint(path, map_location=lambda storage, _: storage)
-    assert torch.equal(loaded["state_dict"]["w"], state["state_dict"]["w"])
-    assert plugin.load_checkpoint(container.blob_url(name))["epoch"] == 3
-    assert path.read_text() == f"This checkpoint is a blob: {container.blob_url(name)}\n"
-    plugin.remove_checkpoint(path)
-    plugin.remove_checkpoint(path)
-    assert not path.exists()
-    with pytest.raises(FileNotFoundError, match=f"the blob {container.blob_url('run')}/deep/epoch"):
-        plugin.load_checkpoint(path)
-    assert container.names() == []
-    with pytest.raises(ValueError, match="not below"):
-        plugin.save_checkpoint(state, tmp_path.parent / "x")
-    with pytest.raises(TypeError):
-        plugin.save_checkpoint(state, path, storage_options={"a": 1})
-
-
-def test_lightnings_plugin_takes_a_sas_in_its_url(container: Container, tmp_path: Path) -> None:
-    plugin = BlobCheckpointIO(container.blob_sas_url("run"), root=tmp_path)
-    plugin.save_checkpoint({"epoch": 3}, tmp_path / "a.ckpt")
-    assert container.names() == ["run/a.ckpt"]
-    again = BlobCheckpointIO(container.blob_sas_url("run"), root=tmp_path / "new")
-    assert (tmp_path / "new/a.ckpt").read_text() == f"This checkpoint is a blob: {container.blob_url('run')}/a.ckpt\n"
-    assert again.load_checkpoint(tmp_path / "new/a.ckpt") == {"epoch": 3}
-    again.remove_checkpoint(tmp_path / "new/a.ckpt")
-    assert container.names() == []
 
 
 @pytest.mark.slow

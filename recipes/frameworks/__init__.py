@@ -1,0 +1,1 @@
+"""Programs that need another framework."""
