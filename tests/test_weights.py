@@ -8,7 +8,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -203,6 +203,25 @@ def test_the_model_changes_when_weights_are_applied_and_not_before(url: str) -> 
     assert model["frozen"][0] == 5  # nothing was new
     with pytest.raises(WeightsError, match="poll first"):
         subscriber(url).apply(model)
+
+
+@pytest.mark.parametrize("mode", ["inference mode", "another device", "inference tensors"])
+def test_in_any_surroundings(url: str, mode: str) -> None:
+    """Where only some of the calls are in a mode, and where tensors are made elsewhere by default."""
+    trainer, actor, model = publisher(url), subscriber(url), blank()
+    surroundings: Any = torch.inference_mode() if mode != "another device" else torch.device("meta")
+    states = [state(step) for step in range(5)]
+    if mode == "inference tensors":
+        with torch.inference_mode():
+            model = blank()
+        surroundings = nullcontext()
+    for step in range(5):
+        with surroundings if step % 2 == 0 else nullcontext():
+            trainer.publish(states[step], step)
+            actor.prefetch() if step == 3 else None
+            assert actor.poll() == step
+        actor.apply(model)
+        assert bits(model) == bits(states[step])
 
 
 def test_a_model_that_does_not_fit_is_not_changed(url: str) -> None:

@@ -74,16 +74,16 @@ def apply(tensor: torch.Tensor, change: Change) -> None:
 
 def _gaps(indices: torch.Tensor) -> bytes:
     """Ascending *indices* as one byte for each gap between two, or more where a gap is long."""
-    gaps = torch.diff(indices, prepend=torch.tensor([-1]))
+    gaps = torch.diff(indices, prepend=torch.tensor([-1], device="cpu"))
     ends = torch.cumsum(gaps // _FULL_GAP + 1, 0) - 1
-    found = torch.full((int(ends[-1]) + 1,), _FULL_GAP, dtype=torch.uint8)
+    found = torch.full((int(ends[-1]) + 1,), _FULL_GAP, dtype=torch.uint8, device="cpu")
     found[ends] = (gaps % _FULL_GAP).to(torch.uint8)
     return bytes(view_of(found))
 
 
 def _indices(gaps: memoryview) -> torch.Tensor:
     if not len(gaps):
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     found = torch.frombuffer(bytearray(gaps), dtype=torch.uint8)
     indices = torch.cumsum(found, 0, dtype=torch.int64)[found != _FULL_GAP] - 1
     if len(indices) and (int(indices[0]) < 0 or bool((torch.diff(indices) <= 0).any())):

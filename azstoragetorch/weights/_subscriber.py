@@ -76,7 +76,8 @@ class Subscriber:
             AzureError: the service refused the request, or could not be reached; call again.
         """
         ahead, self._ahead = self._ahead, None
-        return ahead.result() if ahead is not None else self._poll()
+        with torch.inference_mode(False):  # the copy is changed later, in any mode and on any thread
+            return ahead.result() if ahead is not None else self._poll()
 
     def apply(self, state_dict: Mapping[str, torch.Tensor]) -> int | None:
         """Copy the tensors that changed since the last call into those of *state_dict*; return the step.
@@ -99,9 +100,11 @@ class Subscriber:
                     f"{self._place.url}: {name!r} is {source.dtype} of the shape {tuple(source.shape)}, and in the "
                     f"state dict it is {found}; nothing was changed"
                 )
-        with torch.no_grad():
-            for name in sorted(self._stale):
-                state_dict[name].detach().copy_(state.tensors[name])
+        for name in sorted(self._stale):
+            target = state_dict[name]
+            # A tensor that was made in inference mode can be written to in that mode alone.
+            with torch.inference_mode() if target.is_inference() else torch.no_grad():
+                target.detach().copy_(state.tensors[name])
         self._stale = set()
         return state.link.step
 
@@ -234,7 +237,7 @@ def _tensor(part: Part, data: memoryview) -> torch.Tensor:
     if part.form != RAW or part.length != part.nbytes:
         raise WeightsError(f"{part.name!r} is not full")
     if not part.length:
-        return torch.empty(part.shape, dtype=part.torch_dtype)
+        return torch.empty(part.shape, dtype=part.torch_dtype, device="cpu")
     found = torch.frombuffer(data, dtype=torch.uint8, count=part.length, offset=part.offset)
     return found.view(part.torch_dtype).reshape(part.shape)
 
