@@ -366,7 +366,8 @@ class Line:
         self.script.step()
         return False
 
-    def interrupt(self) -> None: ...
+    def waker(self) -> Callable[[], None]:
+        return lambda: None
 
     def close(self) -> None:
         self.is_closed = True
@@ -433,7 +434,7 @@ def test_no_byte_is_written_by_two_responses(size: int, steps: list[tuple[int, i
     the_race = Race(_Scripted(script), "GET", sent, first, scope, lambda: Line(script))  # type: ignore[arg-type, return-value]
     the_race.begin()
     target = bytearray(size)
-    hold = scope.holding(first.interrupt)
+    hold = scope.holding(first.waker())
     with hold:
         try:
             raw = receive_head(Stream(first, the_race.on_silence), "GET")
@@ -441,7 +442,7 @@ def test_no_byte_is_written_by_two_responses(size: int, steps: list[tuple[int, i
             response = Response(pool, first, raw, hold, the_race)
         except race.Overtaken as overtaken:
             first.close()
-            the_race.answered(overtaken.raw)
+            the_race.answered(overtaken.raw, overtaken.rival)
             response = Response(pool, overtaken.rival.connection, overtaken.raw, overtaken.rival.hold, the_race)
         seen = bytearray()
         step = max(1, size // 3)

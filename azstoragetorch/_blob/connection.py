@@ -17,7 +17,8 @@ import socket
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -220,6 +221,20 @@ class Connection:
             self._wakers.pop(me, None)
             if self._was_closed and not self._wakers:
                 self._http.close()
+
+    def waker(self) -> Callable[[], None]:
+        """A call of `interrupt` for a scope, which does not keep the connection open.
+
+        An interrupt between two lines can lose a connection. Its finalizer closes it then, also while the scope lives.
+        """
+        found = weakref.ref(self)
+
+        def wake() -> None:
+            connection = found()
+            if connection is not None:
+                connection.interrupt()
+
+        return wake
 
     def close(self) -> None:
         """Close the socket, or leave that to an `interrupt` that is using it. Called by the request that owns it."""

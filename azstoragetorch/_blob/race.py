@@ -53,7 +53,8 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 #     document  A page of a listing has no ranges. The rival requests all of it, and what had arrived is dropped.
 #
 # If the first response continues before a rival has begun, the rivals are closed. `Overtaken` is raised through the
-# reader of the first response, which is not used any more then.
+# reader of the first response, which is not used any more then. The winner stays in `_rivals`, which `close` closes,
+# until its connection belongs to the response: so an interrupt on the way does not leave it open.
 #
 # A request may have up to `_MOST_RIVALS` rivals, one after the other: a rival can be silent as well. A rival never has
 # rivals itself. All of them count for the read timeout, which is measured from the last byte that was used.
@@ -68,6 +69,25 @@ class Overtaken(Exception):  # noqa: N818 - it carries a response and is not an 
 
 class _RefusedError(http.client.HTTPException):
     """The response to a rival cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What rivals are compared with: the head of the response that began first.
+
+    It is not the response itself, whose reader refers to the race: an interrupt would leave its connection open until
+    the next garbage collection.
+    """
+
+    status: int
+    etag: str
+    range: tuple[int, int, int]
+    size: int  # bytes of the body; 0 if the service has not declared it
+
+    @classmethod
+    def of(cls, raw: HTTPResponse) -> _Begun:
+        """What is known of *raw* before its body is received."""
+        return cls(raw.status, raw.fields.get("etag", ""), _range_of(raw) or (0, 0, 0), raw.length or 0)
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # the target and the headers have secrets
@@ -160,8 +180,8 @@ class Race:
         self._rivals: list[Rival] = []
         self._sent_rivals = 0
         self._began = self._look_from = self._look_at = 0.0
-        self._seen = self._size = 0
-        self.raw: HTTPResponse | None = None  # the response that began first: a rival's is compared with it
+        self._seen = 0
+        self._first: _Begun | None = None
         self.can_continue = True  # there is a request for what is missing
         self.done = 0
         """Bytes of the body that were received."""
@@ -177,24 +197,30 @@ class Race:
         self._is_waiting = True
         self._hedging.enter(self)
 
-    def answered(self, raw: HTTPResponse) -> None:
-        """The first response has begun."""
+    def answered(self, raw: HTTPResponse, winner: Rival | None = None) -> None:
+        """The first response has begun; it is that of *winner*, unless that is None."""
         if self._is_waiting:
             self._is_waiting = False
             self._hedging.answered(self, raw.status)
-        self.close()
         self._use(raw)
         self.can_continue = False
+        self._release(winner)
 
-    def overtaken(self, raw: HTTPResponse) -> None:
-        """*raw*, the response to a rival, is used."""
-        if self.raw is not None and self.raw.status != 206:
+    def overtaken(self, raw: HTTPResponse, winner: Rival) -> None:
+        """*raw*, the response to *winner*, is used, and the caller closes its connection from now on."""
+        if self._first is not None and self._first.status != 206:
             self.done = 0
         self._use(raw)
+        self._release(winner)
+
+    def _release(self, winner: Rival | None) -> None:
+        """Close all rivals but *winner*, which belongs to the response from now on."""
+        for rival in [each for each in self._rivals if each is not winner]:
+            self._drop(rival)
+        self._rivals.clear()
 
     def _use(self, raw: HTTPResponse) -> None:
-        self.raw = self.raw or raw
-        self._size = self.raw.length or 0
+        self._first = self._first or _Begun.of(raw)
         self._began = self._look_from = time.monotonic()
         self._look_at = self._began + self._hedging.drip_seconds
         self._seen = self.done
@@ -231,7 +257,7 @@ class Race:
             if not self._rivals:
                 return
             if self._wait_for_rivals(self._connection):
-                if self.raw is not None:
+                if self._first is not None:
                     self.close()  # the body continues
                 return
 
@@ -243,10 +269,10 @@ class Race:
         """
         if (now := time.monotonic()) < self._look_at:
             return
-        received = self.done - self._seen
-        if self._hedging.keeps_pace(self._size, received, now - self._look_from):
+        received, size = self.done - self._seen, self._first.size if self._first is not None else 0
+        if self._hedging.keeps_pace(size, received, now - self._look_from):
             self._look_from, self._seen = now, self.done
-        elif self._may_start() and self._hedging.allows_for_drip(self.kind, self._size, received, self._look_from):
+        elif self._may_start() and self._hedging.allows_for_drip(self.kind, size, received, self._look_from):
             self._start(f"{received} bytes in {now - self._look_from:.3f} s")
         if self._rivals:
             self._wait_for_rivals(None)
@@ -264,7 +290,7 @@ class Race:
             log.debug("%s %s: %s, sent once more", sent.method, _shown(self._connection.origin, sent), why)
         connection = self._take()
         request_id = sent.headers.get("x-ms-client-request-id", "")
-        rival = Rival(connection, self._scope.holding(connection.interrupt), self.kind, self.done, request_id)
+        rival = Rival(connection, self._scope.holding(connection.waker()), self.kind, self.done, request_id)
         self._rivals.append(rival)
         with on_error(self.close):
             try:
@@ -281,10 +307,10 @@ class Race:
         sent, headers = self._sent, dict(self._sent.headers)
         if request_id := headers.get("x-ms-client-request-id"):
             headers["x-ms-client-request-id"] = f"{request_id}-{self._sent_rivals}"
-        if self.raw is not None and self.raw.status == 206:
-            start, last, _ = _range_of(self.raw) or (0, 0, 0)
+        if self._first is not None and self._first.status == 206:
+            start, last, _ = self._first.range
             headers["x-ms-range"] = f"bytes={start + self.done}-{last}"
-            headers["If-Match"] = self.raw.fields["etag"]
+            headers["If-Match"] = self._first.etag
             headers.pop("x-ms-range-get-content-md5", None)
         return Sent(sent.method, sent.target, headers, sent.body)
 
@@ -305,20 +331,17 @@ class Race:
         return False
 
     def _advance(self, rival: Rival) -> None:
-        with on_error(self.close):
-            try:
-                if not rival.has_begun():
-                    return
-                raw = rival.response(self._sent.method, self.on_silence)
-                self._hedging.answered(rival, raw.status)
-                count_answer(elapsed := time.monotonic() - rival.since, raw.status, length_of(self._sent.body))
-                log_answer(self._connection.origin, self._sent, raw.status, elapsed)
-                self._check(rival, raw)
-            except (OSError, http.client.HTTPException) as error:
-                self._drop(rival, repr(error))
+        try:
+            if not rival.has_begun():
                 return
-            self._rivals.remove(rival)
-            self.close()
+            raw = rival.response(self._sent.method, self.on_silence)
+            self._hedging.answered(rival, raw.status)
+            count_answer(elapsed := time.monotonic() - rival.since, raw.status, length_of(self._sent.body))
+            log_answer(self._connection.origin, self._sent, raw.status, elapsed)
+            self._check(rival, raw)
+        except (OSError, http.client.HTTPException) as error:
+            self._drop(rival, repr(error))
+            return
         count("hedges_won")
         log.debug("the second request was answered first")
         rival.connection.set_timeout(self.patience)
@@ -327,7 +350,7 @@ class Race:
 
     def _check(self, rival: Rival, raw: HTTPResponse) -> None:
         """Raise unless *raw* can take the place of the first response."""
-        first = self.raw
+        first = self._first
         echoed = raw.fields.get("x-ms-client-request-id")
         if echoed and echoed != rival.request_id:
             raise _RefusedError("the response to another request")
@@ -335,10 +358,10 @@ class Race:
             # 416 without a condition is not a refusal: the blob ends before the range.
             is_good = 200 <= raw.status < 300 or (raw.status == 416 and "If-Match" not in self._sent.headers)
         elif first.status == 206:
-            start, last, size = _range_of(first) or (0, 0, 0)
+            start, last, size = first.range
             is_good = (
                 raw.status == 206
-                and raw.fields.get("etag") == first.fields["etag"]
+                and raw.fields.get("etag") == first.etag
                 and _range_of(raw) == (start + rival.start, last, size)
                 and raw.length == last + 1 - start - rival.start
             )
@@ -349,12 +372,12 @@ class Race:
 
     def _drop(self, rival: Rival, why: str = "the first request was answered first") -> None:
         """Give *rival* up."""
+        self._hedging.drop(rival)
+        rival.close()
         with suppress(ValueError):  # it was dropped before
             self._rivals.remove(rival)
             count("hedges_canceled")
             log.debug("the second request was given up: %s", why)
-        self._hedging.drop(rival)
-        rival.close()
 
 
 def can_be_continued(raw: HTTPResponse) -> bool:

@@ -100,14 +100,13 @@ class Response:
 
     def _replace(self, overtaken: Overtaken) -> None:
         """Continue with a second response. The connection of the first one is closed before anything is received."""
-        first, hold = self._connection.pop(), self._hold
-        hold.leave()
-        first.close()
+        self._hold.leave()
+        self._connection[0].close()
         self._raw.close()
         self._raw, self._hold = overtaken.raw, overtaken.rival.hold
-        self._connection.append(overtaken.rival.connection)
+        self._connection[0] = overtaken.rival.connection
         if self._race is not None:
-            self._race.overtaken(overtaken.raw)
+            self._race.overtaken(overtaken.raw, overtaken.rival)
 
     def discard(self) -> None:
         """Close the connection, whatever is left of the body."""
@@ -263,16 +262,17 @@ def send(
     sent = Sent(method, target, headers, body)
     while True:
         connection = pool.take(origin, is_new=origin in pool.distrusted and _is_conditional_write(method, headers))
-        hold = scope.holding(connection.interrupt)
+        hold = scope.holding(connection.waker())
         race = None if hedging is None else Race(hedging, kind, sent, connection, scope, partial(pool.take, origin))
         try:
             hold.__enter__()
             started = time.perf_counter()
-            raw = _exchange(connection, sent, race)
-        except Overtaken as overtaken:
-            hold.leave()
-            connection.close()
-            return _used(pool, overtaken, race)
+            try:
+                raw = _exchange(connection, sent, race)
+            except Overtaken as overtaken:
+                hold.leave()
+                connection.close()
+                return _used(pool, overtaken, race)
         except BaseException as error:
             hold.leave()
             connection.close()
@@ -307,7 +307,7 @@ def _exchange(connection: Connection, sent: Sent, race: Race | None) -> HTTPResp
 def _used(pool: Pool, overtaken: Overtaken, race: Race | None) -> Response:
     """The response of a rival, which was checked."""
     assert race is not None
-    race.answered(overtaken.raw)
+    race.answered(overtaken.raw, overtaken.rival)
     return Response(pool, overtaken.rival.connection, overtaken.raw, overtaken.rival.hold, race)
 
 
