@@ -34,9 +34,7 @@ try:
         except ImportError:
             from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
 except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.lightning needs Lightning ({error}): pip install 'azstoragetorch[lightning]'"
-    ) from error
+    raise ImportError(f"azstoragetorch.lightning needs Lightning ({error}): pip install lightning") from error
 
 __all__ = ["BlobCheckpointIO"]
 

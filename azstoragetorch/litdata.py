@@ -23,9 +23,7 @@ try:
     from filelock import FileLock, Timeout
     from litdata.streaming.downloader import Downloader, register_downloader
 except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.litdata needs litdata ({error}): pip install 'azstoragetorch[litdata]'"
-    ) from error
+    raise ImportError(f"azstoragetorch.litdata needs litdata ({error}): pip install litdata") from error
 
 __all__ = ["BlobDownloader", "register"]
 

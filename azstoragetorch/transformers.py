@@ -24,9 +24,7 @@ from azstoragetorch.exceptions import AZStorageTorchError, CheckpointError
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.transformers needs transformers ({error}): pip install 'azstoragetorch[transformers]'"
-    ) from error
+    raise ImportError(f"azstoragetorch.transformers needs transformers ({error}): pip install transformers") from error
 
 __all__ = ["BlobCheckpointCallback"]
 

@@ -17,9 +17,7 @@ from azstoragetorch.io import BlobIO
 try:
     from webdataset import gopen_schemes
 except ImportError as error:
-    raise ImportError(
-        f"azstoragetorch.webdataset needs webdataset ({error}): pip install 'azstoragetorch[webdataset]'"
-    ) from error
+    raise ImportError(f"azstoragetorch.webdataset needs webdataset ({error}): pip install webdataset") from error
 
 __all__ = ["register"]
 

@@ -29,9 +29,10 @@ Stack = tuple[tuple[int, CodeType], ...]
 
 
 def _present_stack() -> Stack:
-    """The stack of this thread."""
+    """The stack of this thread, down to the caller."""
     found = []
-    frame = inspect.currentframe()
+    here = inspect.currentframe()
+    frame = here.f_back if here is not None else None
     while frame is not None:
         found.append((id(frame), frame.f_code))
         frame = frame.f_back
@@ -46,6 +47,7 @@ class Save:
     """
 
     folder: Folder
+    begun: Stack = field(repr=False)
     save_id: str = field(default_factory=new_save_id)
     rank: int = 0
     metadata_rank: int | None = None  # of the metadata that is ours to write; None is that of all ranks
@@ -53,7 +55,6 @@ class Save:
     digesting: Job[Digesting] | None = None
     is_set_up: bool = False
     is_written: bool = False
-    begun: Stack = field(default_factory=_present_stack, repr=False)
 
     def returned(self, now: Stack) -> int:
         """How many of the calls that were running when it began are over in the stack *now*."""
@@ -79,14 +80,14 @@ class Saves(threading.local):
 
     def begin(self, folder: Folder) -> Save:
         """Begin a save into *folder*."""
-        save = Save(folder)
+        save = Save(folder, _present_stack())
         # A save that is not set up may have failed before that, or may be the one that a handler has interrupted.
         self._open = [*self._open, save][-_MOST_OPEN:]
         return save
 
     def begin_again(self, prepared: Save) -> Save:
         """Begin the save *prepared* again: with another id, so that it begins now."""
-        save = Save(prepared.folder, begun=prepared.begun)
+        save = Save(prepared.folder, prepared.begun)
         self._open = [save if other is prepared else other for other in self._open]
         return save
 
@@ -105,7 +106,9 @@ class Saves(threading.local):
         That is the innermost one whose `dcp.save` is running. When another save has failed inside of it, more of the
         calls that were running when that one began are over: its `dcp.save`, and the handler that called this.
         """
-        now, found = _present_stack(), self._open[::-1]
+        now = _present_stack()
+        # One whose `begin` is still running was interrupted there, by what calls this.
+        found = [save for save in reversed(self._open) if save.returned(now)]
         found.sort(key=lambda save: save.returned(now))  # of equals, the innermost stays first
         return found
 

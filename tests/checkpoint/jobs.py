@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import _async_process_executor as executor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -229,6 +230,14 @@ def overlapping_saves_by_a_process(rank: int, url: str, credential: Any) -> None
         assert state["x"].unique().tolist() == [float(state["step"])]  # type: ignore[attr-defined, arg-type]
         return int(state["step"])
 
+    # torch's threads for two saves share one pipe to its process, and may receive parts of each other's responses.
+    one_at_a_time, request = threading.Lock(), executor._AsyncCheckpointProcess.save
+
+    def request_alone(*arguments: Any, **options: Any) -> Any:
+        with one_at_a_time:
+            return request(*arguments, **options)
+
+    executor._AsyncCheckpointProcess.save = request_alone  # type: ignore[method-assign]
     begin(0, f"{url}/0", first).result()  # starts the process, which two threads at once would start twice
     step = 0
     for second in (first, BlobStorageWriter(url, credential=credential)):
