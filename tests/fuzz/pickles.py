@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 _LONG = 1 << 20  # bytes of an input made by repetition
+_KNOWN = 1 << 14  # bytes of an input whose instructions are kept
 _NUMBERS = (-1, 0, 1, 2, 5, 255, 256, 65535, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, 1 << 63, -(1 << 63), 1 << 70)
 _DCP = "torch.distributed.checkpoint.metadata"
 _NAMES = (
@@ -79,9 +80,18 @@ def mutated(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
     return b"".join(parts)[: 2 * _LONG]
 
 
-@functools.lru_cache(maxsize=512)
 def instructions(data: bytes) -> tuple[bytes, ...]:
     """The instructions of a pickle, as far as it is intact; FRAME is left out, since it says what changes."""
+    # Those of a long one take a hundred times its length.
+    return _known_instructions(data) if len(data) <= _KNOWN else _instructions(data)
+
+
+@functools.lru_cache(maxsize=512)
+def _known_instructions(data: bytes) -> tuple[bytes, ...]:
+    return _instructions(data)
+
+
+def _instructions(data: bytes) -> tuple[bytes, ...]:
     starts = []
     try:
         for opcode, _, at in pickletools.genops(data):
