@@ -272,7 +272,7 @@ class TestReporting:
         client.read()
         seen = metrics() - before
         assert 0 < seen.pace < float("inf")
-        assert seen.throttled_seconds >= 0.2
+        assert seen.throttled_seconds > 0  # how long depends on when the thread got to wait
         assert seen.throttles == 1
         forget_admissions()
         assert metrics().pace == float("inf")
