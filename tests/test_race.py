@@ -124,6 +124,20 @@ def test_a_stall_before_the_response_is_not_waited_for(service: FaultService, na
     service.wait_until_idle()
 
 
+def test_a_stall_late_in_a_long_body_is_not_waited_for(service: FaultService) -> None:
+    """A body is received in pieces. That it can be continued is known from its head, in each of them."""
+    data = content(2 << 20)
+    service.put("c", "long", data)
+    rule = service.script("get_blob", [Stall(60, 1_500_000)])
+    transfer = replace(HEDGED, part_size=8 << 20, memory_limit=64 << 20)
+    with counted() as seen:
+        assert in_time(lambda: read(service, "long", transfer)) == data
+    assert rule.fired
+    assert seen[0].hedges_won == 1
+    assert seen[0].retries == 0
+    service.wait_until_idle()
+
+
 @pytest.mark.parametrize("after", [0, 300, 30_000])
 @pytest.mark.parametrize("name", ["get_blob", "get_blob, parts", "get_blob, reader", "list_blobs"])
 def test_a_stall_in_the_body_is_not_waited_for(service: FaultService, name: str, after: int) -> None:

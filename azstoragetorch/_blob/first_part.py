@@ -5,7 +5,6 @@ It handles only the common case, a complete 206 response. `Attempt.advance` rece
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,9 +13,9 @@ from ssl import SSLWantReadError
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.head import parse_head
+from azstoragetorch._blob.head import parse_head, range_of
 from azstoragetorch._blob.transport import give_back
-from azstoragetorch._engine.hedging import Hedging
+from azstoragetorch._engine.hedging import MOST_HEDGES, Hedging
 from azstoragetorch._engine.memory import bytes_to_fill
 from azstoragetorch._engine.metrics import THROTTLED, count, count_answer
 from azstoragetorch._engine.ranges import ByteRange
@@ -24,8 +23,6 @@ from azstoragetorch._engine.scope import Hold, Scope
 
 MAX_HEAD_BYTES = 16 << 10  # of a response: status line and headers
 KIND = "GET"  # the kind of these requests for `Hedging`: `service` uses the same one
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_MOST_HEDGES = 2
 
 
 class UnexpectedResponseError(Exception):
@@ -164,7 +161,7 @@ class Attempt:
     def wants_hedge(self, now: float) -> bool:
         """Whether to request what is missing once more; takes a token of the budget if so."""
         read, hedging = self.read, self.read.hedging
-        if hedging is None or read.hedges >= _MOST_HEDGES or read.attempts[-1:] != [self]:
+        if hedging is None or read.hedges >= MOST_HEDGES or read.attempts[-1:] != [self]:
             return False
         if now - self.silent_since >= hedging.patience(KIND):
             return not self.connection.is_readable() and hedging.allows(KIND, self.silent_since)
@@ -252,10 +249,10 @@ class Attempt:
                 self.read.hedging.answered(self, status)
         if status == 416 and self.read.owner is None:  # not a refusal: the blob is empty
             self.read.drop_all(but=self)
-        found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
+        found = range_of(fields)
         if status != 206 or found is None or not stays_open or "transfer-encoding" in fields:
             raise UnexpectedResponseError
-        start, stop, size = int(found[1]), int(found[2]) + 1, int(found[3])
+        start, stop, size = found[0], found[1] + 1, found[2]
         if start != self._start or stop != min(self.read.length, size):
             raise UnexpectedResponseError
         if fields.get("content-length") != str(stop - start):

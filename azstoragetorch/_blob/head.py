@@ -13,6 +13,7 @@ from azstoragetorch._blob.connection import Connection
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.scope import on_error
 
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MOST_KEYS = 256  # of headers that are remembered
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of a response: headers, and bytes of one
@@ -168,6 +169,12 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     connection = values.get("connection", "").lower()
     stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
     return int(found.group(2)), values, stays_open
+
+
+def range_of(fields: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """The first and the last byte of the body, and the size of the blob, by Content-Range; None if that is missing."""
+    found = _CONTENT_RANGE.fullmatch(fields.get("content-range", ""))
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def receive_head(stream: Stream, method: str) -> HTTPResponse:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,19 +15,17 @@ from dataclasses import dataclass
 from ssl import SSLWantReadError
 
 from azstoragetorch._blob.connection import Body, Connection, Origin, length_of, readable
-from azstoragetorch._blob.head import HTTPResponse, Stream, receive_head
+from azstoragetorch._blob.head import HTTPResponse, Stream, range_of, receive_head
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.config import KiB
-from azstoragetorch._engine.hedging import Hedging
+from azstoragetorch._engine.hedging import MOST_HEDGES, Hedging
 from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.scope import Hold, Scope, on_error
 
 log = logging.getLogger("azstoragetorch")
 
-_MOST_RIVALS = 2  # of one request; that three responses in a row stall is rare enough
 _MOST_HEAD = 64 * KiB  # bytes of the head of a response to a rival
 _LONGEST_WAIT = 2.0  # seconds, to connect for a rival or to send a piece of its body: nothing is received meanwhile
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 # One referee for each response
@@ -56,7 +53,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 # reader of the first response, which is not used any more then. The winner stays in `_rivals`, which `close` closes,
 # until its connection belongs to the response: so an interrupt on the way does not leave it open.
 #
-# A request may have up to `_MOST_RIVALS` rivals, one after the other: a rival can be silent as well. A rival never has
+# A request may have up to `MOST_HEDGES` rivals, one after the other: a rival can be silent as well. A rival never has
 # rivals itself. All of them count for the read timeout, which is measured from the last byte that was used.
 class Overtaken(Exception):  # noqa: N818 - it carries a response and is not an error
     """A rival's response is to be used instead."""
@@ -83,11 +80,15 @@ class _Begun:
     etag: str
     range: tuple[int, int, int]
     size: int  # bytes of the body; 0 if the service has not declared it
+    can_be_continued: bool  # the rest of the body can be requested: its range and version are known
 
     @classmethod
     def of(cls, raw: HTTPResponse) -> _Begun:
         """What is known of *raw* before its body is received."""
-        return cls(raw.status, raw.fields.get("etag", ""), _range_of(raw) or (0, 0, 0), raw.length or 0)
+        etag, span, size = raw.fields.get("etag", ""), range_of(raw.fields), raw.length or 0
+        start, last, _ = span or (0, -1, 0)
+        is_continuable = raw.status == 206 and bool(etag) and 0 < size == last + 1 - start
+        return cls(raw.status, etag, span or (0, 0, 0), size, is_continuable)
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # the target and the headers have secrets
@@ -191,6 +192,11 @@ class Race:
         """The timeout of the socket while it is received from."""
         return min(self._hedging.patience(self.kind), self._connection.origin.read_timeout)
 
+    @property
+    def can_be_continued(self) -> bool:
+        """Whether the rest of the body can be requested, from any byte on."""
+        return self._first is not None and self._first.can_be_continued
+
     def begin(self) -> None:
         """The request was sent."""
         self.since = time.monotonic()
@@ -279,7 +285,7 @@ class Race:
         self._look_at = time.monotonic() + self._hedging.drip_seconds
 
     def _may_start(self) -> bool:
-        return self.can_continue and self._sent_rivals < _MOST_RIVALS
+        return self.can_continue and self._sent_rivals < MOST_HEDGES
 
     def _start(self, why: str) -> None:
         """Send a rival."""
@@ -362,7 +368,7 @@ class Race:
             is_good = (
                 raw.status == 206
                 and raw.fields.get("etag") == first.etag
-                and _range_of(raw) == (start + rival.start, last, size)
+                and range_of(raw.fields) == (start + rival.start, last, size)
                 and raw.length == last + 1 - start - rival.start
             )
         else:
@@ -378,14 +384,3 @@ class Race:
             self._rivals.remove(rival)
             count("hedges_canceled")
             log.debug("the second request was given up: %s", why)
-
-
-def can_be_continued(raw: HTTPResponse) -> bool:
-    """Whether the rest of the body of *raw*, with status 206, can be requested: its range and version are known."""
-    found = _range_of(raw)
-    return found is not None and bool(raw.fields.get("etag")) and raw.length == found[1] + 1 - found[0]
-
-
-def _range_of(raw: HTTPResponse) -> tuple[int, int, int] | None:
-    found = _RANGE.fullmatch(raw.fields.get("content-range", ""))
-    return (int(found[1]), int(found[2]), int(found[3])) if found else None

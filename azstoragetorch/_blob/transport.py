@@ -20,7 +20,7 @@ from types import TracebackType
 from azstoragetorch import __version__
 from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, length_of
 from azstoragetorch._blob.head import Headers, HTTPResponse, Stream, receive_head
-from azstoragetorch._blob.race import Overtaken, Race, Sent, can_be_continued, log_answer
+from azstoragetorch._blob.race import Overtaken, Race, Sent, log_answer
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
 from azstoragetorch._engine.config import KiB
@@ -63,7 +63,7 @@ class Response:
             return received
         done, wanted, race = 0, min(target.nbytes, self.length), self._race
         if race is not None:
-            race.can_continue = self.status == 206 and can_be_continued(self._raw)
+            race.can_continue = race.can_be_continued
         while done < wanted:
             try:
                 piece = target[done:wanted] if not self._skip else memoryview(bytearray(min(self._skip, _DRAIN_LIMIT)))

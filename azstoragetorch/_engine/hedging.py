@@ -43,6 +43,7 @@ from azstoragetorch._engine.process import PerProcess
 # quantile from older answers, which changes a limit by next to nothing. An interrupt can leave a request in `_waiting`
 # that no longer exists: it counts as stuck for `_FORGOTTEN_SECONDS`, in which at most some hedges are not sent.
 
+MOST_HEDGES = 2  # of one request; that three responses in a row stall is rare enough
 _FLOOR = 0.05  # seconds; shorter silences are those of busy machines and networks
 _LATE = 2.0  # a request is late after this multiple of the 95th percentile
 _STEADY = 1.5  # and not before this multiple of the time that the requests took that it is compared with
