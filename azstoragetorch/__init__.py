@@ -12,7 +12,7 @@
               items  names  once  prefetch  records  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
               broadcast  host  progress
-              hashing  planning
+              hashing  outline  planning
    _files     folders
               partial  record  server_copy  transfer
               description  paths  walk

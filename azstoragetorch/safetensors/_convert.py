@@ -5,7 +5,6 @@ Tensors are read when they are written, some at a time, so memory is bounded by 
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.serialization import skip_data
 
 from azstoragetorch._blob.client import BlobVersion, ClientFactory
 from azstoragetorch._blob.credentials import Credential
@@ -25,6 +23,7 @@ from azstoragetorch._blob.url import parse_blob_url
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import on_error
 from azstoragetorch._tensors.host import bytes_alike, view_of
+from azstoragetorch._tensors.outline import outline_of
 from azstoragetorch._tensors.planning import Box, contiguous_strides
 from azstoragetorch.checkpoint import BlobStorageReader, BlobStorageWriter
 from azstoragetorch.exceptions import SafetensorsError
@@ -279,20 +278,18 @@ def safetensors_to_torch_save(
         FatalBlobIOWriteError: the blob cannot be written; it is unchanged.
     """
     model = open_model(folder_url, credential, transfer)
-    sink: Any = _Outline()
-    with skip_data():
-        state = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in model.tensors.items()}
-        torch.save(state, sink)  # the memory is never touched
-        del state
+    parts, gaps = outline_of(
+        lambda: {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in model.tensors.items()}
+    )
     full = [name for name, stored in model.tensors.items() if stored.nbytes]
-    if sink.gaps != [model.tensors[name].nbytes for name in full]:
+    if gaps != [model.tensors[name].nbytes for name in full]:
         raise SafetensorsError(
             f"{model.url}: torch {torch.__version__} lays out files in a way that is not known", url=model.url
         )
 
     def pieces() -> Iterator[memoryview]:
         names = iter(full)
-        for part in sink.parts:
+        for part in parts:
             if part is None:
                 yield from bytes_of_model(model, [next(names)])
             else:
@@ -305,38 +302,6 @@ def safetensors_to_torch_save(
         config = client.config
         writer.write_pieces(pieces(), block_size=config.block_size, concurrency=min(4, config.max_concurrency))
         writer.commit()
-
-
-class _Outline(io.RawIOBase):
-    """Takes what `torch.save` writes with `skip_data`: it seeks over the elements of each tensor."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes | None] = []  # None: the elements of the next tensor
-        self.gaps: list[int] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        self.parts.append(bytes(data))
-        self._position += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        if whence != io.SEEK_CUR or offset < 0:
-            raise io.UnsupportedOperation("torch.save no longer writes a file from its beginning to its end")
-        if offset:
-            self.parts.append(None)
-            self.gaps.append(offset)
-        self._position += offset
-        return self._position
 
 
 def _read(model: Model, names: list[str]) -> dict[str, torch.Tensor]:

@@ -33,17 +33,6 @@ STATE = {
 }
 
 
-@pytest.fixture
-def service(fault_service: FaultService) -> FaultService:
-    fault_service.create_container("models")
-    return fault_service
-
-
-@pytest.fixture
-def url(service: FaultService) -> str:
-    return service.blob_url("models", "llm")
-
-
 def reader(url: str, **options: Any) -> HuggingFaceBlobReader:
     return HuggingFaceBlobReader(url, credential=False, **options)
 

@@ -27,12 +27,6 @@ KiB, MiB = 1 << 10, 1 << 20
 fixed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-@pytest.fixture
-def service(fault_service: FaultService) -> FaultService:
-    fault_service.create_container("models")
-    return fault_service
-
-
 def put(service: FaultService, data: bytes, name: str = "model.safetensors") -> str:
     service.put("models", name, data)
     service.reset_log()

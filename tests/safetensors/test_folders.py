@@ -38,17 +38,6 @@ TENSORS = {f"layers.{number}.weight": filled(torch.float32, (40, 50), number) fo
 HALVES = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
 
 
-@pytest.fixture
-def service(fault_service: FaultService) -> FaultService:
-    fault_service.create_container("models")
-    return fault_service
-
-
-@pytest.fixture
-def url(service: FaultService) -> str:
-    return service.blob_url("models", "llm")
-
-
 def put(service: FaultService, files: dict[str, Any], index: Any = None, name: str = INDEX) -> None:
     for path, content in files.items():
         data = content if isinstance(content, bytes) else safetensors.torch.save(content)

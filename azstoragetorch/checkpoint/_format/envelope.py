@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.serialization import skip_data
 
+from azstoragetorch._tensors.outline import outline_of
 from azstoragetorch._tensors.planning import contiguous_strides
 
 PROBE = 4096  # bytes at either end of an item that say what lies between
@@ -57,45 +57,11 @@ def has_payload(tensor: torch.Tensor) -> bool:
 @functools.lru_cache(maxsize=16384)
 def envelope(dtype: torch.dtype, shape: torch.Size) -> Envelope:
     """The envelope of a contiguous tensor on the CPU; it depends on nothing but *dtype* and *shape*."""
-    sink: Any = _EnvelopeSink()
-    with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype, device="cpu"), sink)
-    found: Envelope = sink.envelope()
-    return found
-
-
-class _EnvelopeSink(io.RawIOBase):
-    """Takes what `torch.save` writes with `skip_data`: it seeks over the payload, once."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._split: int | None = None
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        self._parts.append(bytes(data))
-        self._position += len(self._parts[-1])
-        return len(self._parts[-1])
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        if whence != io.SEEK_CUR or offset < 0 or self._split is not None:
-            raise io.UnsupportedOperation("torch.save no longer lays out a file as one payload between head and tail")
-        self._split = len(self._parts)
-        self._position += offset
-        return self._position
-
-    def envelope(self) -> Envelope:
-        split = len(self._parts) if self._split is None else self._split
-        return Envelope(b"".join(self._parts[:split]), b"".join(self._parts[split:]))
+    parts, gaps = outline_of(lambda: torch.empty(shape, dtype=dtype, device="cpu"))
+    if len(gaps) > 1:
+        raise io.UnsupportedOperation("torch.save no longer lays out a file as one payload between head and tail")
+    split = parts.index(None) if gaps else len(parts)
+    return Envelope(*(b"".join(filter(None, side)) for side in (parts[:split], parts[split:])))
 
 
 def probe(head: bytes, tail: bytes, length: int) -> Payload | None:
