@@ -20,7 +20,7 @@
               commit  multiplex  readahead  upload
               copying  download  first_part  listing  signing  window
               service
-              authorizers  connection  credentials  head  race  retry  transport
+              authorizers  connection  credentials  head  race  retry  takeover  transport
               admission  errors  secret  url
    _engine    threads
               budget  turns

@@ -62,7 +62,7 @@ class TestWaiting:
     def test_a_service_that_does_not_throttle_admits_at_once(self) -> None:
         free = Admission("h", Pacing(1))
         assert all(not free.enter(QUICK, None).is_early for _ in range(1000))
-        assert free.enter_now() is not None
+        assert free.enter_now()
 
     def test_a_cancelled_scope_ends_it(self) -> None:
         held, scope, ended = closed(), Scope(), list[str]()
@@ -95,7 +95,7 @@ class TestWaiting:
             threads.append(in_thread(lambda: found.enter(PATIENT, Scope())))
             wait_until(lambda number=number: len(found._waiting) == number + 1)  # type: ignore[misc]
         with taking():
-            found.accepted(Entry(time.monotonic(), is_early=True))
+            found.accepted(time.monotonic())
             for thread in threads:
                 thread.join()
 
@@ -160,7 +160,7 @@ class TestWaiting:
         client = blob_client(service.blob_url("c", "000"))
         held = client.service.admission
         held.pacing.refused(time.monotonic(), time.monotonic(), 1000.0)
-        assert held.enter_now() is None
+        assert not held.enter_now()
         child = os.fork()
         if child == 0:
             try:
@@ -302,7 +302,7 @@ class TestReporting:
 
         def refuse(count: int, answer: str) -> None:
             for _ in range(count):
-                found.refused(Entry(now, is_early=True), answer, None, 8)
+                found.refused(now, answer, None, 8)
 
         with caplog.at_level("WARNING", logger="azstoragetorch"):
             refuse(3, "503 ServerBusy")

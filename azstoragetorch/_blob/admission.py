@@ -64,26 +64,27 @@ class Admission:
         with timed("throttled_seconds"):
             return self._wait(config, scope or Scope())
 
-    def enter_now(self) -> Entry | None:
-        """Admit a request that may be sent now; None if it would have to wait."""
-        now = time.monotonic()
-        return Entry(now, is_early=True) if self.pacing.book_now(now) else None
+    def enter_now(self) -> bool:
+        """Admit a request that may be sent now; False if it would have to wait."""
+        return self.pacing.book_now(time.monotonic())
 
-    def accepted(self, entry: Entry) -> None:
-        """The request was answered, with anything but a request to slow down."""
-        if self.pacing.accepted(entry.began, time.monotonic()):
+    def accepted(self, began: float) -> None:
+        """A request that was sent at *began* was answered, with anything but a request to slow down."""
+        if self.pacing.accepted(began, time.monotonic()):
             self._publish("accepts requests")
             self._wake()
 
-    def refused(self, entry: Entry, answer: str, retry_after: float | None, most: int) -> None:
-        """The request was answered with *answer*, such as ``"503 ServerBusy"``, and a pause that the service asks for.
+    def refused(self, began: float, answer: str, retry_after: float | None, most: int) -> None:
+        """A request that was sent at *began* was answered with *answer*, such as ``"503 ServerBusy"``.
+
+        *retry_after* is the pause that the service asks for.
 
         *most* is the number of requests that the caller may have in flight.
         """
         _note_throttling(answer)
         self.pacing.allow(most)
         hold = min(retry_after or 0.0, LONGEST_HOLD)
-        if self.pacing.refused(entry.began, time.monotonic(), hold):
+        if self.pacing.refused(began, time.monotonic(), hold):
             self._publish(f"refuses requests ({answer}, Retry-After {hold:g} s)")
 
     def _wait(self, config: TransferConfig, scope: Scope) -> Entry:

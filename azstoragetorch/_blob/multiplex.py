@@ -19,8 +19,9 @@ from http.client import HTTPException
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
-from azstoragetorch._blob.first_part import MAX_HEAD_BYTES, Attempt, FirstPart, UnexpectedResponseError
+from azstoragetorch._blob.first_part import KIND, MAX_HEAD_BYTES, Attempt, FirstPart
 from azstoragetorch._blob.service import Service
+from azstoragetorch._blob.takeover import Takeover
 from azstoragetorch._blob.transport import take_idle
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.metrics import count
@@ -114,9 +115,9 @@ class Multiplexer:
         If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
         if no thread can be started.
         """
-        entry = None if self.is_stuck() else service.admission.enter_now()
-        connection = None if entry is None else take_idle(service.origin)
-        if connection is None or entry is None:
+        is_admitted = not self.is_stuck() and service.admission.enter_now()
+        connection = take_idle(service.origin) if is_admitted else None
+        if connection is None:
             return False
         hold = scope.holding(connection.interrupt)
         try:
@@ -129,29 +130,20 @@ class Multiplexer:
             if isinstance(error, (Cancelled, OSError)):
                 return False
             raise
-        read = FirstPart(
-            service.hedging if service.admission.pacing.is_free else None,
-            target,
-            headers,
-            length,
-            scope,
-            partial(service.note_status, entry),
-            done,
-            failed,
-            self._drop,
-        )
-        attempt = Attempt(read, connection, descriptor, hold, headers["x-ms-client-request-id"])
+        hedging = service.hedging if service.admission.pacing.is_free else None
+        takeover = Takeover(hedging, KIND, headers, self._drop)
+        read = FirstPart(takeover, target, length, scope, service.note_status, done, failed)
+        attempt = Attempt(read, connection, descriptor, hold, headers)
         try:
-            read.attempts.append(attempt)
             self._reads[descriptor] = attempt
             self._watch(descriptor, connection)
-            if read.hedging is not None:
+            if hedging is not None:
                 self._interval = _HEDGE_SECONDS
             self._start()
         except BaseException:
             read.finish()
             if self._claim(attempt):
-                attempt.close()
+                read.takeover.end(attempt)
             raise
         return True
 
@@ -220,7 +212,7 @@ class Multiplexer:
         try:
             if attempt.advance(scratch):
                 self._end(attempt, is_good=True)
-        except (OSError, HTTPException, UnexpectedResponseError):
+        except (OSError, HTTPException):
             self._end(attempt, is_good=False)
 
     def _drop_stalled(self) -> None:
@@ -239,14 +231,13 @@ class Multiplexer:
 
     def _hedge(self, silent: Attempt) -> None:
         """Request what is missing of the read of *silent* once more, on another connection."""
-        count("hedged")
         read = silent.read
-        headers, start = read.rest()
+        headers, start = read.takeover.rest()
         _log_apart("GET %s: silent, sent once more from byte %d on", read.target.partition("?")[0], start)
         connection = take_idle(silent.connection.origin)
         if connection is None:  # a thread that has to read the blob itself opens one
             count("hedges_won")
-            read.drop_all()
+            read.takeover.close()
             _, failed = read.finish()
             failed()
             return
@@ -259,8 +250,7 @@ class Multiplexer:
             connection.close()
             count("hedges_canceled")
             return
-        attempt = Attempt(read, connection, descriptor, hold, headers["x-ms-client-request-id"], start)
-        read.attempts.append(attempt)
+        attempt = Attempt(read, connection, descriptor, hold, headers, start)
         self._reads[descriptor] = attempt
         self._watch(descriptor, connection)
 

@@ -27,6 +27,7 @@ from azstoragetorch._blob.authorizers import Authorizer
 from azstoragetorch._blob.connection import Body, Origin, length_of
 from azstoragetorch._blob.credentials import CredentialHolder
 from azstoragetorch._blob.errors import connection_error, service_error
+from azstoragetorch._blob.head import HTTPResponse
 from azstoragetorch._blob.retry import Transient, classify_refusal, is_connection_failure, retry_after
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
@@ -185,8 +186,9 @@ class Service:
                 hedging=self.hedging if request.can_be_hedged and self.admission.pacing.is_free else None,
                 kind=request.verb,
                 on_repeat=request.on_repeat,
+                note=self._note_rival,
             )
-            self.note_status(entry, response.status, response.reason, response.headers)
+            self.note_status(entry.began, response.status, response.reason, response.headers)
             # A token is rejected with 401, an expired SAS with 403.
             if has_renewed or response.status not in ((401,) if proof else (401, 403)):
                 return response, entry
@@ -195,13 +197,16 @@ class Service:
             has_renewed = True
             response.close()
 
-    def note_status(self, entry: Entry, status: int, reason: str, headers: Mapping[str, str]) -> None:
-        """Report to the admission how a request that *entry* admitted was answered."""
+    def note_status(self, began: float, status: int, reason: str, headers: Mapping[str, str]) -> None:
+        """Report to the admission how a request was answered that was admitted, or sent once more, at *began*."""
         if status in THROTTLED:
             answer = f"{status} {headers.get('x-ms-error-code') or reason}"
-            self.admission.refused(entry, answer, retry_after(headers), self.config.max_connections)
+            self.admission.refused(began, answer, retry_after(headers), self.config.max_connections)
         elif status < 500:
-            self.admission.accepted(entry)
+            self.admission.accepted(began)
+
+    def _note_rival(self, began: float, raw: HTTPResponse) -> None:
+        self.note_status(began, raw.status, raw.reason, raw.fields)
 
     def sign(self, url: BlobURL, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """The request target and headers of a signed GET, for a caller that sends it itself.

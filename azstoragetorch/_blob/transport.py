@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from azstoragetorch import __version__
 from azstoragetorch._blob.connection import MAX_IDLE_SECONDS, Body, Connection, Origin, length_of
@@ -23,6 +24,7 @@ from azstoragetorch._blob.head import Headers, HTTPResponse, Stream, receive_hea
 from azstoragetorch._blob.race import Overtaken, Race, Sent, log_answer
 from azstoragetorch._blob.retry import is_connection_failure
 from azstoragetorch._blob.secret import redact
+from azstoragetorch._blob.takeover import Takeover
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.hedging import Hedging
 from azstoragetorch._engine.metrics import count, count_answer
@@ -51,7 +53,6 @@ class Response:
         self.reason = raw.reason
         self.headers: Mapping[str, str] = raw.fields
         self._received = 0
-        self._skip = 0  # bytes at the beginning of a second response that the first one has sent as well
         self.length = raw.length
         """The number of bytes of the body still to be received; None if the service has not declared it."""
 
@@ -66,23 +67,29 @@ class Response:
             race.can_continue = race.can_be_continued
         while done < wanted:
             try:
-                piece = target[done:wanted] if not self._skip else memoryview(bytearray(min(self._skip, _DRAIN_LIMIT)))
-                received = self._raw.receive(piece)
+                if race is not None and race.takeover.skip:
+                    if not self._drop_some(race.takeover):
+                        break
+                    continue
+                received = self._raw.receive(target[done:wanted])
                 if not received:
                     break
                 self._received += received
-                if self._skip:
-                    self._skip -= received
-                    continue
                 done += received
                 self.length -= received
                 if race is not None:
-                    race.done += received
+                    race.takeover.reached += received
                     race.look()
             except Overtaken as overtaken:
-                self._skip = race.done - overtaken.rival.start if race is not None else 0
                 self._replace(overtaken)
         return done
+
+    def _drop_some(self, takeover: Takeover[Any]) -> int:
+        """Receive bytes that are in the memory already; their number."""
+        received = self._raw.receive(memoryview(bytearray(min(takeover.skip, _DRAIN_LIMIT))))
+        takeover.skip -= received
+        self._received += received
+        return received
 
     def read(self) -> bytes:
         """Receive the rest of the body."""
@@ -99,14 +106,11 @@ class Response:
         return data
 
     def _replace(self, overtaken: Overtaken) -> None:
-        """Continue with a second response. The connection of the first one is closed before anything is received."""
+        """Continue with another response. The connection of the former one was closed before it began."""
         self._hold.leave()
-        self._connection[0].close()
         self._raw.close()
         self._raw, self._hold = overtaken.raw, overtaken.rival.hold
         self._connection[0] = overtaken.rival.connection
-        if self._race is not None:
-            self._race.overtaken(overtaken.raw, overtaken.rival)
 
     def discard(self) -> None:
         """Close the connection, whatever is left of the body."""
@@ -120,8 +124,10 @@ class Response:
         except IndexError:
             return
         if self._race is not None:
-            self._race.received(is_complete=self.length == 0)
+            self._race.close(but=connection)
             self._race.can_continue = False
+            if self.length == 0:
+                self._race.takeover.completed()
         try:
             if self.length is not None and 0 < self.length <= _DRAIN_LIMIT and not self._raw.isclosed():
                 self._received += len(self._raw.read())
@@ -244,6 +250,7 @@ def send(
     on_repeat: Callable[[], None] | None = None,
     hedging: Hedging | None = None,
     kind: str = "",
+    note: Callable[[float, HTTPResponse], None] = lambda *_: None,
 ) -> Response:
     """Send one request and receive the response headers.
 
@@ -251,7 +258,7 @@ def send(
     as a failure. *on_repeat* is called before that. Conditional writes are not sent again.
 
     With *hedging*, the request can be repeated. If it is silent, it is sent once more, and the first response is used.
-    It is compared with other requests of its *kind*.
+    It is compared with other requests of its *kind*. *note* is called if the service asks to slow down instead.
 
     Raises:
         OSError, http.client.HTTPException: the connection failed.
@@ -260,19 +267,17 @@ def send(
     """
     pool, scope = _pool.get(), scope or Scope()
     sent = Sent(method, target, headers, body)
+    take = partial(_take, pool, origin, scope)
     while True:
-        connection = pool.take(origin, is_new=origin in pool.distrusted and _is_conditional_write(method, headers))
-        hold = scope.holding(connection.waker())
-        race = None if hedging is None else Race(hedging, kind, sent, connection, scope, partial(pool.take, origin))
+        connection, hold = take(is_new=origin in pool.distrusted and _is_conditional_write(method, headers))
+        race = None if hedging is None else Race(hedging, kind, sent, connection, hold, take, note)
         try:
             hold.__enter__()
             started = time.perf_counter()
             try:
                 raw = _exchange(connection, sent, race)
             except Overtaken as overtaken:
-                hold.leave()
-                connection.close()
-                return _used(pool, overtaken, race)
+                return Response(pool, overtaken.rival.connection, overtaken.raw, overtaken.rival.hold, race)
         except BaseException as error:
             hold.leave()
             connection.close()
@@ -292,6 +297,12 @@ def send(
         return _checked(Response(pool, connection, raw, hold, race), origin, sent)
 
 
+def _take(pool: Pool, origin: Origin, scope: Scope, *, is_new: bool = False) -> tuple[Connection, Hold]:
+    """A connection, and what makes *scope* interrupt it."""
+    connection = pool.take(origin, is_new=is_new)
+    return connection, scope.holding(connection.waker())
+
+
 def _exchange(connection: Connection, sent: Sent, race: Race | None) -> HTTPResponse:
     """Send *sent* and receive the head of the response."""
     if race is None:
@@ -302,13 +313,6 @@ def _exchange(connection: Connection, sent: Sent, race: Race | None) -> HTTPResp
     raw = receive_head(Stream(connection, race.on_silence), sent.method)
     race.answered(raw)
     return raw
-
-
-def _used(pool: Pool, overtaken: Overtaken, race: Race | None) -> Response:
-    """The response of a rival, which was checked."""
-    assert race is not None
-    race.answered(overtaken.raw, overtaken.rival)
-    return Response(pool, overtaken.rival.connection, overtaken.raw, overtaken.rival.hold, race)
 
 
 def _checked(response: Response, origin: Origin, sent: Sent) -> Response:
