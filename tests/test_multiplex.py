@@ -107,8 +107,7 @@ def read_all(client: ContainerClient, names: list[str], started: list[bool] | No
 def warm(client: ContainerClient, blobs: dict[str, bytes]) -> None:
     """Leave idle connections in the pool: the multiplexer uses only those."""
     close_idle_connections()
-    read_all(client, list(blobs))
-    assert idle_connections() > 1
+    wait_until(lambda: bool(read_all(client, list(blobs))) and idle_connections() > 1)
 
 
 def test_order_bytes_and_one_request_each(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
