@@ -16,7 +16,7 @@ from azure.core.exceptions import HttpResponseError
 
 from azstoragetorch import TransferConfig, metrics
 from azstoragetorch._blob import admission
-from azstoragetorch._blob.admission import Admission, Entry, admission_for, forget_admissions
+from azstoragetorch._blob.admission import Admission, admission_for, forget_admissions
 from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._engine import pacing
 from azstoragetorch._engine.pacing import Pacing, Plan
