@@ -5,11 +5,12 @@
    faces      cli
               lightning  litdata  transformers  webdataset
               safetensors
-              checkpoint  datapipes  datasets  filesystem  nodes  weights
+              checkpoint  datapipes  datasets  filesystem  manifest  nodes  weights
               io
-   _samples   cache  catalog  fetching  listing  resume  sources  workers
-              tar
-              items  names  once  prefetch  records  sharding  steps  tar_header  unpack
+   _samples   manifest  manifest_writer
+              cache  catalog  fetching  listing  parquet  resume  sources  workers
+              expected  tar
+              items  names  once  prefetch  records  rows  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
               broadcast  host  progress
               hashing  outline  planning

@@ -7,6 +7,7 @@
         ├── FatalBlobIOWriteError          a write failed; nothing will be committed
         ├── BlobChangedError               a blob was overwritten while it was being read
         ├── ClientRequestIdMismatchError   a response belongs to another request
+        ├── ManifestError                  a manifest cannot be read, or lists something else than it should
         ├── SafetensorsError               a safetensors file or a folder of them cannot be read or written
         ├── WeightsError                   published weights cannot be published or followed
         └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClientRequestIdMismatchError",
     "FatalBlobIOWriteError",
+    "ManifestError",
     "SafetensorsError",
     "WeightsError",
 ]
@@ -62,6 +64,13 @@ class ClientRequestIdMismatchError(AZStorageTorchError):
     """The response has the id of another request, so it cannot be trusted.
 
     The request is first retried on a new connection. If this error is raised, a proxy probably mixes up responses.
+    """
+
+
+class ManifestError(AZStorageTorchError):
+    """A manifest is truncated or damaged, lists a name twice, or lists another container than it should.
+
+    The message says which. Make the manifest again.
     """
 
 

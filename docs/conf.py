@@ -75,6 +75,7 @@ CONTENTS = {
         "guide/safetensors",
         "guide/deltas",
         "guide/resuming",
+        "guide/scale",
         "guide/tuning",
         "guide/cli",
         "guide/troubleshooting",

@@ -27,7 +27,7 @@ import azstoragetorch
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
-FACES = {"io", "datasets", "datapipes", "nodes", "checkpoint", "safetensors", "filesystem", "weights"}
+FACES = {"io", "datasets", "datapipes", "manifest", "nodes", "checkpoint", "safetensors", "filesystem", "weights"}
 FRAMEWORKS = {"lightning", "litdata", "transformers", "webdataset"}  # each needs the framework of its name
 HOUSES = FACES | FRAMEWORKS | {"cli"}  # packages or modules that are not divided into layers
 
@@ -57,7 +57,8 @@ FRONT_DOORS = {"_blob.client", "_blob.credentials", "_blob.errors", "_blob.secre
 
 # Where each dependency may be imported. The longest matching prefix decides.
 MAY_IMPORT = {
-    "torch": (FACES - {"io", "filesystem"}) | {"_samples.workers", "_tensors", "cli", "lightning", "transformers"},
+    "torch": (FACES - {"io", "filesystem", "manifest"})
+    | {"_samples.workers", "_tensors", "cli", "lightning", "transformers"},
     "torchdata": {"nodes"},
     "azure.core": {"_blob", "_files", "_samples", "exceptions", *HOUSES},
     "azure.identity": {"_blob.authorizers", "filesystem._options"},
@@ -70,6 +71,7 @@ MAY_IMPORT = {
     "filelock": {"litdata"},  # a dependency of litdata
     "lightning": {"lightning"},
     "litdata": {"litdata"},
+    "pyarrow": {"_samples.parquet"},  # an extra
     "pytorch_lightning": {"lightning"},
     "transformers": {"transformers"},
     "webdataset": {"webdataset"},

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from azstoragetorch.datasets._blobs import Blob, BlobSample
 from azstoragetorch.datasets._contents import ListingInfo
-from azstoragetorch.datasets._iterable import IterableBlobDataset, merge_states
+from azstoragetorch.datasets._iterable import IterableBlobDataset
+from azstoragetorch.datasets._iteration import merge_states
 from azstoragetorch.datasets._map import BlobDataset
 
 __all__ = ["Blob", "BlobDataset", "BlobSample", "IterableBlobDataset", "ListingInfo", "merge_states"]

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
-from azstoragetorch._blob.client import BlobVersion, ClientFactory, ContainerClient, Head
+from azstoragetorch._blob.client import BlobClient, BlobVersion, ClientFactory, ContainerClient, Head
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_blob_url
 from azstoragetorch._engine.config import TransferConfig
@@ -17,9 +17,11 @@ from azstoragetorch._samples.cache import BlobCache, CachedBlobClient
 from azstoragetorch._samples.catalog import Catalog
 from azstoragetorch._samples.fetching import fetch_heads_ahead
 from azstoragetorch._samples.listing import list_catalog
-from azstoragetorch._samples.names import DEFAULT_RULES, InvalidNames, NameRules
+from azstoragetorch._samples.manifest import IfChanged, Manifest, check_if_changed, open_manifest
+from azstoragetorch._samples.names import DEFAULT_RULES, NameRules
 from azstoragetorch._samples.once import OnceAmongForks
 from azstoragetorch._samples.prefetch import OrderedPrefetch
+from azstoragetorch._samples.rows import Row
 from azstoragetorch.datasets._blobs import Blob
 
 ListingProgress: TypeAlias = Callable[[int], object]
@@ -34,30 +36,13 @@ class ListingInfo:
     Attributes:
         count: Number of blobs.
         size: Their total size in bytes; None if they were given by URL and not listed.
-        fingerprint: Equal if and only if names and order are equal. Ranks that list separately can compare it.
+        fingerprint: Equal if and only if names and order are equal. Ranks that list separately can compare it. Of a
+            manifest, it is the digest, which depends on sizes and ETags, too.
     """
 
     count: int
     size: int | None
     fingerprint: str
-
-
-class ReadOptions(TypedDict, total=False):
-    """Keyword arguments of all ways to make a dataset, for type checkers."""
-
-    credential: Credential
-    transfer: TransferConfig | None
-    cache_dir: str | os.PathLike[str] | None
-    cache_bytes: int
-
-
-class ListOptions(ReadOptions, total=False):
-    """Keyword arguments of all datasets of a container, for type checkers."""
-
-    prefix: str | None
-    progress: ListingProgress | None
-    invalid_names: InvalidNames
-    include_folder_markers: bool
 
 
 class Planned(NamedTuple):
@@ -82,6 +67,8 @@ class Contents:
         cache_bytes: int,
         progress: ListingProgress | None = None,
         rules: NameRules = DEFAULT_RULES,
+        manifest: Manifest | None = None,
+        if_changed: IfChanged = "raise",
     ) -> None:
         # A list of URLs names many hosts, of which the user may know none; one URL was given with the credential.
         trusted_url = parse_blob_url(urls) if isinstance(urls, str) else container
@@ -100,8 +87,10 @@ class Contents:
         self._cache = _make_cache(cache_dir, cache_bytes)
         self._listed_once: OnceAmongForks | None = None
         self._catalog: Catalog | None = None
+        self._manifest = manifest
+        self._if_changed: IfChanged = if_changed
         addresses = [container] if container is not None else []
-        if container is None:
+        if container is None and manifest is None:
             self._catalog = Catalog()
             self._catalog.append_urls([urls] if isinstance(urls, str) else urls)
             addresses = self._catalog.containers
@@ -110,6 +99,19 @@ class Contents:
     def list_lazily(self) -> None:
         """List when the catalog is first asked for, once for this process and the workers that it forks."""
         self._listed_once = OnceAmongForks()
+
+    def list_now(self) -> None:
+        """List, unless the blobs are known."""
+        if self._manifest is None:
+            _ = self.catalog
+
+    def __len__(self) -> int:
+        return len(self.catalog if self._manifest is None else self._manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same blobs in the same order."""
+        return self.catalog.fingerprint if self._manifest is None else self._manifest.description.digest
 
     @property
     def catalog(self) -> Catalog:
@@ -144,27 +146,40 @@ class Contents:
     @property
     def info(self) -> ListingInfo:
         """Sums over the catalog."""
+        if self._manifest is not None:
+            return ListingInfo(len(self), self._manifest.description.total, self.fingerprint)
         catalog = self.catalog
         return ListingInfo(len(catalog), catalog.total_size, catalog.fingerprint)
 
     @property
     def description(self) -> str:
         """What a repr says; does not list."""
+        if self._manifest is not None:
+            return f"{len(self):,} blobs of {str(self._manifest.folder)!r}"
         if self._catalog is not None:
             return f"{len(self._catalog):,} blobs"
         return f"{str(self._containers[0].url)!r}, prefix={self._prefix!r}, not listed yet"
 
     def blob(self, index: int) -> Blob:
         """A blob by its index in the catalog."""
+        if self._manifest is not None:
+            return self._listed_blob(self._manifest, self._manifest.row(index))
         catalog = self.catalog
         container = self._containers[catalog.container_index(index)]
         _ = container.service  # made once for all blobs
         client = container.at(catalog.url(index))
         size, etag = catalog.size(index), catalog.etag(index)
-        if self._cache is not None:
-            version = None if etag is None or size is None else BlobVersion(size, etag)
-            client = CachedBlobClient(client, self._cache, version)
-        return Blob(client, size, etag)
+        return Blob(self._cached(client, size, etag), size, etag)
+
+    def _listed_blob(self, manifest: Manifest, row: Row) -> Blob:
+        client = self._cached(manifest.client(row), row.size, row.etag)
+        return Blob(manifest.checked(client, row, self._if_changed), row.size, row.etag)
+
+    def _cached(self, client: BlobClient, size: int | None, etag: str | None) -> BlobClient:
+        if self._cache is None:
+            return client
+        version = None if etag is None or size is None else BlobVersion(size, etag)
+        return CachedBlobClient(client, self._cache, version)
 
     def alone(self, index: int) -> Blob:
         """A blob that nothing is fetched ahead for; it is looked for in the cache if there is one."""
@@ -173,15 +188,27 @@ class Contents:
             blob._head = blob._client.head  # noqa: SLF001
         return blob
 
-    def fetch_ahead(self, plan: Iterator[tuple[int, int]], *, is_eager: bool) -> OrderedPrefetch[Planned, Head]:
-        """Fetch the first parts of blobs ahead; *plan* has places in an order, and indices into the catalog."""
+    def fetch_ahead(
+        self, plan: Iterator[tuple[int, int]], *, is_eager: bool, is_shuffled: bool = False
+    ) -> OrderedPrefetch[Planned, Head]:
+        """Fetch the first parts of blobs ahead; *plan* has places in an order, and indices into the catalog.
+
+        *is_shuffled* says that the indices are in no order, and that all of the plan will be asked for.
+        """
         return fetch_heads_ahead(
             self.config,
-            (Planned(place, self.blob(index)) for place, index in plan),
+            self._planned(plan, is_shuffled=is_shuffled),
             client=lambda planned: planned.blob._client,  # noqa: SLF001
             size=lambda planned: planned.blob.size,
             is_eager=is_eager,
         )
+
+    def _planned(self, plan: Iterator[tuple[int, int]], *, is_shuffled: bool) -> Iterator[Planned]:
+        manifest = self._manifest
+        if manifest is None:
+            return (Planned(place, self.blob(index)) for place, index in plan)
+        rows = manifest.look_up(plan, is_shuffled=is_shuffled)
+        return (Planned(place, self._listed_blob(manifest, row)) for place, row in rows)
 
     def __getstate__(self) -> dict[str, Any]:
         # A progress callback is for this process; it may be a bar on a terminal.
@@ -199,7 +226,7 @@ def _make_cache(folder: str | os.PathLike[str] | None, limit: int) -> BlobCache 
 
 
 def _to_other_process(contents: Contents) -> tuple[Any, ...]:
-    _ = contents.catalog  # listed here, once for all workers
+    contents.list_now()  # once for all workers
     return _restore_contents, (contents.__getstate__(),)
 
 
@@ -218,3 +245,26 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def open_contents(
+    manifest_url: str,
+    *,
+    container_url: str | None,
+    if_changed: IfChanged,
+    credential: Credential,
+    transfer: TransferConfig | None,
+    cache_dir: str | os.PathLike[str] | None,
+    cache_bytes: int,
+) -> Contents:
+    """The blobs of a manifest. One request."""
+    check_if_changed(if_changed)
+    manifest = open_manifest(manifest_url, container_url=container_url, credential=credential, transfer=transfer)
+    return Contents(
+        manifest=manifest,
+        if_changed=if_changed,
+        credential=credential,
+        transfer=transfer,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from azstoragetorch._blob.client import Head
 from azstoragetorch._engine.process import Process, here
 from azstoragetorch._samples.prefetch import OrderedPrefetch, Prefetched
-from azstoragetorch._samples.resume import ResumeState
+from azstoragetorch._samples.resume import ResumeState, merge
 from azstoragetorch._samples.sharding import Order
 from azstoragetorch.datasets._blobs import Blob, apply, is_refused
 from azstoragetorch.datasets._contents import Contents, Planned
@@ -85,7 +85,11 @@ class Samples(Iterator[T_co], Generic[T_co]):
         self._ahead: OrderedPrefetch[Planned, Head] | None = self._fetch_ahead()
 
     def _fetch_ahead(self) -> OrderedPrefetch[Planned, Head]:
-        return self._contents.fetch_ahead(self._position.plan(), is_eager=self._transform is None)
+        return self._contents.fetch_ahead(
+            self._position.plan(),
+            is_eager=self._transform is None,
+            is_shuffled=self._position.state.seed is not None,
+        )
 
     def __next__(self) -> T_co:
         process = here()
@@ -155,3 +159,20 @@ class Samples(Iterator[T_co], Generic[T_co]):
         ahead = getattr(self, "_ahead", None)
         if ahead is not None:
             ahead.abandon()
+
+
+def merge_states(states: object) -> dict[str, Any]:
+    """Merge the states of all ranks and workers into one, from which any number of them can resume.
+
+    The samples that the shards have not consumed are divided among the shards that load the state; no sample is lost or
+    repeated. If the number of shards is unchanged, each continues exactly where it was.
+
+    Args:
+        states: States of `IterableBlobDataset` or of loaders that hold one, in any nesting of lists and dicts; such as
+            the list that ``torch.distributed.all_gather_object`` fills with ``loader.state_dict()``.
+
+    Raises:
+        ValueError: there are no states, they do not belong together, or the state of a loader is some steps old
+            (``snapshot_every_n_steps``).
+    """
+    return merge(states).to_dict()

@@ -16,6 +16,7 @@ from azstoragetorch._blob.client import Head
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.manifest import IfChanged
 from azstoragetorch._samples.names import InvalidNames, NameRules
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch.datasets._blobs import Blob, BlobSample, apply, check_transform
@@ -24,10 +25,10 @@ from azstoragetorch.datasets._contents import (
     Contents,
     ListingInfo,
     ListingProgress,
-    ListOptions,
     Planned,
-    ReadOptions,
+    open_contents,
 )
+from azstoragetorch.datasets._options import ListOptions, ManifestOptions, ReadOptions
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -36,7 +37,8 @@ _TELLING = 4  # neighbours in a batch that make it likely that the next one foll
 
 
 class BlobDataset(torch.utils.data.Dataset[T_co]):
-    """Map-style dataset: ``dataset[i]`` is the i-th blob. Create one with `from_container_url` or `from_blob_urls`.
+    """Map-style dataset: ``dataset[i]`` is the i-th blob. Create one with `from_container_url`,
+    `from_blob_urls`, or `from_manifest`.
 
     DataLoader hands a whole batch to the dataset, which fetches its blobs concurrently. When batches follow one
     another at a constant distance, as with ``shuffle=False``, the next ones are fetched ahead too, bounded by
@@ -53,7 +55,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         check_transform(transform)
         self._contents = contents
         self._transform = transform
-        _ = contents.catalog
+        contents.list_now()
         self._ahead = _Batches(contents, transform)
 
     @overload
@@ -160,13 +162,71 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         )
         return cls(contents, transform)
 
+    @overload
+    @classmethod
+    def from_manifest(
+        cls, manifest_url: str, *, transform: None = None, **options: Unpack[ManifestOptions]
+    ) -> BlobDataset[BlobSample]: ...
+    @overload
+    @classmethod
+    def from_manifest(
+        cls, manifest_url: str, *, transform: Callable[[Blob], T], **options: Unpack[ManifestOptions]
+    ) -> BlobDataset[T]: ...
+    @classmethod
+    def from_manifest(
+        cls,
+        manifest_url: str,
+        *,
+        container_url: str | None = None,
+        if_changed: IfChanged = "raise",
+        credential: Credential = None,
+        transform: Callable[[Blob], Any] | None = None,
+        transfer: TransferConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> BlobDataset[Any]:
+        """Create a dataset of the blobs that a manifest lists. Takes one request, and does not list the container.
+
+        Rows of the manifest are read when they are needed, 65,536 at once, and about 600,000 are kept. If a sampler
+        shuffles more rows than that, most samples read such a part again: use
+        `IterableBlobDataset.from_manifest` with ``shuffle=True``. Needs pyarrow.
+
+        Args:
+            manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
+            container_url: The container that the manifest must list. Required if that is in another account than the
+                manifest, so that a manifest cannot choose where the credential is sent.
+            if_changed: What to do about a blob that was overwritten after the manifest was made: ``"raise"``
+                ``BlobChangedError`` when it is read (the default), or ``"read"`` it as it is now.
+            credential: As for `from_blob_urls`. Used for the manifest and the blobs.
+            transform: As for `from_blob_urls`.
+            transfer: As for `from_blob_urls`.
+            cache_dir: As for `from_container_url`.
+            cache_bytes: As for `from_blob_urls`.
+
+        Raises:
+            ResourceNotFoundError: there is no manifest.
+            ManifestError: it is truncated, or lists another container.
+            ValueError: a URL is not valid, or an option is out of range.
+            AzureError: the service refused the request, or could not be reached.
+        """
+        contents = open_contents(
+            manifest_url,
+            container_url=container_url,
+            if_changed=if_changed,
+            credential=credential,
+            transfer=transfer,
+            cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+        )
+        return cls(contents, transform)
+
     @property
     def metadata(self) -> ListingInfo:
         """Count, bytes, and fingerprint of the blobs in the dataset."""
         return self._contents.info
 
     def __len__(self) -> int:
-        return len(self._contents.catalog)
+        return len(self._contents)
 
     def __getitem__(self, index: int) -> T_co:
         """The sample of the *index*-th blob; negative indices count from the end.
@@ -237,7 +297,7 @@ class _Foresight:
 
     def stream_for(self, batch: list[int], contents: Contents, *, is_eager: bool) -> OrderedPrefetch[Planned, Head]:
         """The reads of *batch*, which is the present one now."""
-        length = len(contents.catalog)
+        length = len(contents)
         if self._stream is None or batch != self.foreseen:
             self.drop()
             self._step = _step_after(self._previous, batch)
