@@ -43,7 +43,8 @@ def _present_stack() -> Stack:
 class Save:
     """One save on this rank. *seen* is the metadata that it is to replace, on the rank that will.
 
-    *digesting* finds the base, in the background until the data is written. It is None if items get no digests.
+    *seeing* reads that, in the background until any rank writes data. *digesting* finds the base, in the background
+    until the data is written. It is None if items get no digests.
     """
 
     folder: Folder
@@ -51,6 +52,7 @@ class Save:
     save_id: str = field(default_factory=new_save_id)
     rank: int = 0
     metadata_rank: int | None = None  # of the metadata that is ours to write; None is that of all ranks
+    seeing: Job[Seen] | None = field(default=None, repr=False)
     seen: Seen | None = None
     digesting: Job[Digesting] | None = None
     is_set_up: bool = False
@@ -60,6 +62,11 @@ class Save:
         """How many of the calls that were running when it began are over in the stack *now*."""
         common = (one == other for one, other in zip(self.begun, now, strict=False))
         return len(self.begun) - sum(1 for _ in itertools.takewhile(bool, common))
+
+    def see(self) -> None:
+        """Have *seen*, on the rank that will replace it. What was seen once stays: see `_commit`."""
+        if self.seen is None and self.seeing is not None:
+            self.seen = self.seeing.result()
 
     @property
     def is_own(self) -> bool:

@@ -183,9 +183,12 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
                     "there is a checkpoint that was saved with collectives, which one without cannot replace; delete "
                     "it first or save to another folder",
                 )
-            # Before any rank uploads: `_commit` depends on it.
-            save.seen = save.folder.see(save.metadata_rank)
-            if save.seen.exists and not self._overwrite:
+            save.seeing = Job(partial(save.folder.see, save.metadata_rank))
+            if self._overwrite:
+                self._begin_early(save, save.seeing)
+                return
+            save.see()
+            if save.seen is not None and save.seen.exists:
                 raise _exists(save)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -193,7 +196,12 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Choose the name of the blob that signals a failure; called by torch on the coordinator."""
+        """Choose the name of the blob that signals a failure; called by torch on the coordinator.
+
+        Raises:
+            AzureError: the metadata that is there could not be read.
+        """
+        self._see(self._saves.to_write() or self._last)  # before any rank uploads: `_commit` depends on it
         if len(plans) == 1:
             return plans
         planning = new_save_id()
@@ -210,6 +218,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             save = self._saves.begin(self._folder)
             self._find_base(save)
         save.is_written = True
+        self._see(save)
         with on_error(partial(self._saves.end, save)):
             written = self._write(save, plan, planner)
         future: Future[list[WriteResult]] = Future()
@@ -249,9 +258,17 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         if self._base is None and not self._digests:
             return
         save.digesting = Job(partial(digesting, save.folder, save.metadata_rank, self._base))
+        self._begin_early(save, save.digesting)
+
+    def _begin_early(self, save: Save, job: Job[Any]) -> None:
         config = save.folder.transfer
         if config.max_connections > 1:
-            engine_for(config).submit(save.digesting.run)
+            engine_for(config).submit(job.run)
+
+    def _see(self, save: Save | None) -> None:
+        if save is not None:
+            with on_error(partial(self._saves.end, save)):
+                save.see()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the save; called by torch on the coordinator when all ranks have succeeded.

@@ -28,7 +28,7 @@ from azstoragetorch.checkpoint._fence import new_tombstone
 from azstoragetorch.checkpoint._format import load_metadata
 from azstoragetorch.exceptions import CheckpointConflictError, CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.states import load, reason, save
-from tests.faults import FaultService, Fine, Match, Status
+from tests.faults import FaultService, Fine, Hold, Match, Status
 
 QUICK = TransferConfig(max_backoff=0.05)
 OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
@@ -88,6 +88,29 @@ def test_of_two_saves_at_once_the_later_commit_fails_and_changes_nothing(
     assert error.other_save_id in str(error)
     assert str(error.save_id) in str(error)
     assert loaded(url) == 3
+
+
+def test_what_is_there_is_read_while_torch_plans_and_before_any_rank_uploads(
+    fault_service: FaultService, url: str
+) -> None:
+    """A round trip that hides behind the planning; `_commit` depends on its order."""
+    save(state(1), writer(url))
+    fault_service.reset_log()
+    gate = threading.Event()
+    fault_service.script(Match("get_blob", path=".metadata"), [Hold(gate)])
+
+    class Planner(dcp.DefaultSavePlanner):
+        def create_global_plan(self, all_plans: Any) -> Any:
+            plan = super().create_global_plan(all_plans)
+            fault_service.wait_for_requests(1)
+            gate.set()  # a save that waits for the answer before it plans never gets here
+            return plan
+
+    save(state(2), writer(url), planner=Planner())
+    operations = [(request.operation, request.path) for request in fault_service.requests()]
+    assert [name for name, path in operations if path.endswith(".metadata")] == ["get_blob", "put_blob"]
+    assert operations[0][0] == "get_blob"
+    assert loaded(url) == 2
 
 
 def test_a_save_of_one_rank_alone_fails_if_all_ranks_have_saved_meanwhile(

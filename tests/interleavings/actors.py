@@ -85,6 +85,7 @@ def save_by_two_ranks(folder: str, step: int) -> str:
     for rank, writer in enumerate(writers):
         writer.set_up_storage_writer(rank == 0, rank=rank)
     plans = [replace(PLAN, items=PLAN.items[rank :: len(writers)]) for rank in range(len(writers))]
+    plans = writers[0].prepare_global_plan(plans)
     written = [writers[rank].write_data(plans[rank], Values(step)).value() for rank in (1, 0)]  # type: ignore[arg-type]
     writers[0].finish(replace(METADATA), written)
     assert save_id is not None
