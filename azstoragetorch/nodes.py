@@ -36,7 +36,8 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.fetching import Fetched, fetch_ahead
-from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, plain_url
+from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, ManifestBlob, plain_url
+from azstoragetorch._samples.manifest import IfChanged, ManifestSource, check_if_changed
 from azstoragetorch._samples.names import InvalidNames
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.sources import Listing
@@ -56,7 +57,16 @@ except ImportError as error:
         f"azstoragetorch.nodes needs torchdata {_NEEDED} or newer ({error}): pip install 'torchdata>={_NEEDED}'"
     ) from error
 
-__all__ = ["BlobInfo", "BlobLister", "BlobRange", "BlobReader", "BlobSharder", "ShuffleBuffer"]
+__all__ = [
+    "BlobInfo",
+    "BlobLister",
+    "BlobManifestLister",
+    "BlobRange",
+    "BlobReader",
+    "BlobSharder",
+    "ManifestBlob",
+    "ShuffleBuffer",
+]
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Run)
@@ -178,6 +188,60 @@ class BlobLister(_Node[BlobInfo, _Listed]):
 
     def _listed(self) -> Iterator[BlobInfo]:
         return (blob for root in self._roots for blob in self._listing.blobs(self._clients, root))
+
+
+@dataclass
+class _Rows(_Run):
+    blobs: Iterator[BlobInfo]
+
+
+class BlobManifestLister(_Node[BlobInfo, _Rows]):
+    """Yields the blobs that a manifest lists, in the order of its rows, without listing the container.
+
+    Each is a :class:`ManifestBlob`: readers raise ``BlobChangedError`` if the blob was overwritten after the manifest
+    was made. Resuming continues at the row, wherever it is, and raises ``ValueError`` if the state is of another
+    manifest. Needs pyarrow.
+
+    Args:
+        manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
+        container_url: The container that the manifest must list; required if it is in another account.
+        if_changed: ``"raise"``, or ``"read"`` to yield :class:`BlobInfo`, whose blobs are read as they are now.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+    """
+
+    def __init__(
+        self,
+        manifest_url: str,
+        *,
+        container_url: str | None = None,
+        if_changed: IfChanged = "raise",
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.if_changed = check_if_changed(if_changed)
+        self._source = ManifestSource(
+            manifest_url, container_url=container_url, credential=credential, transfer=transfer
+        )
+
+    def _begin(self, state: State | None) -> _Rows:
+        manifest = self._source.open()
+        digest, position = manifest.description.digest, 0 if state is None else state["position"]
+        if state is not None and state["digest"] != digest:
+            raise ValueError(f"{manifest.folder}: the state is of another manifest, or it was made again with changes")
+        return _Rows({"position": position, "digest": digest}, manifest.blobs(position, self.if_changed))
+
+    def _step(self, run: _Rows) -> BlobInfo:
+        try:
+            blob = next(run.blobs)
+        except StopIteration:
+            raise
+        except Exception:
+            self.restart(run)  # a generator that has raised would end here
+            raise
+        run.state = {**run.state, "position": run.state["position"] + 1}
+        return blob
 
 
 @dataclass

@@ -15,6 +15,7 @@ from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from torchdata.nodes import Loader
 
 import azstoragetorch._samples.manifest
 import azstoragetorch._samples.manifest_writer
@@ -23,6 +24,7 @@ from azstoragetorch._blob.url import parse_url
 from azstoragetorch._samples.manifest import Manifest, open_manifest
 from azstoragetorch._samples.manifest_writer import Writing
 from azstoragetorch._samples.rows import Columns, Description
+from azstoragetorch.datapipes import AzureBlobInfoLister, AzureBlobManifestLister, ManifestBlob
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset, merge_states
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.manifest import (
@@ -33,6 +35,7 @@ from azstoragetorch.manifest import (
     make_manifest,
     verify_manifest,
 )
+from azstoragetorch.nodes import BlobManifestLister, BlobReader, BlobSharder
 from tests.azurite.container import Container
 from tests.faults import FaultService
 from tests.support import QUICK, run_python
@@ -133,6 +136,9 @@ def test_a_manifest_is_replaced_only_on_request(filled: Container) -> None:
     make(filled, prefix="train/", overwrite=True)
     assert verify_manifest(url, credential=filled.key).count == 21
     assert len(filled.names()) == len(before) + 1  # parts that nothing refers to are gone
+    make(filled, overwrite=True)
+    make(filled, overwrite=True)
+    assert verify_manifest(url, credential=filled.key).count == 22  # without its own blobs
 
 
 def test_a_failure_leaves_no_manifest(filled: Container, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,6 +426,120 @@ def test_rows_are_read_when_they_are_needed(filled: Container, monkeypatch: pyte
     assert [manifest.row(row).name for row in (20, 19, 3, 18, 2)] == [NAMES[row] for row in (20, 19, 3, 18, 2)]
     assert loaded == [5, 4, 0]
     assert list(manifest._parts) == [4, 0]  # what was used last
+
+
+# -- pipes and nodes ---------------------------------------------------------------------------------------------------
+
+
+def pipe_of(container: Container, url: str, **options: Any) -> AzureBlobManifestLister:
+    return AzureBlobManifestLister(url, credential=container.key, transfer=QUICK, **options)
+
+
+def test_a_pipe_yields_what_the_manifest_lists(filled: Container) -> None:
+    url = make(filled)
+    lister = pipe_of(filled, url)
+    expected = list(AzureBlobInfoLister(filled.url, credential=filled.key))
+    found = list(lister)
+    assert [tuple(blob) for blob in found] == sorted(
+        (tuple(blob) for blob in expected if "/manifests/" not in blob.url),
+        key=lambda blob: NAMES.index(name_at(blob[0])),
+    )
+    assert len(lister) == len(NAMES)
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert type(pickle.loads(pickle.dumps(found[0]))) is ManifestBlob
+    read = lister.sharding_filter().read_files_by_azure(credential=filled.key, transfer=QUICK)
+    samples = list(DataLoader(read, batch_size=None, num_workers=2))
+    assert sorted(data.decode() for _, data in samples) == NAMES
+
+
+def name_at(url: str) -> str:
+    return parse_url(url).blob
+
+
+@pytest.mark.parametrize("reader", ["read_files_by_azure", "load_files_by_azure", "open_files_by_azure"])
+def test_readers_refuse_a_blob_that_was_overwritten(filled: Container, reader: str) -> None:
+    url = make(filled)
+    filled.put(NAMES[3], b"new")
+    for if_changed in ("raise", "read"):
+        lister = pipe_of(filled, url, if_changed=if_changed)
+        samples = iter(getattr(lister, reader)(credential=filled.key, transfer=QUICK))
+        for _ in range(3):
+            next(samples)
+        if if_changed == "read":
+            next(samples)
+        else:
+            with pytest.raises(BlobChangedError, match="overwritten after it was listed"):
+                next(samples)
+
+
+def test_a_large_blob_that_was_overwritten_is_refused(container: Container, small_parts: int) -> None:
+    """Its parts are requested at once, and the first of them shows the version."""
+    container.put("train/0", bytes(300_000))
+    url = make(container)
+    container.put("train/0", bytes(299_999))
+    read = pipe_of(container, url).read_files_by_azure(credential=container.key, transfer=QUICK)
+    with pytest.raises(BlobChangedError, match="overwritten after it was listed"):
+        list(read)
+
+
+def test_a_resumable_pipe_on_a_manifest(filled: Container) -> None:
+    def graph() -> Any:
+        lister = pipe_of(filled, url)
+        shuffled = lister.shuffle(buffer_size=5).sharding_filter()
+        return shuffled.read_files_by_azure(credential=filled.key, transfer=QUICK).to_resumable(seed=2)
+
+    url = make(filled)
+    whole = [data for _, data in graph()]
+    begun = graph()
+    samples = iter(begun)
+    first = [next(samples)[1] for _ in range(9)]
+    resumed = graph()
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert first + [data for _, data in resumed] == whole
+    assert sorted(data.decode() for data in whole) == NAMES
+
+
+def test_a_node_resumes_at_its_row(filled: Container, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = make(filled)
+
+    def graph(url: str = url) -> Any:
+        lister = BlobManifestLister(url, credential=filled.key, transfer=QUICK)
+        return BlobReader(BlobSharder(lister, 1, 2), credential=filled.key, transfer=QUICK)
+
+    whole = [data.decode() for _, data in Loader(graph())]
+    assert whole == NAMES[1::2]
+    loaded: list[int] = []
+    load = Manifest._load
+    monkeypatch.setattr(Manifest, "_load", lambda self, number, *rest: (loaded.append(number), load(self, number))[1])
+    for stop in (1, 4, len(whole) - 1):
+        begun = Loader(graph())
+        samples = iter(begun)
+        first = [next(samples)[1].decode() for _ in range(stop)]
+        state = json.loads(json.dumps(begun.state_dict()))
+        loaded.clear()
+        resumed = Loader(graph())
+        resumed.load_state_dict(state)
+        assert first + [data.decode() for _, data in resumed] == whole
+        assert 0 not in loaded or stop == 1  # parts before the position are not read
+    filled.put("train/later", b"")
+    other = Loader(graph(make(filled, folder="new")))
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="the state is of another manifest"):
+        next(iter(other))
+
+
+def test_a_node_goes_on_after_an_error(filled: Container) -> None:
+    url = make(filled)
+    name = next(name for name in filled.names() if name.endswith("00001.parquet"))
+    whole = filled.get(name)
+    filled.put(name, whole[:-1])
+    node = BlobManifestLister(url, credential=filled.key, transfer=QUICK)
+    node.reset()
+    begun = [name_at(next(node).url) for _ in range(4)]
+    with pytest.raises(ManifestError, match="truncated"):
+        next(node)
+    filled.put(name, whole)
+    assert begun + [name_at(blob.url) for blob in node] == NAMES
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------

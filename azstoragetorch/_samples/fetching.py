@@ -19,7 +19,8 @@ from azstoragetorch._engine.memory import copy, filled_bytes
 from azstoragetorch._engine.ranges import ByteRange
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import engine_for
-from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, plain_url, url_of
+from azstoragetorch._samples.expected import ExpectedBlobClient
+from azstoragetorch._samples.items import BlobInfo, BlobRange, Item, ManifestBlob, plain_url, url_of
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.records import check_delimiter, lookahead, read_records
 
@@ -59,7 +60,7 @@ def fetch_ahead(
         return part
 
     def work(item: Item, scope: Scope) -> Fetched:
-        client = clients.blob(url_of(item))
+        client = _client_of(clients, item)
         if isinstance(item, BlobRange):
             return Fetched(client, BlobVersion(item.size, item.etag), _fetch_range(client, item, scope), is_whole=True)
         fetched = _of_head(client, client.head(scope))
@@ -71,7 +72,7 @@ def fetch_ahead(
     def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> IsStuck | None:
         if isinstance(item, BlobRange) or (whole and isinstance(item, BlobInfo) and item.size > part):
             return None
-        client = clients.blob(url_of(item))
+        client = _client_of(clients, item)
         return client.start_head(scope, lambda head: done(_of_head(client, head)), failed)
 
     return OrderedPrefetch(
@@ -83,6 +84,13 @@ def fetch_ahead(
         depth=depth,
         start=start,
     )
+
+
+def _client_of(clients: ClientFactory, item: Item) -> BlobClient:
+    client = clients.blob(url_of(item))
+    if isinstance(item, ManifestBlob):
+        return ExpectedBlobClient(client, BlobVersion(item.size, item.etag))
+    return client
 
 
 def _of_head(client: BlobClient, head: Head) -> Fetched:

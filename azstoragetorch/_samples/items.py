@@ -18,6 +18,12 @@ class BlobInfo(NamedTuple):
     """The quoted ETag."""
 
 
+class ManifestBlob(BlobInfo):
+    """A blob in a manifest. Readers raise ``BlobChangedError`` if its ETag is another one now."""
+
+    __slots__ = ()
+
+
 class BlobRange(NamedTuple):
     """The bytes ``start <= i < stop`` of one version of a blob.
 

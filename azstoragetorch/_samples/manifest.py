@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from azure.core.exceptions import ResourceNotFoundError
 
 from azstoragetorch._blob.client import BlobClient, BlobVersion, ClientFactory, ContainerClient
-from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.credentials import Credential, CredentialHolder
 from azstoragetorch._blob.errors import not_found
-from azstoragetorch._blob.url import BlobURL, parse_container_url, parse_url
+from azstoragetorch._blob.url import BlobURL, parse_container_url, parse_url, url_of_name, why_refused
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._samples.catalog import Catalog
 from azstoragetorch._samples.expected import ExpectedBlobClient
+from azstoragetorch._samples.items import BlobInfo, ManifestBlob
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.rows import DOCUMENT, Description, Part, Row
 from azstoragetorch.exceptions import ManifestError
@@ -77,6 +78,19 @@ class Manifest:
         for part in self._parts_ahead(range(first, len(self.description.parts))):
             yield from part.rows(place)
             place = 0
+
+    def blobs(self, start: int, if_changed: IfChanged) -> Iterator[BlobInfo]:
+        """All blobs from row *start* on, as items of pipes and nodes. Errors are those of `row`.
+
+        Raises:
+            ManifestError: a name cannot be requested.
+        """
+        base = str(self.data.url)
+        for row in self.rows(start):
+            if (reason := why_refused(row.name)) is not None:
+                raise ManifestError(f"{self.folder}: the blob name {row.name[:200]!r} {reason}")
+            kind = BlobInfo if row.etag is None or if_changed == "read" else ManifestBlob
+            yield kind(url_of_name(base, row.name), row.size, row.etag or "")
 
     def look_up(self, plan: Iterable[tuple[int, int]], *, is_shuffled: bool) -> Iterator[tuple[int, Row]]:
         """The rows of a plan of (place, row number), with their places, in the order of the plan.
@@ -219,6 +233,42 @@ def folder_of_manifest(url: str | BlobURL) -> BlobURL:
     return replace(parsed, blob=name)
 
 
+class ManifestSource:
+    """A manifest that can be opened, in this process or another one. No I/O.
+
+    *container_url* is the container that it must list; without it, that must be in the account of the manifest.
+
+    Raises:
+        ValueError: *url* is not the URL of a folder.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        container_url: str | None = None,
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        self.folder = folder_of_manifest(url)
+        self._expected = None if container_url is None else parse_container_url(container_url)
+        self._clients = ClientFactory(credential, transfer, self.folder)
+        if self._expected is not None:
+            CredentialHolder(credential, trusted_url=self._expected)  # the user named this host, too
+
+    def open(self) -> Manifest:
+        """Open it. One request.
+
+        Raises:
+            ResourceNotFoundError: there is no manifest.
+            ManifestError: it is truncated, or lists another container.
+        """
+        home = self._clients.container(self.folder)
+        description = read_description(home, self.folder)
+        root = _root_of(description, self.folder, self._expected)
+        return Manifest(self.folder, home, description, self._clients.container(root))
+
+
 def open_manifest(
     url: str,
     *,
@@ -226,21 +276,8 @@ def open_manifest(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
 ) -> Manifest:
-    """Open the manifest at *url*. One request.
-
-    *container_url* is the container that it must list; without it, that must be in the account of the manifest.
-
-    Raises:
-        ResourceNotFoundError: there is no manifest.
-        ManifestError: it is truncated, or lists another container.
-        ValueError: *url* is not the URL of a folder.
-    """
-    folder = folder_of_manifest(url)
-    expected = None if container_url is None else parse_container_url(container_url)
-    home = ClientFactory(credential, transfer, folder).container(folder)
-    description = read_description(home, folder)
-    root = _root_of(description, folder, expected)
-    return Manifest(folder, home, description, ClientFactory(credential, transfer, root).container(root))
+    """Open the manifest at *url*; see `ManifestSource`."""
+    return ManifestSource(url, container_url=container_url, credential=credential, transfer=transfer).open()
 
 
 def read_description(home: ContainerClient, folder: BlobURL) -> Description:

@@ -19,6 +19,7 @@ pipe                           functional name            yields
 =============================  =========================  =======================================================
 `AzureBlobFileLister`          `list_files_by_azure`      URLs of blobs
 `AzureBlobInfoLister`          `list_blobs_by_azure`      `BlobInfo` (url, size, etag)
+`AzureBlobManifestLister`      `list_manifest_by_azure`   `ManifestBlob`, a `BlobInfo` that must not change
 `AzureBlobFileOpener`          `open_files_by_azure`      (url, seekable stream)
 `AzureBlobFileLoader`          `load_files_by_azure`      (url, stream of bytes in memory)
 `AzureBlobFileReader`          `read_files_by_azure`      (url, bytes)
@@ -37,8 +38,12 @@ pipe. Sockets and threads exist only while a pipe is iterated, so a pipe can be 
 
 from __future__ import annotations
 
-from azstoragetorch._samples.items import BlobInfo, BlobRange
-from azstoragetorch.datapipes._listing import AzureBlobFileListerIterDataPipe, AzureBlobInfoListerIterDataPipe
+from azstoragetorch._samples.items import BlobInfo, BlobRange, ManifestBlob
+from azstoragetorch.datapipes._listing import (
+    AzureBlobFileListerIterDataPipe,
+    AzureBlobInfoListerIterDataPipe,
+    AzureBlobManifestListerIterDataPipe,
+)
 from azstoragetorch.datapipes._reading import (
     AzureBlobFileLoaderIterDataPipe,
     AzureBlobFileOpenerIterDataPipe,
@@ -55,6 +60,7 @@ AzureBlobInfoLister = AzureBlobInfoListerIterDataPipe
 AzureBlobFileOpener = AzureBlobFileOpenerIterDataPipe
 AzureBlobFileLoader = AzureBlobFileLoaderIterDataPipe
 AzureBlobFileReader = AzureBlobFileReaderIterDataPipe
+AzureBlobManifestLister = AzureBlobManifestListerIterDataPipe
 AzureBlobSaver = AzureBlobSaverIterDataPipe
 BlobSharder = BlobSharderIterDataPipe
 BlobRangeSplitter = BlobRangeSplitterIterDataPipe
@@ -73,6 +79,8 @@ __all__ = [
     "AzureBlobFileReaderIterDataPipe",
     "AzureBlobInfoLister",
     "AzureBlobInfoListerIterDataPipe",
+    "AzureBlobManifestLister",
+    "AzureBlobManifestListerIterDataPipe",
     "AzureBlobSaver",
     "AzureBlobSaverIterDataPipe",
     "BlobInfo",
@@ -87,5 +95,6 @@ __all__ = [
     "BlobTarExpanderIterDataPipe",
     "BlobTarShardWriter",
     "BlobTarShardWriterIterDataPipe",
+    "ManifestBlob",
     "ResumableDataPipe",
 ]

@@ -10,6 +10,7 @@ from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL, parse_url
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.items import BlobInfo
+from azstoragetorch._samples.manifest import IfChanged, ManifestSource, check_if_changed
 from azstoragetorch._samples.names import InvalidNames
 from azstoragetorch._samples.sources import Listing
 from azstoragetorch.datapipes._base import IterDataPipe, functional_datapipe
@@ -94,3 +95,49 @@ class AzureBlobInfoListerIterDataPipe(_Lister):
 
     def __iter__(self) -> Iterator[BlobInfo]:
         yield from self._blobs()
+
+
+@functional_datapipe("list_manifest_by_azure")
+class AzureBlobManifestListerIterDataPipe(IterDataPipe[BlobInfo]):
+    """Yields the blobs that a manifest lists, in the order of its rows, without listing the container.
+
+    Rows are read 65,536 at a time, with the next ones in flight. Each is a :class:`ManifestBlob`, which readers accept
+    like a :class:`BlobInfo`: they raise ``BlobChangedError`` if the blob was overwritten after the manifest was made.
+    A pipe that maps it to a URL gives up that check. Needs pyarrow.
+
+    The URLs contain no SAS: pass ``credential=AzureSasCredential(...)`` to the pipes that follow.
+
+    Args:
+        manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
+        container_url: The container that the manifest must list; required if it is in another account.
+        if_changed: ``"raise"``, or ``"read"`` to yield :class:`BlobInfo`, whose blobs are read as they are now.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+
+    Iterating, and ``len()``, raise ``ManifestError`` if the manifest is truncated, damaged, or of another container,
+    and ``ResourceNotFoundError`` if there is none.
+    """
+
+    def __init__(
+        self,
+        manifest_url: str,
+        *,
+        container_url: str | None = None,
+        if_changed: IfChanged = "raise",
+        credential: Credential = None,
+        transfer: TransferConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.if_changed = check_if_changed(if_changed)
+        self._source = ManifestSource(
+            manifest_url, container_url=container_url, credential=credential, transfer=transfer
+        )
+
+    def __iter__(self) -> Iterator[BlobInfo]:
+        yield from self._source.open().blobs(0, self.if_changed)
+
+    def __len__(self) -> int:
+        return len(self._source.open())
