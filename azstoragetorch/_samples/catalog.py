@@ -6,7 +6,7 @@ With a Python object per blob, a million blobs take gigabytes, and reference cou
 from __future__ import annotations
 
 import hashlib
-import pickle
+import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +14,8 @@ from itertools import accumulate, islice
 from typing import Any
 
 from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
+
+_HEAD = 8  # bytes that say how long the head of a packed catalog is
 
 
 class Catalog:
@@ -159,13 +161,30 @@ class Catalog:
         return self
 
     def to_bytes(self) -> bytes:
-        """All but the containers, for a process that knows them."""
-        return pickle.dumps(self._columns(), pickle.HIGHEST_PROTOCOL)
+        """All but the containers, of what was listed, for a process of this job that knows them."""
+        names, lengths, _, sizes, etags, odd = self._columns()
+        sections = [names, lengths.tobytes(), sizes.tobytes(), etags.tobytes()]
+        head = json.dumps({"sections": list(map(len, sections)), "odd": list(odd.items())}).encode()
+        return b"".join([len(head).to_bytes(_HEAD, "little"), head, *sections])
 
     @classmethod
-    def from_bytes(cls, containers: Iterable[BlobURL], data: bytes) -> Catalog:
-        """The catalog of which a process of this job made *data*."""
-        return cls._restore(containers, pickle.loads(data))  # noqa: S301 - from memory that only we share
+    def from_bytes(cls, containers: Iterable[BlobURL], data: bytes | memoryview) -> Catalog:
+        """The catalog of which a process of this job made *data*.
+
+        Raises:
+            ValueError: *data* is something else.
+        """
+        view = memoryview(data)
+        at = _HEAD + int.from_bytes(view[:_HEAD], "little")
+        head = json.loads(bytes(view[_HEAD:at]))
+        columns: list[array[int]] = [array("B"), array("H"), array("Q"), array("Q")]
+        for column, length in zip(columns, head["sections"], strict=True):
+            column.frombytes(view[at : at + length])
+            at += length
+        names, lengths, sizes, etags = columns
+        if at != len(view) or sum(lengths) != len(names) or not len(lengths) == len(sizes) == len(etags):
+            raise ValueError("a listing that another process made is damaged")
+        return cls._restore(containers, (names.tobytes(), lengths, None, sizes, etags, dict(head["odd"])))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Catalog._restore, (self.containers, self._columns())

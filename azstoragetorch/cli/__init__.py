@@ -1,4 +1,4 @@
-"""The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | safetensors | bench | ...``.
+"""The command line: ``azstoragetorch doctor | ls | cp | rm | checkpoint | safetensors | manifest | bench | ...``.
 
 No other module imports this package. Its additional dependencies, click and rich, are the extra ``cli``, and only this
 package imports them.

@@ -65,6 +65,17 @@ class CredentialOptions:
         """The credential for *url*."""
         return self.choose(url)[0]
 
+    def for_both(self, source: BlobURL, target: BlobURL) -> Credential:
+        """The credential for both, except those that have a SAS in the URL.
+
+        Raises:
+            ValueError: they are in different accounts.
+        """
+        plain = [url for url in (source, target) if url.sas is None]
+        if len({url.account_url for url in plain}) > 1:
+            raise ValueError(f"{source} and {target} are in different accounts: give one of the URLs a SAS")
+        return self.credential(plain[0]) if plain else False
+
     def blob(self, url: BlobURL, config: TransferConfig) -> BlobClient:
         """The blob at *url*."""
         return ClientFactory(self.credential(url), config, url).blob(url)
@@ -87,6 +98,11 @@ class CredentialOptions:
             f"it serves your account, {set_account}pass --trusted-host {url.host} (or set {TRUSTED_HOSTS}). Otherwise "
             f"unset {KEY} and {SAS}, or pass --anonymous"
         )
+
+
+def with_sas(url: BlobURL) -> str:
+    """*url* as a string, with its SAS."""
+    return str(url) if url.sas is None else f"{url}?{url.sas.reveal()}"
 
 
 class TokenSource(logging.Handler):

@@ -35,7 +35,7 @@ class _Commands(click.Group):
     """Imports a command when it is used, so that `ls` does not wait for the imports of `checkpoint`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return ["doctor", "ls", "cp", "rm", "checkpoint", "safetensors", "bench", "azurite", "completion"]
+        return ["doctor", "ls", "cp", "rm", "checkpoint", "safetensors", "manifest", "bench", "azurite", "completion"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name == "doctor":
@@ -62,6 +62,10 @@ class _Commands(click.Group):
             from azstoragetorch.cli._safetensors import safetensors
 
             return safetensors
+        if cmd_name == "manifest":
+            from azstoragetorch.cli._manifest import manifest
+
+            return manifest
         if cmd_name == "bench":
             from azstoragetorch.cli._bench import bench
 

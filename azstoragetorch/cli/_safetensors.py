@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._files.paths import printable
+from azstoragetorch.cli._access import with_sas
 from azstoragetorch.cli._output import human
 from azstoragetorch.cli._session import Session, Url, common, examples
 
@@ -111,7 +111,7 @@ def convert(
     goal = goal or ("torch-save" if kind == "safetensors" and target.blob.endswith(_TORCH_SAVE) else "safetensors")
     if "safetensors" not in (kind, goal) or kind == goal:
         raise click.UsageError(f"cannot convert {kind} to {goal}: pass --from and --to, one of them safetensors")
-    options: dict[str, Any] = {"credential": _credential(session, source, target)}
+    options: dict[str, Any] = {"credential": session.access.for_both(source, target)}
     action: Callable[..., Any]
     if goal == "safetensors":
         options |= {"only_tensors": only_tensors, "max_shard_size": max_shard_size, "overwrite": overwrite}
@@ -122,21 +122,9 @@ def convert(
     else:
         action = models.safetensors_to_torch_save
     with session.output.progress("converting", None):
-        action(_with_sas(source), _with_sas(target), **options)
+        action(with_sas(source), with_sas(target), **options)
     session.output.record({"source": str(source), "target": str(target), "from": kind, "to": goal})
     session.output.note(f"wrote {target}")
-
-
-def _credential(session: Session, source: BlobURL, target: BlobURL) -> Credential:
-    """The credential for both, except those that have a SAS in the URL."""
-    plain = [url for url in (source, target) if url.sas is None]
-    if len({url.account_url for url in plain}) > 1:
-        raise click.UsageError("SOURCE and TARGET are in different accounts: give one of the URLs a SAS")
-    return session.access.credential(plain[0]) if plain else False
-
-
-def _with_sas(url: BlobURL) -> str:
-    return str(url) if url.sas is None else f"{url}?{url.sas.reveal()}"
 
 
 _TORCH_SAVE = (".pt", ".pth", ".bin")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from azstoragetorch._samples.once import OnceAmongForks
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from azstoragetorch._samples.rows import Row
 from azstoragetorch.datasets._blobs import Blob
+from azstoragetorch.datasets._job import check_group, share_listing
 
 ListingProgress: TypeAlias = Callable[[int], object]
 
@@ -69,7 +70,11 @@ class Contents:
         rules: NameRules = DEFAULT_RULES,
         manifest: Manifest | None = None,
         if_changed: IfChanged = "raise",
+        is_shared: bool = False,
+        group: Any = None,
     ) -> None:
+        if is_shared:
+            check_group(group)
         # A list of URLs names many hosts, of which the user may know none; one URL was given with the credential.
         trusted_url = parse_blob_url(urls) if isinstance(urls, str) else container
         clients = ClientFactory(credential, transfer, trusted_url)
@@ -95,6 +100,8 @@ class Contents:
             self._catalog.append_urls([urls] if isinstance(urls, str) else urls)
             addresses = self._catalog.containers
         self._containers: list[ContainerClient] = [clients.container(address) for address in addresses]
+        if is_shared:
+            self._list_with_all_ranks(group)
 
     def list_lazily(self) -> None:
         """List when the catalog is first asked for, once for this process and the workers that it forks."""
@@ -135,9 +142,20 @@ class Contents:
         data = once.get(make)
         return made[0][0] if made and made[0][1] is data else Catalog.from_bytes([self._containers[0].url], data)
 
-    def _list(self) -> Catalog:
-        container = self._containers[0]
-        catalog = list_catalog(container, self._prefix, self._progress, self._rules)
+    def _list_with_all_ranks(self, group: Any) -> None:
+        url = self._containers[0].url
+        what = {"container": str(url), "prefix": self._prefix, "rules": list(astuple(self._rules))}
+        self._catalog = share_listing(self._list, what, [url], group)
+
+    def _list(self, report: ListingProgress = lambda _count: None) -> Catalog:
+        container, progress = self._containers[0], self._progress
+
+        def note(count: int) -> None:
+            report(count)
+            if progress is not None:
+                progress(count)
+
+        catalog = list_catalog(container, self._prefix, note, self._rules)
         if not len(catalog):
             where = f"{container.url} below the prefix {self._prefix!r}" if self._prefix else str(container.url)
             warnings.warn(f"there are no blobs in {where}: the dataset is empty", UserWarning, stacklevel=2)

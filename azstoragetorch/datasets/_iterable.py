@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch.utils.data
 from typing_extensions import Unpack
@@ -31,6 +31,9 @@ from azstoragetorch.datasets._contents import (
 from azstoragetorch.datasets._iteration import OnError, Position, Samples, check_on_error, refuse_late_state
 from azstoragetorch.datasets._options import IterableListOptions, IterableManifestOptions, IterableReadOptions
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -48,8 +51,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
     **Listing.** The container is listed when the dataset is first iterated, and only once: all workers and all later
     epochs shard that listing, even if blobs are added to the container in the meantime. One forked worker lists, and
     the others use its result; for workers of spawn and forkserver, the parent lists before it starts them. Each rank
-    lists separately: if blobs may be added while a job starts, compare ``metadata.fingerprint`` across ranks. Create a
-    new dataset to see new blobs.
+    lists separately, unless ``share_listing=True``. Create a new dataset to see new blobs.
 
     **Sharding.** ``shard_by="worker"`` divides the blobs among DataLoader workers, ``"rank_and_worker"`` among the
     workers of all ranks, and ``"none"`` gives all blobs to each worker. Shard s of S has the positions s, s + S, ... of
@@ -167,6 +169,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         progress: ListingProgress | None = None,
         invalid_names: InvalidNames = "skip",
         include_folder_markers: bool = False,
+        share_listing: bool = False,
+        group: ProcessGroup | None = None,
         shuffle: bool = False,
         seed: int = 0,
         shard_by: ShardBy = "worker",
@@ -181,7 +185,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
-            prefix: As for `BlobDataset.from_container_url`; so are ``invalid_names`` and ``include_folder_markers``.
+            prefix: As for `BlobDataset.from_container_url`; so are ``invalid_names``,
+                ``include_folder_markers``, ``share_listing``, and ``group``. A shared listing is made at once.
             progress: Called in the process that lists, with the number of blobs listed so far.
             credential: As for `from_blob_urls`; so are all other arguments.
 
@@ -196,6 +201,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
             transfer=transfer,
             progress=progress,
             rules=NameRules.of(invalid_names, include_folder_markers),
+            is_shared=share_listing,
+            group=group,
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
         )

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch.utils.data
 from typing_extensions import Unpack
@@ -29,6 +29,9 @@ from azstoragetorch.datasets._contents import (
     open_contents,
 )
 from azstoragetorch.datasets._options import ListOptions, ManifestOptions, ReadOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -123,6 +126,8 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         progress: ListingProgress | None = None,
         invalid_names: InvalidNames = "skip",
         include_folder_markers: bool = False,
+        share_listing: bool = False,
+        group: ProcessGroup | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> BlobDataset[Any]:
@@ -142,6 +147,10 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
                 it (the default), with one warning that counts them, or ``"raise"`` a ValueError.
             include_folder_markers: Whether empty blobs whose names end in a slash, which tools create as folders, are
                 samples; by default, they are not.
+            share_listing: Whether rank 0 of a job lists, and all others receive what it found; by default, each lists.
+                Collective: every rank of the group has to create the dataset. An error of rank 0 is raised on all
+                ranks; if rank 0 dies, the process group ends the waiting, at the latest with its timeout.
+            group: The process group whose rank 0 lists; by default, all ranks.
             cache_dir: As for `from_blob_urls`, except that the listing has the versions.
             cache_bytes: As for `from_blob_urls`.
 
@@ -157,6 +166,8 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             transfer=transfer,
             progress=progress,
             rules=NameRules.of(invalid_names, include_folder_markers),
+            is_shared=share_listing,
+            group=group,
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,
         )

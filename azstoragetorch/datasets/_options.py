@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._engine.config import TransferConfig
@@ -13,6 +13,9 @@ from azstoragetorch._samples.sharding import Even
 from azstoragetorch._samples.workers import ShardBy
 from azstoragetorch.datasets._contents import ListingProgress
 from azstoragetorch.datasets._iteration import OnError
+
+if TYPE_CHECKING:  # a torch without torch.distributed has no such class
+    from torch.distributed import ProcessGroup
 
 
 class ReadOptions(TypedDict, total=False):
@@ -31,6 +34,8 @@ class ListOptions(ReadOptions, total=False):
     progress: ListingProgress | None
     invalid_names: InvalidNames
     include_folder_markers: bool
+    share_listing: bool
+    group: ProcessGroup | None
 
 
 class ManifestOptions(ReadOptions, total=False):
