@@ -7,7 +7,7 @@
               safetensors
               checkpoint  datapipes  datasets  filesystem  manifest  nodes  weights
               io
-   _samples   manifest  manifest_writer
+   _samples   inventory  manifest  manifest_writer
               cache  catalog  fetching  listing  parquet  resume  sources  workers
               expected  tar
               items  names  once  prefetch  records  rows  sharding  steps  tar_header  unpack

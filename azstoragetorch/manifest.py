@@ -21,8 +21,9 @@ This module needs pyarrow.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Literal
 
@@ -31,8 +32,9 @@ from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
 from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.errors import picklable
-from azstoragetorch._blob.url import parse_container_url
+from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_container_url
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._samples.inventory import Inventory
 from azstoragetorch._samples.manifest import Manifest, folder_of_manifest, open_manifest, read_description
 from azstoragetorch._samples.manifest_writer import Source, Writing, in_order, listed
 from azstoragetorch._samples.names import InvalidNames, NameRules
@@ -114,6 +116,7 @@ def make_manifest(
     manifest_url: str,
     *,
     prefix: str | None = None,
+    inventory_url: str | None = None,
     overwrite: bool = False,
     invalid_names: InvalidNames = "skip",
     include_folder_markers: bool = False,
@@ -130,6 +133,9 @@ def make_manifest(
         container_url: The container to list.
         manifest_url: The folder for the manifest. It can be in another container.
         prefix: Only blobs whose names begin with it; by default, all blobs.
+        inventory_url: Do not list, but read this report of Blob Inventory: the URL of ``<rule>-manifest.json``. The
+            report can be CSV or Parquet, of one container or of many. Its rule should include the field ``Etag``;
+            without it, blobs that are overwritten later are not noticed. ``made`` is then when the report was started.
         overwrite: Replace a manifest. Jobs that still read the previous one then fail, so dated folders are better.
         invalid_names: As for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
@@ -139,19 +145,43 @@ def make_manifest(
 
     Raises:
         ResourceExistsError: there is a manifest, and *overwrite* is False.
+        ManifestError: the report is truncated, damaged, or limited to other blobs.
         ValueError: a URL is not valid.
         AzureError: the service refused, or could not be reached.
     """
     _need_pyarrow()
     root, folder = parse_container_url(container_url), folder_of_manifest(manifest_url)
     rules = NameRules.of(invalid_names, include_folder_markers)
+    clients = ClientFactory(credential, transfer, folder)
+    writing = Writing(clients.container(folder), folder, progress or (lambda _count: None))
+    description = Description(str(root), prefix or "", _now(), 0, ())
+    if inventory_url is not None:
+        source, started = _from_inventory(inventory_url, root, prefix or "", rules, credential, transfer)
+        return _write(writing, source, replace(description, made=started), overwrite=overwrite)
     container = ClientFactory(credential, transfer, root).container(root)
     own = folder.blob if (folder.account_url, folder.container) == (root.account_url, root.container) else ""
-    description = Description(str(root), prefix or "", _now(), 0, ())
-    writing = Writing(
-        ClientFactory(credential, transfer, folder).container(folder), folder, progress or (lambda _count: None)
-    )
     return _write(writing, lambda: listed(container, prefix or "", rules, own), description, overwrite=overwrite)
+
+
+def _from_inventory(
+    url: str, root: BlobURL, prefix: str, rules: NameRules, credential: Credential, transfer: TransferConfig | None
+) -> tuple[Source, str]:
+    """What a report of Blob Inventory lists of the container *root*, and when it was started."""
+    document = parse_blob_url(url)
+    clients = ClientFactory(credential, transfer, document)
+    inventory = Inventory.open(clients.blob(document))
+    if not inventory.covers(root.container, prefix):
+        raise ManifestError(
+            f"{document}: the report is limited to {', '.join(inventory.prefixes)}, and does not have all blobs of "
+            f"{root.container}/{prefix}"
+        )
+    if not inventory.has_etags:
+        warnings.warn(
+            f"{document}: the report has no Etag, so readers of the manifest do not notice blobs that are overwritten",
+            UserWarning,
+            stacklevel=3,
+        )
+    return lambda: inventory.pages(clients, root, prefix, rules), inventory.started
 
 
 def _write(writing: Writing, source: Source, description: Description, *, overwrite: bool) -> ManifestInfo:

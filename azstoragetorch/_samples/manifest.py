@@ -227,6 +227,11 @@ def folder_of_manifest(url: str | BlobURL) -> BlobURL:
     """
     parsed = parse_url(url) if isinstance(url, str) else url
     name = parsed.blob.removesuffix(DOCUMENT) if parsed.blob.rpartition("/")[2] == DOCUMENT else parsed.blob
+    if name.endswith(f"-{DOCUMENT}"):
+        raise ValueError(
+            f"url: {parsed} is a report of Blob Inventory: make a manifest of it, with make_manifest(..., "
+            "inventory_url=) or `azstoragetorch manifest make --inventory`"
+        )
     name = name if name.endswith("/") or not name else f"{name}/"
     if not name or parsed.is_read_only:
         raise ValueError(f"url: a manifest is a folder in a container, such as {parsed}/manifests/train, not {parsed}")

@@ -158,6 +158,21 @@ def spilled(path: str) -> Iterator[Row]:
             yield from map(Row, *(column.to_pylist() for column in batch.columns))
 
 
+def read_batches(file: Any, wanted: Sequence[str], where: str) -> Iterator[dict[str, list[Any]]]:
+    """The columns *wanted* of a Parquet file of any origin, some rows at a time; without those that it lacks.
+
+    Raises:
+        ManifestError: *file* is truncated or damaged.
+    """
+    try:
+        table = pq.ParquetFile(pa.PythonFile(file, "r"))
+        columns = [name for name in wanted if name in table.schema_arrow.names]
+        for batch in table.iter_batches(PART_ROWS, columns=columns, use_threads=False):
+            yield batch.to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{where}: it is not a Parquet file, or is damaged ({error})") from error
+
+
 def ranks_of(indices: array[int]) -> tuple[array[int], array[int]]:
     """*indices* in ascending order, and the place of each of them in that order."""
     values = pa.array(indices, pa.uint64())

@@ -27,9 +27,12 @@ def manifest() -> None:
 @click.argument("url", type=Url())
 @click.argument("target", type=Url())
 @click.option("--prefix", default="", help="List only names that start with this prefix.")
+@click.option("--inventory", type=Url(), help="Read this report of Blob Inventory (RULE-manifest.json); do not list.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest in the folder TARGET.")
 @common
-def make(session: Session, url: BlobURL, target: BlobURL, prefix: str, overwrite: bool) -> None:
+def make(
+    session: Session, url: BlobURL, target: BlobURL, prefix: str, inventory: BlobURL | None, overwrite: bool
+) -> None:
     """List the container URL and store the result in the folder TARGET.
 
     The manifest appears when it is complete. A dated folder for each manifest is better than --overwrite: a job that
@@ -50,6 +53,7 @@ def make(session: Session, url: BlobURL, target: BlobURL, prefix: str, overwrite
             with_sas(url),
             with_sas(target),
             prefix=prefix,
+            inventory_url=None if inventory is None else with_sas(inventory),
             overwrite=overwrite,
             progress=advance,
             credential=credential,
