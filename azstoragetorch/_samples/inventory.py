@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Inventory:
                 yield names, sizes, [_quoted(etag) for etag in etags]
         names_filter.warn()
 
-    def _rows(self, client: BlobClient, size: int) -> Iterator[dict[str, Sequence[Any]]]:
+    def _rows(self, client: BlobClient, size: int) -> Iterator[Mapping[str, Sequence[Any]]]:
         """The fields of some rows at a time, as columns."""
         version = client.version()
         if version is None:
@@ -123,7 +123,7 @@ class Inventory:
             reader.close()
 
 
-def _from_csv(reader: ReadAhead, size: int, wanted: list[str], where: str) -> Iterator[dict[str, Sequence[Any]]]:
+def _from_csv(reader: ReadAhead, size: int, wanted: list[str], where: str) -> Iterator[Mapping[str, Sequence[Any]]]:
     rows = csv.reader(_lines(reader, size), strict=True)
     try:
         header = next(rows, [])
@@ -187,7 +187,7 @@ class _File(io.RawIOBase):
         return data
 
 
-def _current(columns: dict[str, Sequence[Any]], start: str, prefix: str) -> tuple[list[str], list[int], list[str]]:
+def _current(columns: Mapping[str, Sequence[Any]], start: str, prefix: str) -> tuple[list[str], list[int], list[str]]:
     """Name, size, and ETag of the current blobs whose ``container/name`` begins with *start* and *prefix*."""
     names, sizes = columns[_NAME], columns[_SIZE]
     wanted = start + prefix

@@ -113,7 +113,7 @@ class _Exchange:
 
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """*values* of rank 0, in their own memory; a part at a time, for a device with little memory to spare."""
-        for part in values.split(_CHUNK):
+        for part in torch.split(values, _CHUNK):
             sent = part.to(self._device)
             dist.broadcast(sent, group=self._group, group_src=0)
             if sent is not part:
