@@ -506,6 +506,6 @@ def test_functional_names_are_registered_and_nobody_elses() -> None:
 
 def test_aliases_follow_torchs_convention() -> None:
     long = [name for name in pipes.__all__ if name.endswith("IterDataPipe")]
-    assert len(long) == 11
+    assert len(long) == 12
     for name in long:
         assert getattr(pipes, name) is getattr(pipes, name.removesuffix("IterDataPipe"))

@@ -1,0 +1,159 @@
+"""Divide a listing among workers that list at the same time, without knowing beforehand what there is.
+
+A share is all names with one beginning. A worker that has listed many pages of a share, and is not through, looks at
+the folders around its position, keeps the one that it is in, and gives away those after it as new shares. Folders that
+are likely small are given away by a common beginning of their names, since each share costs a request.
+
+No name is lost or listed twice, and no parameter is needed that the service does not have: all folders at a level are
+seen before any is given away. A folder that has a great many blobs and no folders cannot be divided.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from azstoragetorch._blob.client import Page
+
+Pages: TypeAlias = Callable[[str, str], Iterator[Page]]
+"""Lists what begins with a prefix, grouped by a delimiter unless that is empty, in the order of the service."""
+
+FIRST_PAGES, LATER_PAGES = 2, 200  # of the first share, which has to occupy all workers, and of those given away
+LATER_SHARES = 16  # from one of those
+SHARES_PER_WORKER = 4  # from the first one, so that differences in length even out
+
+_SURVEYED = 2  # pages of folders that may be read, for each page that a share has had
+_OF_BLOBS = 2  # pages with more blobs than folders that may be read: the folders are not worth more
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """All names that begin with *prefix*."""
+
+    prefix: str
+
+
+def list_share(pages: Pages, share: Share, *, at_most: int, into: int) -> Iterator[Page | Share]:
+    """The pages of *share*, in any order, and shares that are given away.
+
+    Every *at_most* pages, the rest is divided into about *into* shares, if it can be.
+    """
+    limit = share.prefix
+    listed = 0
+    flat = pages(share.prefix, "")
+    for page in flat:
+        inside = _count_inside(page, limit)
+        if inside:
+            yield _part_of(page, inside)
+        listed += 1
+        if inside < len(page.names):
+            return  # behind the folder that was kept
+        if listed >= at_most and page.marker and page.names:
+            rest = _divide(pages, limit, page.names[-1], into, _SURVEYED * at_most)
+            listed = 0 if rest is not None else -listed  # then it takes as long again until the next attempt
+            if rest is not None:
+                if rest.blobs.names:
+                    yield rest.blobs
+                yield from map(Share, rest.prefixes)
+                if not rest.kept:
+                    return
+                limit = rest.kept
+
+
+def _count_inside(page: Page, limit: str) -> int:
+    """How many names of *page*, from its first one on, begin with *limit*."""
+    names = page.names
+    if not names or names[-1].startswith(limit):
+        return len(names)
+    return bisect_left(range(len(names)), True, key=lambda index: not names[index].startswith(limit))
+
+
+def _part_of(page: Page, count: int) -> Page:
+    if count == len(page.names):
+        return page
+    return Page(page.names[:count], page.sizes[:count], page.etags[:count], [], "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What comes after a name."""
+
+    kept: str  # the folder that the name is in, of which more may come; empty if it is in none
+    prefixes: list[str]
+    blobs: Page  # those that no prefix covers
+
+
+def _divide(pages: Pages, limit: str, last: str, into: int, survey: int) -> _Rest | None:
+    """What comes after *last* below *limit*, divided by the outermost folders; None if it cannot be divided."""
+    blobs: list[tuple[str, int, str]] = []  # of outer levels, where no folders come after *last*
+    while True:
+        level = limit[: limit.rfind("/") + 1]
+        child = last[: last.find("/", len(level)) + 1]
+        found = _survey(pages, limit, survey)
+        if found is None:
+            return None
+        folders, others = found
+        blobs += [blob for blob in others if blob[0] > (child or last)]
+        later = [name for name in folders if name > (child or last)]
+        if later:
+            prefixes = _grouped(later, level, last, into)
+            uncovered = [blob for blob in blobs if not any(map(blob[0].startswith, _candidates(blob[0], prefixes)))]
+            names, sizes, etags = map(list, zip(*uncovered, strict=True)) if uncovered else ([], [], [])
+            return _Rest(child, prefixes, Page(names, sizes, etags, [], ""))
+        if not child:
+            return None
+        limit = child
+
+
+def _survey(pages: Pages, prefix: str, at_most: int) -> tuple[list[str], list[tuple[str, int, str]]] | None:
+    """The folders and blobs at one level; None if they are too many, or if their order is not clear."""
+    folders: list[str] = []
+    blobs: list[tuple[str, int, str]] = []
+    of_blobs = 0
+    for number, page in enumerate(pages(prefix, "/"), 1):
+        of_blobs += len(page.names) > len(page.prefixes)
+        if number > at_most or (of_blobs >= _OF_BLOBS and page.marker):
+            return None
+        folders += page.prefixes
+        blobs += zip(page.names, page.sizes, page.etags, strict=True)
+    return (folders, blobs) if _is_unambiguous(folders, [name for name, _, _ in blobs]) else None
+
+
+def _candidates(name: str, prefixes: list[str]) -> list[str]:
+    """The only one of the sorted *prefixes*, none of which begins with another, that *name* may begin with."""
+    at = bisect_left(prefixes, name)
+    return prefixes[max(0, at - 1) : at + 1]
+
+
+def _is_unambiguous(folders: list[str], blobs: list[str]) -> bool:
+    """Whether what comes after a name is the same in all orders that services have.
+
+    Accounts with a hierarchical namespace compare names segment by segment, others character by character.
+    """
+    if len(set(folders)) != len(folders):
+        return False
+    entries = folders + blobs
+    return sorted(entries) == sorted(entries, key=lambda name: name.removesuffix("/"))
+
+
+def _grouped(names: list[str], level: str, last: str, into: int) -> list[str]:
+    """Prefixes that cover *names*, which are folders at *level* after *last* in order, and nothing before them."""
+    most = -(-len(names) // into)
+    found: list[str] = []
+    waiting = [(0, len(names), level)]
+    while waiting:
+        start, stop, prefix = waiting.pop()
+        if stop - start == 1:
+            found.append(names[start])
+        elif stop - start <= most and not last.startswith(prefix):
+            found.append(prefix)
+        else:
+            at = start
+            while at < stop:
+                longer = names[at][: len(prefix) + 1]
+                end = bisect_left(names, True, at, stop, key=lambda name, longer=longer: not name.startswith(longer))
+                waiting.append((at, end, longer))
+                at = end
+    return sorted(found)

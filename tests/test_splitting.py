@@ -1,0 +1,89 @@
+"""Listings that many workers divide: no name is lost or listed twice, whatever the tree and the order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from azstoragetorch._blob.client import Page
+from azstoragetorch._samples.splitting import Pages, Share, list_share
+
+
+class Tree:
+    """Lists *names* as the service does, *size* at a time; segment by segment if it is hierarchical."""
+
+    def __init__(self, names: set[str], size: int, *, is_hierarchical: bool = False) -> None:
+        self._names = sorted(names, key=lambda name: name.split("/") if is_hierarchical else [name])
+        self._size = size
+        self.requests = 0
+
+    def pages(self, prefix: str, delimiter: str) -> Iterator[Page]:
+        entries: list[tuple[str, bool]] = []
+        for name in self._names:
+            if name.startswith(prefix):
+                end = name.find(delimiter, len(prefix)) + 1 if delimiter else 0
+                entry = (name[:end], True) if end else (name, False)
+                if entries[-1:] != [entry]:
+                    entries.append(entry)
+        for start in range(0, max(1, len(entries)), self._size):
+            self.requests += 1
+            part = entries[start : start + self._size]
+            names = [name for name, is_folder in part if not is_folder]
+            marker = "more" if start + self._size < len(entries) else ""
+            yield Page(names, [0] * len(names), [""] * len(names), [n for n, is_folder in part if is_folder], marker)
+
+
+def list_all(pages: Pages, at_most: int, into: int) -> tuple[list[str], int]:
+    """All names, and the number of shares."""
+    found: list[str] = []
+    shares = deque([Share("")])
+    count = 0
+    while shares:
+        count += 1
+        for item in list_share(pages, shares.popleft(), at_most=at_most, into=into):
+            if isinstance(item, Share):
+                shares.append(item)
+            else:
+                found += item.names
+    return found, count
+
+
+SEGMENTS = st.text("ab-.0", min_size=1, max_size=3)
+NAMES = st.sets(st.lists(SEGMENTS, min_size=1, max_size=4).map("/".join), max_size=60)
+
+
+@given(NAMES, st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.booleans())
+@example({"a/1", "a/2", "a-b/1", "a.t", "b/1"}, 1, 1, 4, True)
+@example({"a/b/1", "a/b/2", "a/c/1", "a0", "a/d", "b"}, 1, 1, 2, False)
+@settings(deadline=None)
+def test_every_name_is_listed_once(names: set[str], size: int, at_most: int, into: int, is_hierarchical: bool) -> None:
+    if is_hierarchical:  # where a file is not a folder, too
+        names = {name for name in names if not any(other.startswith(f"{name}/") for other in names)}
+    found, _ = list_all(Tree(names, size, is_hierarchical=is_hierarchical).pages, at_most, into)
+    assert sorted(found) == sorted(names)
+
+
+def test_a_large_tree_is_divided_with_few_more_requests() -> None:
+    names = {f"{a}/{b}/{c:04d}" for a in "abcd" for b in range(25) for c in range(40)}
+    tree = Tree(names, 20)
+    found, shares = list_all(tree.pages, at_most=10, into=4)
+    assert len(found) == len(names)
+    assert shares > 8
+    assert tree.requests <= 1.25 * len(names) / 20
+
+
+def test_small_folders_are_given_away_together() -> None:
+    names = {f"{number:04d}/x" for number in range(1000)}
+    tree = Tree(names, 100)
+    _, shares = list_all(tree.pages, at_most=5, into=5)
+    assert 4 < shares < 40
+    assert tree.requests < 60
+
+
+def test_a_folder_without_folders_is_listed_by_one() -> None:
+    tree = Tree({f"{number:04d}" for number in range(500)}, 10)
+    found, shares = list_all(tree.pages, at_most=5, into=4)
+    assert (len(found), shares) == (500, 1)
