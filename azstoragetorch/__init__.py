@@ -8,7 +8,7 @@
               checkpoint  datapipes  datasets  filesystem  manifest  nodes  weights
               io
    _samples   inventory  manifest  manifest_writer
-              cache  catalog  fetching  listing  parquet  resume  sources  workers
+              cache  catalog  fetching  listing  parquet  resume  sources  splitting  workers
               expected  tar
               items  names  once  prefetch  records  rows  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
