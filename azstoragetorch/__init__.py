@@ -3,7 +3,7 @@
 .. code-block:: text
 
    faces      cli
-              lightning  litdata  transformers  webdataset
+              lightning  litdata  torch_checkpointing  transformers  webdataset
               safetensors
               checkpoint  datapipes  datasets  filesystem  manifest  nodes  weights
               io

@@ -37,7 +37,13 @@ nitpick_ignore_regex = [
     ("py:.*", r"azstoragetorch\._.*"),
 ]
 
-autodoc_mock_imports = ["lightning", "litdata", "transformers", "webdataset"]  # only readers need them
+autodoc_mock_imports = [
+    "lightning",
+    "litdata",
+    "torch_checkpointing",
+    "transformers",
+    "webdataset",
+]  # only readers need them
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
@@ -87,6 +93,7 @@ CONTENTS = {
         "integrations/hugging-face",
         "integrations/webdataset",
         "integrations/litdata",
+        "integrations/torch-checkpointing",
         "integrations/tensorboard",
         "integrations/kubernetes",
     ],

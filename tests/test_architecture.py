@@ -28,7 +28,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "azstoragetorch"
 
 FACES = {"io", "datasets", "datapipes", "manifest", "nodes", "checkpoint", "safetensors", "filesystem", "weights"}
-FRAMEWORKS = {"lightning", "litdata", "transformers", "webdataset"}  # each needs the framework of its name
+FRAMEWORKS = {
+    "lightning",
+    "litdata",
+    "torch_checkpointing",
+    "transformers",
+    "webdataset",
+}  # each needs the framework of its name
 HOUSES = FACES | FRAMEWORKS | {"cli"}  # packages or modules that are not divided into layers
 
 # Rows of the diagram in the docstring of the package: the name of the layer, in its first row, and modules.
@@ -73,6 +79,7 @@ MAY_IMPORT = {
     "litdata": {"litdata"},
     "pyarrow": {"_samples.parquet"},  # an extra
     "pytorch_lightning": {"lightning"},
+    "torch_checkpointing": {"torch_checkpointing"},
     "transformers": {"transformers"},
     "webdataset": {"webdataset"},
     "tqdm": {"_tensors.progress"},  # not a dependency: needed only for a progress bar

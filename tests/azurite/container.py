@@ -13,6 +13,7 @@ from azure.storage.blob import (
     ContainerClient,
     ResourceTypes,
     generate_account_sas,
+    generate_container_sas,
 )
 
 from recipes.azurite import Azurite
@@ -39,6 +40,18 @@ class Container:
     @property
     def sas_credential(self) -> AzureSasCredential:
         return AzureSasCredential(self.sas())
+
+    def sas_that_copies(self, permission: str = "rwdl") -> AzureSasCredential:
+        """For the container: Azurite does not let a SAS for the account, as keys sign it, copy from a URL."""
+        return AzureSasCredential(
+            generate_container_sas(
+                self.service.account_name,
+                self.name,
+                account_key=self.service.account_key,
+                permission=permission,
+                expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1),
+            )
+        )
 
     @property
     def sas_url(self) -> str:

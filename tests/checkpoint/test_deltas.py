@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import logging
@@ -14,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from azure.core.credentials import AccessToken, AzureSasCredential
-from azure.storage.blob import generate_container_sas
+from azure.core.credentials import AccessToken
 
 from azstoragetorch import TransferConfig, metrics
 from azstoragetorch._tensors import hashing
@@ -55,19 +53,6 @@ def run(fault_service: FaultService) -> str:
     return f"{fault_service.container_url('c')}/run"
 
 
-def sas(container: Container, permission: str = "rwdl") -> AzureSasCredential:
-    """For the container: Azurite does not let a SAS for the account, as keys sign it, copy from a URL."""
-    return AzureSasCredential(
-        generate_container_sas(
-            container.service.account_name,
-            container.name,
-            container.service.account_key,
-            permission=permission,
-            expiry=datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1),
-        )
-    )
-
-
 def model(step: int = 0) -> dict[str, Any]:
     """A frozen part of about 1 MB, and a part that changes with every step."""
     generator = torch.Generator().manual_seed(1)
@@ -105,22 +90,22 @@ def the_warning(caplog: pytest.LogCaptureFixture) -> str:
 def test_what_did_not_change_is_copied_by_the_service(container: Container) -> None:
     """With Azurite, which checks permissions and conditions."""
     run = container.blob_url("run")
-    put(f"{run}/step-1", model(1), sas(container), base="latest")
-    uploaded, copied = sent(lambda: put(f"{run}/step-2", model(2), sas(container), base="latest"))
+    put(f"{run}/step-1", model(1), container.sas_that_copies(), base="latest")
+    uploaded, copied = sent(lambda: put(f"{run}/step-2", model(2), container.sas_that_copies(), base="latest"))
     assert copied > 950_000
     assert uploaded < 30_000
     for step in (1, 2):
-        same(take(f"{run}/step-{step}", model(step), sas(container), verify=True), model(step))
+        same(take(f"{run}/step-{step}", model(step), container.sas_that_copies(), verify=True), model(step))
 
 
 def test_a_checkpoint_does_not_need_its_base(container: Container, tmp_path: Path) -> None:
     """The base is deleted; a download loads with torch's own reader."""
     run = container.blob_url("run")
-    put(f"{run}/step-1", model(1), sas(container), base="latest")
-    put(f"{run}/step-2", model(2), sas(container), base=f"{run}/step-1")
-    delete_checkpoint(f"{run}/step-1", credential=sas(container))
+    put(f"{run}/step-1", model(1), container.sas_that_copies(), base="latest")
+    put(f"{run}/step-2", model(2), container.sas_that_copies(), base=f"{run}/step-1")
+    delete_checkpoint(f"{run}/step-1", credential=container.sas_that_copies())
     assert all(name.startswith("run/step-2/") for name in container.names())
-    same(take(f"{run}/step-2", model(), sas(container), verify=True), model(2))
+    same(take(f"{run}/step-2", model(), container.sas_that_copies(), verify=True), model(2))
     for name in container.names():
         (tmp_path / name.rpartition("/")[2]).write_bytes(container.get(name))
     same(load(blank(model()), dcp.FileSystemReader(str(tmp_path))), model(2))
@@ -129,14 +114,14 @@ def test_a_checkpoint_does_not_need_its_base(container: Container, tmp_path: Pat
 def test_every_kind_of_value_is_saved_with_a_base_and_verified(container: Container) -> None:
     url = container.blob_url("run/step")
     state = rich_state()
-    put(f"{url}-1", state, sas(container), base="latest")
-    _, copied = sent(lambda: put(f"{url}-2", state, sas(container), base="latest"))
+    put(f"{url}-1", state, container.sas_that_copies(), base="latest")
+    _, copied = sent(lambda: put(f"{url}-2", state, container.sas_that_copies(), base="latest"))
     assert copied > 3_000_000
-    same(take(f"{url}-2", state, sas(container), verify=True), state)
+    same(take(f"{url}-2", state, container.sas_that_copies(), verify=True), state)
     state["model"]["weight"][3, 3] += 1
     state["bf16"][5] += 1
-    put(f"{url}-3", state, sas(container), base="latest", blobs_per_rank=1)
-    same(take(f"{url}-3", state, sas(container), verify=True), state)
+    put(f"{url}-3", state, container.sas_that_copies(), base="latest", blobs_per_rank=1)
+    same(take(f"{url}-3", state, container.sas_that_copies(), verify=True), state)
 
 
 def test_the_latest_is_what_the_save_replaces_or_else_the_newest_next_to_it(run: str) -> None:
@@ -198,9 +183,9 @@ def test_without_a_base_nothing_is_digested(run: str, monkeypatch: pytest.Monkey
 
 def test_ranks_copy_their_shards_and_other_ranks_verify_them(container: Container) -> None:
     run = container.blob_url("run")
-    results = run_ranks(2, jobs.save_with_a_base, run, sas(container))
+    results = run_ranks(2, jobs.save_with_a_base, run, container.sas_that_copies())
     assert all(copied > 0 and uploaded < 20_000 for uploaded, copied in results)
-    run_ranks(3, jobs.load_verified, run, sas(container))
+    run_ranks(3, jobs.load_verified, run, container.sas_that_copies())
 
 
 def test_async_save_digests_on_another_thread(container: Container, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,14 +198,14 @@ def test_async_save_digests_on_another_thread(container: Container, monkeypatch:
     monkeypatch.setattr("azstoragetorch.checkpoint._encoding.digest_of", noting)
     run = container.blob_url("run")
     for step in (1, 2):
-        writer = BlobStorageWriter(f"{run}/step-{step}", credential=sas(container), base="latest")
+        writer = BlobStorageWriter(f"{run}/step-{step}", credential=container.sas_that_copies(), base="latest")
         state = model(step)
         future = dcp.async_save(state, storage_writer=writer, no_dist=True)
         state["frozen"]["layer0"].zero_()  # the save has a copy
         future.result()
     assert threads
     assert threading.get_ident() not in threads
-    same(take(f"{run}/step-2", model(), sas(container), verify=True), model(2))
+    same(take(f"{run}/step-2", model(), container.sas_that_copies(), verify=True), model(2))
 
 
 def test_a_layout_in_memory_that_needs_a_copy(run: str) -> None:
@@ -259,22 +244,27 @@ def test_any_refusal_to_copy_ends_in_an_upload_with_one_warning(
 
 def test_a_base_without_permission_to_read_it(container: Container, caplog: pytest.LogCaptureFixture) -> None:
     run = container.blob_url("run")
-    put(f"{run}/1", model(1), sas(container), digests=True)
-    put(f"{run}/2", model(1), sas(container), base=f"{run}/1?{sas(container, 'wl').signature}")
+    put(f"{run}/1", model(1), container.sas_that_copies(), digests=True)
+    put(
+        f"{run}/2",
+        model(1),
+        container.sas_that_copies(),
+        base=f"{run}/1?{container.sas_that_copies('wl').signature}",
+    )
     assert "the base is not used, and everything is uploaded" in the_warning(caplog)
     assert "sig=" not in caplog.text
-    same(take(f"{run}/2", model(), sas(container), verify=True), model(1))
+    same(take(f"{run}/2", model(), container.sas_that_copies(), verify=True), model(1))
 
 
 def test_the_data_of_the_base_changed(container: Container, caplog: pytest.LogCaptureFixture) -> None:
     run = container.blob_url("run")
-    put(f"{run}/1", model(1), sas(container), digests=True)
+    put(f"{run}/1", model(1), container.sas_that_copies(), digests=True)
     for name in [name for name in container.names() if name.endswith(".distcp")]:
         container.put(name, container.get(name))
-    put(f"{run}/2", model(1), sas(container), base="latest")
+    put(f"{run}/2", model(1), container.sas_that_copies(), base="latest")
     assert "overwritten" in caplog.text
     assert "the rest is uploaded" in the_warning(caplog)
-    same(take(f"{run}/2", model(), sas(container), verify=True), model(1))
+    same(take(f"{run}/2", model(), container.sas_that_copies(), verify=True), model(1))
 
 
 def test_a_base_in_another_account_gets_no_credential(
@@ -496,13 +486,13 @@ def test_cleaning_and_deleting_know_the_side_blob(fault_service: FaultService, r
 
 def test_export_and_import(container: Container) -> None:
     run = container.blob_url("run")
-    put(f"{run}/1", model(1), sas(container), base="latest")
-    assert "with digests" in str(inspect_checkpoint(f"{run}/1", credential=sas(container)))
+    put(f"{run}/1", model(1), container.sas_that_copies(), base="latest")
+    assert "with digests" in str(inspect_checkpoint(f"{run}/1", credential=container.sas_that_copies()))
     blob = container.blob_url("model.pt")
-    checkpoint_to_torch_save(f"{run}/1", blob, credential=sas(container), verify=True)
-    torch_save_to_checkpoint(blob, f"{run}/2", credential=sas(container), base=f"{run}/1")
-    assert inspect_checkpoint(f"{run}/2", credential=sas(container)).has_digests
-    same(load_keys(f"{run}/2", credential=sas(container), verify=True), model(1))
+    checkpoint_to_torch_save(f"{run}/1", blob, credential=container.sas_that_copies(), verify=True)
+    torch_save_to_checkpoint(blob, f"{run}/2", credential=container.sas_that_copies(), base=f"{run}/1")
+    assert inspect_checkpoint(f"{run}/2", credential=container.sas_that_copies()).has_digests
+    same(load_keys(f"{run}/2", credential=container.sas_that_copies(), verify=True), model(1))
 
 
 def test_a_save_of_one_rank_alone_has_its_base_and_its_digests(run: str) -> None:

@@ -174,6 +174,8 @@ DELTA_OF = Kind(
     "save with another base", lambda folder, number, writer: delta(folder, 10 + number, OF_BASE), saves=True
 )
 SAVE_BASE = Kind("save over the base", lambda folder, number, writer: save("step-1", 10 + number))
+CLEAN_BASE = Kind("clean the base, min_age=0", lambda folder, number, writer: clean(OF_BASE, min_age=0, **OPTIONS))
+KEEP_ONE = Kind("keep_last(1), base and all", _keep)
 DELETE_BASE = Kind("delete the base", lambda folder, number, writer: delete_checkpoint(OF_BASE, **OPTIONS))
 
 NOW = 1_790_000_000  # seconds since 1970; the clocks of all actors agree and stand still

@@ -12,11 +12,13 @@ from .actors import (
     ASYNC,
     CLEAN,
     CLEAN_ALL,
+    CLEAN_BASE,
     DELETE,
     DELETE_BASE,
     DELTA,
     DELTA_OF,
     KEEP,
+    KEEP_ONE,
     KINDS,
     LOAD,
     OWN,
@@ -64,9 +66,23 @@ DELTAS = [
         Combination((DELTA, other), "a checkpoint with digests")
         for other in (DELTA, SAVE, LOAD, CLEAN, CLEAN_ALL, DELETE)
     ),
-    *(Combination((DELTA_OF, other), "a base", "step-2") for other in (SAVE_BASE, DELETE_BASE)),
+    *(Combination((DELTA_OF, other), "a base", "step-2") for other in (SAVE_BASE, DELETE_BASE, CLEAN_BASE, KEEP_ONE)),
 ]
-"""Two actors, of which one saves with a base, which the other may replace or delete."""
+"""Two actors, of which one saves with a base, which the other may replace, clean, or delete."""
+
+_IN_ONE_FOLDER = (DELTA, SAVE, LOAD, CLEAN, CLEAN_ALL, DELETE)
+_AROUND_THE_BASE = (DELTA_OF, SAVE_BASE, DELETE_BASE, CLEAN_BASE, KEEP_ONE)
+DELTA_THREES = [
+    *(
+        Combination((DELTA, *others), "a checkpoint with digests")
+        for others in itertools.combinations_with_replacement(_IN_ONE_FOLDER, 2)
+    ),
+    *(
+        Combination((DELTA_OF, *others), "a base", "step-2")
+        for others in itertools.combinations_with_replacement(_AROUND_THE_BASE, 2)
+    ),
+]
+"""Three actors, of which one at least saves with a base."""
 
 
 def combinations(count: int) -> list[Combination]:
@@ -107,9 +123,9 @@ def explore_all(
 THREES = combinations(3)
 
 
-def wander_once(randomness: random.Random, programs: Programs) -> Tally:
-    """Run one random order of three random actors, with a random fault half of the time."""
-    three = randomness.choice(THREES)
+def wander_once(randomness: random.Random, programs: Programs, threes: Sequence[Combination] = THREES) -> Tally:
+    """Run one random order of three random actors of *threes*, with a random fault half of the time."""
+    three = randomness.choice(threes)
     rules = three.rules
     return wander(programs.of(three.kinds, three.folder), three.start, rules.after_step, rules.at_end, randomness)
 
@@ -120,13 +136,13 @@ def explore_pair(number: int) -> Tally:
         return explore_all([*combinations(2), *DELTAS][number], faults=True)
 
 
-def wander_often(seed: int, count: int) -> Tally:
-    """*count* random orders of three."""
+def wander_often(seed: int, count: int, *, deltas: bool = False) -> Tally:
+    """*count* random orders of three, with *deltas* of those that save with a base."""
     total, programs = Tally(), Programs()
     randomness = random.Random(seed)
     with replaced_transport(), predictable():
         for _ in range(count):
-            total.add(wander_once(randomness, programs))
+            total.add(wander_once(randomness, programs, DELTA_THREES if deltas else THREES))
     return total
 
 
