@@ -27,7 +27,7 @@
               budget  turns
               job
               hedging  metrics  scope
-              config  memory  pacing  process  ranges
+              config  growth  memory  pacing  process  ranges
 
 Each row is a layer. A module imports only from the rows below it and, inside its package, from its own row. Importing
 the package itself loads neither torch nor the Azure SDK; each module loads what it needs.

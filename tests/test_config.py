@@ -18,7 +18,8 @@ SECONDS = ["connect_timeout", "read_timeout", "max_backoff"]
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", ["8", 1.5, None, True])
 def test_a_count_is_an_integer(name: str, value: object) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+    is_auto_possible = name == "max_concurrency" and isinstance(value, str)
+    with pytest.raises(ValueError if is_auto_possible else TypeError, match=rf'{name} must be ("auto" or )?an integer'):
         TransferConfig(**{name: value})  # type: ignore[arg-type]
 
 
@@ -145,12 +146,32 @@ class TestTrustedHosts:
         assert TransferConfig(trusted_hosts=()).trusted_hosts == ()
 
 
+class TestConcurrency:
+    def test_it_is_found_unless_a_number_is_given(self) -> None:
+        assert TransferConfig().max_concurrency == "auto"
+        assert TransferConfig(max_concurrency="auto") == TransferConfig()
+        assert TransferConfig().initial_concurrency == 16
+        assert TransferConfig(max_connections=3).initial_concurrency == 3
+        assert TransferConfig(max_concurrency=100).initial_concurrency == 100
+
+    @pytest.mark.parametrize("value", ["Auto", "fast", "", "16"])
+    def test_no_other_word_is_possible(self, value: str) -> None:
+        with pytest.raises(ValueError, match=f'max_concurrency must be "auto" or an integer, not {value!r}'):
+            TransferConfig(max_concurrency=value)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("AUTO", "auto"), ("32", 32)])
+    def test_an_operator_can_choose(self, monkeypatch: pytest.MonkeyPatch, text: str, value: object) -> None:
+        monkeypatch.setenv("AZSTORAGETORCH_MAX_CONCURRENCY", text)
+        assert TransferConfig().max_concurrency == value
+
+
 class TestEnvironment:
     def test_every_default_can_be_overridden(self, monkeypatch: pytest.MonkeyPatch) -> None:
         base = TransferConfig()
         for setting in fields(TransferConfig):
             value = getattr(base, setting.name)
             special = {"trusted_hosts": ("a.example", "b.example"), "hedge_after": 0.5, "hedge_budget": 0.5}
+            special["max_concurrency"] = 20
             if setting.name in special:
                 other = special[setting.name]
             else:
@@ -179,7 +200,13 @@ class TestEnvironment:
 
     @pytest.mark.parametrize(
         ("variable", "text"),
-        [("PART_SIZE", "8MiB"), ("PART_SIZE", ""), ("READ_TIMEOUT", "soon"), ("VALIDATE_CONTENT", "maybe")],
+        [
+            ("PART_SIZE", "8MiB"),
+            ("PART_SIZE", ""),
+            ("READ_TIMEOUT", "soon"),
+            ("MAX_CONCURRENCY", "many"),
+            ("VALIDATE_CONTENT", "maybe"),
+        ],
     )
     def test_what_is_no_value_is_refused_by_the_variable(
         self, monkeypatch: pytest.MonkeyPatch, variable: str, text: str

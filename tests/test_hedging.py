@@ -227,13 +227,14 @@ def test_a_silence_is_judged_by_the_requests_that_came_later() -> None:
     assert hedging.allows("GET", first.since)
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_nothing_is_sent_twice_to_a_service_that_throttles(status: int) -> None:
+def test_nothing_is_sent_twice_to_a_service_that_throttles() -> None:
     clock = Clock()
     hedging = Hedging(0.05, 1.0, clock)
     asked = Asked(clock.now)
     hedging.enter(asked)
-    hedging.answered(asked, status)
+    hedging.answered(asked, 503)
+    assert hedging.patience("GET") == 0.05
+    hedging.throttled()
     clock.now += 4.9
     assert not hedging.allows("GET", clock.now - 4)
     clock.now += 0.2

@@ -525,6 +525,21 @@ def test_a_hedge_that_does_not_fit_leaves_the_first_response(
     assert (metrics() - before).retries == 0
 
 
+def test_a_hedge_that_is_refused_paces_the_service(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
+    client = container(fault_service, HEDGED)
+    warm(client, blobs)
+    gate, before = threading.Event(), metrics()
+    fault_service.script(
+        Match("get_blob", path="050$"), [StallUntil(gate, 30_000), *[Status(503, retry_after_ms=1)] * 2]
+    )
+    read = start(client, "050")
+    assert read is not None
+    wait_until(lambda: (metrics() - before).hedges_canceled >= 1)
+    assert metrics().pace < float("inf")
+    gate.set()
+    assert read.wait(60)
+
+
 def test_without_an_idle_connection_a_thread_asks_again(fault_service: FaultService, blobs: dict[str, bytes]) -> None:
     client = container(fault_service, HEDGED)
     close_idle_connections()

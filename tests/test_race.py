@@ -201,6 +201,16 @@ def test_a_refused_hedge_does_not_replace_a_response_that_has_not_begun(service:
     assert seen[0].hedges_won == seen[0].retries == 0
 
 
+@pytest.mark.parametrize("first", ["before the response", "in the body"])
+def test_a_hedge_that_is_refused_paces_the_service(service: FaultService, first: str) -> None:
+    """A pause that the service asks for holds for all requests, whichever one it has refused."""
+    gate = threading.Event()
+    stall: Fault = StallUntil(gate, 300) if first == "in the body" else Hold(gate)
+    assert read_while_hedges_are_refused(service, stall, gate, Status(503, retry_after_ms=1)) == BLOB
+    assert metrics().pace < float("inf")
+    assert len(service.requests(status=503)) == 1, "nothing is sent once more to a service that throttles"
+
+
 @pytest.mark.parametrize("refusal", UNFIT, ids=repr)
 def test_a_hedge_that_does_not_fit_does_not_continue_a_body(service: FaultService, refusal: Fault) -> None:
     """Another version, another range, a refusal: the first response is waited for, and is complete."""

@@ -191,6 +191,15 @@ class TestThrottling:
         with pytest.raises(HttpResponseError):
             Retry(TransferConfig(max_attempts=1)).pause_after(self.throttled(is_early=True))
 
+    def test_a_request_that_is_refused_among_others_pauses_from_the_second_time_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once can be chance. The service is not paced then, so the pause is not left to the admission."""
+        monkeypatch.setattr("azstoragetorch._blob.retry.random.uniform", lambda _low, high: high)
+        retry = Retry(TransferConfig(max_attempts=2, max_backoff=1.0))
+        alone = Transient(self.busy(), None, Entry(0.0, is_early=True, is_alone=True))
+        assert [retry.pause_after(alone) for _ in range(5)] == [0.0, 0.4, 0.8, 1.0, 1.0]
+
     def test_a_request_that_alone_is_refused_does_not_wait_forever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """After six times the longest pause since the first refusal, every refusal is an attempt."""
         now = 1000.0

@@ -43,6 +43,8 @@ class Entry(NamedTuple):
     began: float
     is_early: bool
     """Whether it was sent before a failed request would have been sent again: a refusal is then not an attempt."""
+    is_alone: bool = False
+    """Whether it was refused while the service accepts most others."""
 
 
 class Admission:
@@ -60,7 +62,7 @@ class Admission:
             Cancelled: *scope* was cancelled.
         """
         if self.pacing.is_free:
-            return Entry(time.monotonic(), is_early=False)
+            return Entry(time.monotonic(), is_early=True)
         with timed("throttled_seconds"):
             return self._wait(config, scope or Scope())
 
@@ -81,11 +83,17 @@ class Admission:
 
         *most* is the number of requests that the caller may have in flight.
         """
-        _note_throttling(answer)
         self.pacing.allow(most)
         hold = min(retry_after or 0.0, LONGEST_HOLD)
-        if self.pacing.refused(began, time.monotonic(), hold):
+        is_news = self.pacing.refused(began, time.monotonic(), hold)
+        if not self.pacing.is_free:
+            _note_throttling(answer)
+        if is_news:
             self._publish(f"refuses requests ({answer}, Retry-After {hold:g} s)")
+
+    def refusal_of(self, entry: Entry) -> Entry:
+        """*entry*, now that its request was refused."""
+        return entry._replace(is_alone=self.pacing.is_free)
 
     def _wait(self, config: TransferConfig, scope: Scope) -> Entry:
         pacing, held_until = self.pacing, math.inf

@@ -229,7 +229,8 @@ def fetch_parallel(
         else:
             source.receive([target])
 
-    engine_for(service.config).map(receive, reads, service.config.max_concurrency, scope)
+    engine = engine_for(service.config)
+    engine.map(receive, reads, engine.concurrency(service.config), scope)
 
 
 def _unfilled(targets: Sequence[memoryview], done: int) -> list[memoryview]:

@@ -44,7 +44,8 @@ _PATIENCE = 6  # times `max_backoff`: how long refusals of requests that were se
 # A refusal because the service throttles (503, 429) is different in two ways. `admission` decides when the request is
 # sent again, since it knows what the service does with all other requests. And it is an attempt only if the request was
 # sent as late as a failed one would have been: a service that accepts others at its own pace is not down. That has a
-# limit, too, for a service that accepts all requests except for this one.
+# limit, too, for a service that accepts all requests except for this one. A service that accepts most requests is not
+# taken to throttle: one that it refuses (`Entry.is_alone`) is sent again at once, and then after growing pauses.
 #
 # A timeout or a failed connection is transient for writes too, although the service may have carried out the request,
 # because every request of this package can be sent twice: reads and staged blocks are idempotent, the delete of a
@@ -76,6 +77,7 @@ class Retry:
     def made_progress(self) -> None:
         """Start counting from zero: an operation that makes progress is not stuck."""
         self._failures = 0
+        self._refusals = 0  # that were not attempts
         self._began = time.monotonic()
         self._patient_until = 0.0  # refusals of requests that were sent early are not counted before this time
 
@@ -89,7 +91,8 @@ class Retry:
         if throttled is not None and throttled.is_early and self._failures and now < self._patient_until:
             count("retries")
             log.debug("refused, to be sent again: %s", failure)
-            return 0.0
+            self._refusals += 1
+            return self._backoff(self._refusals) if throttled.is_alone else 0.0
         if not self._failures:
             self._patient_until = now + _PATIENCE * self._config.max_backoff
         self._failures += 1
@@ -103,12 +106,15 @@ class Retry:
                 failure.error.__context__ = None
                 del failure
         pause = 0.0
-        if throttled is None:
-            pause = random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (self._failures - 1)))
+        if throttled is None or (throttled.is_alone and self._refusals):
+            pause = self._backoff(self._failures)
             pause += min(failure.retry_after or 0.0, LONGEST_HOLD)
         count("retries")
         log.debug("attempt %d failed, retrying in %.2f s: %s", self._failures, pause, failure)
         return pause
+
+    def _backoff(self, failures: int) -> float:
+        return random.uniform(0, min(self._config.max_backoff, _BASE * 2 ** (failures - 1)))
 
 
 def _add_tries(error: AzureError | ClientRequestIdMismatchError, tries: int, seconds: float) -> None:

@@ -202,6 +202,8 @@ class Service:
         if status in THROTTLED:
             answer = f"{status} {headers.get('x-ms-error-code') or reason}"
             self.admission.refused(began, answer, retry_after(headers), self.config.max_connections)
+            if self.hedging is not None and not self.admission.pacing.is_free:
+                self.hedging.throttled()
         elif status < 500:
             self.admission.accepted(began)
 
@@ -250,7 +252,7 @@ class Service:
                 anonymous=self.authorizer.is_anonymous,
             ),
             response.headers,
-            entry,
+            self.admission.refusal_of(entry),
         )
 
 

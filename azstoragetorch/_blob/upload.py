@@ -30,6 +30,7 @@ from azstoragetorch._blob.retry import retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
 from azstoragetorch._engine.budget import BufferPool, Loan
+from azstoragetorch._engine.growth import Growth
 from azstoragetorch._engine.job import Bell, Job
 from azstoragetorch._engine.memory import copy
 from azstoragetorch._engine.metrics import timed
@@ -332,13 +333,13 @@ class BlockWriter:
         pieces = [data] if held is None else [held[:filled], data]
         cuts = even_blocks(length_of(pieces), self._staged, self._config)
         blocks = [self._block(block) for block in regroup(pieces, map(len, cuts))]
-        self._stage_all(blocks, self._config.max_concurrency)
+        self._stage_all(blocks, engine_for(self._config).concurrency(self._config))
         if held is not None:
             engine_for(self._config).buffers.give_back(held)
 
     @timed("blocked_seconds")
     def _stage_all(
-        self, blocks: Iterable[_Block], concurrency: int, staged: Callable[[int], None] | None = None
+        self, blocks: Iterable[_Block], concurrency: int | Growth, staged: Callable[[int], None] | None = None
     ) -> None:
         """Stage *blocks*, which are drawn as threads become free, and wait for all of them."""
 
@@ -359,7 +360,7 @@ class BlockWriter:
         engine = engine_for(self._config)
         block = self._block([buffer[:length]])
         self._collected, self._filled = None, 0
-        self._wait_for_fewer_than(self._config.max_concurrency)
+        self._wait_for_fewer_than(self._config.initial_concurrency)
         loan = engine.budget.take(buffer.nbytes)
         if loan is None:
             self._stage(block)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
+from azstoragetorch._engine.growth import FIRST
+
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
@@ -29,6 +31,7 @@ _PREFIX = "AZSTORAGETORCH_"
 TRUSTED_HOSTS = f"{_PREFIX}TRUSTED_HOSTS"
 FILE_SYSTEM = f"{_PREFIX}FSSPEC"  # whether importing the package calls `filesystem.install`
 HEDGE_AFTER = f"{_PREFIX}HEDGE_AFTER"
+MAX_CONCURRENCY = f"{_PREFIX}MAX_CONCURRENCY"
 _HOST = re.compile(r"\.?(?:[\w-]+(?:\.[\w-]+)*\.?|\[[0-9a-f:.]+\])(?::\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -62,6 +65,16 @@ def _hedge_after_of_environment() -> float | Literal["auto"] | None:
         return float(text)
     except ValueError:
         raise ValueError(f'environment variable {HEDGE_AFTER}={text!r} is not "auto", "none" or a number') from None
+
+
+def _concurrency_of_environment() -> int | Literal["auto"]:
+    text = os.environ.get(MAX_CONCURRENCY, "auto").lower()
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'environment variable {MAX_CONCURRENCY}={text!r} is not "auto" or an integer') from None
 
 
 def _hosts_of_environment() -> tuple[str, ...]:
@@ -108,8 +121,10 @@ class TransferConfig:
             shards of an index in one request.
         block_size: Initial size of a staged block in bytes; it grows with the length written, because the service
             accepts at most 50,000 blocks per blob.
-        max_concurrency: Concurrent requests of one transfer. One blob serves about 60 MB/s per connection,
-            and 16 connections fill most NICs.
+        max_concurrency: Concurrent requests of one transfer. One blob serves about 60 MB/s per connection, and 16
+            connections fill most NICs. ``"auto"`` begins with 16. While a long transfer shows that single connections
+            are slow and that more of them add bandwidth, it makes up to ``max_connections`` requests at once, and so do
+            later transfers of the process.
         max_connections: Threads, and so connections, of all transfers that share this configuration. 64 small
             blobs in flight hide a latency of 20 ms at 3,000 blobs/s.
         memory_limit: Bytes that read-ahead, prefetching and staged blocks may hold at once, over all transfers
@@ -138,7 +153,7 @@ class TransferConfig:
 
     part_size: int = _setting("part_size", 8 * MiB)
     block_size: int = _setting("block_size", 8 * MiB)
-    max_concurrency: int = _setting("max_concurrency", 16)
+    max_concurrency: int | Literal["auto"] = field(default_factory=_concurrency_of_environment)
     max_connections: int = _setting("max_connections", 64)
     memory_limit: int = _setting("memory_limit", 512 * MiB)
     read_ahead: int = _setting("read_ahead", 128 * MiB)
@@ -172,6 +187,10 @@ class TransferConfig:
             raise ValueError(f"hedge_after must be {_REAL_NUMBERS['hedge_after']}, not {self.hedge_after!r}")
         if self.hedge_after not in (None, "auto"):
             limits["hedge_after"] = (0.001, 86_400)
+        if isinstance(self.max_concurrency, str):
+            if self.max_concurrency != "auto":
+                raise ValueError(f'max_concurrency must be "auto" or an integer, not {self.max_concurrency!r}')
+            del limits["max_concurrency"]
         if not isinstance(self.validate_content, bool):
             raise TypeError(f"validate_content must be True or False, not {self.validate_content!r}")
         for name, (low, high) in limits.items():
@@ -182,6 +201,11 @@ class TransferConfig:
                 raise TypeError(f"{name} must be {kind}, not {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+
+    @property
+    def initial_concurrency(self) -> int:
+        """Concurrent requests of one transfer at first: ``max_concurrency`` if that is a number."""
+        return min(FIRST, self.max_connections) if isinstance(self.max_concurrency, str) else self.max_concurrency
 
     @property
     def effective_part_size(self) -> int:

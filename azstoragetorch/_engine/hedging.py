@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._engine.metrics import THROTTLED
 from azstoragetorch._engine.process import PerProcess
 
 # When a hedge is sent, and why an outage is not doubled
@@ -37,7 +38,7 @@ from azstoragetorch._engine.process import PerProcess
 #               ``_FIRST_TOKENS + budget * requests``, whatever the service does and whatever the other two conditions
 #               say. Taking a token is one step (`deque.pop`), so two threads never take the same one.
 #
-# After a response that asks to slow down (429, 503) no hedge is sent for `_THROTTLED_SECONDS`.
+# When the service throttles (429, 503), no hedge is sent for `_THROTTLED_SECONDS`. `pacing` finds out whether it does.
 #
 # No step waits or takes a lock. Two threads that note an answer at the same time can lose one of them, or compute a
 # quantile from older answers, which changes a limit by next to nothing. An interrupt can leave a request in `_waiting`
@@ -141,14 +142,16 @@ class Hedging:
 
     def answered(self, waiting: Waiting, status: int = 200) -> None:
         """Note that the response to *waiting* has begun."""
-        now = self._clock()
         self._waiting.pop(waiting, None)
-        if status in (429, 503):
-            self._closed_until = now + _THROTTLED_SECONDS
-            return
-        since = waiting.since
+        if status in THROTTLED:
+            return  # a refusal comes sooner than an answer
+        now, since = self._clock(), waiting.since
         self._answers.append((since, now))
         self._times(waiting.kind).note(now - since)
+
+    def throttled(self) -> None:
+        """Note that the service throttles."""
+        self._closed_until = self._clock() + _THROTTLED_SECONDS
 
     def drop(self, waiting: Waiting) -> None:
         """Forget *waiting*, which failed or was given up."""

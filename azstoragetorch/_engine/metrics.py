@@ -165,6 +165,12 @@ def metrics() -> Metrics:
     return replace(counters.total(), pace=min(list(counters.paces.values()), default=math.inf))
 
 
+def bytes_moved() -> float:
+    """Bytes of bodies that this process has received and sent."""
+    found = _counters.get().total()
+    return found.bytes_received + found.bytes_sent
+
+
 def count(name: str, amount: float = 1) -> None:
     """Add *amount* to the field *name*."""
     _counters.get().add((name, amount))

@@ -2,16 +2,22 @@
 
 A service that refuses requests with 503 or 429 is in one of three phases:
 
-    free      nothing was refused lately: requests begin at once, and nothing but the last responses is remembered
-    closed    a request was refused: the others wait. Now and then one of those that wait begins, to find out whether
+    free      requests begin at once, and nothing but the last responses is remembered
+    closed    requests were refused: the others wait. Now and then one of those that wait begins, to find out whether
               the service accepts requests again
     open      a request that began after the refusal was accepted: requests begin one after the other, at a distance
+
+A service also refuses single requests for reasons that have nothing to do with their number. One refusal among many
+responses changes nothing here: only that request is sent again. Refusals close a service if they are `_TELLING` of the
+last `_AMONG` responses, or if one names a pause. With one request in 100 refused by chance, that happens once in
+hundreds of thousands; a service that throttles refuses as many within milliseconds.
 
 Two values bound the distance. The *limit* is the number of requests that begin in one round trip. It is halved once for
 all refusals of one round trip, and grows by one with each round trip of success: it reacts at once, and knows nothing.
 The *rate* remembers. It is what the service accepted in the last second before it refused again, less a little, and
 grows slowly at first and then faster. A service that counts requests in windows of a second cannot be followed with the
 limit alone: after it has refused for half a second the limit is one, and before the next window ends it is too high.
+If the limit has grown back to where it was, and the rate is not known, nothing is left to bound: the service is free.
 
 "One round trip" needs no clock: refusals of requests that began before the last cut belong to the same burst.
 
@@ -30,6 +36,7 @@ _HORIZON = 1.0  # seconds; services count requests in windows of about a second
 _REMEMBERED = 4096  # responses
 _MARGIN = 0.95  # of what was accepted: room for requests in the wrong window
 _LOWEST_RATE = 10.0  # requests a second: a process among many finds out soon when the service accepts more
+_TELLING, _AMONG = 4, 16  # refusals, and responses
 _FORGET = 60.0  # seconds without a refusal until the service is free again
 _SHORTEST_TRIP, _LONGEST_TRIP = 0.001, 1.0  # seconds; bounds for the measured round trip
 _FIRST_PROBE = 0.02  # seconds between a refusal and the next request, at least
@@ -60,6 +67,7 @@ class Pacing:
         """No request begins before this time: the service asked for it."""
         self.plan = Plan(-math.inf)
         self._responses: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)  # when, and after how many seconds
+        self._refusals: deque[bool] = deque(maxlen=_AMONG)  # whether the last responses were refusals
         self._round_trip = _SHORTEST_TRIP
         self.refused_at = -math.inf
         """When the last refusal arrived."""
@@ -119,6 +127,7 @@ class Pacing:
     def accepted(self, began: float, now: float) -> bool:
         """A request that began at *began* was accepted. Returns whether turns have become earlier."""
         self._responses.append((now, now - began))
+        self._refusals.append(False)
         if self.is_free:
             return False
         if self.is_closed:
@@ -132,12 +141,17 @@ class Pacing:
         return self._forget_if_old(now) or self._grow(began, now)
 
     def refused(self, began: float, now: float, retry_after: float = 0.0) -> bool:
-        """A request that began at *began* was refused. Returns whether this is the first refusal of a round trip."""
+        """A request that began at *began* was refused.
+
+        Returns whether the service throttles, and this is the first refusal of a round trip.
+        """
+        self._refusals.append(True)
         if now + retry_after > max(now, self.held_until):
             self.held_until = now + retry_after
             self.plan = Plan(self.held_until)  # turns before that are void
             self.is_free = False
-        if began < self._cut_at:
+        is_alone = not retry_after and not self.is_closed and self._refusals.count(True) < _TELLING
+        if began < self._cut_at or is_alone:
             return False
         self._cut_at = now
         if not self.is_closed:
@@ -161,6 +175,8 @@ class Pacing:
         if began >= self._limit_grew_at and self.limit < self._most:
             self.limit = min(float(self._most), self.limit + 1)
             self._limit_grew_at = now
+            if self.limit == self._most and self.rate == math.inf:
+                return self._free(now)
         if self._is_binding and now - self._rate_set_at >= _HORIZON and self.rate < math.inf:
             self.rate += math.sqrt(self.rate) * 2**self._steps
             self._steps += 1
@@ -175,6 +191,9 @@ class Pacing:
     def _forget_if_old(self, now: float) -> bool:
         if self.is_free or now - self.refused_at <= _FORGET or now < self.held_until:
             return False
+        return self._free(now)
+
+    def _free(self, now: float) -> bool:
         self.is_free, self.is_closed = True, False
         self.limit, self.rate = float(self._most), math.inf
         self.plan = Plan(now)

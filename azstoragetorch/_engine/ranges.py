@@ -94,12 +94,12 @@ def collected_block(written: int, config: TransferConfig) -> int:
 
 def busy_length(written: int, config: TransferConfig) -> int:
     """Bytes of a write that is long enough to keep every connection busy by itself."""
-    return max(collected_block(written, config), config.max_concurrency * min(config.block_size, _MIN_CUT))
+    return max(collected_block(written, config), config.initial_concurrency * min(config.block_size, _MIN_CUT))
 
 
 def even_blocks(length: int, written: int, config: TransferConfig) -> list[ByteRange]:
     """Cut a write of *length* bytes into blocks of about one size, as many as may be sent at once if that pays."""
-    share = -(-length // config.max_concurrency)  # one connection is slower than the network
+    share = -(-length // config.initial_concurrency)  # one connection is slower than the network
     return even_cuts(length, block_size_at(written, min(config.block_size, max(_MIN_CUT, share))))
 
 

@@ -18,6 +18,7 @@ import _thread
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, suppress
@@ -26,7 +27,9 @@ from typing import Generic, TypeVar
 
 from azstoragetorch._engine.budget import Budget, BufferPool
 from azstoragetorch._engine.config import TransferConfig
+from azstoragetorch._engine.growth import Growth
 from azstoragetorch._engine.job import Bell
+from azstoragetorch._engine.metrics import bytes_moved
 from azstoragetorch._engine.process import PerProcess, here
 from azstoragetorch._engine.scope import Cancelled, Scope, on_error
 
@@ -78,6 +81,11 @@ class Engine:
         self._retired: deque[Callable[[], object]] = deque()
         self._spare: deque[None] = deque([None] * threads)
         self._resting: deque[None] = deque()
+        self._growth = Growth(threads, time.monotonic, bytes_moved)
+
+    def concurrency(self, config: TransferConfig) -> int | Growth:
+        """What `map` is to take as *at_most* for the requests of one transfer."""
+        return self._growth if isinstance(config.max_concurrency, str) else config.max_concurrency
 
     def current(self) -> Engine:
         """This engine, or in a forked child the one of that process with the same limits."""
@@ -97,11 +105,12 @@ class Engine:
         self._put(self._clean_up)
 
     def map(
-        self, function: Callable[[T, Scope], R], items: Iterable[T], at_most: int, scope: Scope | None = None
+        self, function: Callable[[T, Scope], R], items: Iterable[T], at_most: int | Growth, scope: Scope | None = None
     ) -> list[R]:
         """Call *function* with each of *items* and a scope, at most *at_most* at once; the results, in order.
 
-        A lazy iterable is drawn from as threads become free, by one thread at a time. The calling thread takes part.
+        With a `Growth`, the number changes meanwhile. A lazy iterable is drawn from as threads become free, by one
+        thread at a time. The calling thread takes part.
         The first error, or an interrupt of the caller, cancels *scope*, which the calls get, and is raised when no call
         runs any more: the memory that they use is free then.
 
@@ -110,8 +119,10 @@ class Engine:
             BaseException: what a call, or *items*, raised first.
         """
         self._clean_up()
-        helpers = (min(at_most, len(items)) if isinstance(items, Sized) else at_most) - 1
-        return _Map(function, items, scope or Scope()).run(self, helpers)
+        limit = at_most if isinstance(at_most, int) else at_most.limit
+        count = len(items) if isinstance(items, Sized) else limit
+        growth = None if isinstance(at_most, int) or count <= limit else at_most  # as long as it always has an item
+        return _Map(self, function, items, scope or Scope(), growth).run(min(limit, count))
 
     def _put(self, task: Callable[[], object]) -> bool:
         """Put *task* into the queue; False if it needs another thread, and none could be made."""
@@ -210,7 +221,17 @@ class _Map(Generic[T, R]):
     One thread at a time draws from the list, since a generator cannot be entered twice.
     """
 
-    def __init__(self, function: Callable[[T, Scope], R], items: Iterable[T], scope: Scope) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        function: Callable[[T, Scope], R],
+        items: Iterable[T],
+        scope: Scope,
+        growth: Growth | None,
+    ) -> None:
+        self._engine = engine
+        self._growth = growth
+        self._wanted = 0  # threads that take part, the caller included
         self._function: Callable[[T, Scope], R] | None = function
         self._items: Iterator[tuple[int, T]] = enumerate(items)
         self._scope = scope
@@ -221,12 +242,15 @@ class _Map(Generic[T, R]):
         self._results: dict[int, R] = {}
         self._errors: list[BaseException] = []
 
-    def run(self, engine: Engine, helpers: int) -> list[R]:
+    def run(self, wanted: int) -> list[R]:
         """The caller's share, and the wait for the rest."""
         me = object()
+        self._wanted = wanted
         try:
             try:
-                self._take_part(engine, helpers, me)
+                if self._growth is not None:
+                    self._growth.begin(self)
+                self._take_part(wanted - 1, me)
                 self._wait(me)
             except BaseException as error:  # noqa: BLE001 - an interrupt between two lines of these
                 self._fail(error)
@@ -241,10 +265,10 @@ class _Map(Generic[T, R]):
             self._function = None
             self._items = iter(())  # a helper whose turn has not come refers to this, but not to the caller's memory
 
-    def _take_part(self, engine: Engine, helpers: int, me: object) -> None:
+    def _take_part(self, helpers: int, me: object) -> None:
         try:
             for _ in range(helpers):
-                engine.submit(self._help)
+                self._engine.submit(self._help)
             self._help(me)
         except BaseException as error:  # noqa: BLE001 - an interrupt; raised when no call runs any more
             self._fail(error)
@@ -263,28 +287,44 @@ class _Map(Generic[T, R]):
     def _first_error(self) -> BaseException:
         return next((error for error in self._errors if not isinstance(error, Cancelled)), self._errors[0])
 
-    def _help(self, me: object = None) -> None:
-        """Make calls until none is left."""
-        me = me or object()
+    def _help(self, caller: object = None) -> None:
+        """Make calls until none is left. A helper also leaves when too many take part; the *caller* stays."""
+        me = caller or object()
         self._helpers.add(me)
         try:
-            while (drawn := self._draw()) is not None:
+            while (drawn := self._draw(None if caller else me)) is not None:
                 number, item = drawn
                 function = self._function
                 assert function is not None
                 self._results[number] = function(item, self._scope)
                 del drawn, item
+                if self._growth is not None:
+                    self._grow(self._growth)
         except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
             self._fail(error)
         finally:
             self._helpers.discard(me)
             self._bell.ring()
 
-    def _draw(self) -> tuple[int, T] | None:
+    def _draw(self, helper: object) -> tuple[int, T] | None:
         with self._drawing:
             if self._is_closed or self._scope.is_cancelled:
                 return None
-            return next(self._items, None)
+            if helper is not None and len(self._helpers) > self._wanted:
+                self._helpers.discard(helper)
+                return None
+            drawn = next(self._items, None)
+            if drawn is None and self._growth is not None:
+                self._growth.end(self)
+            return drawn
+
+    def _grow(self, growth: Growth) -> None:
+        """Have as many threads take part as `Growth` has found."""
+        with self._drawing:
+            added = growth.called(self) - self._wanted
+            self._wanted += added
+        for _ in range(added):
+            self._engine.submit(self._help)
 
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)

@@ -143,7 +143,7 @@ class Folders:
         large: list[str] = []  # each is sent in parallel already, with as much memory as there may be
         for file in files:
             (small if (folder / file).stat().st_size < config.block_size else large).append(file)
-        return dict(engine.map(put, small, config.max_concurrency) + engine.map(put, large, 1))
+        return dict(engine.map(put, small, config.initial_concurrency) + engine.map(put, large, 1))
 
     def commit(self, name: str, save_id: str, files: Mapping[str, int], seen: Complete | None) -> None:
         """Make *files* the copy *name* in the place of what was *seen*, and delete what was replaced.
@@ -203,7 +203,7 @@ class Folders:
             if path.stat().st_size != complete.files[file]:
                 raise CopyError(f"{blob.url}: is not as long as it was when it was saved")
 
-        self._container.engine.map(get, list(complete.files), self._container.config.max_concurrency)
+        self._container.engine.map(get, list(complete.files), self._container.config.initial_concurrency)
 
     def delete(self, name: str) -> None:
         """Delete the copy *name*, complete or not: first it is no longer complete, then its data is deleted."""

@@ -48,7 +48,7 @@ def copy_on_server(
     writer = target.writer()
     try:
         with on_error(writer.abort), scope.holding(writer.cancel):
-            writer.write_blocks(blocks, concurrency=target.config.max_concurrency)
+            writer.write_blocks(blocks, concurrency=target.config.initial_concurrency)
             writer.commit(md5=found.md5, properties=headers)
     except FatalBlobIOWriteError as error:
         cause = error.__cause__

@@ -250,7 +250,7 @@ def _fetch_all(blob: BlobClient, found: Description, missing: list[ByteRange], p
 
     parts = [part for span in missing for part in split(span, config.effective_part_size)]
     with hooks.scope.child() as inner:  # a failure cancels this copy only
-        engine.map(fetch, parts, config.max_concurrency, inner)
+        engine.map(fetch, parts, engine.concurrency(config), inner)
 
 
 def _send(blob: BlobClient, content: _UploadSource, hooks: Hooks) -> None:
@@ -304,7 +304,7 @@ def _writing(blob: BlobClient, scope: Scope) -> Iterator[BlockWriter]:
 
 
 def _blocks_at_once(config: TransferConfig) -> int:
-    return max(1, min(config.max_concurrency, config.memory_limit // (2 * config.block_size)))
+    return max(1, min(config.initial_concurrency, config.memory_limit // (2 * config.block_size)))
 
 
 def _has_size(path: Path, size: int) -> bool:

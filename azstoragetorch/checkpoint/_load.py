@@ -91,7 +91,8 @@ class Load:
         def run(request: Request, scope: Scope) -> None:
             self._run(request, reads, counter, scope)
 
-        engine_for(self._config).map(run, requests, self._config.max_concurrency)
+        engine = engine_for(self._config)
+        engine.map(run, requests, engine.concurrency(self._config))
 
     def _probe(self, reads: list[Read]) -> None:
         """Find out what lies inside items that the metadata does not describe."""
@@ -108,7 +109,7 @@ class Load:
             self._blobs.receive(request, targets, keys, scope)
 
         requests = join(pieces, self._config.effective_part_size)
-        engine_for(self._config).map(look, requests, self._config.max_concurrency)
+        engine_for(self._config).map(look, requests, self._config.initial_concurrency)
         for read, (head, tail) in zip(reads, ends, strict=True):
             read.payload = probe(bytes(head), bytes(tail), read.item.length)
 

@@ -232,7 +232,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         config = save.folder.transfer
         digesting = save.digesting.result() if save.digesting is not None else None
         largest = max((block_size_of(sum(sizes[at] + ENVELOPE for at in run), config) for run in runs), default=1)
-        at_once = max(1, min(config.max_concurrency, config.memory_limit // largest))
+        at_once = max(1, min(config.initial_concurrency, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         planner_calls = one_at_a_time()
 
@@ -342,7 +342,7 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
     def _blob_count(self, size: int) -> int:
         """Blobs for *size* bytes: one for each request in flight, but not very many over all ranks."""
         config = self._folder.transfer
-        return max(1, min(-(-size // config.block_size), config.max_concurrency, _AUTO_BLOBS // _world_size()))
+        return max(1, min(-(-size // config.block_size), config.initial_concurrency, _AUTO_BLOBS // _world_size()))
 
     def _write_blob(
         self, save: Save, encoder: Encoder, digesting: Digesting | None, concurrency: int, scope: Scope

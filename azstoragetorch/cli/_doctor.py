@@ -256,7 +256,8 @@ class _Diagnosis:
         )
         connections = self._connections()
         # Include the neighbors: noise may have hidden the best one.
-        near = [replace(tuned, max_concurrency=max(1, tuned.max_concurrency * step // 2)) for step in (1, 2, 4)]
+        count = tuned.initial_concurrency
+        near = [replace(tuned, max_concurrency=max(1, count * step // 2)) for step in (1, 2, 4)]
         self._decide([self.default, chosen, *near], connections)
 
     def _connections(self) -> int:

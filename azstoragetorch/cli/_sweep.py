@@ -162,10 +162,10 @@ def shared(*directions: Mapping[int, float]) -> dict[int, float]:
 
 def fitting(config: TransferConfig) -> TransferConfig:
     """*config* with enough memory and connections for its concurrency."""
-    in_flight = config.max_concurrency * max(config.part_size, config.block_size)
+    in_flight = config.initial_concurrency * max(config.part_size, config.block_size)
     return replace(
         config,
-        max_connections=max(config.max_connections, config.max_concurrency),
-        read_ahead=max(config.read_ahead, config.max_concurrency * config.part_size),
+        max_connections=max(config.max_connections, config.initial_concurrency),
+        read_ahead=max(config.read_ahead, config.initial_concurrency * config.part_size),
         memory_limit=max(config.memory_limit, 2 * in_flight),
     )

@@ -294,7 +294,7 @@ class Reads(Listings):
                 check_name(self.place(source).name, "path")  # '..' in it would lead out of the local directory
                 Path(target).mkdir(parents=True, exist_ok=True)
 
-        self.transfer_all(plan.pairs, transfer, callback, self.transfer.max_concurrency)
+        self.transfer_all(plan.pairs, transfer, callback, self.transfer.initial_concurrency)
 
     def transfer_all(
         self,

@@ -300,7 +300,7 @@ def safetensors_to_torch_save(
     writer = client.writer()
     with on_error(writer.abort):
         config = client.config
-        writer.write_pieces(pieces(), block_size=config.block_size, concurrency=min(4, config.max_concurrency))
+        writer.write_pieces(pieces(), block_size=config.block_size, concurrency=min(4, config.initial_concurrency))
         writer.commit()
 
 

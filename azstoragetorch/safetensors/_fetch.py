@@ -50,7 +50,8 @@ def fetch(
     requests = plan(reads, transfer.effective_part_size)
     counter = ProgressCounter(progress, sum(request.stop - request.start for request in requests))
     work = _Fetch(reads, transfer, counter)
-    engine_for(transfer).map(work.run, requests, transfer.max_concurrency, scope)
+    engine = engine_for(transfer)
+    engine.map(work.run, requests, engine.concurrency(transfer), scope)
 
 
 class _Fetch:

@@ -92,6 +92,7 @@ def read_rest(client: BlobClient, version: BlobVersion, head: bytes, stop: int, 
             pinned.receive(part, [view[part.start : part.stop]], scope)
 
         parts = split(ByteRange(len(head), stop), client.config.effective_part_size)
-        engine_for(client.config).map(receive, parts, client.config.max_concurrency, scope)
+        engine = engine_for(client.config)
+        engine.map(receive, parts, engine.concurrency(client.config), scope)
 
     return filled_bytes(stop, fill)

@@ -96,7 +96,7 @@ def _cost(stored: Stored, box: Box) -> int:
 def _arrivals(
     waiting: deque[_Batch], device: torch.device, dtype: torch.dtype | None, transfer: TransferConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    limit = min(transfer.memory_limit, transfer.max_concurrency * transfer.effective_part_size)
+    limit = min(transfer.memory_limit, transfer.initial_concurrency * transfer.effective_part_size)
     budget, bell, scope, process = Budget(limit), Bell(), Scope(), here()
     flying: list[_Fetching] = []
     try:
@@ -105,7 +105,7 @@ def _arrivals(
                 waiting.extendleft(fetching.batch for fetching in reversed(flying))
                 budget, bell, scope, process = Budget(limit), Bell(), Scope(), here()
                 flying = []
-            while waiting and len(flying) < transfer.max_concurrency:
+            while waiting and len(flying) < transfer.initial_concurrency:
                 loan = budget.take(sum(_cost(*wanted) for wanted in waiting[0].values()))
                 if loan is None and flying:
                     break

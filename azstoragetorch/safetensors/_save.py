@@ -124,7 +124,7 @@ def write_pieces(client: BlobClient, layout: Layout, data: Iterator[memoryview],
         if layout.size <= min(_SINGLE, 3 * config.block_size // 2):
             writer.put(list(pieces))
         else:
-            concurrency = max(1, min(config.max_concurrency, config.memory_limit // config.block_size))
+            concurrency = max(1, min(config.initial_concurrency, config.memory_limit // config.block_size))
             writer.write_pieces(pieces, block_size=config.block_size, concurrency=concurrency)
             writer.commit()
 

@@ -63,5 +63,5 @@ def snapshot(
     def fetch(name: str, scope: Scope) -> None:
         get_file(source.blob(name), root / name, Hooks(scope, lambda _count: None))
 
-    engine_for(source.transfer).map(fetch, names, source.transfer.max_concurrency)
+    engine_for(source.transfer).map(fetch, names, source.transfer.initial_concurrency)
     return root

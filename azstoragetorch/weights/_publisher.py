@@ -163,7 +163,7 @@ class Publisher:
             if size <= config.block_size:
                 writer.put(pieces)
             else:
-                writer.write_pieces(pieces, block_size=config.block_size, concurrency=config.max_concurrency)
+                writer.write_pieces(pieces, block_size=config.block_size, concurrency=config.initial_concurrency)
                 writer.commit()
         return Link(name, size, digest, step, sequence)
 
