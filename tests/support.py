@@ -108,7 +108,7 @@ def idle_connections() -> int:
     return sum(map(len, transport._pool.get()._idle.values()))
 
 
-def run_threads(count: int, action: Callable[[int], T], timeout: float = 60.0) -> list[T]:
+def run_threads(count: int, action: Callable[[int], T], timeout: float = 240.0) -> list[T]:
     """Run *action* in *count* threads that start together; raise the first error."""
     start = threading.Barrier(count)
     results: list[Any] = [None] * count
@@ -164,7 +164,7 @@ def interrupted_once(holds: Callable[[], bool]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def wait_until(holds: Callable[[], bool], timeout: float = 60.0) -> None:
+def wait_until(holds: Callable[[], bool], timeout: float = 240.0) -> None:
     deadline = time.monotonic() + timeout
     while not holds():
         if time.monotonic() > deadline:

@@ -595,7 +595,7 @@ class TestHosts:
                 None,
                 num_workers=1,
                 multiprocessing_context=method,
-                timeout=60,
+                timeout=240,
             )
             assert [sample["data"] for sample in loader] == [b"data"] * 2
             assert [data for _, data in AzureBlobFileReader(urls[1:], credential=credential, transfer=trusting)] == [
@@ -813,7 +813,7 @@ class TestUpdates:
             persistent_workers=True,
             prefetch_factor=1,
             multiprocessing_context=method,
-            timeout=60,
+            timeout=240,
         )
         for epoch in range(2):
             count = 0
@@ -836,14 +836,14 @@ class TestUpdates:
         process = context.Process(target=sign_twice, args=(holder, theirs), daemon=True)
         process.start()
         theirs.close()
-        assert ours.poll(60)
+        assert ours.poll(240)
         assert ours.recv() == "signed"
         credential.update("account", "b3RoZXI=")
         after = holder.authorizer(HTTP).query()
         ours.send("again")
-        assert ours.poll(60)
+        assert ours.poll(240)
         changed, of_child = ours.recv()
-        process.join(60)
+        process.join(240)
         assert changed
         assert after != before
         assert of_child == ("account", "b3RoZXI=")
@@ -861,7 +861,7 @@ class TestUpdates:
             credential.update(*value)
         process = multiprocessing.get_context("spawn").Process(target=repr, args=(holder,))
         process.start()
-        process.join(60)
+        process.join(240)
         with pytest.warns(RuntimeWarning, match="does not reach processes that were started .* by spawn") as caught:
             credential.update(*value)
         assert caught[0].filename == __file__

@@ -180,7 +180,7 @@ def test_an_item_that_fails_does_not_disturb_those_before_it(
         time.sleep(0.01)
     time.sleep(0.2)  # the failure was noticed by then
     gate.set()
-    reader.join(60)
+    reader.join(240)
     assert [(url[-1], data) for url, data in found] == [("a", b"a" * size)]
     with pytest.raises(ClientAuthenticationError, match="data/b"):
         next(samples)

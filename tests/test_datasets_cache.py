@@ -183,7 +183,7 @@ def test_many_processes_may_use_one_folder(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(240)
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert sum(path.stat().st_size for path in files(tmp_path)) <= limit
     assert not list(tmp_path.glob("??/*.part"))
@@ -257,7 +257,7 @@ def test_a_full_disk_is_read_through_and_leaves_nothing_behind(fault_service: Fa
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=read_with_small_files, args=(url, tmp_path))
     worker.start()
-    worker.join(60)
+    worker.join(240)
     assert worker.exitcode == 0
     assert files(tmp_path) == []
 

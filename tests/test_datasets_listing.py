@@ -331,7 +331,7 @@ class TestOnceAmongForks:
         child.start()
         assert once.get(lambda: b"of the parent") == b"of the parent"
         gate.set()
-        child.join(60)
+        child.join(240)
         assert child.exitcode == 0
 
     def test_it_pickles_as_a_new_one_and_leaves_no_descriptor_open(self) -> None:

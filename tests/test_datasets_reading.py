@@ -72,7 +72,7 @@ def test_reads_run_ahead_in_one_process_and_stay_in_order(fault_service: FaultSe
     assert not first
     assert dataset.state_dict()["position"] <= 1
     gate.set()
-    reader.join(60)
+    reader.join(240)
     rest = [sample["url"].rpartition("/")[2] for sample in samples]
     assert [first[0]["url"].rpartition("/")[2], *rest] == names
 

@@ -109,7 +109,7 @@ def die_while_listing(rank: int, url: str) -> int:
 
 
 def test_no_rank_waits_for_one_that_has_died(filled: str) -> None:
-    found: list[Any] = Ranks(3, die_while_listing, filled).results(timeout=60)
+    found: list[Any] = Ranks(3, die_while_listing, filled).results(timeout=240)
     assert found[0] is None
     assert all(isinstance(error, RuntimeError) for error in found[1:])
 

@@ -60,7 +60,7 @@ class TestThreads:
         for _ in range(100):
             engine.submit(task)
         for _ in range(100):
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=240)
         assert len(names) <= 3
 
     def test_none_before_the_first_task(self) -> None:
@@ -73,7 +73,7 @@ class TestThreads:
         done = threading.Semaphore(0)
         run_threads(8, lambda _: [engine.submit(done.release) for _ in range(200)])
         for _ in range(1600):
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=240)
 
     def test_idle_threads_end_and_come_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("azstoragetorch._engine.threads._IDLE_THREAD_SECONDS", 0.02)
@@ -315,7 +315,7 @@ class TestBudget:
         assert budget.take(1) is None
         first.release()
         for thread in threads:
-            thread.join(60)
+            thread.join(240)
         assert order[0] == 10
         assert sorted(order) == [1, 2, 10]
         assert budget.in_flight == 0
@@ -451,7 +451,7 @@ class BudgetMachine(RuleBasedStateMachine):
         if not self.waiting and self.fits(amount):
             self.taken.append(amount)
             self.served.append(turn)
-            thread.join(60)
+            thread.join(240)
         else:
             self.waiting.append(turn)
             wait_until(lambda: len(self.budget._queue) == queued + 1)
@@ -465,7 +465,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def the_first_that_waited_gives_back(self) -> None:
         if self.served:
             turn = self.served.pop(0)
-            turn.thread.join(60)
+            turn.thread.join(240)
             self.release(turn.loans.pop())
 
     def release(self, loan: Loan) -> None:
@@ -479,7 +479,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def those_whose_turn_it_is_have_theirs(self) -> None:
         if hasattr(self, "budget"):
             for turn in self.served:
-                turn.thread.join(60)
+                turn.thread.join(240)
                 assert not turn.thread.is_alive()
             assert all(turn.thread.is_alive() for turn in self.waiting)
             # A thread that waits looks again now and then, and for that moment its loan counts.
@@ -578,7 +578,7 @@ print(interrupted)
 @pytest.mark.untraced
 def test_interrupts_at_any_moment_leave_no_task_running_and_no_thread_stuck() -> None:
     """The calling thread gets many signals; each `map` returns or raises, and then none of its tasks runs."""
-    assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "2", timeout=60)) > 20
+    assert int(run_python(PROGRAM, str(random.randrange(1 << 30)), "2", timeout=240)) > 20
 
 
 @pytest.mark.skipif(not hasattr(sys, "setswitchinterval"), reason="CPython only")

@@ -540,7 +540,7 @@ def test_closing_is_prompt_whatever_is_in_progress(service: FaultService) -> Non
     gate = threading.Event()
     service.put("c", "b", content(2 * MiB))
     service.script(Match("get_blob", nth=2), [Hold(gate)], repeat=True)
-    blob = open_blob(service, transfer=replace(QUICK, part_size=128 * KiB, read_timeout=60))
+    blob = open_blob(service, transfer=replace(QUICK, part_size=128 * KiB, read_timeout=240))
     blob.read(70_000)
     service.wait_for_requests(2)
     with taking():

@@ -265,7 +265,7 @@ def run_script(service: FaultService, program: str, *, options: list[str] | None
         f"import io, os, signal, sys\nfrom azstoragetorch.io import BlobIO\nurl = {service.blob_url('c', 'b')!r}\n"
     )
     command = [sys.executable, *(options or []), "-c", prelude + program]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     return result.returncode, result.stderr
 
 

@@ -60,7 +60,7 @@ class TestJob:
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
         assert not job.give_up()
-        waiting.join(60)
+        waiting.join(240)
         assert not waiting.is_alive()
         may_end.set()
 
@@ -200,7 +200,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 may_end.set()
 print(job.result() == os.getpid())
 """
-    assert run_python(program, timeout=60).split() == ["0", "True"]
+    assert run_python(program, timeout=240).split() == ["0", "True"]
 
 
 class TestBell:

@@ -96,7 +96,7 @@ class TestPages:
         assert len(service.log) == 2
 
     def test_leaving_early_ends_what_is_in_progress(self, service: FaultService) -> None:
-        client = container_client(service.container_url("c"), replace(QUICK, read_timeout=60))
+        client = container_client(service.container_url("c"), replace(QUICK, read_timeout=240))
         service.script(Match("list_blobs", nth=2), [Stall(60)])
         iterator = list_pages(client.service, client.url, page_size=10)
         next(iterator)

@@ -458,7 +458,7 @@ def test_a_finalizer_at_every_line_of_its_thread_reads(
 
 # -- hedging ----------------------------------------------------------------------------------------------------------
 
-HEDGED = replace(QUICK, hedge_after=0.05, hedge_budget=1.0, read_timeout=60.0, max_connections=17)
+HEDGED = replace(QUICK, hedge_after=0.05, hedge_budget=1.0, read_timeout=240.0, max_connections=17)
 """What stalls here stalls until its connection is closed, or for longer than any test may take."""
 
 
@@ -520,7 +520,7 @@ def test_a_hedge_that_does_not_fit_leaves_the_first_response(
         heads = in_time(lambda: read_all(client, ["049", "050"]))
     finally:
         gate.set()
-        releasing.join(60)
+        releasing.join(240)
     assert [head.data for head in heads] == [blobs["049"], blobs["050"]]
     assert (metrics() - before).retries == 0
 

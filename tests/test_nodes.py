@@ -323,7 +323,7 @@ def test_re_iterating_while_a_read_blocks_loses_and_steals_nothing(
     whole = list(loader)  # nobody waits for the read that blocks
     assert [name_of(sample) for sample in whole] == [f"{number:03d}" for number in range(COUNT)]
     if wrap == "none":
-        thread.join(60)
+        thread.join(240)
         assert not thread.is_alive()
         assert [name_of(sample) for sample in stolen] == ["001"]
 

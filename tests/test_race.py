@@ -43,7 +43,7 @@ from tests.faults.service import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
 from tests.support import QUICK, blob_client, container_client, content, idle_connections, in_time, wait_until
 
-HEDGED = replace(QUICK, hedge_after=0.05, hedge_budget=1.0, read_timeout=60.0)
+HEDGED = replace(QUICK, hedge_after=0.05, hedge_budget=1.0, read_timeout=240.0)
 """What stalls here stalls until its connection is closed, or for longer than any test may take."""
 SIZE = 50_000
 BLOB = content(SIZE)
@@ -190,7 +190,7 @@ def read_while_hedges_are_refused(service: FaultService, first: Fault, gate: thr
         return in_time(lambda: read(service))
     finally:
         gate.set()
-        releasing.join(60)
+        releasing.join(240)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=repr)
@@ -319,7 +319,7 @@ def test_a_cancel_ends_the_race(service: FaultService) -> None:
     canceling.start()
     with pytest.raises(Cancelled):
         blob_client(service.blob_url("c", "blob"), HEDGED).head(scope)
-    canceling.join(60)
+    canceling.join(240)
     service.wait_until_idle()
     wait_until(lambda: service.open_connections <= idle_connections())
     assert not scope._holds

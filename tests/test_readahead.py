@@ -518,7 +518,7 @@ class TestDropped:
 
     def test_closing_does_not_wait_for_what_is_in_progress(self, service: FaultService, engine: Engine) -> None:
         service.script(Match("get_blob", nth=2), [Stall(60)], repeat=True)
-        blob = open_blob(service, replace(self.TRANSFER, read_timeout=60, part_size=128 * KiB))
+        blob = open_blob(service, replace(self.TRANSFER, read_timeout=240, part_size=128 * KiB))
         blob.read(70_000)
         service.wait_for_requests(2)
         with taking():
@@ -587,7 +587,7 @@ def test_threads_take_turns(service: FaultService) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(240)
         blob.seek(0)
         together = [b""] * 4
 
@@ -598,7 +598,7 @@ def test_threads_take_turns(service: FaultService) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(240)
     assert b"".join(piece for piece, _ in sorted(pieces, key=lambda pair: pair[1])) == data
     assert sorted(b"".join(together)) == sorted(data)
 

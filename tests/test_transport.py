@@ -160,7 +160,7 @@ class TestPool:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=True,
         )
         assert (result.stdout, result.stderr) == (f"{len(DATA)}\n", "")
@@ -240,13 +240,13 @@ class TestInterrupts:
     @pytest.mark.parametrize("after", [None, 0, 50_000], ids=["head", "body", "middle"])
     def test_cancelling_ends_a_request_that_stalls(self, service: FaultService, after: int | None) -> None:
         service.script("get_blob", [Stall(60, after=after)])
-        cancel_in_flight(service, replace(QUICK, part_size=1 << 20, read_timeout=60))
+        cancel_in_flight(service, replace(QUICK, part_size=1 << 20, read_timeout=240))
 
     def test_and_one_over_tls(self, https_fault_service: FaultService) -> None:
         service = https_fault_service
         service.put("c", "b", DATA)
         service.script("get_blob", [Stall(60)])
-        cancel_in_flight(service, replace(QUICK, read_timeout=60))
+        cancel_in_flight(service, replace(QUICK, read_timeout=240))
 
     def test_and_one_that_is_still_connecting(self, service: FaultService) -> None:
         """Without a socket to shut down yet, the request is not sent after connecting."""
@@ -261,7 +261,7 @@ class TestInterrupts:
     def test_and_an_upload(self, service: FaultService) -> None:
         gate = threading.Event()
         service.script("put_block", [Hold(gate)], repeat=True)
-        writer = blob_client(service.blob_url("c", "b"), replace(QUICK, read_timeout=60)).writer()
+        writer = blob_client(service.blob_url("c", "b"), replace(QUICK, read_timeout=240)).writer()
 
         def act(number: int) -> None:
             if number:

@@ -518,7 +518,7 @@ class TestNothingCommitted:
     def test_when_a_write_or_the_commit_is_interrupted(self, service: FaultService, operation: str) -> None:
         gate = threading.Event()
         service.script(operation, [Hold(gate)], repeat=True)
-        blob = open_writer(service, transfer=replace(QUICK, read_timeout=60))
+        blob = open_writer(service, transfer=replace(QUICK, read_timeout=240))
         held = interrupted_once(lambda: bool(service.requests(operation)))
         with taking(), pytest.raises(KeyboardInterrupt), held:
             blob.write(self.NEW if operation != "put_blob" else b"new")
@@ -740,7 +740,7 @@ class TestMemory:
     def test_a_writer_waits_for_the_service_and_does_not_collect(self, service: FaultService) -> None:
         gate = threading.Event()
         service.script("put_block", [Hold(gate)], repeat=True)
-        transfer = replace(QUICK, memory_limit=1 * MiB, max_connections=7, read_timeout=60)
+        transfer = replace(QUICK, memory_limit=1 * MiB, max_connections=7, read_timeout=240)
         blob = open_writer(service, transfer=transfer)
         taken = []
 
@@ -756,7 +756,7 @@ class TestMemory:
         assert sum(taken) <= 2 * MiB
         service.clear_script()
         gate.set()
-        thread.join(60)
+        thread.join(240)
         blob.close()
         assert service.get("c", "b") == content(10_000) * 400
 

@@ -23,7 +23,7 @@ from tests.azurite.token import AzuriteTokenCredential
 def is_listening(account_url: str) -> bool:
     parts = urllib.parse.urlsplit(account_url)
     try:
-        socket.create_connection((parts.hostname, parts.port), timeout=60).close()
+        socket.create_connection((parts.hostname, parts.port), timeout=240).close()
     except ConnectionRefusedError:
         return False
     return True
@@ -31,7 +31,7 @@ def is_listening(account_url: str) -> bool:
 
 def test_a_sas_opens_a_private_container(container: Container) -> None:
     container.put("a b%2F?#ü//x/", b"data")
-    with urllib.request.urlopen(container.blob_sas_url("a b%2F?#ü//x/"), timeout=60) as answer:
+    with urllib.request.urlopen(container.blob_sas_url("a b%2F?#ü//x/"), timeout=240) as answer:
         assert answer.read() == b"data"
     assert container.names() == ["a b%2F?#ü//x/"]
 
@@ -39,12 +39,12 @@ def test_a_sas_opens_a_private_container(container: Container) -> None:
 def test_a_private_container_is_closed_without_a_credential(container: Container) -> None:
     container.put("x", b"data")
     with pytest.raises(urllib.error.HTTPError):
-        urllib.request.urlopen(container.blob_url("x"), timeout=60)
+        urllib.request.urlopen(container.blob_url("x"), timeout=240)
 
 
 def test_a_public_container_is_open_to_anybody(public_container: Container) -> None:
     public_container.put("x", b"data")
-    with urllib.request.urlopen(public_container.blob_url("x"), timeout=60) as answer:
+    with urllib.request.urlopen(public_container.blob_url("x"), timeout=240) as answer:
         assert answer.read() == b"data"
 
 

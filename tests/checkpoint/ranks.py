@@ -60,7 +60,7 @@ class Ranks:
                 except EOFError:
                     found[rank] = None
         for process in self.processes:
-            process.join(60)
+            process.join(240)
         self._folder.cleanup()
         return found
 

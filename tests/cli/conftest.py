@@ -36,7 +36,7 @@ class Ended:
 Command = Callable[..., Ended]
 
 
-def run_command(*arguments: object, timeout: float = 60.0, **environment: str) -> Ended:
+def run_command(*arguments: object, timeout: float = 240.0, **environment: str) -> Ended:
     """Run the command line in a separate process, without credentials in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "AZSTORAGETORCH_"))}
     ended = subprocess.run(

@@ -322,8 +322,8 @@ def test_an_interrupted_command_ends_at_once(fault_service: FaultService, number
         stderr=subprocess.PIPE,
         text=True,
     )
-    fault_service.wait_for_requests(1, timeout=60)
+    fault_service.wait_for_requests(1, timeout=240)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     assert "Traceback" not in err

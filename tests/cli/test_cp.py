@@ -167,10 +167,10 @@ def test_an_interrupted_download_resumes(
         env={**os.environ, **settings},
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - 2 * part, timeout=60)
-    wait_until(lambda: bool(leftovers(tmp_path)), timeout=60)
+    wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - 2 * part, timeout=240)
+    wait_until(lambda: bool(leftovers(tmp_path)), timeout=240)
     if number == signal.SIGKILL:
-        wait_until(lambda: Record.kept_bytes(target) >= 64 * MiB, timeout=60)
+        wait_until(lambda: Record.kept_bytes(target) >= 64 * MiB, timeout=240)
     process.send_signal(number)
     process.wait(60)
     assert not target.exists()
@@ -204,9 +204,9 @@ def interrupted_download(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - part, timeout=60)
+    wait_until(lambda: sum(r.sent for r in fault_service.requests("get_blob")) >= size - part, timeout=240)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     hold.gate.set()
     rule.cancel()
     fault_service.wait_until_idle(60)
@@ -249,7 +249,7 @@ def test_two_downloads_to_one_file_do_not_mix(fault_service: FaultService, comma
     first = subprocess.Popen(
         [sys.executable, "-m", "azstoragetorch.cli", "cp", url, str(tmp_path / "f"), "--anonymous"], cwd=ROOT
     )
-    fault_service.wait_for_requests(1, "get_blob", timeout=60)
+    fault_service.wait_for_requests(1, "get_blob", timeout=240)
     ended = command("cp", url, tmp_path / "f", "--anonymous")
     assert ended.code == 1
     assert "another process" in ended.err

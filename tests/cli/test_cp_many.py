@@ -262,9 +262,9 @@ class TestCutShort:
         )
         # Two are copied at once: when the last one starts, the first one has ended.
         for name in "bc":
-            wait_until(lambda name=name: bool(fault_service.requests("put_block", path=f"/{name}$")), timeout=60)
+            wait_until(lambda name=name: bool(fault_service.requests("put_block", path=f"/{name}$")), timeout=240)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
         hold.gate.set()
         assert process.returncode == 128 + number
         (line,) = said.strip().splitlines()

@@ -33,7 +33,7 @@ def shell(container: Container) -> Callable[..., subprocess.CompletedProcess[byt
             cwd=ROOT,
             env=environment,
             capture_output=True,
-            timeout=60,
+            timeout=240,
             check=False,
             **options,
         )
@@ -185,7 +185,7 @@ class TestFolders:
             env={**os.environ, "AZURE_STORAGE_KEY": container.service.account_key},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert ended.returncode == 1, ended.stderr
@@ -334,13 +334,13 @@ class TestTargets:
             cwd=ROOT,
             env={**os.environ, "AZURE_STORAGE_KEY": container.service.account_key},
             capture_output=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert ended.returncode == 0, ended.stderr
         expected = content(1 * MiB, seed=1) if direction == "<" else content(1 * MiB)
         if direction == ">":
-            wait_until(lambda: out.exists() and out.stat().st_size == MiB, timeout=60)
+            wait_until(lambda: out.exists() and out.stat().st_size == MiB, timeout=240)
         assert (container.get("b") if direction == "<" else out.read_bytes()) == expected
 
     def test_a_target_with_a_slash_becomes_a_folder(

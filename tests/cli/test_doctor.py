@@ -157,11 +157,11 @@ def test_interrupted_it_leaves_nothing_behind(fault_service: FaultService, numbe
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    fault_service.wait_for_requests(1, "get_blob", timeout=60)
+    fault_service.wait_for_requests(1, "get_blob", timeout=240)
     assert fault_service.names("data") != []
     process.send_signal(number)
-    process.communicate(timeout=60)
-    wait_until(lambda: fault_service.names("data") == [], timeout=60)
+    process.communicate(timeout=240)
+    wait_until(lambda: fault_service.names("data") == [], timeout=240)
 
 
 class Network:

@@ -216,11 +216,11 @@ class FaultService(LoopbackServer):
             self.log = []
             self.peak_active = self.active
 
-    def wait_until_idle(self, timeout: float = 60.0) -> None:
+    def wait_until_idle(self, timeout: float = 240.0) -> None:
         """Wait until no request is in flight; TimeoutError after *timeout* seconds."""
         _wait_until(lambda: self.active == 0, timeout, "requests are still in flight")
 
-    def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 60.0) -> None:
+    def wait_for_requests(self, count: int, operation: str | None = None, timeout: float = 240.0) -> None:
         """Wait until *count* requests have arrived; TimeoutError after *timeout* seconds."""
         _wait_until(lambda: len(self.requests(operation)) >= count, timeout, f"fewer than {count} requests arrived")
 

@@ -63,7 +63,7 @@ class Reply:
 
 @contextmanager
 def open_connection(service: FaultService) -> Iterator[http.client.HTTPConnection]:
-    connection = http.client.HTTPConnection(service.host, service.port, timeout=60)
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=240)
     try:
         yield connection
     finally:
@@ -613,7 +613,7 @@ class TestLife:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(240)
         assert bodies == [TEN] * 960
         assert service.connections_opened == 96
         service.close()
@@ -628,7 +628,7 @@ class TestLife:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(240)
         assert time.monotonic() - start >= 0.3
         assert service.peak_active == 10
         service.wait_until_idle()
@@ -710,12 +710,12 @@ class TestLife:
         service = https_fault_service
         service.put("data", "ten", TEN)
         context = ssl.create_default_context(cafile=str(loopback_tls.ca_path))
-        connection = http.client.HTTPSConnection(service.host, service.port, context=context, timeout=60)
+        connection = http.client.HTTPSConnection(service.host, service.port, context=context, timeout=240)
         connection.request("GET", "/data/ten")
         assert connection.getresponse().read() == TEN
         connection.close()
         with pytest.raises(ssl.SSLCertVerificationError):
-            http.client.HTTPSConnection(service.host, service.port, timeout=60).connect()
+            http.client.HTTPSConnection(service.host, service.port, timeout=240).connect()
 
     def test_close_does_not_wait_for_a_handshake(self, https_fault_service: FaultService) -> None:
         service = https_fault_service

@@ -577,8 +577,8 @@ class TestChanges:
         fs = on_azurite(container)
         fs.pipe_file(f"{container.name}/a b", b"data")
         url = fs.sign(f"{container.name}/a b")
-        assert requests.get(url, timeout=60).content == b"data"
-        assert requests.delete(url, timeout=60).status_code == 403
+        assert requests.get(url, timeout=240).content == b"data"
+        assert requests.delete(url, timeout=240).status_code == 403
         other = on_azurite(
             container, connection_string=None, account_host=container.service.account_url, sas_token=container.sas()
         )

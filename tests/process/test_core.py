@@ -49,7 +49,7 @@ def service(fault_service: FaultService) -> FaultService:
     return fault_service
 
 
-def in_fork(action: Callable[[], Any], timeout: float = 20.0) -> Any:
+def in_fork(action: Callable[[], Any], timeout: float = 60.0) -> Any:
     """The result of *action* in a forked child."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
@@ -89,7 +89,7 @@ def child(connection: Any, action: Callable[..., Any], *arguments: Any) -> None:
         connection.send((False, traceback.format_exc()))
 
 
-def in_process(method: str, action: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> Any:
+def in_process(method: str, action: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> Any:
     """The result of *action* in a child started with *method*."""
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
@@ -98,7 +98,7 @@ def in_process(method: str, action: Callable[..., Any], *arguments: Any, timeout
     sender.close()
     assert receiver.poll(timeout), "the child hangs"
     is_good, answer = receiver.recv()
-    process.join(60)
+    process.join(240)
     assert is_good, answer
     return answer
 
@@ -186,7 +186,7 @@ class TestFork:
         finally:
             is_over.set()
             for thread in threads:
-                thread.join(60)
+                thread.join(240)
         assert errors == []
         assert blob.read() == DATA[1000:]
 
@@ -196,7 +196,7 @@ class TestFork:
     ) -> None:
         """The child does not wait for it: a reader has the position before that call."""
         gate = threading.Event()
-        transfer = replace(QUICK, read_timeout=60)
+        transfer = replace(QUICK, read_timeout=240)
         if action == "write":
             blob = BlobIO(service.blob_url("c", "new"), "wb", credential=False, transfer=transfer)
             service.script("put_block", [Hold(gate)], repeat=True)
@@ -221,14 +221,14 @@ class TestFork:
             assert in_fork(act)
         finally:
             gate.set()
-            thread.join(60)
+            thread.join(240)
         blob.abort()
 
     def test_connections_of_the_parent_are_let_go(self, service: FaultService) -> None:
         """Idle ones and those in mid-response: what the parent closes is closed."""
         gate = threading.Event()
         service.script(Match("get_blob", nth=3), [Stall(60, after=1000)])
-        client = blob_client(service.blob_url("c", "b"), replace(QUICK, part_size=1 * MiB, read_timeout=60))
+        client = blob_client(service.blob_url("c", "b"), replace(QUICK, part_size=1 * MiB, read_timeout=240))
         client.read()
         client.read()
         thread = threading.Thread(target=lambda: (client.read(), gate.set()), daemon=True)
@@ -297,7 +297,7 @@ class TestFork:
         assert fetching.wait(60)
         assert in_fork(other.read) == DATA
         go_on.set()
-        thread.join(60)
+        thread.join(240)
 
     def test_memory_in_flight_is_counted_again(self, service: FaultService) -> None:
         service.put("c", "b", content(2 * MiB))
@@ -486,7 +486,7 @@ import os, signal, sys, threading, time
 from azstoragetorch import TransferConfig
 from azstoragetorch.io import BlobIO
 
-transfer = TransferConfig(part_size=65536, max_concurrency=4, max_connections=8, read_timeout=60.0)
+transfer = TransferConfig(part_size=65536, max_concurrency=4, max_connections=8, read_timeout=240.0)
 buffer = bytearray(400_000)
 try:
     threading.Timer(float(sys.argv[2]), os.kill, [os.getpid(), signal.SIGINT]).start()
@@ -506,7 +506,7 @@ def test_an_interrupt_of_who_waits_gives_everything_back(service: FaultService, 
     gate = threading.Event()
     service.script(Match("get_blob", nth=4), [Hold(gate)], repeat=True)
     service.script(Match("put_block", nth=2), [Hold(gate)], repeat=True)
-    transfer = replace(QUICK, read_timeout=60, max_connections=20)
+    transfer = replace(QUICK, read_timeout=240, max_connections=20)
     mode: Any = "wb" if "write" in way else "rb"
     blob = BlobIO(service.blob_url("c", "big"), mode, credential=False, transfer=transfer)
     budget = engine_for(transfer).budget
@@ -568,11 +568,11 @@ def test_the_interpreter_ends_at_once_with(service: FaultService, what: str) -> 
     source, code = ENDS[what]
     program = (
         "import sys\nfrom azstoragetorch import TransferConfig\nfrom azstoragetorch.io import BlobIO\n"
-        "url = sys.argv[1]\ntransfer = TransferConfig(part_size=65536, block_size=65536, read_timeout=60.0)\n" + source
+        "url = sys.argv[1]\ntransfer = TransferConfig(part_size=65536, block_size=65536, read_timeout=240.0)\n" + source
     )
     command = [sys.executable, "-c", program, service.blob_url("c", "b")]
     with taking():
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == code, result.stderr
     assert "Exception ignored" not in result.stderr
     assert "Fatal Python error" not in result.stderr

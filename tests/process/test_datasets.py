@@ -272,7 +272,7 @@ def test_ranks_that_all_read_everything_are_warned_of_once(
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(240)
         assert process.exitcode == 0
     for rank in range(2):
         lines = (tmp_path / "seen" / str(rank)).read_text().splitlines()
@@ -296,7 +296,7 @@ def test_a_forked_child_can_continue_its_parents_iterator(
     assert [next(samples) for _ in range(2)] == NAMES[:2]
     child = multiprocessing.get_context("fork").Process(target=finish, args=(samples, str(tmp_path / "names")))
     child.start()
-    child.join(60)
+    child.join(240)
     assert child.exitcode == 0
     assert json.loads((tmp_path / "names").read_text()) == NAMES[2:]
     assert list(samples) == NAMES[2:]
@@ -312,7 +312,7 @@ def test_a_forked_child_can_take_a_batch_that_its_parent_reads_ahead(
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=take_batch, args=(dataset, str(tmp_path / "names")))
     child.start()
-    child.join(60)
+    child.join(240)
     assert child.exitcode == 0
     assert json.loads((tmp_path / "names").read_text()) == NAMES[4:8]
     assert dataset.__getitems__(range(4, 8)) == NAMES[4:8]
@@ -337,7 +337,7 @@ def test_a_forked_child_can_continue_while_a_thread_of_its_parent_takes_a_sample
             assert entered.wait(60)
             child = multiprocessing.get_context("fork").Process(target=finish, args=(samples, str(tmp_path / "names")))
             child.start()
-            child.join(60)
+            child.join(240)
         finally:
             go_on.set()
     assert child.exitcode == 0
@@ -388,7 +388,7 @@ def test_a_forked_child_can_reset_while_a_thread_of_its_parent_takes_a_step() ->
             assert steps.entered.wait(60)
             child = multiprocessing.get_context("fork").Process(target=begin_and_step, args=(steps,))
             child.start()
-            child.join(60)
+            child.join(240)
             child.kill()  # in case it still waits
             child.join()
         finally:

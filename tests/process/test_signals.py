@@ -87,7 +87,7 @@ def program(source: str, service: FaultService) -> Iterator[subprocess.Popen[str
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
 
 
 def saved(seed: int) -> bytes:
@@ -171,7 +171,7 @@ def test_a_worker_that_is_ended_ends_the_epoch(fault_service: FaultService, how:
         workers = children_of(process.pid)
         assert len(workers) >= 2
         os.kill(workers[-1], how)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 1
         assert "DataLoader worker" in errors
     wait_until(lambda: service.open_connections == 0)
