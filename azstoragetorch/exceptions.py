@@ -7,11 +7,11 @@
         ├── FatalBlobIOWriteError          a write failed; nothing will be committed
         ├── BlobChangedError               a blob was overwritten while it was being read
         ├── ClientRequestIdMismatchError   a response belongs to another request
-        ├── ManifestError                  a manifest cannot be read, or lists something else than it should
-        ├── SafetensorsError               a safetensors file or a folder of them cannot be read or written
+        ├── ManifestError                  a manifest is damaged, or lists another container
+        ├── SafetensorsError               a safetensors model cannot be read or written
         ├── WeightsError                   published weights cannot be published or followed
         └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
-            ├── CheckpointConflictError    another save was committed while this one was in progress
+            ├── CheckpointConflictError    another save was committed during this one
             ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
             └── CheckpointNotFoundError    no checkpoint, or an incomplete one
 

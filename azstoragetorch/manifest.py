@@ -107,7 +107,7 @@ class ManifestComparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether there is no difference."""
+        """Whether both are the same."""
         return not (self.added or self.removed or self.changed)
 
 
@@ -127,7 +127,7 @@ def make_manifest(
     """List a container and store the result as a manifest.
 
     Memory is bounded, however many blobs there are. The manifest appears when it is complete; if listing or writing
-    fails, there is none, or the previous one. Blobs of the manifest itself are not listed.
+    fails, nothing changes. Blobs of the manifest itself are not listed.
 
     Args:
         container_url: The container to list.
@@ -208,7 +208,7 @@ def describe_manifest(
     """What a manifest says about itself. One request; needs no pyarrow.
 
     Raises:
-        ResourceNotFoundError: there is no manifest.
+        ResourceNotFoundError: the manifest does not exist.
         ManifestError: it is truncated or damaged.
     """
     folder = folder_of_manifest(manifest_url)

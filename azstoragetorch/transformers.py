@@ -85,7 +85,7 @@ class BlobCheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transfor
     def download_latest(self, args: TrainingArguments) -> str | None:
         """Download the last complete checkpoint to ``args.output_dir``, on each node; returns the path of its folder.
 
-        Pass the result as ``resume_from_checkpoint`` of ``Trainer.train``. Returns None if there is no checkpoint. Call
+        Pass the result as ``resume_from_checkpoint`` of ``Trainer.train``. Returns None if no checkpoint exists. Call
         it on all ranks. A local folder of the same name is replaced; files with the same content are not downloaded
         again.
 

@@ -1,11 +1,12 @@
 """Bytes in flight: what may be held in memory at once, and buffers that are reused.
 
 A `Loan` counts from the moment it is in the budget's table until it is released or nothing refers to it any more. The
-table has it under a weak reference, whose callback is the table's own ``pop``: no code of Python runs when a loan is
+table has it under a weak reference, whose callback is the table's own ``pop``: no Python code runs when a loan is
 dropped, so neither a finalizer nor an interrupt in one can lose bytes. Neither borrowing nor giving back takes a lock.
 Each is one step on a dict, and whether a loan fits is decided after it was entered: of two borrowers at the same time
-at least one sees the other, so the limit holds. Both may be refused, which is harmless. The bound that spares adding
-up all loans keeps to the same order: the width of an amount, which stays, is entered before the loan is.
+at least one sees the other, so the limit holds. Both may be refused, which is harmless. Adding up
+all loans is often unnecessary, thanks to a bound: the number of loans times a power of two above the largest amount.
+It keeps the same order: the width of an amount, which is never removed, is entered before the loan.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Budget:
         self.limit = limit
         self._widths: set[int] = set()  # bits of the amounts lent so far
         self._loans: dict[weakref.ref[Loan], list[int]] = {}
-        self._queue: deque[object] = deque()  # those who wait, in the order of their coming
+        self._queue: deque[object] = deque()  # tickets of threads that wait, first come first
         self._freed = Bell()
 
     @property
@@ -69,7 +70,7 @@ class Budget:
         return sum(map(_amount_of, list(self._loans.values())))
 
     def take(self, amount: int) -> Loan | None:
-        """Borrow *amount* bytes if that needs no waiting."""
+        """Borrow *amount* bytes if that is possible without waiting; else None."""
         loan = None if self._queue else self._lend(amount)
         if loan is None:
             self._given_back()  # it was in the table for a moment, and may have kept another one out
@@ -78,7 +79,7 @@ class Budget:
     def wait_for(self, amount: int) -> Loan:
         """Borrow *amount* bytes, waiting for others to give theirs back; first come, first served.
 
-        Only for borrowers that hold nothing meanwhile which those others need.
+        Only for borrowers that hold nothing that those others need.
         """
         ticket = object()
         try:

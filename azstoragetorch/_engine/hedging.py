@@ -1,4 +1,4 @@
-"""Decide when a request that is silent is sent once more. No I/O: what was seen goes in, a decision comes out.
+"""Decide when a request that is silent is sent once more. No I/O: observations go in, decisions come out.
 
 Most requests to a storage service are answered within milliseconds, and a few stall for seconds or minutes without an
 error. A second request for the same bytes, on another connection, is answered at once. Sending it is a *hedge*.
@@ -24,15 +24,15 @@ from azstoragetorch._engine.process import PerProcess
 #
 #     late      The request has been silent for longer than nearly all others of its kind: for `patience`, which follows
 #               from the running quantiles of the time to first byte. The quantiles are those of requests that were
-#               answered. A request whose hedge was answered first does not count, so stalls do not raise the limit that
+#               answered. A request whose hedge was answered first is not counted, so stalls do not raise the limit that
 #               detects them.
-#     alone     Most of the requests that were sent after it, and are due, have been answered, and sooner. If most of
-#               them wait as well, the whole service is slow, or this machine is, and another request would only add to
-#               the load.
+#     alone     Most of the requests that were sent after it, and should have been answered by now, were answered, and
+#               faster. If most of them wait as well, the whole service is slow, or this machine is, and another
+#               request would only add to the load.
 #               Requests that were sent before it prove nothing: at the beginning of an outage they were just answered.
-#               Without any later request there is no such evidence. Then the request must be silent for twice as long,
-#               with next to no others that are silent,
-#               and for longer than the last two answers took: if every request takes 3 s, two of them are hedged.
+#               Without any later request, this evidence is missing. Then the request must be silent for twice as long,
+#               and for longer than the last two answers took, while hardly any others are silent: if every request
+#               takes 3 s, two of them are hedged.
 #     afforded  There is a token. Every 1/budget requests earn one; a hedge earns none and takes one. A few are there
 #               from the beginning, and at most `_MOST_TOKENS` are saved. So there are never more hedges than
 #               ``_FIRST_TOKENS + budget * requests``, whatever the service does and whatever the other two conditions

@@ -9,22 +9,22 @@ The one protocol of the package for "this is being fetched". A `Job` is in one o
 * open -> claimed: the first to enter its token as ``claim`` of the job's state (``dict.setdefault``, one step). A
   thread of an engine does it when its turn comes; a thread that needs the result does it at once. So a job needs no
   free thread, and work that waits for work cannot starve.
-* claimed -> open: only by the claimant, when what it had handed the work to did not do it, or when it was interrupted.
+* claimed -> open: only by the claimant, if it handed the work over and that did not succeed, or if it was interrupted.
 * claimed -> over: the first to enter an ``outcome``. A claimant that is interrupted at any line leaves through the
   ``except`` of `run`, which knows by its token whether the work was its own.
 * open -> over: by `give_up`.
 
-No thread holds a lock while it waits, and no lock exists that a signal handler or a finalizer, which run inside this
-code, could meet: states change by single steps on dicts and lists, which the interpreter does not divide. A thread that
+No thread holds a lock while it waits, and a signal handler or a finalizer, which run inside this code, cannot find
+any lock taken: states change by single steps on dicts and lists, which the interpreter does not divide. A thread that
 waits sleeps on a lock that only a `Bell` knows. It enters the lock there, then looks at the state, then sleeps; the
 thread that changes the state does so first and rings after. So either the sleeper sees the change or the bell finds the
-sleeper. Most jobs are over before anybody waits, so a job has no bell until then; the same order holds for it: it is
-entered before the waiting thread looks at the state, and looked up after the change.
+sleeper. Most jobs are over before anybody waits, so a job gets its bell from the first thread that waits. The order is
+the same: the bell is entered before the waiting thread looks at the state, and looked up after the change.
 
-Three claimants may never finish, and the token has what it takes to notice: a handler that needs a job which the
-interrupted code below it has claimed would wait for itself, a forked child for a thread of its parent, and anybody for
-a thread that was handed the work and is stuck in a finalizer, which the collector runs on any thread. Such a caller
-does the work once more instead.
+Three claimants may never finish, and the token shows it: a signal handler that needs a job which the interrupted
+code below it has claimed would wait for itself, a forked child would wait for a thread of its parent, and any caller
+for a thread that was handed the work and is stuck in a finalizer, which the collector runs on any thread. Such a
+caller does the work once more instead.
 
 An error's traceback refers to the frames that it passed through, those to the owner of the job, and the owner to the
 job. So the owner of a job that failed calls `give_up` when it has dealt with the error: a reference cycle would keep
@@ -48,7 +48,9 @@ T = TypeVar("T")
 IsStuck = Callable[[], bool]
 """Says whether work that was handed over has to wait for the calling thread, or is stuck for another reason."""
 
-_LOOK_AGAIN = 1.0  # seconds until a sleeper looks again: the thread that was to ring may have been interrupted before
+_LOOK_AGAIN = (
+    1.0  # seconds until a sleeper looks again: the thread that should ring may have been interrupted before it did
+)
 
 
 class Bell:

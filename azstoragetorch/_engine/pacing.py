@@ -3,25 +3,26 @@
 A service that refuses requests with 503 or 429 is in one of three phases:
 
     free      requests begin at once, and nothing but the last responses is remembered
-    closed    requests were refused: the others wait. Now and then one of those that wait begins, to find out whether
+    closed    requests were refused: the others wait. From time to time one of them begins, to find out whether
               the service accepts requests again
-    open      a request that began after the refusal was accepted: requests begin one after the other, at a distance
+    open      a request that began after the refusal was accepted: requests begin one after the other, with a gap
 
 A service also refuses single requests for reasons that have nothing to do with their number. One refusal among many
 responses changes nothing here: only that request is sent again. Refusals close a service if they are `_TELLING` of the
 last `_AMONG` responses, or if one names a pause. With one request in 100 refused by chance, that happens once in
 hundreds of thousands; a service that throttles refuses as many within milliseconds.
 
-Two values bound the distance. The *limit* is the number of requests that begin in one round trip. It is halved once for
-all refusals of one round trip, and grows by one with each round trip of success: it reacts at once, and knows nothing.
-The *rate* remembers. It is what the service accepted in the last second before it refused again, less a little, and
-grows slowly at first and then faster. A service that counts requests in windows of a second cannot be followed with the
-limit alone: after it has refused for half a second the limit is one, and before the next window ends it is too high.
-If the limit has grown back to where it was, and the rate is not known, nothing is left to bound: the service is free.
+Two values bound the gap. The *limit* is the number of requests that begin in one round trip. It is halved once for
+all refusals of one round trip, and grows by one with each round trip of success: it reacts at once, but does not
+remember. The *rate* does. It is what the service accepted in the last second before it refused again, less a little,
+and grows slowly at first and then faster. A service that counts requests in windows of a second cannot be followed
+with the limit alone: after it has refused for half a second the limit is one, and before the next window ends it is too
+high. If the limit has grown back to where it was, and the rate is not known, nothing is left to bound: the service is
+free.
 
 "One round trip" needs no clock: refusals of requests that began before the last cut belong to the same burst.
 
-The distance is kept by turns: a request books the next point in time and begins then. Since a turn is a time and not a
+The gap is kept by turns: a request books the next point in time and begins then. Since a turn is a time and not a
 place that another request has to leave, no request ever waits for another one. When turns become earlier, the plan is
 replaced, and everyone that waits books again. Attributes are read and written without a lock. A race, or an interrupt
 between two lines, costs a turn or gives one to two requests; both are harmless.

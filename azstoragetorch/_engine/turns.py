@@ -3,9 +3,9 @@
 Two threads that share a file read one after the other. But a signal handler or a finalizer runs inside the call that it
 interrupts, on the same thread: if it waited for that call it would wait forever, so its own call is refused.
 
-A turn belongs to the frame of the call, which is entered into a dict with ``dict.setdefault``: one step, so there is no
-moment at which the turn is taken and nobody knows by whom. A frame that no thread executes any more has lost its turn:
-an interrupt came before it could give the turn back, or the process is a forked child and the thread is its parent's.
+A turn belongs to the frame of the call, which is entered into a dict with ``dict.setdefault``: one step, so whenever
+the turn is taken, it is known by which call. A frame that no thread executes any more has lost its turn: an interrupt
+came before it could give the turn back, or the process is a forked child and the thread is its parent's.
 Its dict is then given up with the frame in it, for a successor that the dict itself names (``setdefault`` again, so all
 threads that notice the loss name the same one). Since the lost frame stays where it is, a thread that still looks at
 the old dict finds the turn taken, and looks for the successor.

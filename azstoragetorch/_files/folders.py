@@ -34,7 +34,7 @@ from azstoragetorch._files.walk import walk
 COMPLETE = ".complete.json"
 _FORMAT = 1
 _MOST_REPLACED = 100  # times that a folder is put back by others while it is replaced
-_MAX_LIST = 64 * MiB  # a larger list of files is not one of ours
+_MAX_LIST = 64 * MiB  # a larger list was not written by this package
 _SPECIAL = frozenset('\\:*?"<>|')  # in names that a Windows system would take for something else
 
 
@@ -106,7 +106,7 @@ class Folders:
         return found
 
     def find(self, name: str) -> Complete | None:
-        """The complete copy *name*; None if there is none.
+        """The complete copy *name*, or None.
 
         Raises:
             CopyError: its list of files is not valid.
@@ -173,7 +173,7 @@ class Folders:
         Files that are already in *target* with the same content are not fetched again.
 
         Raises:
-            FileNotFoundError: there is no complete copy *name*.
+            FileNotFoundError: *name* does not exist or is not complete.
             CopyError: a file could not be copied; *target* is unchanged.
             OSError: a file cannot be written; *target* is unchanged.
         """

@@ -1,7 +1,7 @@
 """Read a manifest lazily: one small document, then the parts that have the rows that are asked for.
 
-What a process keeps is bounded: some parts that were used last, and, in a shuffled order, the rows of its own share,
-which it collects in one pass over the parts. Rows are numbered from 0 in the order of their names.
+What a process keeps is bounded: some parts that were used last, and, in a shuffled order, the rows of its
+share, which it collects in one pass over the parts. Rows are numbered from 0 in the order of their names.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class ManifestSource:
         """Open it. One request.
 
         Raises:
-            ResourceNotFoundError: there is no manifest.
+            ResourceNotFoundError: the manifest does not exist.
             ManifestError: it is truncated, or lists another container.
         """
         home = self._clients.container(self.folder)
@@ -289,7 +289,7 @@ def read_description(home: ContainerClient, folder: BlobURL) -> Description:
     """The document of the manifest in *folder*.
 
     Raises:
-        ResourceNotFoundError: there is no manifest.
+        ResourceNotFoundError: the manifest does not exist.
         ManifestError: it is truncated or damaged.
     """
     client = home.at(folder.with_blob(folder.blob + DOCUMENT))

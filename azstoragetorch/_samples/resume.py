@@ -112,7 +112,7 @@ def merge(states: object) -> ResumeState:
     """One state of all the states in *states*: of datasets or of loaders, in any nesting of lists and dicts.
 
     Raises:
-        ValueError: there are no states, they are not of the same epoch, order and striping, or two of them give
+        ValueError: *states* is empty, they are not of the same epoch, order and striping, or two of them give
             different positions of one shard.
     """
     merged: ResumeState | None = None

@@ -138,7 +138,7 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in *data*.
 
     Raises:
-        ManifestError: there is none.
+        ManifestError: *data* is not a JSON object.
     """
     try:
         document = json.loads(data)

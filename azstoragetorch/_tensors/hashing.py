@@ -40,8 +40,7 @@ def digest_of(pieces: Iterable[memoryview], algorithm: str) -> str:
     make = hashlib.sha256 if algorithm == _SHA256 else _blake3() if algorithm == _BLAKE3 else None
     if make is None:
         raise CheckpointError(
-            f"the digests are of the algorithm {algorithm!r}, which is not installed: pip install "
-            "'azstoragetorch[deltas]'"
+            f"the digests are of the algorithm {algorithm!r}, which is not installed: pip install {algorithm}"
         )
     state = make()
     for piece in pieces:

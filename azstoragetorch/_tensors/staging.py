@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes; elements of any type may lie there
 
 
 class NoMemoryError(Exception):
-    """There is no memory for a buffer of *size* bytes."""
+    """A buffer of *size* bytes could not be allocated."""
 
     def __init__(self, size: int, reason: str) -> None:
         super().__init__(f"no memory for {size:,} bytes: {reason}")
@@ -58,7 +58,7 @@ class Staging:
         Waits until the memory limit has room for them and for *extra* bytes.
 
         Raises:
-            NoMemoryError: there is no memory for them.
+            NoMemoryError: they could not be allocated.
         """
         lengths = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         pageable = sum(

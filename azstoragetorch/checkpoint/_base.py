@@ -1,7 +1,7 @@
 """The base of a save: an earlier checkpoint, of which unchanged items are copied by the service.
 
-A base makes a save faster and never makes it fail: whatever is wrong with it, everything is uploaded. What it says is
-used only as far as it is certain. Items are compared by digests of the side blob, which has a checksum. Requests to
+A base makes a save faster and never makes it fail: whatever is wrong with it, everything is uploaded. Its content is
+used only if it is certain. Items are compared by digests of the side blob, which has a checksum. Requests to
 copy have the ETag as a condition that the data blobs had when the base was committed, so what is copied is what the
 digests are of.
 """
@@ -27,7 +27,7 @@ LATEST = "latest"
 
 
 def _form(item: Item) -> tuple[Any, ...]:
-    """What equal bytes have to have in common so that one item can stand for the other."""
+    """What two items with equal bytes must also share so that one can replace the other."""
     payload = item.payload
     return item.length, item.transforms, (payload.offset, payload.dtype, payload.shape) if payload is not None else None
 
@@ -63,7 +63,7 @@ class Base:
         return self._items.get((item.digest, _form(item)))
 
     def refused(self, error: Exception) -> None:
-        """Use the base no more. The first time, warn."""
+        """Stop using the base. The first time, warn."""
         self._refusals.append(str(error))
         if len(self._refusals) == 1:
             log.warning("%s: the base is not used, and the rest is uploaded: %s", self.folder.url, error)
@@ -86,8 +86,8 @@ def digesting(folder: Folder, rank: int | None, base: Folder | str | None) -> Di
     algorithm = found.algorithm if found is not None else None
     if found is not None and algorithm is None:
         log.warning(
-            "%s: the base is not used, and everything is uploaded: its digests need pip install "
-            "'azstoragetorch[deltas]', or there are none of tensors",
+            "%s: the base is not used, and everything is uploaded: it has no digests of tensors, or they are of "
+            "BLAKE3, which is not installed: pip install blake3",
             found.folder.url,
         )
         found = None
@@ -101,7 +101,7 @@ def _find(folder: Folder, rank: int | None, base: Folder | str) -> Base | None:
         if isinstance(base, str):
             found = _latest(folder, rank)
             if found is None:
-                log.info("%s: there is no checkpoint yet that could be the base, so everything is uploaded", place)
+                log.info("%s: no checkpoint exists yet that could be the base, so everything is uploaded", place)
                 return None
             source, metadata = found
         else:

@@ -35,7 +35,7 @@ def list_checkpoints(
 def latest_checkpoint(
     base_url: str, *, credential: Credential = None, transfer: TransferConfig | None = None
 ) -> str | None:
-    """Return the URL of the newest checkpoint, the last of :func:`list_checkpoints`, or None if there is none."""
+    """Return the URL of the newest checkpoint, the last of :func:`list_checkpoints`, or None."""
     base = Folder(base_url, credential, transfer)
     for name in reversed(names_in(base)):
         if base.child(name).is_complete():

@@ -33,7 +33,7 @@ class Check:
         """Have the whole item fetched if only a part of it is read, or if it is converted to another type.
 
         Raises:
-            CheckpointError: there is no digest of the item.
+            CheckpointError: the item has no digest.
         """
         self._expected(read)
         payload = read.payload

@@ -20,14 +20,13 @@ a checkpoint that is not loaded. A save of all ranks that commits later replaces
 
 To take metadata back is not to delete it: it may carry the fence of a cleaner, or stand in the place of a tombstone
 that was one. A save lists the folder, writes a tombstone on the condition that its metadata is still there, with a
-cutoff that covers all data in the listing that could be committed, deletes what is left of its own data, and ends as
-in (e).
+cutoff that covers all data in the listing that could be committed, deletes the rest of its data, and ends as in (e).
 
 Cleaning deletes data that no metadata refers to. It
-  a. lists the folder; what began after a cutoff is left alone;
-  b. reads the metadata blob, and leaves what that refers to alone;
+  a. lists the folder, and leaves alone what began after a cutoff;
+  b. reads the metadata blob, and leaves alone what it refers to;
   c. *fences*: writes the metadata blob, on the condition that it is what was read, with the same content and the
-     cutoff as a property. Without a checkpoint it writes a tombstone, which readers take for nothing;
+     cutoff as a property. Without a checkpoint it writes a tombstone, which readers ignore;
   d. deletes the data;
   e. after a tombstone: lists the folder again, and deletes the tombstone (on the condition that it is that one) if no
      data is left there that could be committed to it.
@@ -42,9 +41,9 @@ Why data that counts is never deleted:
   blob (1) before the fence (c), and its write (4) fails after it. A write before the fence changes the ETag: the fence
   fails, and cleaning reads again (b). A save whose write fails because of a fence alone repeats it, if all its data is
   younger than the cutoff; such data is not deleted in (d). Cutoffs only grow while the content stays the same.
-* None of that refers to time: a request may arrive late, and clocks may differ. A wrong clock makes a save fail or
+* None of this depends on time: a request may arrive late, and clocks may differ. A wrong clock makes a save fail or
   leaves garbage; it loses nothing.
-* A tombstone that was deleted fences no more, for a save that had seen nothing before it. But it is deleted only when
+* A tombstone that was deleted no longer fences off a save that had seen nothing before it. But it is deleted only when
   none of that save's data is left (e). If the check (3) came before the deletions (d), the write (4) after (e) makes a
   checkpoint without data; then all of it is gone, and looking for any one blob (5) shows it. The folder had
   no other checkpoint that could have been lost. If the save is killed between 4 and 5, its metadata stays: the one case
@@ -52,11 +51,11 @@ Why data that counts is never deleted:
 * Data that was fenced off stays so when metadata is taken back. If none of it is in the listing, what was to be deleted
   of it is deleted: its save finds that out in (3), or in (5) if all of it was there before. If some of it is, the new
   cutoff covers it, and the tombstone stays as long as it is there.
-* A write whose answer is lost may be repeated after it was carried out and undone: if nothing was seen, the checkpoint
-  was deleted meanwhile and nothing is there again. That is why a deletion, too, ends with a tombstone.
+* A write whose response is lost may be repeated after it was carried out and undone: if nothing was seen, the
+  checkpoint was deleted meanwhile and nothing is there again. That is why a deletion, too, ends with a tombstone.
 
-An answer may be lost. No write is then sent again blindly: the blob is looked at (`BlobClient.replace`), and a content
-that is there is known by its bytes, since the id of the save is in them.
+A response may be lost. No write is then sent again blindly: the blob is read (`BlobClient.replace`), and content that
+is there is recognized by its bytes, which contain the id of the save.
 """
 
 from __future__ import annotations
@@ -222,7 +221,7 @@ class _Committed:
         return True
 
     def _latest_begin(self) -> float:
-        """When the latest save began that has data in the folder; later than any if this may not list."""
+        """When the latest save began that has data in the folder; later than any if the folder cannot be listed."""
         try:
             names = _committable(self.folder, self.rank)
         except AzureError as error:
@@ -232,7 +231,7 @@ class _Committed:
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
-        """Say of an error of the service that the save is committed, and *what* is the matter."""
+        """Say of an error of the service that the save is committed, and *what* is wrong."""
         try:
             yield
         except (AzureError, AZStorageTorchError) as error:
@@ -270,7 +269,7 @@ def _conflict(
 def fence(folder: Folder, rank: int | None, seen: Seen, cutoff: float, *, keeps: bool = True) -> str | None:
     """Make all saves fail that began up to *cutoff* and are in progress; the new ETag of the metadata blob.
 
-    None if it is no longer what was *seen*. Without *keeps* the checkpoint, if there is one, is no more.
+    None if it is no longer what was *seen*. Without *keeps*, the checkpoint, if there is one, ends.
     """
     blob = folder.blob(metadata_name(rank))
     before = blob.find_properties()

@@ -126,7 +126,7 @@ class Folder:
         return self.reach(Folder(url, False, self.transfer))
 
     def reach(self, other: Folder) -> Folder:
-        """The folder *other*, with the credential and the transfer of this one unless it has a SAS of its own."""
+        """The folder *other*, with the credential and the transfer of this one unless its URL has a SAS."""
         reached = Folder(other.url, False, self.transfer)
         if other._sas is not None:
             reached._sas, reached._container = (
@@ -203,7 +203,7 @@ class Folder:
         It is the caller's to change.
 
         Raises:
-            CheckpointNotFoundError: there is no checkpoint.
+            CheckpointNotFoundError: the checkpoint does not exist.
             CheckpointError: the metadata is broken or hostile.
             AzureError: the service refused the request, or could not be reached.
         """
@@ -213,7 +213,7 @@ class Folder:
         return found
 
     def find(self, rank: int | None = None) -> tuple[Metadata, Version] | None:
-        """Do as `load`; None if there is no checkpoint."""
+        """Do as `load`; None if the checkpoint does not exist."""
         client = self.blob(metadata_name(rank))
         url = str(client.url)
         known = _known.get().metadata
@@ -257,7 +257,7 @@ class Folder:
         _known.get().paths.put(hashlib.sha256(content).digest(), paths)
 
     def digests(self, metadata: Metadata) -> Digests | str:
-        """The digests of the checkpoint here, which *metadata* describes, or why there are none.
+        """The digests of the checkpoint here, which *metadata* describes, or why they cannot be used.
 
         Raises:
             AzureError: the service refused the request, or could not be reached.

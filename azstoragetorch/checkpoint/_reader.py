@@ -304,7 +304,7 @@ class BlobStorageReader(FolderStorage, StorageReader):
         """The digests to compare with; None if nothing is compared.
 
         Raises:
-            CheckpointError: there are none.
+            CheckpointError: the checkpoint has no digests, or they are damaged.
         """
         if self._metadata is None:
             return None

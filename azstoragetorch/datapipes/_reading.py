@@ -16,7 +16,7 @@ from azstoragetorch._samples.items import BlobRange, Item, plain_url, url_of
 from azstoragetorch.datapipes._base import IterDataPipe, StreamWrapper, functional_datapipe
 from azstoragetorch.io import BlobIO
 
-_MODES = {"rb": False, "b": False, "r": True, "rt": True, "t": True}  # -> whether it is text
+_MODES = {"rb": False, "b": False, "r": True, "rt": True, "t": True}  # whether to decode it
 _OPEN_SHARE = 4  # opened blobs fetch ahead in at most this part of the memory limit; the rest is for reading on
 
 

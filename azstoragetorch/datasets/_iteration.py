@@ -172,7 +172,7 @@ def merge_states(states: object) -> dict[str, Any]:
             the list that ``torch.distributed.all_gather_object`` fills with ``loader.state_dict()``.
 
     Raises:
-        ValueError: there are no states, they do not belong together, or the state of a loader is some steps old
+        ValueError: *states* has no state, they do not belong together, or the state of a loader is some steps old
             (``snapshot_every_n_steps``).
     """
     return merge(states).to_dict()

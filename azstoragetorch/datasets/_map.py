@@ -215,7 +215,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
             cache_bytes: As for `from_blob_urls`.
 
         Raises:
-            ResourceNotFoundError: there is no manifest.
+            ResourceNotFoundError: the manifest does not exist.
             ManifestError: it is truncated, or lists another container.
             ValueError: a URL is not valid, or an option is out of range.
             AzureError: the service refused the request, or could not be reached.

@@ -23,7 +23,7 @@ class Changes(Writes):
         """Delete a file.
 
         Raises:
-            FileNotFoundError: there is no file at *path*.
+            FileNotFoundError: *path* is not a file.
             IsADirectoryError: there is a directory.
         """
         place = self.place(path)

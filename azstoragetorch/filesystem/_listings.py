@@ -145,7 +145,7 @@ class Listings(Base):
         """When the file was created.
 
         Raises:
-            FileNotFoundError: there is no file at *path*.
+            FileNotFoundError: *path* is not a file.
         """
         return self._date(path, "x-ms-creation-time")
 
@@ -153,7 +153,7 @@ class Listings(Base):
         """When the file was modified last.
 
         Raises:
-            FileNotFoundError: there is no file at *path*.
+            FileNotFoundError: *path* is not a file.
         """
         return self._date(path, "Last-Modified")
 

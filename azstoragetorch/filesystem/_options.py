@@ -63,7 +63,7 @@ _FIELDS = {  # of a connection string
 
 @dataclass(frozen=True)
 class Hidden:
-    """A secret option. Its digest tells it from others; *public* is the part of it that is not secret."""
+    """A secret option. Its digest distinguishes it from others; *public* is the part of it that is not secret."""
 
     secret: Secret
     digest: str

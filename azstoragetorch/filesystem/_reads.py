@@ -106,7 +106,7 @@ class Reads(Listings):
         """The content of a file, or the bytes from *start* to *end*, which work as in a slice.
 
         Raises:
-            FileNotFoundError: there is no file at *path*.
+            FileNotFoundError: *path* is not a file.
         """
         place = self.place(path)
         if not place.name:

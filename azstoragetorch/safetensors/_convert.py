@@ -372,7 +372,7 @@ def _check_others(url: str, others: list[str], *, only_tensors: bool) -> None:
 
 
 class _one_process(warnings.catch_warnings):  # noqa: N801 - used like a function
-    """Without the warning of torch that there are no other ranks, which is the intent."""
+    """Without torch's warning that the process group is missing: one process is the intent."""
 
     def __enter__(self) -> None:
         super().__enter__()

@@ -31,7 +31,7 @@ class HuggingFaceBlobReader(BlobStorageReader):
     """Loads a model that is saved as safetensors files in a folder, for `torch.distributed.checkpoint.load`.
 
     What torch's ``HuggingFaceStorageReader`` is for local folders. The state dict may be spread over ranks: each rank
-    fetches only the bytes of its own shards. Files that several ranks wrote, by :class:`HuggingFaceBlobWriter` or by
+    fetches only the bytes of its shards. Files that several ranks wrote, by :class:`HuggingFaceBlobWriter` or by
     torch's ``HuggingFaceStorageWriter``, are put together. Everything is of the versions whose headers were read.
 
     Args:

@@ -1,6 +1,6 @@
 """Safetensors files as a checkpoint of torch.distributed.checkpoint: writing.
 
-Every rank writes its tensors, or its parts of tensors, into files of its own. What makes them a model comes last, from
+Every rank writes its tensors, or its parts of tensors, into separate files. What makes them a model comes last, from
 the coordinator: an index; or, if ranks write parts, the parts put together into whole tensors, or nothing. In the last
 case every file has the number of files of the save in its metadata, so that a reader sees when one is missing.
 """

@@ -69,7 +69,7 @@ class Folder:
         """The model, with the headers of its files; with an index, only of those that have one of *wanted*.
 
         Raises:
-            SafetensorsError: there is no model, more than one, or one that is not complete.
+            SafetensorsError: the folder has not one model, or its model is not complete.
             AzureError: the service refused a request, or could not be reached.
         """
         name, weight_map, names = self._look()

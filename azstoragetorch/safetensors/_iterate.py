@@ -162,7 +162,7 @@ def _new(stored: Stored, box: Box, dtype: torch.dtype | None, device: torch.devi
     try:
         area = new_buffer(count * kind.itemsize)
     except (OSError, MemoryError, OverflowError):
-        return stored.new(box, kind, device)  # or the error that there is none
+        return stored.new(box, kind, device)  # or its error
     return torch.frombuffer(area, dtype=torch.uint8).view(kind).view(box.lengths)
 
 

@@ -105,7 +105,7 @@ def load_model_folder(
         The tensors by name.
 
     Raises:
-        SafetensorsError: there is no model in the folder; it has several indexes; a file or a tensor is missing; or a
+        SafetensorsError: the folder has no model, or several indexes; a file or a tensor is missing; or a
             file is not valid.
         BlobChangedError: a file was overwritten while it was read.
     """

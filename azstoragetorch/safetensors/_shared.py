@@ -45,7 +45,7 @@ from azstoragetorch.safetensors._parts import converted, wanted_of
 from azstoragetorch.safetensors._slices import Shard
 
 SHARING = ("rank", "node", "world")
-_ROUND = 32 * MiB  # bytes that a rank reads in one round, beside one parcel
+_ROUND = 32 * MiB  # bytes that a rank reads in one round, in addition to one parcel
 
 Wanted = dict[str, tuple[Stored, Box]]
 
@@ -268,7 +268,7 @@ class _Exchange:
         return None
 
     def _agree(self, failure: Exception | None, group: Any) -> None:
-        """Raise unless no rank has failed."""
+        """Raise if a rank has failed."""
         for rank, said in enumerate(_gather(None if failure is None else _said(failure), group)):
             if failure is None and said is not None:
                 raise SafetensorsError(
@@ -278,7 +278,7 @@ class _Exchange:
             raise failure
 
     def _read(self, number: int, parcels: Sequence[Parcel], scope: Scope) -> dict[int, torch.Tensor]:
-        """Read what this rank has to read in one round; what has to be cut for others stays in memory of its own."""
+        """Read what this rank has to read in one round; what has to be cut for others stays in separate memory."""
         reads: list[Read] = []
         if number == 0:
             for name in self._plan.alone:

@@ -1,4 +1,4 @@
-"""Download what a folder has beside the weights: configuration, tokenizer, code cards."""
+"""Download what a folder has in addition to the weights: configuration, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def snapshot(
     source, root = folder_at(url, credential, transfer), Path(folder)
     found = source.all_names()
     if not found:
-        raise SafetensorsError(f"{source.url}: there are no blobs in this folder", url=source.url)
+        raise SafetensorsError(f"{source.url}: the folder has no blobs", url=source.url)
     # The patterns are for the name alone: a folder that is called "a.bin" has files like any other.
     names = [name for name in found if not any(fnmatchcase(name.rpartition("/")[2], pattern) for pattern in ignore)]
     for name in names:

@@ -1,7 +1,8 @@
 """Weights that change, published by a trainer and followed by any number of processes, bit for bit.
 
-``publisher`` writes full weights every so often and differences in between; ``subscriber`` follows. Both agree by one
-pointer blob. ``delta`` computes differences, ``format`` knows what the blobs consist of, and ``place`` where they are.
+``publisher`` writes full weights at intervals and differences in between; ``subscriber`` follows. They coordinate
+through one pointer blob. ``delta`` computes differences, ``format`` knows what the blobs consist of, and ``place``
+where they are.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Place:
         return self._container.blob(self._prefix + name)
 
     def pointer(self) -> tuple[str | None, Pointer | None]:
-        """The ETag of the pointer and the pointer; None twice if there is none.
+        """The ETag of the pointer and the pointer, or None twice.
 
         Raises:
             WeightsError: it is damaged.

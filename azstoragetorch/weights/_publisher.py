@@ -1,7 +1,7 @@
 """Publish weights: everything every so often, and differences in between, committed by one pointer.
 
 Blobs have names that no other blob has, so writing one harms nothing. The pointer is replaced under the condition that
-it is what this publisher has written last: a second publisher, or one that was taken for dead, gets an error. A
+it is what this publisher has written last: if another publisher has written since, this one gets an error. A
 publisher that was killed leaves blobs that nothing refers to; the next full one deletes them.
 """
 
@@ -187,7 +187,7 @@ class Publisher:
             self._discard(pointer)
 
     def _discard(self, pointer: Pointer) -> None:
-        """Delete what no reader can want: all but the current chain and the one before."""
+        """Delete what no reader can need: all but the current chain and the one before."""
         kept = {pointer.last.name, *pointer.previous}
         try:
             for name in self._place.names():

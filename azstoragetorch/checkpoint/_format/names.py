@@ -52,7 +52,7 @@ def is_digests(name: object) -> bool:
 
 
 def metadata_of(name: str) -> str:
-    """The one metadata blob that can ever refer to *name*, a data blob or side blob of ours."""
+    """The one metadata blob that can ever refer to *name*, a data blob or side blob."""
     found = _DATA_NAME.fullmatch(name)
     assert found is not None
     return metadata_name(int(found.group(1)) if found.group(4) else None)
