@@ -10,7 +10,7 @@
         ├── ManifestError                  a manifest is damaged, or lists another container
         ├── SafetensorsError               a safetensors model cannot be read or written
         ├── WeightsError                   published weights cannot be published or followed
-        └── CheckpointError                a distributed checkpoint cannot be saved, loaded, or managed
+        └── CheckpointError                a checkpoint cannot be saved, loaded, or managed
             ├── CheckpointConflictError    another save was committed during this one
             ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
             └── CheckpointNotFoundError    no checkpoint, or an incomplete one

@@ -18,7 +18,7 @@ _MARKS = {"added": "+", "removed": "-", "changed": "~"}
 
 @click.group()
 def manifest() -> None:
-    """Manifests: a listing that is stored, so that training jobs do not list. Needs pyarrow."""
+    """Store listings as manifests, so that training jobs do not list. Needs pyarrow."""
 
 
 @manifest.command(

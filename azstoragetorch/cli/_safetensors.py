@@ -20,7 +20,7 @@ _MODEL = "https://ACCOUNT.blob.core.windows.net/CONTAINER/model"
 
 @click.group()
 def safetensors() -> None:
-    """Models as safetensors files: a file, or a folder with or without an index."""
+    """Inspect and convert safetensors models: a file, or a folder with or without an index."""
 
 
 @safetensors.command(epilog=examples(f"safetensors ls {_MODEL}\nsafetensors ls -H {_MODEL}/model.safetensors"))
@@ -100,8 +100,8 @@ def convert(
 ) -> None:
     """Convert between a folder of safetensors files, a distributed checkpoint, and a blob of torch.save.
 
-    What SOURCE is shows if it ends in .pt, .pth, .bin, or .safetensors, or if the folder has the metadata of a
-    checkpoint. Without --to, a checkpoint or a blob of torch.save becomes a folder of safetensors files, and those
+    The kind of SOURCE follows from its ending (.pt, .pth, .bin, .safetensors), or from the metadata of a checkpoint
+    in the folder; --from names it otherwise. Without --to, a checkpoint or a blob of torch.save becomes a folder of safetensors files, and those
     become a blob of torch.save if TARGET ends in .pt, .pth, or .bin. Tensors are read as they are written, so the model
     need not fit into memory.
     """
