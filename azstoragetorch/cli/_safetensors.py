@@ -100,10 +100,10 @@ def convert(
 ) -> None:
     """Convert between a folder of safetensors files, a distributed checkpoint, and a blob of torch.save.
 
-    The kind of SOURCE follows from its ending (.pt, .pth, .bin, .safetensors), or from the metadata of a checkpoint
-    in the folder; --from names it otherwise. Without --to, a checkpoint or a blob of torch.save becomes a folder of safetensors files, and those
-    become a blob of torch.save if TARGET ends in .pt, .pth, or .bin. Tensors are read as they are written, so the model
-    need not fit into memory.
+    The kind of SOURCE follows from its ending (.pt, .pth, .bin, .safetensors), or from the metadata of a checkpoint in
+    the folder; --from overrides this. Without --to, a checkpoint or a blob of torch.save becomes a folder of
+    safetensors files, and those become a blob of torch.save if TARGET ends in .pt, .pth, or .bin. Tensors are read as
+    they are written, so the model need not fit into memory.
     """
     from azstoragetorch import safetensors as models
 

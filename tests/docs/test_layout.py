@@ -44,8 +44,8 @@ def test_every_variable_and_extra_is_listed(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows == {name.upper(): str(value).lower() for name, value in defaults.items()}
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     table = re.split(r"^\[", project.partition("[project.optional-dependencies]")[2], flags=re.MULTILINE)[0]
-    extras = re.findall(r"^\| `(\w+)` \|", page[page.index("## Extras") :], re.MULTILINE)
-    assert extras == re.findall(r"^(\w+) = ", table, re.MULTILINE)
+    extras = re.findall(r"^\| `([\w-]+)` \|", page[page.index("## Extras") :], re.MULTILINE)
+    assert extras == re.findall(r"^([\w-]+) = ", table, re.MULTILINE)
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "azstoragetorch").rglob("*.py"))
     read = set(re.findall(r"""["'](AZURE_STORAGE_\w+|\w+_CA_BUNDLE|SSL_CERT_\w+|XDG_\w+|LOCALAPPDATA)["']""", source))
     read |= set(re.findall(r"""environ\.get\(["'](\w+)["']""", source))
