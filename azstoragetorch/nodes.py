@@ -116,16 +116,40 @@ def _interrupt(node: Any) -> None:
 
 
 @dataclass
-class _Listed(_Run):
+class _Blobs(_Run):
     blobs: Iterator[BlobInfo]
 
+    def note(self, blob: BlobInfo) -> None:  # noqa: ARG002
+        """Count *blob*."""
+        self.state = {**self.state, "position": self.state["position"] + 1}
+
+
+B = TypeVar("B", bound=_Blobs)
+
+
+class _BlobNode(_Node[BlobInfo, B], Generic[B]):
+    """A node whose items are blobs of a listing."""
+
+    def _step(self, run: B) -> BlobInfo:
+        try:
+            blob = next(run.blobs)
+        except StopIteration:
+            raise
+        except Exception:
+            self.restart(run)  # a generator that has raised would end here
+            raise
+        run.note(blob)
+        return blob
+
+
+class _Listed(_Blobs):
     def note(self, blob: BlobInfo) -> None:
         """Count *blob*, and add it to the checksum of all before."""
         position, trace = self.state["position"], self.state["trace"]
         self.state = {"position": position + 1, "trace": zlib.crc32(blob.url.encode(), trace)}
 
 
-class BlobLister(_Node[BlobInfo, _Listed]):
+class BlobLister(_BlobNode[_Listed]):
     """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob below its roots, lexicographically by root.
 
     Roots, masks and errors are those of :class:`azstoragetorch.datapipes.AzureBlobFileLister`. Each reset lists again.
@@ -175,27 +199,11 @@ class BlobLister(_Node[BlobInfo, _Listed]):
                 )
         return run
 
-    def _step(self, run: _Listed) -> BlobInfo:
-        try:
-            blob = next(run.blobs)
-        except StopIteration:
-            raise
-        except Exception:
-            self.restart(run)  # a generator that has raised would end here
-            raise
-        run.note(blob)
-        return blob
-
     def _listed(self) -> Iterator[BlobInfo]:
         return (blob for root in self._roots for blob in self._listing.blobs(self._clients, root))
 
 
-@dataclass
-class _Rows(_Run):
-    blobs: Iterator[BlobInfo]
-
-
-class BlobManifestLister(_Node[BlobInfo, _Rows]):
+class BlobManifestLister(_BlobNode[_Blobs]):
     """Yields the blobs that a manifest lists, in the order of its rows, without listing the container.
 
     Each is a :class:`ManifestBlob`: readers raise ``BlobChangedError`` if the blob was overwritten after the manifest
@@ -225,23 +233,12 @@ class BlobManifestLister(_Node[BlobInfo, _Rows]):
             manifest_url, container_url=container_url, credential=credential, transfer=transfer
         )
 
-    def _begin(self, state: State | None) -> _Rows:
+    def _begin(self, state: State | None) -> _Blobs:
         manifest = self._source.open()
         digest, position = manifest.description.digest, 0 if state is None else state["position"]
         if state is not None and state["digest"] != digest:
             raise ValueError(f"{manifest.folder}: the state is of another manifest, or it was made again with changes")
-        return _Rows({"position": position, "digest": digest}, manifest.blobs(position, self.if_changed))
-
-    def _step(self, run: _Rows) -> BlobInfo:
-        try:
-            blob = next(run.blobs)
-        except StopIteration:
-            raise
-        except Exception:
-            self.restart(run)  # a generator that has raised would end here
-            raise
-        run.state = {**run.state, "position": run.state["position"] + 1}
-        return blob
+        return _Blobs({"position": position, "digest": digest}, manifest.blobs(position, self.if_changed))
 
 
 @dataclass

@@ -170,3 +170,30 @@ def wait_until(holds: Callable[[], bool], timeout: float = 240.0) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"did not come about within {timeout:g} s")
         time.sleep(0.005)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@contextmanager
+def struck(nth: int, kind: str) -> Iterator[list[int]]:
+    """Make the request number *nth* of this thread fail: its response is lost, or the process dies before or after."""
+    original, thread, sent = transport.send, threading.get_ident(), [0]
+
+    def send(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == thread:
+            sent[0] += 1
+            if sent[0] - 1 == nth and kind != "none":
+                if kind == "killed before":
+                    raise Killed
+                answer = original(*arguments, **options)
+                answer.close()
+                raise Killed if kind == "killed after" else ConnectionResetError("lost")
+        return original(*arguments, **options)
+
+    transport.send = send  # type: ignore[assignment]
+    try:
+        yield sent
+    finally:
+        transport.send = original

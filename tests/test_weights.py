@@ -6,9 +6,8 @@ import json
 import logging
 import pickle
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,12 @@ import pytest
 import torch
 
 from azstoragetorch import metrics, weights
-from azstoragetorch._blob import transport
 from azstoragetorch.exceptions import WeightsError
 from azstoragetorch.weights import _delta, _format
 from azstoragetorch.weights._delta import RAW, SPARSE, XOR, Change, apply, difference
 from tests.azurite.container import Container
 from tests.faults import FaultService, Status
-from tests.support import QUICK
+from tests.support import QUICK, Killed, struck
 
 State = dict[str, torch.Tensor]
 FAST = replace(QUICK, max_attempts=2)
@@ -448,33 +446,6 @@ def test_a_copy_that_was_changed_is_noticed_and_fetched_again(url: str) -> None:
 
 
 # -- kills and lost responses ------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@contextmanager
-def struck(nth: int, kind: str) -> Iterator[list[int]]:
-    """Make the request number *nth* of this thread fail: its response is lost, or the process dies before or after."""
-    original, thread, sent = transport.send, threading.get_ident(), [0]
-
-    def send(*arguments: Any, **options: Any) -> Any:
-        if threading.get_ident() == thread:
-            sent[0] += 1
-            if sent[0] - 1 == nth and kind != "none":
-                if kind == "killed before":
-                    raise Killed
-                answer = original(*arguments, **options)
-                answer.close()
-                raise Killed if kind == "killed after" else ConnectionResetError("lost")
-        return original(*arguments, **options)
-
-    transport.send = send  # type: ignore[assignment]
-    try:
-        yield sent
-    finally:
-        transport.send = original
 
 
 ALONE = replace(FAST, max_connections=1, max_concurrency=1, max_attempts=3)

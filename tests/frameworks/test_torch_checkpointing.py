@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import pytest
 import torch
 
 from azstoragetorch import TransferConfig, metrics
-from azstoragetorch._blob import transport
 from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
 from tests.checkpoint.states import same
 from tests.faults import FaultService, Status
+from tests.support import Killed, struck
 
 pytest.importorskip("torch_checkpointing", reason="it is not installed; `make frameworks` installs it")
 from torch_checkpointing import CheckpointManager
@@ -242,33 +239,6 @@ def test_nothing_is_uploaded_again(local: BlobStorageConfig) -> None:
     storage.rename(Path("tmp"), Path("done"), is_directory=True)
     assert (metrics() - before).bytes_sent < 1000
     assert storage.getsize(Path("done/a")) == 3_000_000
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-@contextmanager
-def struck(nth: int, kind: str) -> Iterator[list[int]]:
-    """Make the request number *nth* of this thread fail: its response is lost, or the process dies before or after."""
-    original, thread, sent = transport.send, threading.get_ident(), [0]
-
-    def send(*arguments: Any, **options: Any) -> Any:
-        if threading.get_ident() == thread:
-            sent[0] += 1
-            if sent[0] - 1 == nth:
-                if kind == "killed before":
-                    raise Killed
-                answer = original(*arguments, **options)
-                answer.close()
-                raise Killed if kind == "killed after" else ConnectionResetError("lost")
-        return original(*arguments, **options)
-
-    transport.send = send  # type: ignore[assignment]
-    try:
-        yield sent
-    finally:
-        transport.send = original
 
 
 @pytest.mark.parametrize("kind", ["killed before", "killed after", "lost"])
