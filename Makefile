@@ -91,8 +91,8 @@ newest: setup  ## run the core tests with the newest releases and pre-releases o
 
 # litdata goes without its dependencies: torchvision and obstore are large and unused here, and boto3 refuses the pinned
 # python-dateutil. It imports boto3, so that and its parts are named.
-frameworks: setup  ## run the tests with other frameworks (Lightning, transformers, zarr, ...) in a separate venv; ARGS= is passed to pytest
-	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning transformers accelerate datasets zarr webdataset torch-checkpointing)
+frameworks: setup  ## run the tests with other frameworks (Lightning, transformers, Ray, zarr, ...) in a separate venv; ARGS= is passed to pytest
+	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning transformers accelerate datasets zarr webdataset torch-checkpointing 'ray[data,train]')
 	$(BIN)/python -m pip --disable-pip-version-check --python $(FRAMEWORKS)/bin/python install --quiet --constraint constraints.txt --no-deps litdata boto3 botocore s3transfer jmespath
 	$(FRAMEWORKS)/bin/python -m pytest -m frameworks --numprocesses=2 --dist=worksteal tests/frameworks $(ARGS)
 

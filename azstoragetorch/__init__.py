@@ -3,12 +3,12 @@
 .. code-block:: text
 
    faces      cli
-              lightning  litdata  torch_checkpointing  transformers  webdataset
+              lightning  litdata  ray  torch_checkpointing  transformers  webdataset
               safetensors
               checkpoint  datapipes  datasets  filesystem  manifest  nodes  weights
               io
    _samples   inventory  manifest  manifest_writer
-              cache  catalog  fetching  listing  parquet  resume  sources  splitting  workers
+              cache  catalog  fetching  listing  packing  parquet  resume  sources  splitting  workers
               expected  tar
               items  names  once  prefetch  records  rows  sharding  steps  tar_header  unpack
    _tensors   pinned  staging
@@ -36,13 +36,14 @@ the package itself loads neither torch nor the Azure SDK; each module loads what
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 
 __version__ = "0.3.0.dev0"
 
 from azstoragetorch._engine.config import FILE_SYSTEM, TransferConfig
 from azstoragetorch._engine.metrics import Metrics, metrics
 
-__all__ = ["Metrics", "TransferConfig", "__version__", "join_url", "metrics"]
+__all__ = ["Metrics", "TransferConfig", "__version__", "join_url", "metrics", "share_credentials"]
 
 
 def join_url(url: str, *names: str) -> str:
@@ -62,6 +63,30 @@ def join_url(url: str, *names: str) -> str:
     from azstoragetorch._blob.url import join_url
 
     return join_url(url, *names)
+
+
+def share_credentials() -> AbstractContextManager[None]:
+    """A context in which what you create takes its SAS or account key along to other machines.
+
+    A pickle can end up in a file, so pickles of this package's objects contain no secrets, except those for child
+    processes of ``multiprocessing``. A Ray task, or any other job that is pickled and sent to another machine, then
+    fails with an error that names this function. Create the object in this context to send it with its credential::
+
+        with azstoragetorch.share_credentials():
+            blobs = azstoragetorch.ray.read_blobs(url, credential=AzureSasCredential(sas))
+
+    What counts is where the object is created, not where it is pickled. It applies to everything of this package that
+    is created in the context by the same thread, for good: also to copies that are made of it later, and on the other
+    machine. Objects that were created outside are not affected.
+
+    **Risk.** The secret is in the pickle as plain text; nothing encrypts it. Whoever can read the pickle can use it:
+    in Ray, everyone with access to the cluster's object store, to the disk that it spills to, and to its network
+    unless Ray uses TLS. Share a SAS that allows only what the job needs and expires soon after it, never an account
+    key. Better, share nothing: give the machines an identity, and pass ``credential=None``.
+    """
+    from azstoragetorch._blob.secret import sharing
+
+    return sharing()
 
 
 if os.environ.get(FILE_SYSTEM, "").lower() in ("1", "true", "yes"):

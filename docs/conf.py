@@ -40,6 +40,7 @@ nitpick_ignore_regex = [
 autodoc_mock_imports = [
     "lightning",
     "litdata",
+    "ray",
     "torch_checkpointing",
     "transformers",
     "webdataset",
@@ -93,6 +94,7 @@ CONTENTS = {
         "integrations/hugging-face",
         "integrations/webdataset",
         "integrations/litdata",
+        "integrations/ray",
         "integrations/torch-checkpointing",
         "integrations/tensorboard",
         "integrations/kubernetes",

@@ -31,6 +31,7 @@ FACES = {"io", "datasets", "datapipes", "manifest", "nodes", "checkpoint", "safe
 FRAMEWORKS = {
     "lightning",
     "litdata",
+    "ray",
     "torch_checkpointing",
     "transformers",
     "webdataset",
@@ -77,8 +78,9 @@ MAY_IMPORT = {
     "filelock": {"litdata"},  # a dependency of litdata
     "lightning": {"lightning"},
     "litdata": {"litdata"},
-    "pyarrow": {"_samples.parquet"},  # an extra
+    "pyarrow": {"_samples.parquet", "ray"},  # an extra, and a dependency of Ray
     "pytorch_lightning": {"lightning"},
+    "ray": {"ray"},
     "torch_checkpointing": {"torch_checkpointing"},
     "transformers": {"transformers"},
     "webdataset": {"webdataset"},

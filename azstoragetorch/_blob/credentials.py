@@ -27,7 +27,7 @@ from azstoragetorch._blob.authorizers import (
 from azstoragetorch._blob.authorizers import (
     check_key as check_key,
 )
-from azstoragetorch._blob.secret import Secret, SharedString
+from azstoragetorch._blob.secret import Secret, SharedString, is_sharing
 from azstoragetorch._blob.url import EMULATOR_ACCOUNT, BlobURL
 from azstoragetorch._engine.config import TRUSTED_HOSTS
 from azstoragetorch._engine.process import PerProcess
@@ -44,17 +44,24 @@ _ACCEPTED = (
 class CredentialHolder:
     """The credential of a user, as it was given.
 
-    It can be pickled. A SAS or account key is included only for child processes (see ``secret``).
+    It can be pickled. A SAS or account key is included only for child processes, or if it is shared (see ``secret``).
 
     Args:
         credential: The credential.
         sas: The SAS of the URL, which takes precedence, as in the SDK.
         trusted_url: The URL that the user passed together with *credential*, so it may be sent to its host.
+        is_shared: As for `Secret`.
     """
 
     def __init__(
-        self, credential: Credential, sas: Secret | None = None, *, trusted_url: BlobURL | None = None
+        self,
+        credential: Credential,
+        sas: Secret | None = None,
+        *,
+        trusted_url: BlobURL | None = None,
+        is_shared: bool | None = None,
     ) -> None:
+        self._is_shared = is_sharing() if is_shared is None else is_shared
         checked = check_credential(credential)
         self._sas = sas
         self._credential = kept = checked if sas is None else None
@@ -114,13 +121,16 @@ class CredentialHolder:
         credential = self._credential
         packed: tuple[Any, ...] = "object", credential
         if isinstance(credential, AzureSasCredential):
-            packed = "sas", Secret(credential.signature), _handle_of(credential)
+            packed = "sas", Secret(credential.signature, self._is_shared), _handle_of(credential)
         elif isinstance(credential, AzureNamedKeyCredential):
-            packed = "key", credential.named_key.name, Secret(credential.named_key.key), _handle_of(credential)
-        return {"sas": self._sas, "packed": packed, "allowed": frozenset(_allowed_origins(credential))}
+            key = Secret(credential.named_key.key, self._is_shared)
+            packed = "key", credential.named_key.name, key, _handle_of(credential)
+        allowed = frozenset(_allowed_origins(credential))
+        return {"sas": self._sas, "packed": packed, "allowed": allowed, "is_shared": self._is_shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._sas = state["sas"]
+        self._is_shared = state["is_shared"]
         kind, *values = state["packed"]
         # Secrets are looked up on use, so that objects can be unpickled where they are never used.
         makers: dict[str, Callable[..., Any]] = {"sas": _unpickled_sas, "key": _unpickled_key}

@@ -1,8 +1,9 @@
 """Secrets that are never shown: neither in a repr nor in a pickle that can end up in a file.
 
 A secret is passed on to child processes (spawn, forkserver, multiprocessing queues and pipes), which need it. In any
-other pickle it is replaced by a marker, and using that raises an error that says what to do. Updates of a secret reach
-child processes through shared memory.
+other pickle it is replaced by a marker, and using that raises an error that says what to do. Only what was created
+inside `sharing`, which users enter to send it to other machines, has its secrets in every pickle. Updates of a secret
+reach child processes through shared memory.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import re
 import struct
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
@@ -29,13 +31,36 @@ def redact(text: str) -> str:
     return _BEARER.sub(r"\1 [redacted]", _SIGNATURE.sub(r"\1\2[redacted]", text))
 
 
+# Read when an object is created and not when it is pickled: engines for data pickle late, and in threads of their own.
+_sharing: ContextVar[bool] = ContextVar("azstoragetorch_share_credentials", default=False)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """What is created in this context has its secrets in every pickle; see `azstoragetorch.share_credentials`."""
+    token = _sharing.set(True)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
+
+
+def is_sharing() -> bool:
+    """Whether what is created now has its secrets in every pickle."""
+    return _sharing.get()
+
+
 class Secret:
-    """A string that is not shown in reprs and pickles. ``reveal()`` returns it."""
+    """A string that is not shown in reprs and pickles. ``reveal()`` returns it.
 
-    __slots__ = ("_value",)
+    *is_shared* is whether pickles contain it nevertheless; by default, whether it is created in `sharing`.
+    """
 
-    def __init__(self, value: str | None) -> None:
+    __slots__ = ("_is_shared", "_value")
+
+    def __init__(self, value: str | None, is_shared: bool | None = None) -> None:
         self._value = value
+        self._is_shared = is_sharing() if is_shared is None else is_shared
 
     def reveal(self) -> str:
         """The secret.
@@ -46,7 +71,10 @@ class Secret:
         if self._value is None:
             raise ValueError(
                 "the SAS or key of this object was left out when it was pickled, since a pickle can end up in a file: "
-                "create the object again with its credential"
+                "create the object again with its credential. To use it on another machine, create it inside `with "
+                "azstoragetorch.share_credentials():`, which lets its pickles contain the secret; or give the machine "
+                "an identity (such as AZURE_CLIENT_ID and what goes with it, in its environment), pass "
+                "credential=None, and no SAS in the URL"
             )
         return self._value
 
@@ -67,11 +95,12 @@ class Secret:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The arguments of a child process that is being started can contain plain pickles, as DataLoader wraps a pipe.
-        return Secret, (self._value if get_spawning_popen() is not None else None,)
+        is_included = self._is_shared or get_spawning_popen() is not None
+        return Secret, (self._value if is_included else None, self._is_shared)
 
 
 def _to_other_process(secret: Secret) -> tuple[Any, ...]:
-    return Secret, (secret._value,)  # noqa: SLF001
+    return Secret, (secret._value, secret._is_shared)  # noqa: SLF001
 
 
 ForkingPickler.register(Secret, _to_other_process)

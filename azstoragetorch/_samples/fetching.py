@@ -60,7 +60,7 @@ def fetch_ahead(
         return part
 
     def work(item: Item, scope: Scope) -> Fetched:
-        client = _client_of(clients, item)
+        client = client_of(clients, item)
         if isinstance(item, BlobRange):
             return Fetched(client, BlobVersion(item.size, item.etag), _fetch_range(client, item, scope), is_whole=True)
         fetched = _of_head(client, client.head(scope))
@@ -72,7 +72,7 @@ def fetch_ahead(
     def start(item: Item, scope: Scope, done: Callable[[Fetched], None], failed: Callable[[], None]) -> IsStuck | None:
         if isinstance(item, BlobRange) or (whole and isinstance(item, BlobInfo) and item.size > part):
             return None
-        client = _client_of(clients, item)
+        client = client_of(clients, item)
         return client.start_head(scope, lambda head: done(_of_head(client, head)), failed)
 
     return OrderedPrefetch(
@@ -86,7 +86,8 @@ def fetch_ahead(
     )
 
 
-def _client_of(clients: ClientFactory, item: Item) -> BlobClient:
+def client_of(clients: ClientFactory, item: Item) -> BlobClient:
+    """The client for the blob of *item*; for one of a manifest, it checks the version."""
     client = clients.blob(url_of(item))
     if isinstance(item, ManifestBlob):
         return ExpectedBlobClient(client, BlobVersion(item.size, item.etag))

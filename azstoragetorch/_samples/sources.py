@@ -69,7 +69,7 @@ class Listing:
             if url.blob and not has_any and page.names[:1] == [url.blob] and not url.blob.endswith("/"):
                 is_one = True
                 page = Page(page.names[:1], page.sizes[:1], page.etags[:1], [], "")
-            for name, size, etag in zip(*names_filter.keep(*self._matching(page)), strict=True):
+            for name, size, etag in zip(*names_filter.keep(*self.matching(page)), strict=True):
                 has_any = True
                 yield BlobInfo(url_of_name(base, name), size, etag)
             if is_one:
@@ -107,7 +107,8 @@ class Listing:
             raise not_found(f"there is no blob {plain_url(url)}")
         return BlobInfo(plain_url(url), version.size, version.etag)
 
-    def _matching(self, page: Page) -> Columns:
+    def matching(self, page: Page) -> Columns:
+        """The blobs of *page* that the masks choose."""
         if not self.masks:
             return page.names, page.sizes, page.etags
         whole = _one_of(tuple(mask for mask in self.masks if "/" in mask))

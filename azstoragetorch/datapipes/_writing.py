@@ -13,8 +13,9 @@ from azstoragetorch._engine.config import GiB, MiB, TransferConfig
 from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch._samples.items import pair_of, plain_url
+from azstoragetorch._samples.packing import as_bytes, files_of
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.tar import END, entry, padding, split_name
+from azstoragetorch._samples.tar import END
 from azstoragetorch._samples.workers import Placement
 from azstoragetorch.datapipes._base import IterDataPipe, check_function, functional_datapipe
 
@@ -96,13 +97,13 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
                 self._copy(client, data)
                 yield client, None
             else:
-                yield client, _as_bytes(data, str(url))
+                yield client, as_bytes(data, str(url))
 
     def _copy(self, client: BlobClient, stream: Any) -> None:
         writer = client.writer(create_only=not self.overwrite)
         with on_error(writer.abort):
             while chunk := stream.read(_COPY):
-                writer.write(memoryview(_as_bytes(chunk, str(client.url))))
+                writer.write(memoryview(as_bytes(chunk, str(client.url))))
             writer.commit()
 
 
@@ -175,7 +176,7 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
             for sample in self.source_datapipe:
                 if tar is None:
                     tar = self._open(number, place.shard)
-                files = _files_of(sample, tar.url)
+                files = files_of(sample, tar.url)
                 size = sum(len(part) for part in files)
                 is_full = tar.size + size + len(END) > self.max_size or tar.count == self.max_count
                 if tar.count and is_full:
@@ -227,39 +228,3 @@ class _OpenTar:
     def abort(self) -> None:
         if self._is_open:
             self._writer.abort()
-
-
-def _files_of(sample: Mapping[str, Any], url: str) -> list[bytes]:
-    """Headers, contents and paddings of the files of *sample*."""
-    key: Any = sample.get("__key__") if hasattr(sample, "get") else None
-    if not isinstance(key, str) or not key:
-        raise ValueError(f"{url}: a sample is a mapping with a '__key__', a text that is not empty")
-    parts = []
-    for extension, value in sample.items():
-        if not isinstance(extension, str):
-            raise TypeError(f"{url}: the sample {key!r} has the extension {extension!r}, which is not a string")
-        if extension.startswith("__"):
-            continue
-        name = f"{key}.{extension}"
-        if split_name(name) != (key, extension.lower()):
-            raise ValueError(
-                f"{url}: {name!r} would not come back as the extension {extension!r} of the sample {key!r}: "
-                "the last segment of a key must be neither empty nor hold a dot, and an extension no slash"
-            )
-        data = value.encode() if isinstance(value, str) else _as_bytes(value, f"{url}/{name}")
-        parts += [entry(name, len(data)), data, padding(len(data))]
-    if not parts:
-        raise ValueError(f"{url}: the sample {key!r} has no data")
-    return parts
-
-
-def _as_bytes(data: Any, where: str) -> bytes:
-    if isinstance(data, bytes):
-        return data
-    try:
-        return memoryview(data).tobytes()
-    except TypeError:
-        raise TypeError(
-            f"{where}: what is written must be bytes, an object with the buffer protocol or a binary stream, "
-            f"not {type(data).__name__}" + ("; encode the text" if isinstance(data, str) else "")
-        ) from None

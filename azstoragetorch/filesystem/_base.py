@@ -12,6 +12,7 @@ from fsspec.utils import tokenize
 
 from azstoragetorch._blob.client import AccountClient, BlobClient, ClientFactory, ContainerClient
 from azstoragetorch._blob.credentials import Credential, CredentialHolder
+from azstoragetorch._blob.secret import is_sharing
 from azstoragetorch._blob.url import BlobURL, check_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.threads import Engine, engine_for
@@ -40,6 +41,13 @@ class _StorageOptions:
         instance.__dict__["storage_options"] = hide(options)
 
 
+class _IsSharing:
+    """Whether a file system that is created now is to have its secrets in pickles; an attribute of the class."""
+
+    def __get__(self, _instance: Base | None, _owner: type[Base]) -> bool:
+        return is_sharing()
+
+
 class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
     """One account, and its clients."""
 
@@ -48,6 +56,8 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
     storage_options = _StorageOptions()
     storage_args: tuple[Any, ...] = ()
     _strip_protocol = _Strip()
+    _is_sharing = _IsSharing()
+    _extra_tokenize_attributes = ("_is_sharing",)  # fsspec returns the same object for the same arguments and these
     _epoch = object()  # another one after each change; listings that are older are not cached
 
     def __init__(
@@ -81,6 +91,7 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
             **options,
         }
         check_names(passed)
+        self._is_shared = is_sharing()
         super().__init__(**options)
         self._options = hide({name: value for name, value in passed.items() if value is not None})
         self.__dict__["storage_options"] = self._options  # fsspec replaces it
@@ -230,7 +241,8 @@ class Base(AbstractFileSystem):  # type: ignore[misc]  # fsspec is not typed
         options = dict(self._options)
         credential = options.pop("credential", None)
         if credential is not None and not isinstance(credential, (Hidden, CredentialHolder)):
-            credential = CredentialHolder(credential)  # knows which secrets a pickle may contain
+            # It knows which secrets a pickle may contain.
+            credential = CredentialHolder(credential, is_shared=self._is_shared)
         return _restore, (type(self), options, credential)
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-NEEDED = ("lightning", "transformers", "webdataset", "litdata", "torch_checkpointing")
+NEEDED = ("lightning", "transformers", "webdataset", "litdata", "torch_checkpointing", "ray")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from tests.docs.test_recipes import WITH_FRAMEWORKS
 EXPECTED = {
     "lightning": ["0 epochs are in blobs", "2 epochs are in blobs"],
     "litdata": ["1000 samples"],
+    "ray": ["1797 images in ", "; the loss went down"],
     "transformers": ["step 6; in blobs: checkpoint-4, checkpoint-6", "/checkpoint-6\n"],
     "webdataset": ["1000 samples from 10 shards"],
 }

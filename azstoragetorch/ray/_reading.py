@@ -1,0 +1,179 @@
+"""Read blobs with Ray tasks, in which the next blobs are fetched while one is transformed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import ray.data
+from ray.data import DataContext, Dataset, Datasource
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import ReadTask
+
+from azstoragetorch._blob.client import ClientFactory
+from azstoragetorch._blob.credentials import Credential
+from azstoragetorch._blob.url import parse_blob_url
+from azstoragetorch._engine.config import MiB, TransferConfig
+from azstoragetorch._samples.fetching import client_of, fetch_heads_ahead
+from azstoragetorch._samples.items import BlobInfo
+from azstoragetorch._samples.sources import Listing
+from azstoragetorch.datasets import Blob
+from azstoragetorch.datasets._blobs import apply, check_transform
+from azstoragetorch.ray._sending import check_sendable, clients_below
+from azstoragetorch.ray._split import balance, cost
+
+Transform: TypeAlias = Callable[[Blob], Mapping[str, Any]]
+
+_BLOCK = 64 * MiB  # of blobs, after which a task hands on a block; a worker holds about two
+_TASK = 8 * MiB  # of blobs at least, so that the blobs of a task are in flight together
+_ROWS_OF_TASK = 256  # of a dataset of blobs, whose sizes are not known when tasks are made
+
+
+def read_blobs(
+    blobs: str | Iterable[BlobInfo] | Dataset,
+    *,
+    transform: Transform | None = None,
+    masks: str | Sequence[str] = (),
+    credential: Credential = None,
+    transfer: TransferConfig | None = None,
+    concurrency: int | None = None,
+    num_cpus: float | None = None,
+) -> Dataset:
+    """A Ray dataset with a row for each blob: ``url`` and ``data``, or what *transform* returns.
+
+    Tasks get about the same number of bytes each. In a task, the next blobs are fetched while one is transformed.
+
+    Args:
+        blobs: A URL, below which this process lists now, as for `list_blobs`; a sequence of
+            :class:`~azstoragetorch.datapipes.BlobInfo`, such as a pipe that lists a manifest; or a dataset that
+            `list_blobs` returned, perhaps filtered, which is neither listed nor held by this process: prefer it for
+            millions of blobs.
+        transform: Called with a :class:`~azstoragetorch.datasets.Blob`, returns a row: a mapping of names to values
+            that Ray can store, such as numbers, strings, bytes, and NumPy arrays. Ray pickles the function.
+        masks: As for `list_blobs`; only for a URL.
+        credential: As for `list_blobs`.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. It is for each worker: its
+            ``max_connections`` and ``memory_limit`` are of one process.
+        concurrency: How many tasks to run at once at most; by default, Ray decides.
+        num_cpus: CPUs that Ray reserves for a task; by default, one.
+
+    Raises:
+        ResourceNotFoundError: nothing is there.
+        ValueError: a URL is not valid.
+        TypeError: an argument has the wrong type, or the credential cannot be sent to a worker.
+        AzureError: the service refused the request, or could not be reached.
+
+    Tasks raise the same errors as datasets do: of the service, and of *transform*, with the URL of the blob. A blob of
+    a manifest that was overwritten raises :class:`~azstoragetorch.exceptions.BlobChangedError`.
+    """
+    check_transform(transform)
+    if isinstance(blobs, str):
+        place, clients = clients_below(blobs, credential, transfer)
+        known = list(Listing.of(masks, True, "skip", False).blobs(clients, place))
+    else:
+        clients = ClientFactory(credential, transfer)
+        check_sendable(clients)
+        known = [] if isinstance(blobs, Dataset) else [_checked(blob) for blob in blobs]
+    reader = _Reader(clients, transform)
+    if isinstance(blobs, Dataset):
+        small = blobs.repartition(target_num_rows_per_block=_ROWS_OF_TASK)
+        options = {} if num_cpus is None else {"num_cpus": num_cpus}
+        return small.map_batches(
+            reader.of_table, batch_size=None, batch_format="pyarrow", concurrency=concurrency, **options
+        )
+    return ray.data.read_datasource(_Blobs(known, reader), concurrency=concurrency, num_cpus=num_cpus)
+
+
+def _checked(blob: Any) -> BlobInfo:
+    if not isinstance(blob, BlobInfo):
+        raise TypeError(f"blobs must be a URL, a dataset of list_blobs, or BlobInfos, not {type(blob).__name__}")
+    parse_blob_url(blob.url)
+    return blob
+
+
+class _Blobs(Datasource):  # type: ignore[misc]  # Ray need not be installed where types are checked
+    """Reads blobs. Ray makes its tasks."""
+
+    def __init__(self, blobs: list[BlobInfo], read: _Reader) -> None:
+        super().__init__()
+        self._blobs = blobs
+        self._read = read
+
+    def get_name(self) -> str:
+        return "ReadBlobs"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(blob.size for blob in self._blobs)
+
+    def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ReadTask]:  # noqa: ARG002 - Ray's
+        tasks = []
+        count = min(parallelism, math.ceil(sum(map(cost, self._blobs)) / _TASK))
+        for group in balance(self._blobs, count) or [[]]:
+            size = sum(blob.size for blob in group)
+            known = BlockMetadata(num_rows=len(group), size_bytes=size, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(partial(self._read.blocks, group), known))
+        return tasks
+
+
+class _Reader:
+    """In a worker: makes blocks of blobs."""
+
+    def __init__(self, clients: ClientFactory, transform: Transform | None) -> None:
+        self._clients = clients
+        self._transform = transform
+
+    def of_table(self, table: pa.Table) -> Iterator[dict[str, Any]]:
+        """The rows for the blobs in *table*, as columns."""
+        missing = {"url", "size", "etag"} - set(table.column_names)
+        if missing:
+            raise ValueError(f"blobs: the dataset has no column {', '.join(sorted(missing))}: pass one of list_blobs")
+        columns = (table[name].to_pylist() for name in ("url", "size", "etag"))
+        return self._columns([BlobInfo(*row) for row in zip(*columns, strict=True)])
+
+    def blocks(self, blobs: list[BlobInfo]) -> Iterator[Block]:
+        """The rows for *blobs*, as blocks."""
+        for columns in self._columns(blobs):
+            yield BlockAccessor.batch_to_block(columns)
+
+    def _columns(self, blobs: list[BlobInfo]) -> Iterator[dict[str, Any]]:
+        most = min(_BLOCK, DataContext.get_current().target_max_block_size or _BLOCK)
+        rows: list[Mapping[str, Any]] = []
+        size = 0
+        for blob, row in self._rows(blobs):
+            rows.append(row)
+            size += blob.size or 0
+            if size >= most:
+                yield _columns_of(rows)
+                rows, size = [], 0
+        if rows:
+            yield _columns_of(rows)
+
+    def _rows(self, blobs: list[BlobInfo]) -> Iterator[tuple[Blob, Mapping[str, Any]]]:
+        ahead = fetch_heads_ahead(
+            self._clients.config,
+            map(self._open, blobs),
+            client=lambda blob: blob._client,  # noqa: SLF001 - of this package
+            size=lambda blob: blob.size,
+            is_eager=self._transform is None,
+        )
+        with closing(ahead):
+            for work in ahead:
+                row = apply(self._transform, work.item, work.result)
+                if not isinstance(row, Mapping):
+                    raise TypeError(
+                        f"the transform returned a {type(row).__name__} for {work.item.url}: it must return a row, "
+                        "which is a mapping of column names to values"
+                    )
+                yield work.item, row
+
+    def _open(self, blob: BlobInfo) -> Blob:
+        return Blob(client_of(self._clients, blob), blob.size, blob.etag)
+
+
+def _columns_of(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in columns}
