@@ -15,6 +15,7 @@ from typing import Any
 from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.metadata import Metadata
 
+from azstoragetorch._engine.config import MiB
 from azstoragetorch._tensors.hashing import algorithm_of, best_algorithm, is_available
 from azstoragetorch.checkpoint._catalog import names_in
 from azstoragetorch.checkpoint._folder import Folder
@@ -24,6 +25,9 @@ from azstoragetorch.exceptions import AZStorageTorchError
 log = logging.getLogger("azstoragetorch")
 
 LATEST = "latest"
+
+_SPREAD = 16 * MiB  # of what is uploaded are sent in blocks of
+_SPREAD_BLOCK = 1 * MiB  # so that the little that changed is not sent by one connection while the others are idle
 
 
 def _form(item: Item) -> tuple[Any, ...]:
@@ -39,6 +43,7 @@ class Base:
         self.folder = folder
         self._items: dict[tuple[str, Any], Item] = {}
         self._refusals: list[str] = []  # why it is not used any more
+        self._uploaded = 0  # bytes; about, since several threads add to it
         for item in items:
             digest = digests.of(item)
             if digest is not None and item.etag is not None:
@@ -61,6 +66,12 @@ class Base:
         if item.digest is None or self._refusals:
             return None
         return self._items.get((item.digest, _form(item)))
+
+    def cut(self, size: int) -> int:
+        """The bytes of the next block of changed items, at most *size*."""
+        length = min(size, _SPREAD_BLOCK) if self._uploaded < _SPREAD else size
+        self._uploaded += length
+        return length
 
     def refused(self, error: Exception) -> None:
         """Stop using the base. The first time, warn."""

@@ -18,9 +18,12 @@ _SINGLE = 24 * MiB  # a blob up to this size is copied together and put at once,
 _WHOLE = 64 * MiB  # a blob up to this size is one block: another try sends no more than this again
 
 
-def block_size_of(size: int, transfer: TransferConfig) -> int:
-    """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again."""
-    return max(transfer.block_size, size if size <= _WHOLE else 0)
+def block_size_of(size: int, transfer: TransferConfig, *, has_base: bool = False) -> int:
+    """Bytes of a block of a blob of about *size* bytes: all, unless another try would send too much again.
+
+    With a base it is not known how much will be sent: blocks are shorter, and there are more requests at once.
+    """
+    return max(transfer.block_size, size if size <= _WHOLE and not has_base else 0)
 
 
 def write_blob(folder: Folder, encoder: Encoder, base: Base | None, concurrency: int, scope: Scope) -> None:
@@ -42,7 +45,9 @@ def write_blob(folder: Folder, encoder: Encoder, base: Base | None, concurrency:
         if encoder.is_done and len(together) == len(first):
             writer.put(together)
             return
-        blocks = _blocks(itertools.chain(first, parts), block_size_of(encoder.size_hint, transfer), base)
+        blocks = _blocks(
+            itertools.chain(first, parts), block_size_of(encoder.size_hint, transfer, has_base=base is not None), base
+        )
         writer.write_blocks(blocks, concurrency=concurrency)
         writer.commit()
 
@@ -59,7 +64,8 @@ def _blocks(parts: Iterable[Part], block_size: int, base: Base | None) -> Iterat
                 yield _copied(part, base)
         else:
             pieces = (part for part in group if not isinstance(part, Unchanged))
-            for block in regroup(pieces, growing_blocks(written, block_size)):
+            sizes = growing_blocks(written, block_size)
+            for block in regroup(pieces, sizes if base is None else map(base.cut, sizes)):
                 written += sum(piece.nbytes for piece in block)
                 yield block
 

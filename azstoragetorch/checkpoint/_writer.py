@@ -231,8 +231,13 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         runs = partition(sizes, self._blobs_per_rank or self._blob_count(sum(sizes)))
         config = save.folder.transfer
         digesting = save.digesting.result() if save.digesting is not None else None
-        largest = max((block_size_of(sum(sizes[at] + ENVELOPE for at in run), config) for run in runs), default=1)
-        at_once = max(1, min(config.initial_concurrency, config.memory_limit // largest))
+        has_base = digesting is not None and digesting.base is not None
+        largest = max(
+            (block_size_of(sum(sizes[at] + ENVELOPE for at in run), config, has_base=has_base) for run in runs),
+            default=1,
+        )
+        most = config.max_connections if has_base else config.initial_concurrency  # copies do not use the network
+        at_once = max(1, min(most, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         planner_calls = one_at_a_time()
 

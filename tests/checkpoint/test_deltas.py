@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import pickle
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,12 @@ import torch.distributed.checkpoint as dcp
 from azure.core.credentials import AccessToken
 
 from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._blob import transport
 from azstoragetorch._tensors import hashing
 from azstoragetorch.checkpoint import (
     BlobStorageReader,
     BlobStorageWriter,
+    _base,
     _folder,
     _unchanged,
     checkpoint_to_torch_save,
@@ -482,6 +488,99 @@ def test_cleaning_and_deleting_know_the_side_blob(fault_service: FaultService, r
     put(f"{run}/step-3", model(4), digests=True)
     delete_checkpoint(f"{run}/step-3", credential=False)
     assert fault_service.names("c") == []
+
+
+def test_pruning_after_each_save_harms_no_checkpoint(run: str) -> None:
+    """Each is whole: its base, and the base of its base, are deleted."""
+    for step in range(1, 6):
+        _, copied = sent(lambda step=step: put(f"{run}/step-{step}", model(step), base="latest"))  # type: ignore[misc]
+        assert (copied > 900_000) == (step > 1)
+        keep_last(run, 2, credential=False)
+        clean(run, credential=False)
+        _folder._known.forget()  # as another process
+        for kept in range(max(1, step - 1), step + 1):
+            same(take(f"{run}/step-{kept}", model(), verify=True), model(kept))
+
+
+@contextmanager
+def before_copy(nth: int, action: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Run *action* before the request *nth* that copies from a base; what it returned is in the list."""
+    original, copies, done = transport.send, itertools.count(), list[Any]()
+
+    def send(origin: Any, method: str, target: str, headers: Any, **options: Any) -> Any:
+        if "x-ms-copy-source" in headers and next(copies) == nth:
+            done.append(action())
+        return original(origin, method, target, headers, **options)
+
+    transport.send = send  # type: ignore[assignment]
+    try:
+        yield done
+    finally:
+        transport.send = original
+
+
+ALONE = replace(SMALL, max_connections=1, max_concurrency=1)
+
+
+@pytest.mark.parametrize("nth", [0, 3])
+@pytest.mark.parametrize("what", ["clean", "keep_last", "delete"])
+def test_the_base_is_cleaned_or_deleted_while_a_save_copies_from_it(
+    run: str, what: str, nth: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The save is whole, and so is the base where it was not deleted; what can no longer be copied is uploaded."""
+    put(f"{run}/step-1", model(1), digests=True)
+    put(f"{run}/step-2", model(7))  # what keep_last keeps
+    actions: dict[str, Callable[[], Any]] = {
+        "clean": lambda: clean(f"{run}/step-1", min_age=-100, credential=False, transfer=ALONE),
+        "keep_last": lambda: keep_last(run, 1, credential=False, transfer=ALONE),
+        "delete": lambda: delete_checkpoint(f"{run}/step-1", credential=False, transfer=ALONE),
+    }
+    with before_copy(nth, actions[what]) as done:
+        uploaded, _ = sent(lambda: put(f"{run}/step-3", model(3), base=f"{run}/step-1", transfer=ALONE))
+    assert done == [[f"{run}/step-1"] if what == "keep_last" else [] if what == "clean" else done[0]]
+    _folder._known.forget()
+    same(take(f"{run}/step-3", model(), verify=True), model(3))
+    if what == "clean":
+        same(take(f"{run}/step-1", model(), verify=True), model(1))
+        assert uploaded < 50_000
+    else:
+        assert "the base is not used, and the rest is uploaded" in the_warning(caplog)
+        assert uploaded > 500_000
+
+
+def test_a_save_that_is_cleaned_away_while_it_copies_has_no_effect(run: str) -> None:
+    """With a cutoff that includes the save: it fails, or is whole, and the base is as it was."""
+    put(f"{run}/step-1", model(1), digests=True)
+    saved = 1
+    with (
+        before_copy(5, lambda: clean(run, min_age=-100, credential=False, transfer=ALONE)) as done,
+        suppress(CheckpointError),
+    ):
+        put(f"{run}/step-1", model(2), base="latest", transfer=ALONE)
+        saved = 2
+    assert len(done) == 1
+    _folder._known.forget()
+    same(take(f"{run}/step-1", model(), verify=True), model(saved))
+    put(f"{run}/step-1", model(3), base="latest")
+    same(take(f"{run}/step-1", model(), verify=True), model(3))
+
+
+def test_the_little_that_changed_is_spread_over_connections(
+    fault_service: FaultService, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut into short blocks, and the copies are as many at once as there are connections."""
+    monkeypatch.setattr(_unchanged, "MOST", 64 << 20)
+    monkeypatch.setattr(_base, "_SPREAD_BLOCK", 20_000)
+    config = TransferConfig(max_connections=8, max_concurrency=2)
+    state = model(1) | {"new": torch.zeros(50_000)}
+    put(f"{run}/step-1", state, base="latest", transfer=config, blobs_per_rank=1)
+    fault_service.reset_log()
+    state["new"] += 1
+    put(f"{run}/step-2", state, base="latest", transfer=config, blobs_per_rank=1)
+    sizes = [request.body_length for request in fault_service.requests("put_block")]
+    assert len(sizes) >= 10
+    assert max(sizes) <= 20_000
+    same(take(f"{run}/step-2", state, verify=True), state)
 
 
 def test_export_and_import(container: Container) -> None:

@@ -41,7 +41,8 @@ make interleavings
 {rows}
 
 Three actors of any of these kinds at once, in random orders, half of them with a random fault: {random:,} orders,
-{random_steps:,} requests, 0 violations.
+{random_steps:,} requests, 0 violations. Three of which one at least saves with a base, in the same way:
+{deltas:,} orders, {delta_steps:,} requests, 0 violations.
 
 """
 
@@ -52,11 +53,12 @@ def main(count: int, seed: int) -> int:
     pairs = [*combinations(2), *DELTAS]
     chunks = [min(_CHUNK, count - at) for at in range(0, count, _CHUNK)]
     found: dict[Combination, Tally] = {}
-    random_ones = Tally()
+    random_ones, random_deltas = Tally(), Tally()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, logging.disable, (logging.CRITICAL,)) as pool:
         exploring = [pool.submit(explore_pair, number) for number in range(len(pairs))]
         wandering = [pool.submit(wander_often, seed + number, size) for number, size in enumerate(chunks)]
+        following = [pool.submit(wander_often, seed + at, size, deltas=True) for at, size in enumerate(chunks)]
         for pair, future in zip(pairs, exploring, strict=True):
             found[pair] = future.result()
             took, tally = time.monotonic() - began, found[pair]
@@ -64,17 +66,27 @@ def main(count: int, seed: int) -> int:
         for future in wandering:
             random_ones.add(future.result())
             sys.stderr.write(f"{time.monotonic() - began:6.0f} s  {random_ones.runs:,} random orders of three\n")
-    violations = [violation for tally in (*found.values(), random_ones) for violation in tally.violations]
+        for future in following:
+            random_deltas.add(future.result())
+            sys.stderr.write(f"{time.monotonic() - began:6.0f} s  {random_deltas.runs:,} of them with a base\n")
+    everything = (*found.values(), random_ones, random_deltas)
+    violations = [violation for tally in everything for violation in tally.violations]
     for violation in violations[:20]:
         sys.stderr.write(violation + "\n")
     if not violations:
-        write(rows(found), random_ones)
+        write(rows(found), random_ones, random_deltas)
     return len(violations)
 
 
-def write(lines: list[str], random_ones: Tally) -> None:
+def write(lines: list[str], random_ones: Tally, random_deltas: Tally) -> None:
     """Replace the section in the page."""
-    section = _SECTION.format(rows="\n".join(lines), random=random_ones.runs, random_steps=random_ones.steps)
+    section = _SECTION.format(
+        rows="\n".join(lines),
+        random=random_ones.runs,
+        random_steps=random_ones.steps,
+        deltas=random_deltas.runs,
+        delta_steps=random_deltas.steps,
+    )
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(HEADING if HEADING in page else NEXT)
     after = rest.partition(NEXT)[2] if HEADING in page else rest

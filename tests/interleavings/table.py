@@ -80,9 +80,10 @@ DELTA_THREES = [
     *(
         Combination((DELTA_OF, *others), "a base", "step-2")
         for others in itertools.combinations_with_replacement(_AROUND_THE_BASE, 2)
+        if SAVE_BASE not in others or not {DELETE_BASE, CLEAN_BASE, KEEP_ONE} & set(others)
     ),
 ]
-"""Three actors, of which one at least saves with a base."""
+"""Three actors, of which one at least saves with a base. A save over the base may fail where that is swept."""
 
 
 def combinations(count: int) -> list[Combination]:

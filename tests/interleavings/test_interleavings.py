@@ -20,7 +20,7 @@ from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _sa
 from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, LOAD, RANKS, SAVE, Programs, predictable
 from .explorer import Fault, Tally, replaced_transport
 from .memory import Memory
-from .table import DELTAS, Combination, combinations, explore_all, wander_once
+from .table import DELTA_THREES, DELTAS, Combination, combinations, explore_all, wander_once
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,12 @@ def test_three_at_once_in_random_orders_with_random_faults(programs: Programs) -
     randomness = random.Random(20261127)
     for _ in range(40):
         assert wander_once(randomness, programs).violations == []
+
+
+def test_three_at_once_with_a_base_in_random_orders_with_random_faults() -> None:
+    randomness, programs = random.Random(20261127), Programs()
+    for _ in range(20):
+        assert wander_once(randomness, programs, DELTA_THREES).violations == []
 
 
 FENCED_WHEN_TAKEN_BACK = [
