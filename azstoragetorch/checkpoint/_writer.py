@@ -236,7 +236,9 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             (block_size_of(sum(sizes[at] + ENVELOPE for at in run), config, has_base=has_base) for run in runs),
             default=1,
         )
-        most = config.max_connections if has_base else config.initial_concurrency  # copies do not use the network
+        # Copies do not use the network, so more of them at once are faster, unless the caller has set a limit.
+        is_free = has_base and isinstance(config.max_concurrency, str)
+        most = config.max_connections if is_free else config.initial_concurrency
         at_once = max(1, min(most, config.memory_limit // largest))
         blobs_at_once = max(1, min(len(runs), at_once))
         planner_calls = one_at_a_time()
