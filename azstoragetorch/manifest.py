@@ -22,7 +22,7 @@ This module needs pyarrow.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Literal
@@ -32,13 +32,15 @@ from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
 from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.credentials import Credential
 from azstoragetorch._blob.errors import picklable
-from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_container_url
+from azstoragetorch._blob.url import BlobURL, parse_blob_url, parse_container_url, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.inventory import Inventory
+from azstoragetorch._samples.items import BlobInfo
 from azstoragetorch._samples.manifest import Manifest, folder_of_manifest, open_manifest, read_description
-from azstoragetorch._samples.manifest_writer import Source, Writing, in_order, listed
-from azstoragetorch._samples.names import InvalidNames, NameRules
+from azstoragetorch._samples.manifest_writer import Source, Writing, from_blobs, in_order, listed
+from azstoragetorch._samples.names import InvalidNames, NameFilter, NameRules
 from azstoragetorch._samples.rows import Columns, Description, Row
+from azstoragetorch._samples.splitting import LATER_PAGES, LATER_PARTS, list_share
 from azstoragetorch.exceptions import ManifestError
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "ManifestInfo",
     "compare_manifest",
     "describe_manifest",
+    "list_part",
     "make_manifest",
     "verify_manifest",
 ]
@@ -117,6 +120,7 @@ def make_manifest(
     *,
     prefix: str | None = None,
     inventory_url: str | None = None,
+    blobs: Iterable[BlobInfo] | None = None,
     overwrite: bool = False,
     invalid_names: InvalidNames = "skip",
     include_folder_markers: bool = False,
@@ -136,6 +140,8 @@ def make_manifest(
         inventory_url: Do not list, but read this report of Blob Inventory: the URL of ``<rule>-manifest.json``. The
             report can be CSV or Parquet, of one container or of many. Its rule should include the field ``Etag``;
             without it, blobs that are overwritten later are not noticed. ``made`` is then when the report was started.
+        blobs: Do not list, but take these, which were listed elsewhere, in any order: by `list_part` in many processes,
+            for example. They are read once; *prefix* and the rules for names do not apply.
         overwrite: Replace a manifest. Jobs that still read the previous one then fail, so dated folders are better.
         invalid_names: As for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
@@ -158,6 +164,9 @@ def make_manifest(
     if inventory_url is not None:
         source, started = _from_inventory(inventory_url, root, prefix or "", rules, credential, transfer)
         return _write(writing, source, replace(description, made=started), overwrite=overwrite)
+    if blobs is not None:
+        rows = from_blobs(blobs, root)
+        return _write(writing, lambda: rows, description, overwrite=overwrite, is_sorted=False)
     container = ClientFactory(credential, transfer, root).container(root)
     own = folder.blob if (folder.account_url, folder.container) == (root.account_url, root.container) else ""
     return _write(writing, lambda: listed(container, prefix or "", rules, own), description, overwrite=overwrite)
@@ -184,7 +193,9 @@ def _from_inventory(
     return lambda: inventory.pages(clients, root, prefix, rules), inventory.started
 
 
-def _write(writing: Writing, source: Source, description: Description, *, overwrite: bool) -> ManifestInfo:
+def _write(
+    writing: Writing, source: Source, description: Description, *, overwrite: bool, is_sorted: bool = True
+) -> ManifestInfo:
     try:
         before: Description | None = read_description(writing.home, writing.folder)
     except ResourceNotFoundError:
@@ -197,9 +208,63 @@ def _write(writing: Writing, source: Source, description: Description, *, overwr
         raise picklable(
             ResourceExistsError(f"there is a manifest at {writing.folder}, made at {before.made}: pass overwrite=True")
         )
-    complete = writing.write(source, description, create_only=not overwrite)
+    complete = writing.write(source, description, create_only=not overwrite, is_sorted=is_sorted)
     writing.forget(complete, before)
     return _info(str(writing.folder), complete)
+
+
+def list_part(
+    container_url: str,
+    prefix: str = "",
+    *,
+    at_most: int = LATER_PAGES,
+    into: int = LATER_PARTS,
+    invalid_names: InvalidNames = "skip",
+    include_folder_markers: bool = False,
+    credential: Credential = None,
+    transfer: TransferConfig | None = None,
+) -> Iterator[list[BlobInfo] | str]:
+    """List a part of a container, and give away parts of it, for an engine that runs many tasks.
+
+    Yields lists of blobs, one for each response of the service, and prefixes: what begins with such a prefix is not
+    listed here, and another task has to list it by the same function. Together, the tasks list each blob once.
+    Folders divide a listing: the blobs that are directly in one folder are listed by one task.
+
+    Start with the whole container and small numbers, such as ``at_most=2, into=256``, to get enough parts soon.
+
+    Args:
+        container_url: The container.
+        prefix: The part: all blobs whose names begin with it.
+        at_most: Responses (5,000 names each) after which the rest is divided.
+        into: Number of parts to divide the rest into, about.
+        invalid_names: As for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
+        include_folder_markers: Whether to list empty blobs whose names end in a slash.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+
+    Raises:
+        ValueError: the URL is not that of a container, or a number is below 1.
+        AzureError: the service refused, or could not be reached.
+    """
+    for name, value in (("at_most", at_most), ("into", into)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    root = parse_container_url(container_url)
+    container = ClientFactory(credential, transfer, root).container(root)
+    names_filter = NameFilter(root, NameRules.of(invalid_names, include_folder_markers))
+    base = str(root)
+    for item in list_share(
+        lambda prefix, delimiter: container.pages(prefix=prefix, delimiter=delimiter),
+        prefix,
+        at_most=at_most,
+        into=into,
+    ):
+        if isinstance(item, str):
+            yield item
+            continue
+        columns = names_filter.keep(item.names, item.sizes, item.etags)
+        yield [BlobInfo(url_of_name(base, name), size, etag) for name, size, etag in zip(*columns, strict=True)]
+    names_filter.warn()
 
 
 def describe_manifest(

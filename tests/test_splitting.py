@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import azstoragetorch._blob.client
 from azstoragetorch._blob.client import Page
-from azstoragetorch._samples.splitting import Pages, Share, list_share
+from azstoragetorch._blob.listing import list_pages
+from azstoragetorch._blob.url import parse_url
+from azstoragetorch._samples.splitting import Pages, list_share
+from azstoragetorch.datapipes import BlobInfo
+from azstoragetorch.datasets import IterableBlobDataset
+from azstoragetorch.manifest import list_part, make_manifest
+from tests.faults import FaultService
+from tests.support import QUICK
 
 
 class Tree:
@@ -39,12 +49,12 @@ class Tree:
 def list_all(pages: Pages, at_most: int, into: int) -> tuple[list[str], int]:
     """All names, and the number of shares."""
     found: list[str] = []
-    shares = deque([Share("")])
+    shares = deque([""])
     count = 0
     while shares:
         count += 1
         for item in list_share(pages, shares.popleft(), at_most=at_most, into=into):
-            if isinstance(item, Share):
+            if isinstance(item, str):
                 shares.append(item)
             else:
                 found += item.names
@@ -87,3 +97,36 @@ def test_a_folder_without_folders_is_listed_by_one() -> None:
     tree = Tree({f"{number:04d}" for number in range(500)}, 10)
     found, shares = list_all(tree.pages, at_most=5, into=4)
     assert (len(found), shares) == (500, 1)
+
+
+def test_tasks_list_a_container_and_make_a_manifest(
+    fault_service: FaultService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azstoragetorch._blob.client, "list_pages", partial(list_pages, page_size=5))
+    names = [f"{a}/{b}/{c}" for a in "xyz" for b in range(4) for c in range(6)] + ["a b", "y/\u00e9"]
+    for name in names:
+        fault_service.put("data", name, b"12")
+    url = fault_service.container_url("data")
+    parts, found = deque([""]), []
+    tasks = 0
+    while parts:
+        tasks += 1
+        for item in list_part(url, parts.popleft(), at_most=2, into=3, credential=False, transfer=QUICK):
+            if isinstance(item, str):
+                parts.append(item)
+            else:
+                found += item
+    assert tasks > 3
+    assert len(found) == len(names)
+    info = make_manifest(url, f"{url}/listed", blobs=iter(found), credential=False, transfer=QUICK)
+    assert (info.count, info.size) == (len(names), 2 * len(names))
+    same = make_manifest(url, f"{url}/same", prefix="", credential=False, transfer=QUICK)
+    assert same.count == len(names) + 2  # the first manifest
+    dataset = IterableBlobDataset.from_manifest(f"{url}/listed", credential=False, transfer=QUICK)
+    assert [parse_url(sample["url"]).blob for sample in dataset] == sorted(names)
+    with pytest.raises(ValueError, match="is not in"):
+        make_manifest(url, f"{url}/m", blobs=[BlobInfo("https://a.b/c/d", 1, "")], credential=False)
+    with pytest.raises(TypeError, match="must be of type BlobInfo"):
+        make_manifest(url, f"{url}/m", blobs=[url], credential=False)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="at_most must be at least 1"):
+        next(list_part(url, at_most=0))

@@ -19,8 +19,9 @@ from typing import TypeAlias, TypeVar
 from azure.core.exceptions import AzureError
 
 from azstoragetorch._blob.client import ContainerClient
-from azstoragetorch._blob.url import BlobURL
+from azstoragetorch._blob.url import BlobURL, needs_no_parsing, parse_blob_url
 from azstoragetorch._engine.scope import on_error
+from azstoragetorch._samples.items import BlobInfo
 from azstoragetorch._samples.names import NameFilter, NameRules
 from azstoragetorch._samples.rows import DOCUMENT, PART_ROWS, Columns, Description, Part
 from azstoragetorch.exceptions import ManifestError
@@ -47,13 +48,39 @@ def listed(container: ContainerClient, prefix: str, rules: NameRules, leave_out:
     names_filter.warn()
 
 
-def in_order(source: Source, use: Callable[[Iterator[Columns]], T]) -> T:
-    """What *use* makes of the rows of *source* by name. It is called twice if they do not come in that order."""
+def from_blobs(blobs: Iterable[BlobInfo], container: BlobURL) -> Iterator[Columns]:
+    """The rows of *blobs*, which must be in *container*.
+
+    Raises:
+        ValueError: one is not.
+        TypeError: one is not a `BlobInfo`.
+    """
+    base = f"{container}/"
+    remaining = iter(blobs)
+    while part := list(islice(remaining, PART_ROWS)):
+        names: list[str] = []
+        for blob in part:
+            if not isinstance(blob, BlobInfo):
+                raise TypeError(f"blobs must be of type BlobInfo, not {type(blob).__name__}")
+            if not blob.url.startswith(base):
+                raise ValueError(f"blobs: {blob.url} is not in {container}")
+            is_plain = needs_no_parsing(blob.url, len(base))
+            names.append(blob.url[len(base) :] if is_plain else parse_blob_url(blob.url).blob)
+        yield names, [blob.size for blob in part], [blob.etag or None for blob in part]
+
+
+def in_order(source: Source, use: Callable[[Iterator[Columns]], T], *, is_sorted: bool = True) -> T:
+    """What *use* makes of the rows of *source* by name.
+
+    If *is_sorted*, they probably come in that order. If they do not, *source* and *use* are called a second time.
+    """
     try:
-        return use(_checked(source()))
+        if is_sorted:
+            return use(_checked(source()))
     except OutOfOrderError:
-        with tempfile.TemporaryDirectory(prefix="azstoragetorch-") as folder:
-            return use(_sorted(source(), folder))
+        pass
+    with tempfile.TemporaryDirectory(prefix="azstoragetorch-") as folder:
+        return use(_sorted(source(), folder))
 
 
 def _checked(pages: Iterable[Columns]) -> Iterator[Columns]:
@@ -112,7 +139,9 @@ class Writing:
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _written: list[str] = field(default_factory=list)  # names of parts, whatever becomes of them
 
-    def write(self, source: Source, description: Description, *, create_only: bool) -> Description:
+    def write(
+        self, source: Source, description: Description, *, create_only: bool, is_sorted: bool = True
+    ) -> Description:
         """Write the rows of *source*, then the document: *description* with the parts and the total.
 
         Raises:
@@ -121,7 +150,7 @@ class Writing:
             AzureError: the service refused, or could not be reached. No new manifest was made.
         """
         with on_error(self._discard):
-            total, parts = in_order(source, self._write_parts)
+            total, parts = in_order(source, self._write_parts, is_sorted=is_sorted)
             complete = replace(description, total=total, parts=tuple(parts))
             self.home.at(self.folder.with_blob(self.folder.blob + DOCUMENT)).put(
                 complete.to_bytes(), create_only=create_only

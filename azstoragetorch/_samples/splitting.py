@@ -11,7 +11,7 @@ seen before any is given away. A folder that has a great many blobs and no folde
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,30 +20,21 @@ from azstoragetorch._blob.client import Page
 Pages: TypeAlias = Callable[[str, str], Iterator[Page]]
 """Lists what begins with a prefix, grouped by a delimiter unless that is empty, in the order of the service."""
 
-FIRST_PAGES, LATER_PAGES = 2, 200  # of the first share, which has to occupy all workers, and of those given away
-LATER_SHARES = 16  # from one of those
-SHARES_PER_WORKER = 4  # from the first one, so that differences in length even out
+LATER_PAGES = 200  # of a share that was given away, until it is divided: a million names, some ten seconds
+LATER_PARTS = 16  # that it is divided into
 
 _SURVEYED = 2  # pages of folders that may be read, for each page that a share has had
 _OF_BLOBS = 2  # pages with more blobs than folders that may be read: the folders are not worth more
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """All names that begin with *prefix*."""
-
-    prefix: str
-
-
-def list_share(pages: Pages, share: Share, *, at_most: int, into: int) -> Iterator[Page | Share]:
-    """The pages of *share*, in any order, and shares that are given away.
+def list_share(pages: Pages, prefix: str, *, at_most: int, into: int) -> Iterator[Page | str]:
+    """The pages of a share, in any order, and the prefixes of shares that are given away.
 
     Every *at_most* pages, the rest is divided into about *into* shares, if it can be.
     """
-    limit = share.prefix
+    limit = prefix
     listed = 0
-    flat = pages(share.prefix, "")
-    for page in flat:
+    for page in pages(prefix, ""):
         inside = _count_inside(page, limit)
         if inside:
             yield _part_of(page, inside)
@@ -56,7 +47,7 @@ def list_share(pages: Pages, share: Share, *, at_most: int, into: int) -> Iterat
             if rest is not None:
                 if rest.blobs.names:
                     yield rest.blobs
-                yield from map(Share, rest.prefixes)
+                yield from rest.prefixes
                 if not rest.kept:
                     return
                 limit = rest.kept
@@ -67,7 +58,7 @@ def _count_inside(page: Page, limit: str) -> int:
     names = page.names
     if not names or names[-1].startswith(limit):
         return len(names)
-    return bisect_left(range(len(names)), True, key=lambda index: not names[index].startswith(limit))
+    return _end_of(names, limit, 0, len(names))
 
 
 def _part_of(page: Page, count: int) -> Page:
@@ -153,7 +144,12 @@ def _grouped(names: list[str], level: str, last: str, into: int) -> list[str]:
             at = start
             while at < stop:
                 longer = names[at][: len(prefix) + 1]
-                end = bisect_left(names, True, at, stop, key=lambda name, longer=longer: not name.startswith(longer))
+                end = _end_of(names, longer, at, stop)
                 waiting.append((at, end, longer))
                 at = end
     return sorted(found)
+
+
+def _end_of(names: Sequence[str], prefix: str, start: int, stop: int) -> int:
+    """Where those of *names* end that begin with *prefix*; they begin at *start*."""
+    return start + bisect_left(range(start, stop), True, key=lambda index: not names[index].startswith(prefix))

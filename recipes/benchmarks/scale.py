@@ -19,14 +19,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from azstoragetorch._blob.client import Page
-from azstoragetorch._samples.splitting import (
-    FIRST_PAGES,
-    LATER_PAGES,
-    LATER_SHARES,
-    SHARES_PER_WORKER,
-    Share,
-    list_share,
-)
+from azstoragetorch._samples.splitting import LATER_PAGES, LATER_PARTS, list_share
 
 PAGE = 5000  # names that one request brings
 NAMES = 1_000_000_000
@@ -116,8 +109,8 @@ class Lister:
 def simulate(tree: Tree, latency: float, rate: float) -> dict[str, float]:
     """List *tree* with all workers."""
     workers = [Lister(tree, latency, rate) for _ in range(WORKERS)]
-    working: list[Iterator[Page | Share] | None] = [None] * WORKERS
-    shares = deque([Share("")])
+    working: list[Iterator[Page | str] | None] = [None] * WORKERS
+    shares = deque([""])
     events = [(0.0, number) for number in range(WORKERS)]
     idle: list[int] = []
     listed = taken = 0
@@ -128,7 +121,7 @@ def simulate(tree: Tree, latency: float, rate: float) -> dict[str, float]:
             if not shares:
                 idle.append(number)
                 continue
-            pages, into = (LATER_PAGES, LATER_SHARES) if taken else (FIRST_PAGES, SHARES_PER_WORKER * WORKERS)
+            pages, into = (LATER_PAGES, LATER_PARTS) if taken else (2, 4 * WORKERS)
             working[number] = list_share(workers[number].pages, shares.popleft(), at_most=pages, into=into)
             taken += 1
         before = workers[number].busy
@@ -137,7 +130,7 @@ def simulate(tree: Tree, latency: float, rate: float) -> dict[str, float]:
         item = next(iteration, None)
         if item is None:
             working[number] = None
-        elif isinstance(item, Share):
+        elif isinstance(item, str):
             shares.append(item)
             if idle:
                 heapq.heappush(events, (now, idle.pop()))
