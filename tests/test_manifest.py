@@ -399,13 +399,13 @@ def test_a_blob_that_was_overwritten_is_an_error_or_read_by_choice(filled: Conta
 def test_rows_are_read_when_they_are_needed(filled: Container, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order: a part when its first row is needed. Shuffled: each part once for a whole share."""
     loaded: list[int] = []
-    load = Manifest._load
+    load = Manifest._fetch
 
     def note(self: Manifest, number: int, *rest: Any) -> Any:
         loaded.append(number)
         return load(self, number, *rest)
 
-    monkeypatch.setattr(Manifest, "_load", note)
+    monkeypatch.setattr(Manifest, "_fetch", note)
     url = make(filled)
     quick = replace(QUICK, max_connections=1, max_concurrency=1)
     dataset = IterableBlobDataset.from_manifest(url, credential=filled.key, transfer=quick)
@@ -472,6 +472,19 @@ def test_readers_refuse_a_blob_that_was_overwritten(filled: Container, reader: s
                 next(samples)
 
 
+def test_an_empty_blob_is_read(container: Container, small_parts: int) -> None:
+    """The response to a request for its first part has no ETag."""
+    container.put("empty", b"")
+    container.put("full", b"1")
+    url = make(container)
+    read = pipe_of(container, url).read_files_by_azure(credential=container.key, transfer=QUICK)
+    assert [data for _, data in read] == [b"", b"1"]
+    assert names_in(dataset_of(container, url)) == ["", "1"]
+    container.put("full", b"")
+    with pytest.raises(BlobChangedError, match="overwritten after it was listed"):
+        list(dataset_of(container, url))
+
+
 def test_a_large_blob_that_was_overwritten_is_refused(container: Container, small_parts: int) -> None:
     """Its parts are requested at once, and the first of them shows the version."""
     container.put("train/0", bytes(300_000))
@@ -509,8 +522,8 @@ def test_a_node_resumes_at_its_row(filled: Container, monkeypatch: pytest.Monkey
     whole = [data.decode() for _, data in Loader(graph())]
     assert whole == NAMES[1::2]
     loaded: list[int] = []
-    load = Manifest._load
-    monkeypatch.setattr(Manifest, "_load", lambda self, number, *rest: (loaded.append(number), load(self, number))[1])
+    load = Manifest._fetch
+    monkeypatch.setattr(Manifest, "_fetch", lambda self, number, *rest: (loaded.append(number), load(self, number))[1])
     for stop in (1, 4, len(whole) - 1):
         begun = Loader(graph())
         samples = iter(begun)

@@ -30,10 +30,11 @@ class ExpectedBlobClient(BlobClient):
             BlobChangedError: it is of another version.
         """
         head = self._client.head(scope)
-        if head.version.etag != self._expected.etag:
+        if not self._is_expected(head.version):
             when = f", which was made at {self._since}" if self._since else ""
+            found = head.version.etag or "that of an empty blob"
             raise BlobChangedError(
-                f"{self.url} was overwritten after it was listed: its ETag is {head.version.etag}, and "
+                f"{self.url} was overwritten after it was listed: its ETag is {found}, and "
                 f"{self._expected.etag} in the manifest{when}. Make the manifest again, or pass if_changed='read'"
             )
         return head
@@ -42,12 +43,16 @@ class ExpectedBlobClient(BlobClient):
         """Like `BlobClient.start_head`; another version is a failure, after which `head` raises the error."""
 
         def check(head: Head) -> None:
-            if head.version.etag == self._expected.etag:
+            if self._is_expected(head.version):
                 done(head)
             else:
                 failed()
 
         return self._client.start_head(scope, check, failed)
+
+    def _is_expected(self, version: BlobVersion) -> bool:
+        # The service refuses a range of an empty blob, and that response has no ETag.
+        return version.etag == self._expected.etag if version.etag else version.size == self._expected.size
 
     def reader(self, version: BlobVersion | None = None, head: bytes = b"") -> ReadAhead:
         """Random access; without *version*, the first part is fetched now, and checked."""

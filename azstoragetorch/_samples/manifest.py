@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 IfChanged: TypeAlias = Literal["raise", "read"]
 """What to do about a blob that was overwritten after the manifest was made."""
 
-_KEPT = 32 * MiB  # bytes of parts in memory: about 600,000 rows
+_KEPT = 16 * MiB  # bytes of parts in memory: about 250,000 rows
 _COLLECTED = 2_000_000  # rows of a shuffled share at once: about 150 MB
-_EXPANSION = 8  # of a part in memory, compared with its file
 _PARTS_AT_ONCE = 4
 
 
@@ -152,7 +151,7 @@ class Manifest:
 
     def _part(self, number: int) -> PartRows:
         part = self._parts.pop(number, None)
-        return self._keep(number, self._load(number) if part is None else part)
+        return self._keep(number, self._decode(number, self._fetch(number)) if part is None else part)
 
     def _keep(self, number: int, part: PartRows) -> PartRows:
         self._parts[number] = part
@@ -163,32 +162,43 @@ class Manifest:
         return part
 
     def _parts_ahead(self, numbers: Iterable[int]) -> Iterator[PartRows]:
+        """The parts with these numbers. Files are fetched ahead, and decoded here.
+
+        Decoding on the threads that fetch would take some ten times the memory, since Arrow's allocator keeps memory
+        for each thread. And processes that share a machine keep its cores busy without.
+        """
         parts = self.description.parts
         ahead = OrderedPrefetch(
             self._home.engine,
             iter(numbers),
-            lambda number, scope: self._parts.get(number) or self._load(number, scope),
-            cost=lambda number: parts[number].size * _EXPANSION,
-            size=lambda part: part.nbytes,
+            lambda number, scope: b"" if number in self._parts else self._fetch(number, scope),
+            cost=lambda number: parts[number].size,
+            size=len,
             depth=_PARTS_AT_ONCE,
             is_eager=True,
         )
         try:
             for work in ahead:
-                part = work.result()
-                self._parts.pop(work.item, None)
-                yield self._keep(work.item, part)
+                number, data = work.item, work.result()
+                part = self._parts.pop(number, None)
+                if part is None:
+                    part = self._decode(number, data or self._fetch(number))
+                if part.nbytes * len(parts) <= _KEPT:  # else this pass would evict each before it is used again
+                    self._keep(number, part)
+                yield part
         finally:
             ahead.close()
 
-    def _load(self, number: int, scope: Scope | None = None) -> PartRows:
-        from azstoragetorch._samples.parquet import decode
-
+    def _fetch(self, number: int, scope: Scope | None = None) -> bytes:
         if scope is not None:
             scope.check()
+        return read_part(self._home, self.folder, self.description.parts[number])
+
+    def _decode(self, number: int, data: bytes) -> PartRows:
+        from azstoragetorch._samples.parquet import decode
+
         part = self.description.parts[number]
-        data, where = read_part(self._home, self.folder, part)
-        return decode(data, rows=part.rows, digest=part.digest, where=where)
+        return decode(data, rows=part.rows, digest=part.digest, where=f"{self.folder}{part.name}")
 
     def __repr__(self) -> str:
         return f"Manifest({str(self.folder)!r}, {len(self):,} blobs of {self.description.container})"
@@ -200,8 +210,8 @@ class Manifest:
 _UNKNOWN = '""'  # the ETag of a row that has none, in a catalog
 
 
-def read_part(home: ContainerClient, folder: BlobURL, part: Part) -> tuple[bytes, str]:
-    """The file of a part, and its URL.
+def read_part(home: ContainerClient, folder: BlobURL, part: Part) -> bytes:
+    """The file of a part.
 
     Raises:
         ManifestError: it is missing, or has another length than it should.
@@ -216,7 +226,7 @@ def read_part(home: ContainerClient, folder: BlobURL, part: Part) -> tuple[bytes
         ) from error
     if len(data) != part.size:
         raise ManifestError(f"{where}: the part is truncated: it has {len(data)} bytes, and should have {part.size}")
-    return data, where
+    return data
 
 
 def folder_of_manifest(url: str | BlobURL) -> BlobURL:

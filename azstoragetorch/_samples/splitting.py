@@ -33,7 +33,7 @@ def list_share(pages: Pages, prefix: str, *, at_most: int, into: int) -> Iterato
     Every *at_most* pages, the rest is divided into about *into* shares, if it can be.
     """
     limit = prefix
-    listed = 0
+    listed, patience = 0, at_most
     for page in pages(prefix, ""):
         inside = _count_inside(page, limit)
         if inside:
@@ -41,10 +41,12 @@ def list_share(pages: Pages, prefix: str, *, at_most: int, into: int) -> Iterato
         listed += 1
         if inside < len(page.names):
             return  # behind the folder that was kept
-        if listed >= at_most and page.marker and page.names:
-            rest = _divide(pages, limit, page.names[-1], into, _SURVEYED * at_most)
-            listed = 0 if rest is not None else -listed  # then it takes as long again until the next attempt
-            if rest is not None:
+        if listed >= patience and page.marker and page.names:
+            rest = _divide(pages, limit, page.names[-1], into, _SURVEYED * patience)
+            if rest is None:
+                patience *= 2  # attempts together cost no more than what was listed
+            else:
+                listed, patience = 0, at_most
                 if rest.blobs.names:
                     yield rest.blobs
                 yield from rest.prefixes

@@ -198,7 +198,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
     ) -> BlobDataset[Any]:
         """Create a dataset of the blobs that a manifest lists. Takes one request, and does not list the container.
 
-        Rows of the manifest are read when they are needed, 65,536 at once, and about 600,000 are kept. If a sampler
+        Rows of the manifest are read when they are needed, 65,536 at once, and about 250,000 are kept. If a sampler
         shuffles more rows than that, most samples read such a part again: use
         `IterableBlobDataset.from_manifest` with ``shuffle=True``. Needs pyarrow.
 

@@ -139,18 +139,34 @@ class Results:
         return None
 
 
+PAST_ONE_MACHINE = """\
+Listing {names:,} names with {workers} workers, **simulated**: the division of the listing is that of
+`azstoragetorch.manifest.list_part`, and the service and the clock are a program. A core parses {rate:,.0f} names a
+second, as in the fastest run above, and the next page is fetched meanwhile. *Imbalance* is the time until the last
+worker is through, divided by what each of them worked on average; *requests* are compared with the fewest that can
+return so many names:"""
+
+NOT_DIVIDED = """\
+Folders divide a listing. The blobs of one folder are listed by one worker, which the last row shows;
+[Blob Inventory](guide/scale.md#blob-inventory) lists them without requests. `python -m recipes.benchmarks.scale` runs
+the simulation."""
+
+
 def write_report(results: Path, page: Path) -> None:
     """Write *page*, and the plots next to *results*, from the lines in *results*."""
     found = Results(results.read_text(encoding="utf-8").splitlines())
     plots = draw(found, results.parent)
     folder = results.parent.name
-    page.write_text(describe(found, [f"{folder}/{plot.name}" for plot in plots], f"{folder}/{results.name}"), "utf-8")
+    simulated = results.with_name("scale.json")
+    scale = json.loads(simulated.read_text(encoding="utf-8")) if simulated.exists() else None
+    names = [f"{folder}/{plot.name}" for plot in plots]
+    page.write_text(describe(found, names, f"{folder}/{results.name}", scale), "utf-8")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def describe(found: Results, plots: list[str], results: str) -> str:
+def describe(found: Results, plots: list[str], results: str, scale: dict[str, Any] | None = None) -> str:
     setup = found.setup
     server = setup.get("server", "")
     is_azurite = server == "azurite"
@@ -204,7 +220,11 @@ def describe(found: Results, plots: list[str], results: str) -> str:
     if len(plots) > 2:
         caption = "Rate by requests at once, by size of the blob and by number of blobs"
         parts += figure(plots[2], caption, found, "concurrency", "read", "samples")
-    parts += ["", *scaling(found), "", "## How it was run", "", "```sh", wrapped(setup["command"]), "```", ""]
+    parts += ["", *scaling(found), ""]
+    if scale is not None:
+        parts += ["## Past one machine", "", PAST_ONE_MACHINE.format(**scale), "", *simulation(scale), ""]
+        parts += [NOT_DIVIDED, ""]
+    parts += ["## How it was run", "", "```sh", wrapped(setup["command"]), "```", ""]
     parts += [AGAIN.format(results=results), LIMITS]
     failures = sorted(
         {
@@ -305,6 +325,23 @@ def scaling(found: Results) -> list[str]:
     for step in steps:
         cells = [number(found.median("rate", name, case="concurrency", concurrency=step)) for name in names]
         lines.append(f"| {step} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def simulation(scale: dict[str, Any]) -> list[str]:
+    """The figures of a simulation by `recipes.benchmarks.scale`."""
+    first, *others = map(str, scale["latencies"])
+    columns = [f"s at {float(latency) * 1000:g} ms a request" for latency in (first, *others)]
+    lines = [
+        f"| {scale['names']:,} names in | {' | '.join(columns)} | imbalance | requests |",
+        "|---|" + "--:|" * (len(columns) + 2),
+    ]
+    for row in scale["rows"]:
+        runs = row["runs"]
+        times = [number(runs[latency]["seconds"]) for latency in (first, *others)]
+        lines.append(
+            f"| {row['shape']} | {' | '.join(times)} | {runs[first]['imbalance']:.2f} | {runs[first]['requests']:.3f} |"
+        )
     return lines
 
 
