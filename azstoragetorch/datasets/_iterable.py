@@ -244,7 +244,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         Samples are numbered by the rows of the manifest, and ``metadata.fingerprint`` is its digest: all ranks have the
         same samples, and a state resumes only with the manifest that it was saved with. Without ``shuffle``, rows are
         read as they are needed. With it, each worker reads the whole manifest when an epoch begins (about 10 bytes and
-        0.3 microseconds of CPU time a row), and keeps the rows of its share, at most 2,000,000 at a time.
+        0.6 microseconds of CPU time a row), and keeps the rows of its share, at most 2,000,000 at a time.
         Needs pyarrow.
 
         Args:
