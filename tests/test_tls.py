@@ -1,0 +1,124 @@
+"""Over TLS as without it: truncated bodies, silent requests, many small blobs on one thread, forks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from azure.core.exceptions import ServiceResponseError
+
+from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._samples.prefetch import OrderedPrefetch
+from tests.faults import FaultService
+from tests.faults.faults import Fault, Match, SlowBytes, Stall, Torn, TornReset
+from tests.support import QUICK, blob_client, container_client, content, idle_connections, in_time
+
+DATA = content(700_000)
+WHOLE = replace(QUICK, part_size=1 << 20, memory_limit=4 << 20)
+HEDGED = replace(WHOLE, hedge_after=0.05, hedge_budget=1.0, read_timeout=60.0)
+
+
+@pytest.fixture
+def service(https_fault_service: FaultService) -> FaultService:
+    https_fault_service.put("c", "b", DATA)
+    return https_fault_service
+
+
+def read(service: FaultService, transfer: TransferConfig = WHOLE) -> bytes:
+    return blob_client(service.blob_url("c", "b"), transfer).read()[0]
+
+
+@pytest.mark.parametrize("after", [0, 20_000, 699_999])
+@pytest.mark.parametrize("kind", [Torn, TornReset])
+def test_a_truncated_body_is_continued(service: FaultService, kind: type[Torn], after: int) -> None:
+    rule = service.script("get_blob", [kind(after=after)])
+    assert read(service) == DATA
+    assert rule.fired
+
+
+def test_and_is_an_error_in_the_end(service: FaultService) -> None:
+    service.script("get_blob", [Torn(after=20_000)], repeat=True)
+    with pytest.raises(ServiceResponseError):
+        read(service, replace(WHOLE, max_attempts=2))
+
+
+@pytest.mark.parametrize("fault", [Stall(60, None), Stall(60, 0), Stall(60, 200_000)])
+def test_a_silent_request_is_hedged(service: FaultService, fault: Stall) -> None:
+    read(service, HEDGED)
+    rule = service.script("get_blob", [fault])
+    before = metrics()
+    assert in_time(lambda: read(service, HEDGED)) == DATA
+    assert rule.fired
+    assert (metrics() - before).hedges_won >= 1
+    service.wait_until_idle()
+
+
+SMALL = {f"{number:02d}": content(1 + number * 2_500, number) for number in range(40)}
+
+
+def read_small(service: FaultService, transfer: TransferConfig) -> tuple[list[bytes], int]:
+    """The blobs of `SMALL`, eight at once, and how many of them one thread began to read."""
+    client, started = container_client(service.container_url("box"), transfer), list[bool]()
+
+    def start(name: str, *how: Any) -> Any:
+        is_stuck = client.blob(name).start_head(*how)
+        started.append(is_stuck is not None)
+        return is_stuck
+
+    ahead = OrderedPrefetch(
+        client.engine,
+        iter(SMALL),
+        lambda name, scope: client.blob(name).head(scope),
+        cost=lambda _name: 64 << 10,
+        size=lambda read: len(read.data),
+        depth=8,
+        start=start,
+    )
+    try:
+        return [item.result().data for item in ahead], sum(started)
+    finally:
+        ahead.close()
+
+
+@pytest.fixture
+def small(service: FaultService) -> FaultService:
+    for name, data in SMALL.items():
+        service.put("box", name, data)
+    read_small(service, HEDGED)  # leaves idle connections
+    return service
+
+
+def test_many_small_blobs_take_one_request_each(small: FaultService) -> None:
+    """Also one that comes in pieces: a part of a record is not the end of a connection."""
+    small.script(Match("get_blob", path="30$"), [SlowBytes(400_000)])
+    small.reset_log()
+    found, started = in_time(lambda: read_small(small, replace(HEDGED, hedge_after=None)))
+    assert found == list(SMALL.values())
+    assert started > len(SMALL) // 2
+    assert len(small.requests()) == len(SMALL)
+
+
+@pytest.mark.parametrize("fault", [Torn(after=5_000), SlowBytes(200_000), Stall(60, 5_000)], ids=repr)
+def test_many_small_blobs_under_faults(small: FaultService, fault: Fault) -> None:
+    small.script(Match("get_blob", path="30$"), [fault])
+    assert in_time(lambda: read_small(small, HEDGED))[0] == list(SMALL.values())
+    assert not small.unused_faults()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_makes_its_own_connections(service: FaultService) -> None:
+    assert read(service) == DATA
+    opened = service.connections_opened
+    child = os.fork()
+    if not child:
+        code = 1
+        with suppress(BaseException):
+            code = 0 if read(service) == DATA and not idle_connections() > QUICK.max_connections else 1
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert service.connections_opened == opened + 1
+    assert read(service) == DATA
+    assert service.connections_opened == opened + 1
