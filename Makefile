@@ -11,6 +11,7 @@ AZURITE := .tools/.azurite-$(AZURITE_VERSION)
 OLDEST := build/oldest
 NEWEST := build/newest
 FRAMEWORKS := build/frameworks
+RAY := build/ray
 AUDIT := build/audit
 CORE_TESTS := tests/test_*.py tests/checkpoint tests/cli tests/conformance tests/filesystem
 PEER ?= build/peer/bin/python
@@ -25,7 +26,7 @@ $(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python instal
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability interleavings oldest newest frameworks audit build clean
+.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability interleavings oldest newest frameworks ray audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +41,7 @@ bench: setup  ## compare with other libraries and write docs/performance.md; BEN
 
 # Most tests wait for sockets and processes: several at once, also on few CPUs.
 test: setup  ## run the tests; SLOW=1 adds slow tests, ARGS= is passed to pytest
-	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal -m "not matrix$(if $(SLOW),, and not slow)" $(ARGS)
 
 docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 also checks links to other sites
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
@@ -91,10 +92,15 @@ newest: setup  ## run the core tests with the newest releases and pre-releases o
 
 # litdata goes without its dependencies: torchvision and obstore are large and unused here, and boto3 refuses the pinned
 # python-dateutil. It imports boto3, so that and its parts are named.
-frameworks: setup  ## run the tests with other frameworks (Lightning, transformers, Ray, zarr, ...) in a separate venv; ARGS= is passed to pytest
-	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning transformers accelerate datasets zarr webdataset torch-checkpointing 'ray[data,train]')
+frameworks: setup  ## run the tests with other frameworks (Lightning, transformers, zarr, ...) in a separate venv; ARGS= is passed to pytest
+	$(call beside,$(FRAMEWORKS),--constraint constraints.txt lightning transformers accelerate datasets zarr webdataset torch-checkpointing)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(FRAMEWORKS)/bin/python install --quiet --constraint constraints.txt --no-deps litdata boto3 botocore s3transfer jmespath
-	$(FRAMEWORKS)/bin/python -m pytest -m frameworks --numprocesses=2 --dist=worksteal tests/frameworks $(ARGS)
+	$(FRAMEWORKS)/bin/python -m pytest -m frameworks -k "not ray" --numprocesses=2 --dist=worksteal tests/frameworks $(ARGS)
+
+# By itself, since each cluster of Ray takes all processors.
+ray: setup  ## run the tests with Ray in a separate venv; ARGS= is passed to pytest
+	$(call beside,$(RAY),--constraint constraints.txt 'ray[data,train]')
+	$(RAY)/bin/python -m pytest -m frameworks -k ray tests/frameworks $(ARGS)
 
 audit: $(DEV)  ## check that dependencies are compatible, and look up known vulnerabilities of those that users get
 	$(BIN)/python -m pip --disable-pip-version-check check

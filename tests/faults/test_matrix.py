@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import traceback
 from collections.abc import Callable
@@ -59,13 +60,18 @@ def _is_slow(row: Row, operation: str) -> bool:
     return row.name not in _QUICK_ROWS and takes_long
 
 
+_slow = itertools.count()
+
+
+def _marks(row: Row, operation: str) -> list[pytest.MarkDecorator]:
+    """Slow cells are many: two of three run only when the page is written."""
+    if not _is_slow(row, operation):
+        return []
+    return [pytest.mark.slow] if next(_slow) % 3 == 0 else [pytest.mark.slow, pytest.mark.matrix]
+
+
 PAIRS = [
-    pytest.param(
-        row,
-        operation,
-        id=f"{row.name}-{operation}",
-        marks=[pytest.mark.slow] if _is_slow(row, operation) else [],
-    )
+    pytest.param(row, operation, id=f"{row.name}-{operation}", marks=_marks(row, operation))
     for row in ROWS
     for operation in TARGETS
     if any(True for _ in cells(row, operation))

@@ -20,7 +20,7 @@ from azstoragetorch.datapipes import AzureBlobInfoLister, AzureBlobManifestListe
 from azstoragetorch.manifest import make_manifest
 from tests.azurite.container import Container
 
-ray = pytest.importorskip("ray", reason="it is not installed; `make frameworks` installs it")
+ray = pytest.importorskip("ray", reason="it is not installed; `make ray` installs it")
 import azstoragetorch.ray as ours  # noqa: E402
 from azstoragetorch._blob.client import Page  # noqa: E402
 from azstoragetorch.exceptions import AZStorageTorchError, BlobChangedError  # noqa: E402
