@@ -256,7 +256,7 @@ class PacingMachine(RuleBasedStateMachine):
         assert are_earlier == (self.pacing.plan is not plan)
         assert self.pacing.is_free or limit <= self.pacing.limit <= limit + 1
 
-    @rule(began=sent, asked=st.just(0.0) | st.floats(0, 5))
+    @rule(began=sent, asked=st.just(0.0) | st.floats(1e-3, 5))
     def refuse(self, began: float, asked: float) -> None:
         limit, was_closed = (self.pacing.limit, self.pacing.is_closed)
         self.now = max(self.now, began)
