@@ -48,9 +48,7 @@ T = TypeVar("T")
 IsStuck = Callable[[], bool]
 """Says whether work that was handed over has to wait for the calling thread, or is stuck for another reason."""
 
-_LOOK_AGAIN = (
-    1.0  # seconds until a sleeper looks again: the thread that should ring may have been interrupted before it did
-)
+_LOOK_AGAIN = 1.0  # seconds until a sleeper looks again: an interrupt may have ended the thread that was to ring
 
 
 class Bell:

@@ -201,7 +201,10 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         Raises:
             AzureError: the metadata that is there could not be read.
         """
-        self._see(self._saves.to_write() or self._last)  # before any rank uploads: `_commit` depends on it
+        save = self._saves.to_write() or self._last
+        if save is not None:
+            with on_error(partial(self._saves.end, save)):
+                save.see()  # before any rank uploads: `_commit` depends on it
         if len(plans) == 1:
             return plans
         planning = new_save_id()
@@ -218,8 +221,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             save = self._saves.begin(self._folder)
             self._find_base(save)
         save.is_written = True
-        self._see(save)
         with on_error(partial(self._saves.end, save)):
+            save.see()
             written = self._write(save, plan, planner)
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
@@ -271,11 +274,6 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
         config = save.folder.transfer
         if config.max_connections > 1:
             engine_for(config).submit(job.run)
-
-    def _see(self, save: Save | None) -> None:
-        if save is not None:
-            with on_error(partial(self._saves.end, save)):
-                save.see()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the save; called by torch on the coordinator when all ranks have succeeded.
