@@ -18,7 +18,6 @@ from recipes.checkpoints.train import train
 from recipes.demo.ranks import show_ranks
 from tests.azurite.container import Container
 from tests.checkpoint.ranks import Ranks, context, run_ranks
-from tests.checkpoint.test_deltas import sas as container_sas
 
 STEPS, EVERY = 14, 4
 
@@ -76,7 +75,7 @@ def fine_tune(url: str, credential: Any, killed_at: int) -> None:
 
 @pytest.mark.slow
 def test_fine_tuning_is_killed_and_resumes_and_uploads_only_the_adapters(container: Container) -> None:
-    credential = container_sas(container)
+    credential = container.sas_that_copies()
     undisturbed = lora.train(container.blob_url("undisturbed"), steps=12, every=2, credential=credential)
     url = container.blob_url("killed")
     process = context.Process(target=fine_tune, args=(url, credential, 7))
