@@ -119,7 +119,7 @@ class Multiplexer:
         connection = take_idle(service.origin) if is_admitted else None
         if connection is None:
             return False
-        hold = scope.holding(connection.interrupt)
+        hold = scope.holding(connection.waker())
         try:
             hold.__enter__()
             target, headers = service.sign(url, {"x-ms-range": ByteRange(0, length).header})
@@ -133,19 +133,27 @@ class Multiplexer:
         hedging = service.hedging if service.admission.pacing.is_free else None
         takeover = Takeover(hedging, KIND, headers, self._drop)
         read = FirstPart(takeover, target, length, scope, service.note_status, done, failed)
-        attempt = Attempt(read, connection, descriptor, hold, headers)
         try:
+            attempt = Attempt(read, connection, descriptor, hold, headers)
             self._reads[descriptor] = attempt
             self._watch(descriptor, connection)
             if hedging is not None:
                 self._interval = _HEDGE_SECONDS
             self._start()
         except BaseException:
-            read.finish()
-            if self._claim(attempt):
-                read.takeover.end(attempt)
+            self._withdraw(read)
             raise
         return True
+
+    def _withdraw(self, read: FirstPart) -> None:
+        """End *read* without a call of its functions, wherever `begin` was interrupted."""
+        attempts = list(read.takeover.attempts)
+        read.finish()
+        for attempt in attempts:
+            if self._claim(attempt):
+                read.takeover.end(attempt)
+            elif read.takeover.hedging is not None:  # it was not entered yet, or the thread has just ended it
+                read.takeover.hedging.drop(attempt)
 
     def _claim(self, attempt: Attempt) -> bool:
         """Remove *attempt*; return whether it was still there, so that the caller is the one that ends it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from azstoragetorch._blob import admission, download, listing, multiplex, readahead, retry, window
+from azstoragetorch._blob import admission, download, first_part, listing, multiplex, readahead, retry, takeover, window
 from azstoragetorch._blob.admission import forget_admissions
 from azstoragetorch._blob.client import BlobClient, ClientFactory
 from azstoragetorch._blob.readahead import ReadAhead
@@ -31,7 +31,7 @@ from tests.process.interrupts import Run, collecting, interrupt, sweep
 from tests.support import QUICK, blob_client, container_client, content, wait_until
 
 FILES: list[ModuleType] = [budget, job, metrics, process, scope, threads, readahead, window, download, listing]
-FILES += [multiplex, prefetch, admission, pacing, retry]
+FILES += [multiplex, first_part, takeover, prefetch, admission, pacing, retry]
 SIZE = 600 * KiB
 NAMES = [f"{number:02}" for number in range(12)]
 _limits = itertools.count(20)
@@ -91,6 +91,7 @@ class Prefetching(Actor):
     def __init__(self, service: FaultService, transfer: TransferConfig) -> None:
         super().__init__(service, transfer)
         urls = [service.blob_url("small", name) for name in NAMES]
+        blob_client(urls[0], transfer).read()  # so that a connection is idle, and the multiplexer begins a read
         self.ahead: OrderedPrefetch[Any, Any] = fetch_ahead(ClientFactory(False, transfer), urls, depth=6)
 
     def act(self) -> None:
