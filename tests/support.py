@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -170,6 +172,32 @@ def wait_until(holds: Callable[[], bool], timeout: float = 240.0) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"did not come about within {timeout:g} s")
         time.sleep(0.005)
+
+
+class _Mark:
+    """Garbage that only the collector frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def collect_garbage() -> None:
+    """Collect all garbage that there is now.
+
+    `gc.collect` alone does nothing while another thread is collecting, for example in a finalizer that runs slowly.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()  # a collection of young objects could take the mark alone
+    try:
+        mark = weakref.ref(_Mark())
+        while True:
+            gc.collect()
+            if mark() is None:
+                return
+            time.sleep(0.001)
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 class Killed(BaseException):

@@ -44,7 +44,16 @@ from tests.azurite.container import Container
 from tests.azurite.token import AzuriteTokenCredential
 from tests.faults import FaultService, Match, Redirect, Status
 from tests.faults.fixtures import LoopbackTls
-from tests.support import QUICK, blob_client, container_client, content, run_python, run_threads, taking
+from tests.support import (
+    QUICK,
+    blob_client,
+    collect_garbage,
+    container_client,
+    content,
+    run_python,
+    run_threads,
+    taking,
+)
 
 DATA = content(300_000)
 SCOPE = "https://storage.azure.com/.default"
@@ -772,7 +781,7 @@ print(done)
         credential = Tokens()
         credential.failures = [ClientAuthenticationError("refused")]
         authorizer = CredentialHolder(credential).authorizer(HTTPS)
-        gc.collect()
+        collect_garbage()
         gc.disable()
         try:
             try:

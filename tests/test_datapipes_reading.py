@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from azstoragetorch.datapipes._base import IterableWrapper, IterDataPipe, traver
 from azstoragetorch.exceptions import BlobChangedError
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Together, Torn
-from tests.support import wait_until, watch_peak
+from tests.support import collect_garbage, wait_until, watch_peak
 from tests.test_datapipes_tar import make_tar
 
 # Pipes of torch that are missing in the stand-ins for a torch without DataPipes.
@@ -116,7 +115,7 @@ def test_leaving_early_gives_everything_back(fault_service: FaultService, reader
     samples = iter(getattr(IterableWrapper(urls), reader)(credential=False, transfer=SMALL))
     next(samples)
     del samples
-    gc.collect()
+    collect_garbage()
     wait_until(lambda: budget.in_flight == 0)
 
 

@@ -19,7 +19,7 @@ from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from tests.faults import FaultService, Hold, Match, Redirect, Status, Together, Torn
-from tests.support import QUICK, content, in_time, wait_until, watch_peak
+from tests.support import QUICK, collect_garbage, content, in_time, wait_until, watch_peak
 
 MANY = replace(QUICK, max_connections=16, memory_limit=4 << 20)
 
@@ -216,7 +216,7 @@ def test_an_iterator_that_is_dropped_gives_everything_back(fault_service: FaultS
     samples = iter(iterable(fault_service, transfer=transfer))
     next(samples)
     del samples
-    gc.collect()
+    collect_garbage()
     fault_service.wait_until_idle()
     wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
     assert len(fault_service.requests("get_blob")) <= 14
@@ -420,7 +420,7 @@ def test_leaving_early_gives_everything_back(fault_service: FaultService, make: 
     assert [sample["data"] for sample in next(samples)] == [content(10_000, index) for index in range(8)]
     assert budget.in_flight > 0
     del samples
-    gc.collect()
+    collect_garbage()
     wait_until(lambda: budget.in_flight == 0)
 
 
@@ -431,7 +431,7 @@ def test_an_epoch_that_fails_gives_everything_back_without_a_garbage_collection(
     fill(fault_service, 60, 10_000)
     fault_service.script(Match("get_blob", path="/00003$"), [fault], repeat=True)
     transfer = replace(MANY, max_connections=29)  # a separate engine
-    gc.collect()
+    collect_garbage()
     gc.disable()
     try:
         with pytest.raises(AzureError):

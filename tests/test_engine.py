@@ -23,7 +23,16 @@ from azstoragetorch._engine.budget import Budget, BufferPool, Loan
 from azstoragetorch._engine.config import MiB, TransferConfig
 from azstoragetorch._engine.scope import Cancelled, Scope
 from azstoragetorch._engine.threads import Engine, engine_for
-from tests.support import in_time, interrupted_once, run_python, run_threads, taking, wait_until, watch_peak
+from tests.support import (
+    collect_garbage,
+    in_time,
+    interrupted_once,
+    run_python,
+    run_threads,
+    taking,
+    wait_until,
+    watch_peak,
+)
 
 
 def thread_count() -> int:
@@ -523,7 +532,7 @@ class TestBuffers:
         alive = [weakref.ref(view) for view in views]
         while views:
             engine.buffers.give_back(views.pop())
-        gc.collect()
+        collect_garbage()
         assert sum(view() is not None for view in alive) == 2
 
 

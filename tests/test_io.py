@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import json
 import pickle
@@ -29,7 +28,7 @@ from azstoragetorch.exceptions import BlobChangedError, FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status
-from tests.support import QUICK, content, run_threads, taking
+from tests.support import QUICK, collect_garbage, content, run_threads, taking
 
 OLD = b"the old content"
 ACCOUNT = "https://account.blob.core.windows.net"
@@ -80,7 +79,7 @@ class TestWrongArguments:
     ) -> None:
         with pytest.raises(kind, match=message):
             BlobIO(*arguments, **options)
-        gc.collect()  # an incompletely constructed object does not warn
+        collect_garbage()  # an incompletely constructed object does not warn
 
     @pytest.mark.parametrize("size", ["5", 1.5, [1]])
     def test_of_a_read(self, service: FaultService, size: Any) -> None:
@@ -353,7 +352,7 @@ class TestCommit:
         assert blob.closed
         blob.close()
         del blob
-        gc.collect()
+        collect_garbage()
         assert service.get("c", "b") == OLD
 
     def test_a_failing_commit_at_the_end_of_a_block_is_the_error(self, service: FaultService) -> None:

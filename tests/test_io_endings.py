@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import csv
-import gc
 import gzip
 import io
 import lzma
@@ -23,7 +22,7 @@ import pytest
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService
-from tests.support import QUICK, ROOT, content
+from tests.support import QUICK, ROOT, collect_garbage, content
 
 OLD = b"the old content"
 
@@ -129,7 +128,7 @@ class TestDroppedWrappers:
         with pytest.warns(ResourceWarning, match="dropped without close.*nothing was committed"):  # noqa: PT031
             with pytest.raises(KeyError):
                 fail()
-            gc.collect()
+            collect_garbage()
         assert service.get("c", "b") == OLD
 
     @pytest.mark.parametrize("name", WRAPPERS)
@@ -138,7 +137,7 @@ class TestDroppedWrappers:
             wrapper = WRAPPERS[name](writer(service))
             write_half(wrapper, 10)
             del wrapper
-            gc.collect()
+            collect_garbage()
         assert service.get("c", "b") == OLD
         assert len([warning for warning in caught if "BlobIO" in str(warning.message)]) == 1, "once is enough"
 
@@ -148,7 +147,7 @@ class TestDroppedWrappers:
             cycle[0].write("half")
             cycle.append(cycle)
             del cycle
-            gc.collect()
+            collect_garbage()
         assert service.get("c", "b") == OLD
 
     def test_with_warnings_as_errors(self, service: FaultService) -> None:
@@ -193,7 +192,7 @@ class TestDroppedWrappers:
             wrapper.write("half")
             raise KeyError
         del wrapper
-        gc.collect()
+        collect_garbage()
         assert service.get("c", "b") == OLD
 
     def test_a_dropped_reader_is_closed(self, service: FaultService) -> None:
@@ -215,7 +214,7 @@ class TestDroppedWrappers:
                 blob.close()
 
         Summary()
-        gc.collect()
+        collect_garbage()
         assert service.get("c", "b") == b"the summary"
 
 
@@ -236,7 +235,7 @@ class TestOrderlyEnds:
         wrapper.write("whole")
         blob = wrapper.detach()
         del wrapper
-        gc.collect()
+        collect_garbage()
         blob.close()
         assert service.get("c", "b") == b"whole"
 
@@ -316,7 +315,7 @@ class TestQuietExits:
             for number in rows():
                 if number == 4:
                     break
-            gc.collect()
+            collect_garbage()
         assert service.get("c", "b") == OLD
         assert list(rows()) == [0, 1, 2, 3, 4]
         assert service.get("c", "b") == b"0\n1\n2\n3\n4\n"
@@ -494,10 +493,10 @@ def test_an_error_that_was_there_at_the_opening_is_not_kept(service: FaultServic
         except Error as error:
             return writer(service), weakref.ref(error)
 
-    gc.collect()  # a finalizer of another test that fails in the handler would keep the error as its context
+    collect_garbage()  # a finalizer of another test that fails in the handler would keep the error as its context
     blob, seen = fail()
     blob.write(b"saved")
     blob.close()
-    gc.collect()
+    collect_garbage()
     assert seen() is None
     assert service.get("c", "b") == b"saved"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 from azstoragetorch._engine.job import Bell, IsStuck, Job
 from azstoragetorch._engine.process import PerProcess, here
 from azstoragetorch._engine.scope import Cancelled, Scope
-from tests.support import in_time, run_python, run_threads
+from tests.support import collect_garbage, in_time, run_python, run_threads
 
 
 class TestJob:
@@ -288,5 +287,5 @@ class TestPerProcess:
         gone = weakref.ref(values)
         values.get()
         del values
-        gc.collect()
+        collect_garbage()
         assert gone() is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from azstoragetorch.exceptions import BlobChangedError
 from azstoragetorch.nodes import BlobInfo, BlobLister, BlobRange, BlobReader, BlobSharder, ShuffleBuffer
 from tests.azurite.container import Container
 from tests.faults import FaultService, Hold, Match, Status, Together, Torn
-from tests.support import wait_until
+from tests.support import collect_garbage, wait_until
 
 COUNT = 13
 SMALL = TransferConfig(part_size=64 << 10, memory_limit=1 << 20, max_connections=4, max_attempts=3, max_backoff=0.01)
@@ -391,5 +390,5 @@ def test_a_reader_that_is_dropped_gives_everything_back(fault_service: FaultServ
     assert next(reader)[1] == content(0)
     assert budget.in_flight > 0
     del reader
-    gc.collect()
+    collect_garbage()
     wait_until(lambda: budget.in_flight == 0)

@@ -27,7 +27,17 @@ from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.threads import Engine, engine_for
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService, Match, Reset, Stall, Status, Together, Torn
-from tests.support import QUICK, blob_client, content, in_time, run_python, taking, wait_until, watch_peak
+from tests.support import (
+    QUICK,
+    blob_client,
+    collect_garbage,
+    content,
+    in_time,
+    run_python,
+    taking,
+    wait_until,
+    watch_peak,
+)
 
 PART = 64 * KiB
 BORDERS = [0, 100, 32 * KiB, PART, 2 * PART, 128 * KiB, 256 * KiB, 512 * KiB, MiB, MiB + PART, 2 * MiB]
@@ -470,7 +480,7 @@ class TestDropped:
         cycle: dict[str, object] = {"blob": self.start(service)}
         cycle["self"] = cycle
         del cycle
-        gc.collect()
+        collect_garbage()
         wait_until(lambda: engine.budget.in_flight == 0)
 
     def test_even_in_the_middle_of_what_the_engine_does(self, service: FaultService, engine: Engine) -> None:
@@ -512,7 +522,7 @@ class TestDropped:
 
         with pytest.warns(ResourceWarning, match="nothing was committed"):
             in_time(act, 60)
-        gc.collect()  # what has aged in the meantime
+        collect_garbage()  # what has aged in the meantime
         assert collected >= 30
         wait_until(lambda: engine.budget.in_flight == 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import threading
@@ -29,6 +28,7 @@ from azstoragetorch.checkpoint._format import load_metadata
 from azstoragetorch.exceptions import CheckpointConflictError, CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.states import load, reason, save
 from tests.faults import FaultService, Fine, Hold, Match, Status
+from tests.support import collect_garbage
 
 QUICK = TransferConfig(max_backoff=0.05)
 OLD = "__0_0.20200101000000-0123456789abcdef.distcp"
@@ -257,7 +257,7 @@ def test_a_save_that_has_failed_keeps_nothing_alive(url: str) -> None:
     with pytest.raises(dcp.CheckpointException, match="broken"):
         dcp.save({"x": tensor}, checkpoint_id=url, storage_writer=mine, planner=Failing(), no_dist=True)
     del tensor
-    gc.collect()
+    collect_garbage()
     assert gone() is None
 
 

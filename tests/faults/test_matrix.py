@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 import traceback
@@ -13,7 +12,7 @@ import pytest
 from azstoragetorch._blob import transport
 from azstoragetorch._engine.config import KiB, MiB, TransferConfig
 from azstoragetorch._engine.threads import engine_for
-from tests.support import idle_connections, wait_until
+from tests.support import collect_garbage, idle_connections, wait_until
 
 from .fixtures import LoopbackTls
 from .matrix import (
@@ -138,7 +137,7 @@ def check_error(cell: Cell, chain: list[str], text: str) -> str:
 
 def check_nothing_left(service: FaultService, transfer: TransferConfig) -> None:
     """All memory is given back, and each connection is in the pool or closed."""
-    gc.collect()
+    collect_garbage()
     service.wait_until_idle()
     wait_until(lambda: engine_for(transfer).budget.in_flight == 0)
     wait_until(lambda: service.open_connections <= idle_connections())

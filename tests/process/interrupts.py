@@ -36,6 +36,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.support import collect_garbage
+
 S = TypeVar("S")
 _SHOWN = 3  # failures that are shown in full
 
@@ -81,7 +83,7 @@ def collecting(make_garbage: Callable[[], object]) -> Callable[[], None]:
         cycle: list[object] = [make_garbage()]
         cycle.append(cycle)
         del cycle
-        gc.collect()
+        collect_garbage()
 
     return collect
 
@@ -104,7 +106,7 @@ def sweep(
     """
     names = {str(file.__file__ if isinstance(file, ModuleType) else file) for file in files}
     tracer = _Tracer(names, turns, after_calls)
-    gc.collect()  # what other tests have dropped, so that no finalizer of it runs in a visit
+    collect_garbage()  # what other tests have dropped, so that no finalizer of it runs in a visit
     state = set_up()
     with tracer.on():
         act(state)
@@ -112,7 +114,7 @@ def sweep(
     assert tracer.found, f"no line of {sorted(names)} is reached by this thread"
     runs: list[Run] = []
     failures: list[tuple[Run, BaseException]] = []
-    gc.collect()
+    collect_garbage()
     gc.freeze()  # a collection at each place then visits only new objects
     try:
         for place in tracer.found:

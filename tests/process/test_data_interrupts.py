@@ -5,7 +5,6 @@ No sample is lost or repeated, no byte of the budget stays on loan, and nothing 
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset
 from azstoragetorch.io import BlobIO
 from tests.faults import FaultService
 from tests.process.interrupts import Run, interrupt, sweep
-from tests.support import QUICK, content, wait_until
+from tests.support import QUICK, collect_garbage, content, wait_until
 
 COUNT = 3
 NAMES = [str(number) for number in range(COUNT)]
@@ -148,7 +147,7 @@ def test_an_interrupted_batch_leaves_nothing_behind(fault_service: FaultService)
         assert dataset.__getitems__([2, 0]) == ["2", "0"]
 
     sweep(lambda: None, lambda _: dataset.__getitems__([0, 1]), check, files=[batches], do=interrupt, turns=1)
-    gc.collect()  # the interrupts, which their tracers refer to
+    collect_garbage()  # the interrupts, which their tracers refer to
     wait_until(lambda: engine_for(TRANSFER).budget.in_flight == 0)
 
 

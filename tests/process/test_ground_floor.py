@@ -28,7 +28,7 @@ from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults import FaultService
 from tests.faults.faults import Match, Status
 from tests.process.interrupts import Run, collecting, interrupt, sweep
-from tests.support import QUICK, blob_client, container_client, content, wait_until
+from tests.support import QUICK, blob_client, collect_garbage, container_client, content, wait_until
 
 FILES: list[ModuleType] = [budget, job, metrics, process, scope, threads, readahead, window, download, listing]
 FILES += [multiplex, first_part, takeover, prefetch, admission, pacing, retry]
@@ -189,7 +189,7 @@ def visit(
         again.act()
         again.close()
 
-    gc.collect()
+    collect_garbage()
     gc.disable()  # nothing must depend on it
     try:
         sweep(lambda: actor(service, transfer), lambda state: state.act(), check, files=FILES, do=do, turns=turns)

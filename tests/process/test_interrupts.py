@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.process.interrupts import Run, collecting, interrupt, sweep
+from tests.support import collect_garbage
 
 ACCOUNTS = """
 import threading
@@ -107,3 +110,46 @@ def test_other_threads_run_undisturbed(accounts: Any) -> None:
 
     runs = sweep(accounts.Careful, act, check_free, files=[accounts], do=interrupt)
     assert {run.place.code.co_name for run in runs} == {"work"}
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class _Slow:
+    """Garbage with a finalizer that waits."""
+
+    def __init__(self, inside: threading.Event, leave: threading.Event) -> None:
+        self.itself = self
+        self.inside = inside
+        self.leave = leave
+
+    def __del__(self) -> None:
+        self.inside.set()
+        self.leave.wait()
+
+
+def test_garbage_is_collected_although_another_thread_is_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    original = gc.collect
+
+    def other() -> None:
+        _Slow(inside, leave)
+        original()
+
+    def collect() -> int:
+        found = original()
+        leave.set()  # not before the first attempt, which finds the other thread at work
+        return found
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    cycle = _Cycle()
+    monkeypatch.setattr(gc, "collect", collect)
+    garbage = weakref.ref(cycle)
+    del cycle
+    collect_garbage()
+    assert garbage() is None
+    thread.join()
