@@ -19,7 +19,7 @@ from azure.core.exceptions import (
 from azstoragetorch._blob.client import BlobClient, ClientFactory, ContainerClient
 from azstoragetorch.exceptions import FatalBlobIOWriteError
 from tests.azurite.container import Container
-from tests.faults import FaultService, LostAnswer, Match, MissingHeader, Status
+from tests.faults import Fault, FaultService, LostAnswer, Match, MissingHeader, Status, WrongHeader
 from tests.support import QUICK, blob_client, container_client, content
 
 NAME = "a b%2F?#ü//x/"
@@ -117,15 +117,19 @@ class TestFaults:
         assert service.names("c") == []
         assert service.unused_faults() == []
 
-    @pytest.mark.parametrize("header", ["ETag", "Content-Length"])
-    def test_properties_that_are_not_all_there_are_asked_for_again(self, service: FaultService, header: str) -> None:
+    @pytest.mark.parametrize(
+        "fault",
+        [MissingHeader("ETag"), MissingHeader("Content-Length"), WrongHeader("Content-Length", "9" * 5000)],
+        ids=["no ETag", "no length", "a length of 5000 digits"],
+    )
+    def test_properties_that_are_not_all_there_are_asked_for_again(self, service: FaultService, fault: Fault) -> None:
         blob = blob_client(service.blob_url("c", "b"))
-        service.script("head", [MissingHeader(header)])
+        service.script("head", [fault])
         version = blob.version()
         assert version is not None
         assert version.size == 4
         assert len(service.log) == 2
-        service.script("head", [MissingHeader(header)], repeat=True)
+        service.script("head", [fault], repeat=True)
         with pytest.raises(ServiceResponseError, match=r"HEAD .*/c/b: the service sent no valid length and ETag"):
             blob.version()
 

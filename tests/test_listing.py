@@ -345,6 +345,7 @@ class TestFaults:
             b"<EnumerationResults><Blobs><Blob></Blob></Blobs></EnumerationResults>",
             b"<EnumerationResults><Blobs><Blob><Name>a</Name></Blob></Blobs></EnumerationResults>",
             one_blob(b"a", b"-1"),
+            one_blob(b"a", b"9" * 5000),
             one_blob(b"&copy;", b"1"),
             one_blob(b"\xff", b"1"),
         ],

@@ -20,6 +20,7 @@ from azure.core.exceptions import (
 from azstoragetorch._blob.connection import length_of
 from azstoragetorch._blob.download import BlobVersion
 from azstoragetorch._blob.errors import picklable
+from azstoragetorch._blob.head import number_in
 from azstoragetorch._blob.retry import RETRYABLE_STATUS, Transient, retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -53,10 +54,11 @@ def _get_properties(service: Service, url: BlobURL, scope: Scope | None) -> Blob
     with service.send(Request("HEAD", url, accept=frozenset({200}), scope=scope)) as response:
         headers = response.headers
     length, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
-    if not (length.isascii() and length.isdigit() and etag):
-        what = f"HEAD {url}: the service sent no valid length and ETag: {length!r}, {etag!r}"
+    size = number_in(length)
+    if size is None or not etag:
+        what = f"HEAD {url}: the service sent no valid length and ETag: {length[:80]!r}, {etag!r}"
         raise Transient(picklable(ServiceResponseError(what)))
-    return BlobProperties(BlobVersion(int(length), etag), _md5(headers.get("Content-MD5")), headers)
+    return BlobProperties(BlobVersion(size, etag), _md5(headers.get("Content-MD5")), headers)
 
 
 def read_tags(service: Service, url: BlobURL, scope: Scope | None = None) -> dict[str, str]:

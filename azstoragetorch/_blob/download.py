@@ -25,7 +25,7 @@ from azstoragetorch._engine.scope import Scope, on_error
 from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError
 
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19})")
 _PROGRESS_STEP = 512 * KiB  # bytes between two reports of what has arrived
 _REAL_PROGRESS = 64 * KiB  # bytes; less than this between two failures does not reset the retry count
 _STATUSES = frozenset({200, 206, 412, 416})

@@ -13,7 +13,8 @@ from azstoragetorch._blob.connection import Connection
 from azstoragetorch._engine.config import KiB
 from azstoragetorch._engine.scope import on_error
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_NUMBER = re.compile(r"[0-9]{1,19}")  # no size is longer, and Python refuses to parse thousands of digits
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
 _MOST_KEYS = 256  # of headers that are remembered
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of a response: headers, and bytes of one
@@ -107,9 +108,9 @@ class HTTPResponse(http.client.HTTPResponse):
         if self.is_head or self.status in (204, 304):
             self.length = 0
         elif length is not None and not self.chunked:
-            if not (length.isascii() and length.isdigit()):
-                raise http.client.HTTPException(f"Content-Length is {length!r}")
-            self.length = int(length)
+            self.length = number_in(length)
+            if self.length is None:
+                raise http.client.HTTPException(f"Content-Length is {length[:80]!r}")
         if self.length is None and not self.chunked:
             self.will_close = True
 
@@ -169,6 +170,11 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str], bool]:
     connection = values.get("connection", "").lower()
     stays_open = "close" not in connection and (found.group(1) == "1" or "keep-alive" in connection)
     return int(found.group(2)), values, stays_open
+
+
+def number_in(text: str | None) -> int | None:
+    """The size or count that the service has written as *text*; None if it is no such number."""
+    return int(text) if text is not None and _NUMBER.fullmatch(text) else None
 
 
 def range_of(fields: Mapping[str, str]) -> tuple[int, int, int] | None:

@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 from azure.core.exceptions import ServiceResponseError
 
 from azstoragetorch._blob.errors import picklable
+from azstoragetorch._blob.head import number_in
 from azstoragetorch._blob.retry import Transient, retrying
 from azstoragetorch._blob.service import Request, Service
 from azstoragetorch._blob.url import BlobURL
@@ -255,11 +256,11 @@ def _parse_page(raw: bytes, container: BlobURL, *, with_modified: bool = False) 
         if _is_directory(item):
             page.directories.append(name)
             continue
-        size = item.findtext("Properties/Content-Length")
-        if size is None or not size.isascii() or not size.isdigit():
+        size = number_in(item.findtext("Properties/Content-Length"))
+        if size is None:
             raise _malformed(container, f"the entry {name!r} has no size")
         page.names.append(name)
-        page.sizes.append(int(size))
+        page.sizes.append(size)
         page.etags.append(item.findtext("Properties/Etag") or "")
         if with_modified:
             page.modified.append(item.findtext("Properties/Last-Modified") or "")

@@ -8,6 +8,7 @@ from urllib.parse import quote, urlencode
 
 from azstoragetorch._blob.client import BlobClient, BlobProperties
 from azstoragetorch._blob.download import BlobVersion
+from azstoragetorch._blob.head import number_in
 from azstoragetorch._engine.scope import Scope
 
 _CONTENT = ("Content-Type", "Content-Encoding", "Content-Language", "Content-Disposition", "Cache-Control")
@@ -50,13 +51,12 @@ def describe_found(found: BlobProperties) -> Description:
     """The description in the properties *found*."""
     tier = found.headers.get("x-ms-access-tier")
     is_set = tier in _TIERS and found.headers.get("x-ms-access-tier-inferred", "").lower() != "true"
-    count = found.headers.get("x-ms-tag-count", "")
     return Description(
         found.version,
         found.md5,
         _properties(found.headers),
         tier if is_set else None,
-        int(count) if count.isascii() and count.isdigit() else 0,
+        number_in(found.headers.get("x-ms-tag-count")) or 0,
     )
 
 
