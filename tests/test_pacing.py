@@ -183,6 +183,17 @@ class TestRecovering:
         throttled(pacing, 99.99, 100.0)
         assert pacing.limit == 50
 
+    def test_not_before_the_pause_that_was_asked_for(self) -> None:
+        """Although requests that began before it are accepted until the limit is where it was."""
+        pacing = Pacing(2)
+        pacing.refused(100.0, 100.0, 1.0)
+        for _ in range(3):
+            pacing.accepted(100.0, 100.1)
+        assert pacing.book(100.1) == 101.0
+        assert not pacing.book_now(100.2)
+        pacing.accepted(101.0, 101.1)
+        assert pacing.is_free
+
     def test_up_to_the_most(self) -> None:
         pacing = pacing_after(1000, most=4)
         throttled(pacing, 99.99, 100.0)

@@ -176,8 +176,8 @@ class Pacing:
         if began >= self._limit_grew_at and self.limit < self._most:
             self.limit = min(float(self._most), self.limit + 1)
             self._limit_grew_at = now
-            if self.limit == self._most and self.rate == math.inf:
-                return self._free(now)
+        if self.limit == self._most and self.rate == math.inf and now >= self.held_until:
+            return self._free(now)
         if self._is_binding and now - self._rate_set_at >= _HORIZON and self.rate < math.inf:
             self.rate += math.sqrt(self.rate) * 2**self._steps
             self._steps += 1
