@@ -188,7 +188,7 @@ class TestRecovering:
         pacing = Pacing(2)
         pacing.refused(100.0, 100.0, 1.0)
         for _ in range(3):
-            pacing.accepted(100.0, 100.1)
+            pacing.accepted(100.0, 100.0)
         assert pacing.book(100.1) == 101.0
         assert not pacing.book_now(100.2)
         pacing.accepted(101.0, 101.1)
