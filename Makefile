@@ -26,7 +26,7 @@ $(BIN)/python -m pip --disable-pip-version-check --python $(1)/bin/python instal
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test docs lint format types check fuzz soak coverage reliability interleavings oldest newest frameworks ray audit build clean
+.PHONY: help setup demo bench test exhaustive docs lint format types check fuzz soak coverage reliability interleavings oldest newest frameworks ray audit build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,12 +41,16 @@ bench: setup  ## compare with other libraries and write docs/performance.md; BEN
 
 # Most tests wait for sockets and processes: several at once, also on few CPUs.
 test: setup  ## run the tests; SLOW=1 adds slow tests, ARGS= is passed to pytest
-	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal -m "not matrix$(if $(SLOW),, and not slow)" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal -m "not exhaustive and not site$(if $(SLOW),, and not slow)" $(ARGS)
 
-docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links; LINKS=1 also checks links to other sites
+# Every place of the sweeps, each cell of the fault matrix: takes about an hour.
+exhaustive: setup  ## run the tests in full, before a release
+	SWEEP=all $(BIN)/python -m pytest --numprocesses=4 --dist=worksteal $(ARGS)
+
+docs: $(DEV)  ## build the site into build/docs, run its doctests, check its links and names; LINKS=1 also checks links to other sites
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 	$(BIN)/sphinx-build -W -q -b doctest docs build/doctest
-	$(BIN)/python docs/links.py build/docs
+	SITE=build/docs $(BIN)/python -m pytest -q -m site tests/docs
 	$(if $(LINKS),$(BIN)/sphinx-build -q -b linkcheck docs build/links)
 
 lint: $(DEV)  ## check style and formatting
@@ -70,7 +74,7 @@ soak: $(DEV)  ## use everything under random faults for SOAK_SECONDS= (600); mem
 	$(BIN)/python -m tests.soak $(SOAK_SECONDS)
 
 coverage: setup  ## run the tests and report branches of the package that no test takes; ARGS= is passed to pytest
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 -m "not untraced" --numprocesses=2 --timeout=300 $(ARGS)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=95 -m "not untraced and not exhaustive" --numprocesses=2 --timeout=300 $(ARGS)
 
 reliability: setup build/soak.md $(if $(filter build/peer/%,$(PEER)),$(PEER))  ## run every fault and write docs/reliability.md; PEER= is a Python with the published connector
 	$(BIN)/python -m pytest tests/faults/test_matrix.py --numprocesses=2 --junitxml=build/matrix.xml
@@ -82,13 +86,13 @@ interleavings: $(DEV)  ## run saves, loads, and cleaning in every order and writ
 oldest: setup  ## run the core tests with the oldest supported dependencies; ARGS= is passed to pytest
 	$(call beside,$(OLDEST),--requirement requirements-oldest.txt)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(OLDEST)/bin/python check
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m "not slow and not exhaustive" $(CORE_TESTS) $(ARGS)
 
 newest: setup  ## run the core tests with the newest releases and pre-releases of the dependencies; ARGS= is passed to pytest
 	$(call beside,$(NEWEST),--upgrade --pre azure-storage-blob azure-core azure-identity torchdata)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python check
 	$(BIN)/python -m pip --disable-pip-version-check --python $(NEWEST)/bin/python list | grep -E '^(azure-|torch)'
-	$(NEWEST)/bin/python -m pytest -m "not slow" $(CORE_TESTS) $(ARGS)
+	$(NEWEST)/bin/python -m pytest -m "not slow and not exhaustive" $(CORE_TESTS) $(ARGS)
 
 # litdata goes without its dependencies: torchvision and obstore are large and unused here, and boto3 refuses the pinned
 # python-dateutil. It imports boto3, so that and its parts are named.

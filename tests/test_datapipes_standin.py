@@ -100,9 +100,14 @@ def test_chains_and_a_plain_dataloader_work_without_torchs_pipes(tmp_path: Path)
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", SUITE)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.slow if part in ("listing", "sharding") else pytest.mark.exhaustive)
+        for part in SUITE
+    ],
+)
 def test_the_suite_of_the_pipes_passes_without_torchs_pipes(part: str) -> None:
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_datapipes_{part}.py", timeout=880)
     assert done.returncode == 0, done.stdout[-5000:]

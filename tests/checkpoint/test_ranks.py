@@ -142,9 +142,11 @@ IN_TWO_DIMENSIONS = ["hybrid sharded", "tensor and fully sharded"]
         (2, "data parallel", [(3, "fully sharded")]),
         (2, "fully sharded", [(2, "tensor parallel"), (1, "data parallel")]),
         pytest.param(2, "tensor parallel", [(4, "tensor and fully sharded")], marks=pytest.mark.slow),
-        pytest.param(4, "hybrid sharded", [(2, "tensor parallel"), (2, "data parallel")], marks=pytest.mark.slow),
+        pytest.param(4, "hybrid sharded", [(2, "tensor parallel"), (2, "data parallel")], marks=pytest.mark.exhaustive),
         (4, "tensor and fully sharded", [(2, "fully sharded")]),
-        pytest.param(4, "fully sharded", [(4, kind) for kind in PARALLEL + IN_TWO_DIMENSIONS], marks=pytest.mark.slow),
+        pytest.param(
+            4, "fully sharded", [(4, kind) for kind in PARALLEL + IN_TWO_DIMENSIONS], marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_model_and_its_optimizer_continue_in_parallel_of_another_kind(

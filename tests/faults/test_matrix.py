@@ -63,10 +63,10 @@ _slow = itertools.count()
 
 
 def _marks(row: Row, operation: str) -> list[pytest.MarkDecorator]:
-    """Slow cells are many: two of three run only when the page is written."""
+    """Slow cells are many: four of five run only when the page is written."""
     if not _is_slow(row, operation):
         return []
-    return [pytest.mark.slow] if next(_slow) % 3 == 0 else [pytest.mark.slow, pytest.mark.matrix]
+    return [pytest.mark.slow] if next(_slow) % 5 == 0 else [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 PAIRS = [

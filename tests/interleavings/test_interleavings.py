@@ -70,7 +70,7 @@ def test_a_save_with_a_base_in_every_order(pair: Combination) -> None:
 @pytest.mark.parametrize(
     "pair",
     [
-        pair if pair.beginning == "a base" or LOAD in pair.kinds else pytest.param(pair, marks=pytest.mark.slow)
+        pair if pair.beginning == "a base" or LOAD in pair.kinds else pytest.param(pair, marks=pytest.mark.exhaustive)
         for pair in DELTAS
     ],
     ids=str,

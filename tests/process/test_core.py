@@ -475,7 +475,7 @@ def test_interrupts_at_any_moment(service: FaultService) -> None:
     rain(service, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.untraced
 def test_interrupts_at_any_moment_for_long(service: FaultService) -> None:
     rain(service, 90)

@@ -46,13 +46,14 @@ def make(kind: Any, url: str, **options: Any) -> Any:
 
 
 def matrix() -> list[Any]:
-    """Everything if slow tests run; otherwise the fast cases, and one of each slower start method."""
+    """Of the cases that start processes with torch, one of each method is fast enough, and most are exhaustive."""
     samples = {(IterableBlobDataset, "spawn", 2, True, True), (IterableBlobDataset, "forkserver", 1, False, True)}
     kinds, contexts, both = (IterableBlobDataset, BlobDataset), ("fork", "spawn", "forkserver"), (False, True)
     alone = itertools.product(kinds, ("fork",), (0,), both, (False,))  # no process is started
     cases = [*alone, *itertools.product(kinds, contexts, (1, 2), both, both)]
-    is_slow = [case[1] != "fork" and case not in samples for case in cases]
-    return [pytest.param(*case, marks=[pytest.mark.slow] * slow) for case, slow in zip(cases, is_slow, strict=True)]
+    slow = [case for case in cases if case[1] != "fork" and case not in samples]
+    marks = {case: [pytest.mark.exhaustive if number % 5 else pytest.mark.slow] for number, case in enumerate(slow)}
+    return [pytest.param(*case, marks=marks.get(case, [])) for case in cases]
 
 
 @pytest.mark.timeout(600)
@@ -166,10 +167,10 @@ def rank_main(rank: int, world: int, store: str, url: str, workers: int, context
         pytest.param(1, 2, "fork", marks=pytest.mark.slow),
         pytest.param(2, 0, None, marks=pytest.mark.slow),
         (2, 2, "fork"),
-        pytest.param(2, 2, "spawn", marks=pytest.mark.slow),
+        pytest.param(2, 2, "spawn", marks=pytest.mark.exhaustive),
         pytest.param(2, 2, "forkserver", marks=pytest.mark.slow),
         (3, 0, None),
-        pytest.param(3, 2, "fork", marks=pytest.mark.slow),
+        pytest.param(3, 2, "fork", marks=pytest.mark.exhaustive),
     ],
 )
 def test_ranks_over_gloo_share_the_blobs(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.interrupts import Run, collecting, interrupt, sweep
+from tests.process.interrupts import Place, Run, collecting, interrupt, sweep
 from tests.support import collect_garbage
 
 ACCOUNTS = """
@@ -40,6 +40,10 @@ class Careful(Careless):
 
     def enter_twice(self):
         raise RuntimeError("entered twice")
+
+    def work_long(self):
+        for _ in range(60):
+            pass
 """
 
 
@@ -76,6 +80,22 @@ def test_every_line_is_visited_as_often_as_asked(accounts: Any) -> None:
         runs = sweep(accounts.Careful, accounts.Careful.work, check_free, files=[accounts], do=interrupt, turns=turns)
         seen = [run.place.turn for run in runs if run.place.line == 18]
         assert seen == list(range(1, turns + 1))
+
+
+def test_a_share_of_many_places_is_visited_or_all(accounts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def visited() -> list[Place]:
+        runs = sweep(
+            accounts.Careful, accounts.Careful.work_long, check_free, files=[accounts], do=interrupt, turns=100
+        )
+        return [run.place for run in runs]
+
+    monkeypatch.setenv("SWEEP", "all")
+    every = visited()
+    assert len(every) > 120  # the loop has two lines
+    monkeypatch.delenv("SWEEP")
+    some = visited()
+    assert some in [every[first::3] for first in range(3)]
+    assert visited() == some
 
 
 def test_a_hang_is_a_failure_with_its_place(accounts: Any) -> None:

@@ -96,8 +96,14 @@ def finish(job: subprocess.Popen[str], *, kill_at: int | None = None) -> list[di
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 1])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, marks=pytest.mark.exhaustive),
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_two_ranks_are_killed_and_any_number_continues_in_mid_epoch(container: Container, ranks: int) -> None:
     """What the model had seen when it was saved, and what was read after, is each blob once."""
     count = 48  # divides by all shards in question

@@ -75,9 +75,14 @@ def final_weights(container: Container) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "by",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_stopped_and_resumed_job_ends_with_the_weights_of_one_never_stopped(
     container: Container, by: signal.Signals
 ) -> None:
