@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import socket
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,6 +113,7 @@ def unknown_outcome(url: BlobURL, error: Exception) -> FatalBlobIOWriteError:
 #     201                         committed
 #     refused, first attempt      not committed: raise. With "create only" a refusal by 409 or 412 means that the blob
 #                                 existed before, and becomes ResourceExistsError.
+#     no connection               not committed: try again, as `retry` allows; it does not count as sent
 #     no response, or 5xx         unknown: try again, as `retry` allows
 #     refused, later attempt      unknown: an earlier attempt may have taken effect (with "create only" its blob makes
 #                                 this attempt fail; or the SAS has expired in between). Check.
@@ -142,7 +144,7 @@ class Commit:
         self._url = url
         self._scope = scope
         self._condition = {"If-None-Match": "*"} if create_only else {}
-        self._attempts = 0
+        self._attempts = 0  # that may have reached the service
 
     def put_blob(self, pieces: Sequence[memoryview], properties: Mapping[str, str]) -> None:
         """Replace the content of the blob with *pieces*; *properties* are headers that describe it."""
@@ -176,6 +178,8 @@ class Commit:
         try:
             retrying(self._service.config, lambda: self._try(request), self._scope)
         except (AzureError, ClientRequestIdMismatchError) as error:
+            if not self._attempts:
+                raise
             is_refused = isinstance(error, HttpResponseError) and error.status_code not in RETRYABLE_STATUS
             if not (is_refused and self._attempts == 1) and self._took_effect(error, is_committed):
                 return
@@ -185,7 +189,12 @@ class Commit:
 
     def _try(self, request: Request) -> None:
         self._count_attempt()
-        self._service.send(request).close()
+        try:
+            self._service.send(request).close()
+        except Transient as failure:
+            if isinstance(failure.__cause__, (ConnectionRefusedError, socket.gaierror)):
+                self._attempts -= 1  # nothing was sent: the service cannot have carried it out
+            raise
 
     def _count_attempt(self) -> None:
         self._attempts += 1
