@@ -310,7 +310,14 @@ class _alarm:  # noqa: N801 - used as a function
         signal.signal(signal.SIGALRM, self._handler)
 
     def _ring(self, _number: int, _frame: FrameType | None) -> None:
-        raise Hang(f"over {self._seconds:g} s")
+        raise Hang(f"over {self._seconds:g} s; meanwhile in other threads:\n{_others()}")
+
+
+def _others() -> str:
+    """The innermost frames of the other threads, except those of test services, which wait for requests."""
+    me = threading.get_ident()
+    stacks = [traceback.format_stack(frame, limit=3) for key, frame in sys._current_frames().items() if key != me]
+    return "\n".join("".join(stack) for stack in stacks if "/tests/" not in stack[-1])
 
 
 def _report(failures: list[tuple[Run, BaseException]], count: int) -> str:
