@@ -428,6 +428,34 @@ def test_rows_are_read_when_they_are_needed(filled: Container, monkeypatch: pyte
     assert list(manifest._parts) == [4, 0]  # what was used last
 
 
+def test_reading_takes_little_memory_and_no_pandas(tmp_path: Path) -> None:
+    """A part of 65,536 rows at a time, of which a rank takes one in 64; importing pandas would cost 30 MiB."""
+    from azstoragetorch._samples.parquet import encode
+    from azstoragetorch._samples.rows import PART_ROWS
+
+    names = [f"train/shard-{row // 1000:05d}/image-{row:09d}.jpg" for row in range(PART_ROWS)]
+    etags = [f'"0x8DC{row * 0x9E3779B97F4A7C15 % (1 << 48):012X}"' for row in range(PART_ROWS)]
+    data, rows = encode((names, list(range(PART_ROWS)), [None, *etags[1:]]), "here")
+    (tmp_path / "part").write_bytes(data)
+    program = (
+        "import sys; from array import array\n"
+        "from azstoragetorch._samples.parquet import decode, ranks_of\n"
+        "def memory():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(status.partition('RssAnon:')[2].split()[0]) / 1024\n"
+        "data, before, most = open(sys.argv[1], 'rb').read(), memory(), 0\n"
+        "for _ in range(8):\n"
+        f"    part = decode(data, rows={PART_ROWS}, digest=sys.argv[2], where='here')\n"
+        "    ordered, ranks = ranks_of(array('Q', range(65535, 0, -64)))\n"
+        "    names, sizes, etags = part.take(array('H', ordered))\n"
+        "    most = max(most, memory() - before)\n"
+        "print(sizes[0], etags[0], ranks[0], 'pandas' in sys.modules, most)\n"
+    )
+    size, etag, rank, has_pandas, most = run_python(program, str(tmp_path / "part"), rows.digest).split()
+    assert (size, etag, rank, has_pandas) == ("63", etags[63], "1023", "False")
+    assert float(most) < 40
+
+
 # -- pipes and nodes ---------------------------------------------------------------------------------------------------
 
 

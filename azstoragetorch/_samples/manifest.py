@@ -92,7 +92,7 @@ class Manifest:
             yield kind(url_of_name(base, row.name), row.size, row.etag or "")
 
     def look_up(self, plan: Iterable[tuple[int, int]], *, is_shuffled: bool) -> Iterator[tuple[int, Row]]:
-        """The rows of a plan of (place, row number), with their places, in the order of the plan.
+        """The rows of a plan of (place, row number), with their places, which follow one another.
 
         If that is not about the order of the rows, they are collected: each part is read once for
         some million rows. Otherwise each part is read when its first row is needed.
@@ -101,38 +101,41 @@ class Manifest:
             for place, index in plan:
                 yield place, self.row(index)
             return
+        from azstoragetorch._samples.parquet import ranks_of
+
         plan = iter(plan)
-        while True:
-            places, indices = array("Q"), array("Q")
-            for place, index in islice(plan, _COLLECTED):
-                places.append(place)
-                indices.append(index)
-            if not places:
-                return
-            catalog, ranks = self._collect(indices)
-            for place, rank in zip(places, ranks, strict=True):
+        while found := next(plan, None):
+            first, index = found
+            indices = array("Q", [index])
+            indices.extend(index for _, index in islice(plan, _COLLECTED - 1))
+            ordered, ranks = ranks_of(indices)
+            wanted = self._by_part(ordered)
+            del indices, ordered  # what is left is 2 bytes a row
+            catalog = self._collect(wanted)
+            for place, rank in enumerate(ranks, first):
                 etag = catalog.etag(rank)
                 yield place, Row(catalog.name(rank), catalog.size(rank) or 0, None if etag == _UNKNOWN else etag)
 
-    def _collect(self, indices: array[int]) -> tuple[Catalog, array[int]]:
-        """The rows at *indices* in the order of the manifest, and the place of each of *indices* among them."""
-        from azstoragetorch._samples.parquet import ranks_of
-
-        ordered, ranks = ranks_of(indices)
+    def _by_part(self, ordered: array[int]) -> dict[int, array[int]]:
+        """The rows with these numbers, which ascend, as places in their parts."""
         ends = self.description.ends
-        wanted: dict[int, array[int]] = {}  # by part: indices in it
+        wanted = {}
         start = 0
         while start < len(ordered):
             number = self.description.locate(ordered[start])[0]
             stop = bisect_left(ordered, ends[number], lo=start)
             base = ends[number] - self.description.parts[number].rows
-            wanted[number] = array("q", (index - base for index in ordered[start:stop]))
+            wanted[number] = array("H", (index - base for index in ordered[start:stop]))
             start = stop
+        return wanted
+
+    def _collect(self, wanted: dict[int, array[int]]) -> Catalog:
+        """The rows at some places in their parts."""
         catalog = Catalog()
-        for local, part in zip(wanted.values(), self._parts_ahead(wanted), strict=True):
-            names, sizes, etags = part.take(local)
+        for places, part in zip(wanted.values(), self._parts_ahead(wanted), strict=True):
+            names, sizes, etags = part.take(places)
             catalog.append_listed(names, sizes, [etag or _UNKNOWN for etag in etags])
-        return catalog, ranks
+        return catalog
 
     def client(self, row: Row) -> BlobClient:
         """The blob of a row.
