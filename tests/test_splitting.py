@@ -11,10 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import azstoragetorch._blob.client
+import azstoragetorch._samples.splitting
 from azstoragetorch._blob.client import Page
 from azstoragetorch._blob.listing import list_pages
 from azstoragetorch._blob.url import parse_url
-from azstoragetorch._samples.splitting import Pages, list_share
+from azstoragetorch._samples.splitting import Pages, list_share, split
 from azstoragetorch.datapipes import BlobInfo
 from azstoragetorch.datasets import IterableBlobDataset
 from azstoragetorch.manifest import list_part, make_manifest
@@ -74,6 +75,46 @@ def test_every_name_is_listed_once(names: set[str], size: int, at_most: int, int
         names = {name for name in names if not any(other.startswith(f"{name}/") for other in names)}
     found, _ = list_all(Tree(names, size, is_hierarchical=is_hierarchical).pages, at_most, into)
     assert sorted(found) == sorted(names)
+
+
+def split_all(tree: Tree) -> tuple[list[str], int]:
+    """All names, and the number of requests before the shares were known."""
+    shares = split(tree.pages, "")
+    requests = tree.requests
+    pages = [page for share in shares for page in (tree.pages(share, "") if isinstance(share, str) else [share])]
+    return [name for page in pages for name in page.names], requests
+
+
+@given(NAMES, st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
+@example({"a/1", "a/2", "a-b/1", "a.t", "b/1"}, 5, 9, 2, True)
+@settings(deadline=None)
+def test_every_name_is_in_one_share(names: set[str], size: int, pages: int, most: int, is_hierarchical: bool) -> None:
+    if is_hierarchical:
+        names = {name for name in names if not any(other.startswith(f"{name}/") for other in names)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(azstoragetorch._samples.splitting, "_MOST", most)
+        patch.setattr(azstoragetorch._samples.splitting, "_SPLIT_PAGES", pages)
+        found, requests = split_all(Tree(names, size, is_hierarchical=is_hierarchical))
+    assert sorted(found) == sorted(names)
+    assert requests <= pages
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "requests"),
+    [
+        ({f"{a}/{b}/{c}" for a in range(3) for b in range(30) for c in range(9)}, 90, 1 + 3 * 3),
+        ({f"{a}/{c:04d}" for a in range(20) for c in range(50)}, 20, 2 + 4 * 2),  # no folder in four of them
+        ({f"{a:03d}/{c}" for a in range(999) for c in range(2)}, 100, 100),  # by beginnings of the names
+        ({f"{c:04d}" for c in range(500)}, 1, 2),
+    ],
+)
+def test_shares_are_found_with_few_requests(names: set[str], expected: int, requests: int) -> None:
+    tree = Tree(names, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(azstoragetorch._samples.splitting, "_SPLIT_PAGES", 100)
+        patch.setattr(azstoragetorch._samples.splitting, "_MOST", 100)
+        assert len(split(tree.pages, "")) == expected
+    assert tree.requests == requests
 
 
 def test_a_large_tree_is_divided_with_few_more_requests() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import ray.data
@@ -18,8 +18,11 @@ from azstoragetorch._blob.url import BlobURL, parse_url, url_of_name
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._samples.names import InvalidNames, NameFilter
 from azstoragetorch._samples.sources import Listing
+from azstoragetorch._samples.splitting import split
 from azstoragetorch.ray._sending import clients_below
-from azstoragetorch.ray._split import Unit, deal, split_listing, surveyor
+
+Share: TypeAlias = "str | Page"
+"""A part of a listing: the prefix of the names to list, or blobs that were listed already."""
 
 _TASKS = 256  # at most
 _CPUS = 0.5  # of a task, which waits for the service half of the time
@@ -38,9 +41,9 @@ def list_blobs(  # noqa: D417 - described by AzureBlobFileLister
 ) -> Dataset:
     """A Ray dataset of the blobs below *url*, with the columns ``url`` (without a SAS), ``size``, and ``etag``.
 
-    Folders are listed by several tasks at once. This process looks into up to 32 folders first, to find at least 64
-    that can be listed separately, and Ray gives them to workers as those become free. Only slashes divide names: blobs
-    of one folder are listed by one task. The order of rows is not defined.
+    Folders are listed by several tasks at once. This process looks into folders first, with up to 64 requests, to find
+    at least 64 parts that can be listed separately, and Ray gives them to workers as those become free. Only slashes
+    divide names: blobs of one folder are listed by one task. The order of rows is not defined.
 
     Args:
         url: URL of a container, a folder, a blob, or the beginning of names.
@@ -59,12 +62,14 @@ def list_blobs(  # noqa: D417 - described by AzureBlobFileLister
     """
     place, clients = clients_below(url, credential, transfer)
     listing = Listing.of(masks, True, invalid_names, include_folder_markers)
-    groups = deal(units_of(clients, place), _TASKS) or [[]]
+    shares = shares_of(clients, place)
+    count = max(1, min(_TASKS, len(shares)))
+    groups = [shares[first::count] for first in range(count)]  # neighbors, of which one may be large, are separated
     source = _Listing(clients.container(place), groups, listing)
     return ray.data.read_datasource(source, num_cpus=_CPUS, concurrency=concurrency, override_num_blocks=len(groups))
 
 
-def units_of(clients: ClientFactory, place: BlobURL) -> list[Unit]:
+def shares_of(clients: ClientFactory, place: BlobURL) -> list[Share]:
     """The parts of the listing below *place*; see `list_blobs`."""
     first = next(Listing().blobs(clients, place), None)  # raises if nothing is there
     if first is None:
@@ -74,13 +79,16 @@ def units_of(clients: ClientFactory, place: BlobURL) -> list[Unit]:
         return [Page([name], [first.size], [first.etag], [], "")]
     is_folder = place.blob and not place.blob.endswith("/") and name.startswith(f"{place.blob}/")
     container = clients.container(place)
-    return split_listing(surveyor(container), f"{place.blob}/" if is_folder else place.blob)
+    return split(
+        lambda prefix, delimiter: container.pages(prefix=prefix, delimiter=delimiter),
+        f"{place.blob}/" if is_folder else place.blob,
+    )
 
 
 class _Listing(Datasource):  # type: ignore[misc]  # Ray need not be installed where types are checked
     """Reads the names of blobs. Ray makes its tasks."""
 
-    def __init__(self, container: ContainerClient, groups: list[list[Unit]], listing: Listing) -> None:
+    def __init__(self, container: ContainerClient, groups: list[list[Share]], listing: Listing) -> None:
         super().__init__()
         self._container = container
         self._groups = groups
@@ -98,13 +106,13 @@ class _Listing(Datasource):  # type: ignore[misc]  # Ray need not be installed w
         return [ReadTask(read, unknown, _SCHEMA) for read in reads]
 
 
-def _list(container: ContainerClient, units: list[Unit], listing: Listing) -> Iterator[Block]:
+def _list(container: ContainerClient, shares: list[Share], listing: Listing) -> Iterator[Block]:
     """In a worker: a block for each page that the service sends."""
     names_filter = NameFilter(container.url, listing.rules)
     base = str(container.url)
     has_any = False
-    for unit in units:
-        for page in [unit] if isinstance(unit, Page) else container.pages(prefix=unit):
+    for share in shares:
+        for page in [share] if isinstance(share, Page) else container.pages(prefix=share):
             names, sizes, etags = names_filter.keep(*listing.matching(page))
             if names:
                 has_any = True

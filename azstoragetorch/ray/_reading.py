@@ -24,12 +24,12 @@ from azstoragetorch._samples.sources import Listing
 from azstoragetorch.datasets import Blob
 from azstoragetorch.datasets._blobs import apply, check_transform
 from azstoragetorch.ray._sending import check_sendable, clients_below
-from azstoragetorch.ray._split import balance, cost
 
 Transform: TypeAlias = Callable[[Blob], Mapping[str, Any]]
 
 _BLOCK = 64 * MiB  # of blobs, after which a task hands on a block; a worker holds about two
 _TASK = 8 * MiB  # of blobs at least, so that the blobs of a task are in flight together
+_REQUEST = 64 << 10  # bytes that could be read in the time that a request takes by itself
 _ROWS_OF_TASK = 256  # of a dataset of blobs, whose sizes are not known when tasks are made
 
 
@@ -88,6 +88,26 @@ def read_blobs(
     return ray.data.read_datasource(_Blobs(known, reader), concurrency=concurrency, num_cpus=num_cpus)
 
 
+def _cost(blob: BlobInfo) -> int:
+    """What it takes to read *blob*, as a number of bytes."""
+    return blob.size + _REQUEST
+
+
+def balance(blobs: Sequence[BlobInfo], count: int) -> list[list[BlobInfo]]:
+    """*blobs* in at most *count* groups, in order, none empty, that take about as long to read."""
+    share = sum(map(_cost, blobs)) / max(1, count)
+    groups: list[list[BlobInfo]] = []
+    passed, group = 0.0, -1
+    for blob in blobs:
+        place = int((passed + _cost(blob) / 2) / share)  # where the middle of the blob is
+        if place != group or not groups:
+            groups.append([])
+            group = place
+        groups[-1].append(blob)
+        passed += _cost(blob)
+    return groups
+
+
 def _checked(blob: Any) -> BlobInfo:
     if not isinstance(blob, BlobInfo):
         raise TypeError(f"blobs must be a URL, a dataset of list_blobs, or BlobInfos, not {type(blob).__name__}")
@@ -111,7 +131,7 @@ class _Blobs(Datasource):  # type: ignore[misc]  # Ray need not be installed whe
 
     def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ReadTask]:  # noqa: ARG002 - Ray's
         tasks = []
-        count = min(parallelism, math.ceil(sum(map(cost, self._blobs)) / _TASK))
+        count = min(parallelism, math.ceil(sum(map(_cost, self._blobs)) / _TASK))
         for group in balance(self._blobs, count) or [[]]:
             size = sum(blob.size for blob in group)
             known = BlockMetadata(num_rows=len(group), size_bytes=size, input_files=None, exec_stats=None)

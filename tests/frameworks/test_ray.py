@@ -22,10 +22,9 @@ from tests.azurite.container import Container
 
 ray = pytest.importorskip("ray", reason="it is not installed; `make ray` installs it")
 import azstoragetorch.ray as ours  # noqa: E402
-from azstoragetorch._blob.client import Page  # noqa: E402
 from azstoragetorch.exceptions import AZStorageTorchError, BlobChangedError  # noqa: E402
 from azstoragetorch.ray import _writing  # noqa: E402
-from azstoragetorch.ray._split import balance, split_listing  # noqa: E402
+from azstoragetorch.ray._reading import balance  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,41 +88,19 @@ def test_blobs_are_listed(container: Container, kind: str) -> None:
     assert [row["size"] for row in chosen.take_all()] == [3]
 
 
-def test_each_folder_is_a_unit_that_a_task_lists(container: Container) -> None:
-    from azstoragetorch.ray._listing import units_of
+def test_each_folder_is_a_share_that_a_task_lists(container: Container) -> None:
+    from azstoragetorch.ray._listing import shares_of
     from azstoragetorch.ray._sending import clients_below
 
-    fill(container, 12)
-    container.put("data/top.txt", b"top")
+    names = [f"data/{a}/{b:02}/0" for a in range(2) for b in range(40)]
+    for name in [*names, "data/top.txt"]:
+        container.put(name, b"1")
     place, clients = clients_below(container.url, container.key, None)
-    top, *folders = units_of(clients, place)
-    assert (folders, getattr(top, "names", None)) == ([f"data/{n}/" for n in range(4)], ["data/top.txt"])
+    top, *folders = shares_of(clients, place)
+    assert getattr(top, "names", None) == ["data/top.txt"]
+    assert sorted(folders) == [name[:-1] for name in names]
     one, clients = clients_below(container.blob_url("data/top.txt"), container.key, None)
-    assert [unit.names for unit in units_of(clients, one)] == [["data/top.txt"]]  # type: ignore[union-attr]
-
-
-def flat(names: list[str], prefix: str) -> Iterator[Page]:
-    """What the service lists directly below *prefix*, two entries in a page."""
-    below = sorted({name[: name.find("/", len(prefix)) + 1] or name for name in names if name.startswith(prefix)})
-    for first in range(0, len(below), 2):
-        page = Page([], [], [], [], "more" if first + 2 < len(below) else "")
-        for name in below[first : first + 2]:
-            (page.prefixes if name.endswith("/") else page.names).append(name)
-        yield page
-
-
-@pytest.mark.parametrize("folders", [1, 3, 6, 9])
-def test_units_hold_every_name_once(folders: int) -> None:
-    """Also if there are too many folders to look into, or names next to them."""
-    names = [f"{a}/{b}/{c}" for a in range(folders) for b in range(4) for c in range(2)] + ["top", "0/x", "0.x"]
-    units = split_listing(lambda prefix: flat(names, prefix), "")
-    listed = [name for unit in units for name in (unit.names if isinstance(unit, Page) else names_below(names, unit))]
-    assert sorted(listed) == sorted(names)
-    assert (len(units) > 4) == (folders < 9)  # then the first folder has more entries than are looked at
-
-
-def names_below(names: list[str], prefix: str) -> list[str]:
-    return [name for name in names if name.startswith(prefix)]
+    assert [share.names for share in shares_of(clients, one)] == [["data/top.txt"]]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 100])
