@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torchdata.nodes import Loader
 
 import azstoragetorch._samples.manifest
 import azstoragetorch._samples.manifest_writer
+import azstoragetorch._samples.parquet
 from azstoragetorch._blob.client import ClientFactory
 from azstoragetorch._blob.url import parse_url
 from azstoragetorch._samples.manifest import Manifest, open_manifest
 from azstoragetorch._samples.manifest_writer import Writing
-from azstoragetorch._samples.rows import Columns, Description
+from azstoragetorch._samples.parquet import encode
+from azstoragetorch._samples.rows import Columns, Description, Part
 from azstoragetorch.datapipes import AzureBlobInfoLister, AzureBlobManifestLister, ManifestBlob
 from azstoragetorch.datasets import Blob, BlobDataset, IterableBlobDataset, merge_states
 from azstoragetorch.exceptions import BlobChangedError
@@ -244,6 +247,81 @@ def test_a_truncated_manifest_is_an_error(filled: Container) -> None:
         opened(filled, url)
 
 
+def read_whole(container: Container, url: str, **options: Any) -> list[Callable[[], object]]:
+    """All ways to read what a manifest lists."""
+    given = {"credential": container.key, "transfer": QUICK}
+
+    def pipe() -> object:
+        return list(pipe_of(container, url, **options).read_files_by_azure(**given))
+
+    def node() -> object:
+        return list(Loader(BlobReader(BlobManifestLister(url, **given, **options), **given)))
+
+    def one_by_one() -> object:
+        dataset = BlobDataset.from_manifest(url, **given, **options)
+        return [dataset[index] for index in range(len(dataset))]
+
+    datasets = (partial(dataset_of, container, url, shuffle=shuffle, **options) for shuffle in (False, True))
+    return [pipe, node, one_by_one, *(partial(lambda make: list(make()), make) for make in datasets)]
+
+
+def write_rows(container: Container, url: str, parts: list[list[str]]) -> None:
+    """Write a manifest by hand."""
+    folder = parse_url(url).blob
+    described = []
+    for number, names in enumerate(parts):
+        data, rows = encode((names, [1] * len(names), [None] * len(names)), url)
+        name = f"parts-0/{number}.parquet"
+        container.put(f"{folder}/{name}", data)
+        described.append(Part(name, len(names), len(data), rows.digest))
+    document = Description(container.url, "", "2026-11-27T12:00:00Z", 1, tuple(described)).to_bytes()
+    container.put(f"{folder}/manifest.json", document)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([["a", "b", "b"], ["c"]], "the name 'b' is there twice"),
+        ([["a", "b"], ["b", "c"]], "the name 'b' is there twice"),
+        ([["a"], ["b", "d"], ["c"]], "the name 'c' comes after 'd'"),
+    ],
+)
+def test_names_that_are_there_twice_are_an_error(
+    container: Container, monkeypatch: pytest.MonkeyPatch, parts: list[list[str]], message: str
+) -> None:
+    """Inside a part or at its end, whoever reads it."""
+    url = f"{container.url}/m"
+    with monkeypatch.context() as patch:
+        patch.setattr(azstoragetorch._samples.parquet, "check_order", lambda *_: None)
+        write_rows(container, url, parts)
+    for name in "abcd":
+        container.put(name, b"1")
+    for read in read_whole(container, url):
+        with pytest.raises(ManifestError, match=message):
+            read()
+    with pytest.raises(ManifestError, match=message):
+        verify_manifest(url, credential=container.key)
+
+
+def test_all_readers_refuse_what_is_truncated_of_another_container_or_old(filled: Container) -> None:
+    url = make(filled)
+    for read in read_whole(filled, url, container_url=f"{filled.url}2"):
+        with pytest.raises(ManifestError, match=f"is of another container: {filled.url}, not {filled.url}2"):
+            read()
+    filled.put(NAMES[3], b"new")
+    for read in read_whole(filled, url):
+        with pytest.raises(BlobChangedError, match=rf"{NAMES[3]} was overwritten after it was listed"):
+            read()
+    for read in read_whole(filled, url, if_changed="read"):
+        assert len(read()) == len(NAMES)  # type: ignore[arg-type]
+    for name, message in (("00002.parquet", "part is truncated: it has"), ("manifest.json", "manifest is truncated")):
+        (name,) = (found for found in filled.names() if found.endswith(name))
+        filled.put(name, filled.get(name)[:-1])
+        for read in read_whole(filled, url, if_changed="read"):
+            with pytest.raises(ManifestError, match=f"{name}: .*{message}"):
+                read()
+
+
 def test_parts_in_another_order_are_an_error(filled: Container) -> None:
     """Each part is whole, and names of one part come after those of the next."""
     url = make(filled)
@@ -430,7 +508,6 @@ def test_rows_are_read_when_they_are_needed(filled: Container, monkeypatch: pyte
 
 def test_reading_takes_little_memory_and_no_pandas(tmp_path: Path) -> None:
     """A part of 65,536 rows at a time, of which a rank takes one in 64; importing pandas would cost 30 MiB."""
-    from azstoragetorch._samples.parquet import encode
     from azstoragetorch._samples.rows import PART_ROWS
 
     names = [f"train/shard-{row // 1000:05d}/image-{row:09d}.jpg" for row in range(PART_ROWS)]

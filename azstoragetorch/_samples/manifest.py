@@ -25,7 +25,7 @@ from azstoragetorch._samples.catalog import Catalog
 from azstoragetorch._samples.expected import ExpectedBlobClient
 from azstoragetorch._samples.items import BlobInfo, ManifestBlob
 from azstoragetorch._samples.prefetch import OrderedPrefetch
-from azstoragetorch._samples.rows import DOCUMENT, Description, Part, Row
+from azstoragetorch._samples.rows import DOCUMENT, Description, Part, Row, check_ascends
 from azstoragetorch.exceptions import ManifestError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Manifest:
         self.data = data
         self._home = home
         self._parts: dict[int, PartRows] = {}  # the least recently used comes first
+        self._ends: dict[int, tuple[str, str]] = {}  # the first and last name of each part that was read
 
     def __len__(self) -> int:
         return self.description.rows
@@ -201,13 +202,19 @@ class Manifest:
         from azstoragetorch._samples.parquet import decode
 
         part = self.description.parts[number]
-        return decode(data, rows=part.rows, digest=part.digest, where=f"{self.folder}{part.name}")
+        rows = decode(data, rows=part.rows, digest=part.digest, where=f"{self.folder}{part.name}")
+        ends = self._ends[number] = rows.row(0).name, rows.row(len(rows) - 1).name
+        if before := self._ends.get(number - 1):
+            check_ascends(str(self.folder), before[1], ends[0])
+        if after := self._ends.get(number + 1):
+            check_ascends(str(self.folder), ends[1], after[0])
+        return rows
 
     def __repr__(self) -> str:
         return f"Manifest({str(self.folder)!r}, {len(self):,} blobs of {self.description.container})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": {}}
+        return {**self.__dict__, "_parts": {}, "_ends": {}}
 
 
 _UNKNOWN = '""'  # the ETag of a row that has none, in a catalog

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from azstoragetorch._samples.rows import PART_ROWS, Columns, Row
+from azstoragetorch._samples.rows import PART_ROWS, Columns, Row, check_ascends
 from azstoragetorch.exceptions import ManifestError
 
 try:
@@ -150,10 +150,7 @@ def check_order(names: Any, where: str) -> None:
     if not len(after) or pc.all(pc.less(before, after)).as_py():
         return
     at = pc.index(pc.less(before, after), False).as_py()
-    first, second = before[at].as_py(), after[at].as_py()
-    if first == second:
-        raise ManifestError(f"{where}: the name {first!r} is there twice")
-    raise ManifestError(f"{where}: the name {second!r} comes after {first!r}: rows must be in order")
+    check_ascends(where, before[at].as_py(), after[at].as_py())
 
 
 def spill(columns: Columns, path: str) -> None:

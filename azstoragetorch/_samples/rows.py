@@ -149,6 +149,18 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
+def check_ascends(where: str, before: str, after: str) -> None:
+    """Check that the name *after* comes after *before*, by their UTF-8 bytes.
+
+    Raises:
+        ManifestError: it does not; the message says whether a name is there twice.
+    """
+    if before == after:
+        raise ManifestError(f"{where}: the name {before!r} is there twice")
+    if before > after:
+        raise ManifestError(f"{where}: the name {after!r} comes after {before!r}: rows must be in order")
+
+
 def _part_of(entry: Any) -> Part:
     name, digest = _text(entry["name"]), _text(entry["digest"])
     if not _PART.fullmatch(name) or not _DIGEST.fullmatch(digest):

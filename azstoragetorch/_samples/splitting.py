@@ -76,7 +76,7 @@ def split(pages: Pages, prefix: str) -> list[Page | str]:
         survey = _survey(pages, folder, left)
         left -= survey.pages
         leaves = 0 if survey.folders else leaves + 1
-        if not survey.is_complete:
+        if not survey.is_complete or not survey.folders:
             shares.append(folder)
             continue
         inner = sorted(set(survey.folders))  # two pages can name the same one

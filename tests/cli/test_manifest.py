@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from tests.azurite.container import Container
 from tests.cli.conftest import Command
 
@@ -48,3 +51,29 @@ def test_errors_say_what_is_wrong(container: Container, command: Command) -> Non
     other = "https://account.blob.core.windows.net/c"
     elsewhere = command("manifest", "make", other, f"{container.url}/m")
     assert (elsewhere.code, "different accounts" in elsewhere.err) == (2, True)
+
+
+def test_verify_and_diff_say_which(container: Container, command: Command) -> None:
+    """Truncated, of another container, or with duplicate names; what is older than the data is tested above."""
+    container.put("a", b"1")
+    url, other = f"{container.url}/m", f"{container.url}/other"
+    assert command("manifest", "make", container.url, url, "--prefix", "a").code == 0
+    (part,) = (name for name in container.names() if name.endswith(".parquet"))
+    document = json.loads(container.get("m/manifest.json"))
+    for name in (part, "manifest.json"):
+        container.put(f"other/{name.removeprefix('m/')}", container.get(f"m/{name.removeprefix('m/')}"))
+    container.put("other/manifest.json", json.dumps({**document, "container": f"{container.url}2"}).encode())
+    found = command("manifest", "diff", url, other)
+    assert (found.code, f"is of another container: {container.url}2, not {container.url}" in found.err) == (1, True)
+
+    twice = [document["parts"][0]] * 2
+    digest = hashlib.blake2b(bytes.fromhex(twice[0]["digest"]) * 2, digest_size=16).hexdigest()
+    doubled = {**document, "parts": twice, "rows": 2, "digest": digest}
+    container.put("m/manifest.json", json.dumps(doubled).encode())
+    found = command("manifest", "verify", url)
+    assert (found.code, "the name 'a' is there twice" in found.err) == (1, True)
+
+    container.put(part, container.get(part)[:-1])
+    for verb in (["verify", url], ["diff", url, url]):
+        found = command("manifest", *verb)
+        assert (found.code, "the part is truncated: it has" in found.err) == (1, True)

@@ -263,7 +263,7 @@ def test_a_job_that_fails_leaves_nothing_of_its_own(container: Container) -> Non
     """The shards that were there stay, also if they were to be replaced."""
     write(images(10), container)
     before = {name: container.get(name) for name in shards_of(container)}
-    with pytest.raises(ResourceExistsError, match=r"out/: has 1 shards already: .* overwrite=True"):
+    with pytest.raises(ResourceExistsError, match=r"out/: has \d shards already: .* overwrite=True"):
         write(images(10), container)
     rows = [{"__key__": f"{n:04}", "bin": b"x" if n < 60 else None} for n in range(61)]
     with pytest.raises(ValueError, match="the sample '0060' has no data"):
@@ -295,32 +295,48 @@ def test_a_shard_that_another_job_deletes_is_noticed(container: Container, monke
         write(images(10), container)
 
 
-def test_a_trainer_keeps_its_checkpoints(container: Container) -> None:
-    """The worker uploads them, and this process reads the last one."""
+def test_a_trainer_goes_on_after_its_worker_was_killed(container: Container, tmp_path: Path) -> None:
+    """Workers upload checkpoints, the second one begins with that of the first, and this process reads the last."""
     import torch
-    from ray.train import Checkpoint, RunConfig, ScalingConfig
+    from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    def train() -> None:
+    def train(options: dict[str, Any]) -> None:
         import tempfile
 
         from ray import train as session
 
-        for step in (1, 2):
+        begin = 0
+        if checkpoint := session.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                begin = int(torch.load(f"{folder}/weight.pt")[0])
+        for step in range(begin + 1, 4):
+            if step == 3:
+                kill_once(options["marker"])
             with tempfile.TemporaryDirectory() as folder:
                 torch.save(torch.full((5,), step), f"{folder}/weight.pt")
-                session.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
+                session.report({"step": step, "begin": begin}, checkpoint=Checkpoint.from_directory(folder))
 
     with azstoragetorch.share_credentials():
         filesystem, path = ours.checkpoint_storage(container.blob_url("runs"), credential=container.key)
-    config = RunConfig(name="run", storage_filesystem=filesystem, storage_path=path)
-    result = TorchTrainer(train, scaling_config=ScalingConfig(num_workers=1), run_config=config).fit()
-    assert result.metrics["step"] == 2
+    config = RunConfig(
+        name="run", storage_filesystem=filesystem, storage_path=path, failure_config=FailureConfig(max_failures=1)
+    )
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={"marker": tmp_path / "killed"},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=config,
+    )
+    result = trainer.fit()
+    assert (tmp_path / "killed").exists()
+    assert result.metrics["step"] == 3
+    assert result.metrics["begin"] in (1, 2)  # the last report may not have reached the trainer before the worker died
     with result.checkpoint.as_directory() as folder:
-        assert torch.load(f"{folder}/weight.pt").tolist() == [2] * 5
+        assert torch.load(f"{folder}/weight.pt").tolist() == [3] * 5
     names = [name for name in container.names() if name.endswith("weight.pt")]
-    assert len(names) == 2
-    assert all(name.startswith("runs/run/checkpoint_") for name in names)
+    assert len(names) >= 3
+    assert all(name.startswith("runs/run/") for name in names)
 
 
 @pytest.mark.parametrize("kind", ["key", "sas_url"])
