@@ -27,7 +27,7 @@ LATER_PAGES = 200  # of a share that was given away, until it is divided: a mill
 LATER_PARTS = 16  # that it is divided into
 
 _ENOUGH = 64  # shares; with more of them than workers, no worker waits long for the last one
-_MOST = 256  # shares of folders at one level
+_MOST = 256  # folders at one level, of which more are not listed one by one
 _SPLIT_PAGES = 64  # that are read for it at most: some seconds
 _LEAVES = 4  # folders in a row without folders, after which others are not expected to have any
 
@@ -81,7 +81,7 @@ def split(pages: Pages, prefix: str) -> list[Page | str]:
             continue
         inner = sorted(set(survey.folders))  # two pages can name the same one
         if len(inner) > _MOST:
-            inner = _grouped(inner, _level_of(folder), "", _MOST)
+            inner = _grouped(inner, _level_of(folder), "", _ENOUGH)
             shares += inner
         else:
             folders.extend(inner)
