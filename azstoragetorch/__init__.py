@@ -66,7 +66,7 @@ def join_url(url: str, *names: str) -> str:
 
 
 def share_credentials() -> AbstractContextManager[None]:
-    """A context in which what you create takes its SAS or account key along to other machines.
+    """A context for objects whose SAS or account key is sent to other machines, inside their pickles.
 
     A pickle can end up in a file, so pickles of this package's objects contain no secrets, except those for child
     processes of ``multiprocessing``. A Ray task, or any other job that is pickled and sent to another machine, then
@@ -79,7 +79,7 @@ def share_credentials() -> AbstractContextManager[None]:
     is created in the context by the same thread, for good: also to copies that are made of it later, and on the other
     machine. Objects that were created outside are not affected.
 
-    **Risk.** The secret is in the pickle as plain text; nothing encrypts it. Whoever can read the pickle can use it:
+    **Risk.** The secret is in the pickle as plain text; nothing encrypts it. Anyone who can read the pickle can use it:
     in Ray, everyone with access to the cluster's object store, to the disk that it spills to, and to its network
     unless Ray uses TLS. Share a SAS that allows only what the job needs and expires soon after it, never an account
     key. Better, share nothing: give the machines an identity, and pass ``credential=None``.

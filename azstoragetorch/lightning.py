@@ -1,8 +1,12 @@
 """Checkpoints of a Lightning ``Trainer`` in blobs; needs Lightning (the extra ``lightning``).
 
-plugin = BlobCheckpointIO("https://<account>.blob.core.windows.net/<container>/run", root="checkpoints")
-trainer = Trainer(plugins=[plugin], callbacks=[ModelCheckpoint(dirpath="checkpoints", save_last=True)])
-trainer.fit(model, ckpt_path="last")
+::
+
+    container = "https://<account>.blob.core.windows.net/<container>"
+    plugin = BlobCheckpointIO(f"{container}/run", root="checkpoints")
+    saver = ModelCheckpoint(dirpath="checkpoints", save_last=True)
+    trainer = Trainer(plugins=[plugin], callbacks=[saver])
+    trainer.fit(model, ckpt_path="last")
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Datasets of litdata in blobs; needs litdata (the extra ``litdata``).
 
-azstoragetorch.litdata.register()
-dataset = litdata.StreamingDataset("azure://<account>.blob.core.windows.net/<container>/train")
+::
+
+    azstoragetorch.litdata.register()
+    container = "azure://<account>.blob.core.windows.net/<container>"
+    dataset = litdata.StreamingDataset(f"{container}/train")
 """
 
 from __future__ import annotations

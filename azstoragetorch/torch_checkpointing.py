@@ -1,8 +1,11 @@
 """Checkpoints of torch_checkpointing in blobs; needs that package (the extra ``torch-checkpointing``).
 
-storage = BlobStorageConfig("https://<account>.blob.core.windows.net/<container>/run")
-manager = CheckpointManager(CheckpointManager.Config(storage_config=storage))
-manager.save("step-100", {"model": model.state_dict(), "step": 100})
+::
+
+    container = "https://<account>.blob.core.windows.net/<container>"
+    storage = BlobStorageConfig(f"{container}/run")
+    manager = CheckpointManager(CheckpointManager.Config(storage_config=storage))
+    manager.save("step-100", {"model": model.state_dict(), "step": 100})
 
 torch_checkpointing writes a checkpoint ``X`` to ``tmp_X`` and commits it by renaming that. Blobs have no directories
 that could be renamed in one step. So the service copies each of them, and a marker makes the copies count at once:
@@ -103,7 +106,7 @@ class BlobStorage(Storage):  # type: ignore[misc]  # need not be installed where
 
     @property
     def mmap_fill_workers(self) -> int:
-        """1: one stream reads ahead in parallel, and sees one version of the file."""
+        """Always 1, because one stream reads ahead in parallel, and sees one version of the file."""
         return 1
 
     # -- files ------------------------------------------------------------------------------------------------------

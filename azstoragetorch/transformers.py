@@ -1,8 +1,11 @@
 """Checkpoints of a Hugging Face ``Trainer`` in blobs; needs transformers (the extra ``transformers``).
 
-saver = BlobCheckpointCallback("https://<account>.blob.core.windows.net/<container>/run", keep=3)
-trainer = Trainer(model, args, train_dataset=dataset, callbacks=[saver])
-trainer.train(resume_from_checkpoint=saver.download_latest(args))
+::
+
+    container = "https://<account>.blob.core.windows.net/<container>"
+    saver = BlobCheckpointCallback(f"{container}/run", keep=3)
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[saver])
+    trainer.train(resume_from_checkpoint=saver.download_latest(args))
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Shards of WebDataset in blobs; needs webdataset (the extra ``webdataset``).
 
-azstoragetorch.webdataset.register()
-dataset = webdataset.WebDataset("az://<account>.blob.core.windows.net/<container>/train-{000..099}.tar")
+::
+
+    azstoragetorch.webdataset.register()
+    container = "https://<account>.blob.core.windows.net/<container>"
+    dataset = webdataset.WebDataset(container + "/train-{000..099}.tar")
 """
 
 from __future__ import annotations

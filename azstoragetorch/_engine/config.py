@@ -204,7 +204,7 @@ class TransferConfig:
 
     @property
     def initial_concurrency(self) -> int:
-        """Concurrent requests of one transfer at first: ``max_concurrency`` if that is a number."""
+        """Concurrent requests with which a transfer begins. This is ``max_concurrency`` if that is a number."""
         return min(FIRST, self.max_connections) if isinstance(self.max_concurrency, str) else self.max_concurrency
 
     @property

@@ -159,8 +159,8 @@ def checkpoint_to_torch_save(
         url: URL of the checkpoint's folder.
         blob_url: URL of the blob to write or overwrite.
         weights_only: As for :func:`load_keys`.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
         verify: As for :class:`BlobStorageReader`.
 
     Raises:
@@ -190,8 +190,8 @@ def torch_save_to_checkpoint(
         url: URL of the checkpoint's folder.
         weights_only: Load the blob as `torch.load` does with ``weights_only=True``, which runs no code from the blob.
         overwrite: As for :class:`BlobStorageWriter`.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
         base: As for :class:`BlobStorageWriter`.
         digests: As for :class:`BlobStorageWriter`.
 

@@ -1,7 +1,12 @@
 """List, read, and write blobs with Ray Data, and keep checkpoints of Ray Train; needs Ray (the extra ``ray``).
 
-blobs = azstoragetorch.ray.read_blobs("https://<account>.blob.core.windows.net/<container>/photos/", transform=decode)
-azstoragetorch.ray.write_shards(blobs, "https://<account>.blob.core.windows.net/<container>/shards/")
+::
+
+    from azstoragetorch.ray import read_blobs, write_shards
+
+    container = "https://<account>.blob.core.windows.net/<container>"
+    samples = read_blobs(f"{container}/photos/", transform=to_sample)
+    write_shards(samples, f"{container}/shards/")
 """
 
 from __future__ import annotations

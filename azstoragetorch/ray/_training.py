@@ -19,8 +19,8 @@ def checkpoint_storage(
 
     ::
 
-        filesystem, path = checkpoint_storage("https://<account>.blob.core.windows.net/<container>/runs")
-        config = ray.train.RunConfig(name="run-1", storage_filesystem=filesystem, storage_path=path)
+        files, path = checkpoint_storage(f"{container}/runs")
+        config = RunConfig(storage_filesystem=files, storage_path=path)
 
     Each file that is reported becomes a blob, written completely or not at all, and workers upload their own files.
 

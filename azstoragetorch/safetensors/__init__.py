@@ -1,10 +1,13 @@
 """Models as safetensors, straight from and to blobs: whole, in slices, or a part for each rank.
 
-``header`` parses and builds headers, ``files`` opens files, ``folder`` finds those of a model, and ``model`` says where
-the bytes of each tensor are. ``fetch`` gets them, with the planner that checkpoints use; ``shared`` has ranks fetch
-once for all. ``open``, ``load``, ``iterate``, ``into``, ``save``, and ``save_folder`` are what users call, and
-``dcp_reader`` and ``dcp_writer`` are what torch.distributed.checkpoint calls.
+Files and folders have the formats of the package safetensors and of the Hugging Face Hub. :doc:`The guide
+</guide/safetensors>` says which function to call for what.
 """
+
+# `_header` parses and builds headers, `_files` opens files, `_folder` finds those of a model, and `_model` says where
+# the bytes of each tensor are. `_fetch` gets them, with the planner that checkpoints use; `_shared` has ranks fetch
+# once for all. `_open`, `_load`, `_iterate`, `_into`, `_save`, and `_save_folder` are what users call, and
+# `_dcp_reader` and `_dcp_writer` are what torch.distributed.checkpoint calls.
 
 from __future__ import annotations
 

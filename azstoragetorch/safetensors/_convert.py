@@ -86,8 +86,8 @@ def checkpoint_to_safetensors(
         only_tensors: Leave out entries that are not tensors, which otherwise are an error.
         max_shard_size: As for :func:`save_folder`.
         overwrite: As for :func:`save_folder`.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The names of the files.
@@ -133,8 +133,8 @@ def safetensors_to_checkpoint(
         folder_url: URL of the folder, of an index in it, or of a file.
         url: URL of the checkpoint's folder.
         overwrite: As for :class:`~azstoragetorch.checkpoint.BlobStorageWriter`.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: the model cannot be read.
@@ -181,8 +181,8 @@ def torch_save_to_safetensors(
         only_tensors: Leave out entries that are not tensors, which otherwise are an error.
         max_shard_size: As for :func:`save_folder`.
         overwrite: As for :func:`save_folder`.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The names of the files.
@@ -270,8 +270,8 @@ def safetensors_to_torch_save(
     Args:
         folder_url: URL of the folder, of an index in it, or of a file.
         blob_url: URL of the blob to write or overwrite.
-        credential: For both.
-        transfer: For both.
+        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: the model cannot be read.

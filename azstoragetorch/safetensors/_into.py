@@ -20,10 +20,12 @@ from azstoragetorch.safetensors._slices import box_of_shard, check_shard
 
 
 class LoadedKeys(NamedTuple):
-    """What `load_into` did not load: names that the model in the blobs lacks, and names that only it has."""
+    """What `load_into` did not load. Both lists are empty if it was called with ``strict=True``."""
 
     missing_keys: list[str]
+    """Names that the model in the blobs lacks."""
     unexpected_keys: list[str]
+    """Names that only the model in the blobs has."""
 
 
 def load_into(

@@ -1,9 +1,10 @@
 """Weights that change, published by a trainer and followed by any number of processes, bit for bit.
 
-``publisher`` writes full weights at intervals and differences in between; ``subscriber`` follows. They coordinate
-through one pointer blob. ``delta`` computes differences, ``format`` knows what the blobs consist of, and ``place``
-where they are.
+A `Publisher` writes full weights at intervals and differences in between; a `Subscriber` follows. They coordinate
+through one pointer blob. :doc:`The guide </guide/deltas>` has an example.
 """
+
+# `_delta` computes differences, `_format` knows what the blobs consist of, and `_place` where they are.
 
 from __future__ import annotations
 
