@@ -1,11 +1,15 @@
 """The only module that creates threads: an engine starts a few when there is work, and runs work on them.
 
 `submit` takes no lock, so a signal handler can call it inside any other code, even inside `submit`. Tasks are in a
-queue that allows this. Two heaps of tokens decide whether to start a thread: ``_spare`` has one for each thread that
-may still be started, and ``_resting`` one for each thread that waits for a task, minus one for each queued task that
-counts on such a thread. The tokens decide only when to start a thread. Every task is run because of the order of
-steps: a thread that exits first returns its spare token and then looks for tasks once more, and a submitter enqueues
-its task before it looks for a spare token. So at least one of the two sees the other.
+queue that allows this. Two things decide whether to start a thread. Each thread holds a permit, and ``_permits`` has
+as many as there are threads. ``_resting`` has a token for each thread that waits for a task, minus one for each queued
+task that counts on such a thread. They decide only when to start a thread. Every task is run because of the order of
+steps: a thread that exits first returns its permit and then looks for tasks once more, and a submitter enqueues its
+task before it looks whether one more thread is permitted. So at least one of the two sees the other.
+
+An interrupt between any two steps loses nothing that lasts. The table has permits under weak references, so one that an
+interrupted frame drops is not in it any more. A resting token that is lost lets one more thread start, if one is
+permitted.
 
 Threads are started with ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module while it
 waits for the new thread, and a handler that runs at that moment would wait forever. The threads are like daemon
@@ -19,6 +23,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, suppress
@@ -31,7 +36,7 @@ from azstoragetorch._engine.growth import Growth
 from azstoragetorch._engine.job import Bell
 from azstoragetorch._engine.metrics import bytes_moved
 from azstoragetorch._engine.process import PerProcess, here
-from azstoragetorch._engine.scope import Cancelled, Scope, on_error
+from azstoragetorch._engine.scope import Cancelled, Scope
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,6 +73,12 @@ def one_at_a_time() -> AbstractContextManager[bool]:
     return threading.Lock()
 
 
+class _Permit:
+    """Lets one thread exist. Whoever drops it gives it back."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Engine:
     """Threads, budget and buffers for transfers with one set of limits."""
 
@@ -79,7 +90,7 @@ class Engine:
         self._limit = threads
         self._tasks: queue.SimpleQueue[tuple[Callable[[], object], bool]] = queue.SimpleQueue()
         self._retired: deque[Callable[[], object]] = deque()
-        self._spare: deque[None] = deque([None] * threads)
+        self._permits: dict[weakref.ref[_Permit], None] = {}
         self._resting: deque[None] = deque()
         self._growth = Growth(threads, time.monotonic, bytes_moved)
 
@@ -96,7 +107,7 @@ class Engine:
 
         Where no thread can be made it runs here.
         """
-        if not self._put(task) and len(self._spare) >= self._limit:
+        if not self._put(task) and not self._permits:
             self._run_here()
 
     def retire(self, cleanup: Callable[[], object]) -> None:
@@ -131,21 +142,19 @@ class Engine:
         return is_counted_on or self._start_thread()
 
     def _start_thread(self) -> bool:
-        """Make a thread if one more is allowed; False if that failed."""
-        if not _took_one(self._spare):
-            return True
-        # The side that takes the permit first has the token: the thread, or this one after an interrupt, which says
-        # nothing about whether the thread was made.
-        permit: deque[None] = deque([None])
-        with on_error(partial(self._take_back, permit)):
-            if start_thread(partial(self._work, permit)):
-                return True
-        self._take_back(permit)
-        return False
+        """Make a thread if one more is permitted; False if that failed."""
+        permit = self._permit()
+        return permit is None or start_thread(partial(self._work, permit))
 
-    def _take_back(self, permit: deque[None]) -> None:
-        if _took_one(permit):
-            self._spare.append(None)
+    def _permit(self) -> _Permit | None:
+        """A permit for one more thread; None if there are as many as are allowed."""
+        while len(self._permits) < self._limit:
+            permit = _Permit()
+            self._permits[weakref.ref(permit, self._permits.pop)] = None
+            if len(self._permits) <= self._limit:
+                return permit
+            del permit  # others have entered theirs at the same time: try again
+        return None
 
     def _run_here(self) -> None:
         with suppress(queue.Empty):
@@ -169,38 +178,33 @@ class Engine:
             _took_one(self._resting)  # this thread rests no more
         return task
 
-    def _work(self, permit: deque[None]) -> None:
+    def _work(self, permit: _Permit) -> None:
         """What a thread of the engine does: tasks, until none has come for a while."""
-        if not _took_one(permit):
-            return
-        try:
+        held: _Permit | None = permit
+        is_resting = False
+        while held is not None:
+            try:
+                task = self._next(is_resting=is_resting)
+            except queue.Empty:
+                if is_resting:
+                    held = self._renewed(held)
+                else:
+                    self._resting.append(None)
+                is_resting = True
+                continue
             is_resting = False
-            while True:
-                try:
-                    task = self._next(is_resting=is_resting)
-                except queue.Empty:
-                    if is_resting and self._is_dismissed():
-                        return
-                    if not is_resting:
-                        self._resting.append(None)
-                    is_resting = True
-                    continue
-                is_resting = False
-                task()
-                del task  # it refers to memory that must not stay until the next one
-        except BaseException:
-            self._spare.append(None)
-            raise
+            task()
+            del task  # it refers to memory that must not stay until the next one
 
-    def _is_dismissed(self) -> bool:
-        """Whether a thread that has rested for long goes away."""
+    def _renewed(self, permit: _Permit) -> _Permit | None:
+        """The permit of a thread that has rested for long; None if the thread goes away."""
         if not _took_one(self._resting):
-            return False  # a task that counts on it is about to be there
-        self._spare.append(None)
-        if self._tasks.empty() or not _took_one(self._spare):
-            return True
-        self._resting.append(None)
-        return False
+            return permit  # a task that counts on it is about to be there
+        self._permits.pop(weakref.ref(permit), None)
+        another = None if self._tasks.empty() else self._permit()
+        if another is not None:
+            self._resting.append(None)
+        return another
 
 
 def _took_one(heap: deque[None]) -> bool:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -176,7 +178,10 @@ ACTORS = [Reading, Prefetching, Mapping, Listing, Throttled, Borrowing]
 def visit(
     actor: type[Actor], service: FaultService, transfer: TransferConfig, do: Callable[[], object], turns: int
 ) -> None:
-    """Sweep over *actor*; after each visit nothing is on loan, and the same transfer succeeds."""
+    """Sweep over *actor*; after each visit nothing is on loan, and the same transfer succeeds.
+
+    After all visits the engine still makes as many threads as before.
+    """
 
     def check(state: Actor, run: Run) -> None:
         if do is interrupt:
@@ -195,6 +200,15 @@ def visit(
         sweep(lambda: actor(service, transfer), lambda state: state.act(), check, files=FILES, do=do, turns=turns)
     finally:
         gc.enable()
+    assert_all_threads_run(transfer)
+
+
+def assert_all_threads_run(transfer: TransferConfig) -> None:
+    """As many tasks as the engine may have threads run at once."""
+    together = threading.Barrier(transfer.max_connections + 1)
+    for _ in range(transfer.max_connections):
+        engine_for(transfer).submit(partial(together.wait, 240))
+    together.wait(240)
 
 
 pytestmark = [
