@@ -341,7 +341,7 @@ def test_parts_in_another_order_are_an_error(filled: Container) -> None:
 
 def test_a_manifest_of_another_container_is_an_error(filled: Container) -> None:
     url = make(filled)
-    other = filled.url[:-1] + "0"
+    other = f"{filled.url}-other"
     with pytest.raises(ManifestError, match="is of another container"):
         dataset_of(filled, url, container_url=other)
     assert len(dataset_of(filled, url, container_url=filled.url).metadata.fingerprint) == 32

@@ -131,7 +131,8 @@ def _arrivals(
 def _first(flying: list[_Fetching], bell: Bell) -> _Fetching:
     """The one of *flying* that is over first.
 
-    This thread fetches only if no other does after a while: it would wait for one request while others arrive.
+    This thread fetches only what no other has begun with after a while: it would wait for one request while others
+    arrive.
     """
     while True:
         looks = 0
@@ -140,14 +141,16 @@ def _first(flying: list[_Fetching], bell: Bell) -> _Fetching:
             nonlocal looks
             looks += 1  # `wait_until` sleeps after the second
             return any(fetching.job.is_over for fetching in flying) or (
-                looks > 2 and all(fetching.job.is_open for fetching in flying)
+                looks > 2 and any(fetching.job.is_open for fetching in flying)
             )
 
         bell.wait_until(is_due)
         for fetching in flying:
             if fetching.job.is_over:
                 return fetching
-        flying[-1].job.run()  # the one that a thread would begin with last
+        latest = next((fetching for fetching in reversed(flying) if fetching.job.is_open), None)
+        if latest is not None:
+            latest.job.run()  # the one that a thread would begin with last
 
 
 def _new(stored: Stored, box: Box, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from azstoragetorch._engine.threads import engine_for
 from azstoragetorch.exceptions import BlobChangedError, SafetensorsError
 from azstoragetorch.safetensors import (
     _save_folder,
@@ -287,6 +288,21 @@ class TestIterating:
         assert "a" not in names
         gate.set()
         assert {*names, *(name for name, _ in first)} == set("abcd")
+
+    def test_a_request_that_hangs_on_the_only_free_thread(self, service: FaultService, url: str) -> None:
+        large = {name: filled(torch.float32, (100, 200), number) for number, name in enumerate("abcd")}
+        put(service, {"model.safetensors": large})
+        gate = threading.Event()
+        transfer = replace(QUICK, max_connections=5, memory_limit=3 << 20)  # an engine that no other test uses
+        first = iter_tensors(url, credential=False, transfer=transfer)
+        for _ in range(4):
+            engine_for(transfer).submit(gate.wait)
+        service.script(Match("get_blob", where=lambda request: (request.range or (0,))[0] < 80_000), [Hold(gate)])
+        try:
+            assert next(first)[0] != "a"
+        finally:
+            gate.set()
+        assert len(list(first)) == 3
 
     def test_memory_in_flight_is_bounded(self, service: FaultService, url: str) -> None:
         large = {str(number): filled(torch.uint8, (60_000,), number) for number in range(40)}
