@@ -28,7 +28,9 @@ from azstoragetorch.ray._sending import check_sendable, clients_below
 Transform: TypeAlias = Callable[[Blob], Mapping[str, Any]]
 
 _BLOCK = 64 * MiB  # of blobs, after which a task hands on a block; a worker holds about two
-_TASK = 8 * MiB  # of blobs at least, so that the blobs of a task are in flight together
+_TASK = 64 * MiB  # of blobs at most: a task costs the process of the user some 10 ms, or more if it is busy
+_SMALL_TASK = 8 * MiB  # of blobs at least, so that the blobs of a task are in flight together
+_TASKS_OF_CPU = 4  # with fewer tasks, some CPUs would wait long for the last ones
 _REQUEST = 64 << 10  # bytes that could be read in the time that a request takes by itself
 _ROWS_OF_TASK = 256  # of a dataset of blobs, whose sizes are not known when tasks are made
 
@@ -85,7 +87,15 @@ def read_blobs(
         return small.map_batches(
             reader.of_table, batch_size=None, batch_format="pyarrow", concurrency=concurrency, **options
         )
-    return ray.data.read_datasource(_Blobs(known, reader), concurrency=concurrency, num_cpus=num_cpus)
+    groups = balance(known, _count_of_tasks(sum(map(_cost, known)))) or [[]]
+    return ray.data.read_datasource(
+        _Blobs(groups, reader), concurrency=concurrency, num_cpus=num_cpus, override_num_blocks=len(groups)
+    )
+
+
+def _count_of_tasks(size: int) -> int:
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(math.ceil(size / _TASK), min(math.ceil(size / _SMALL_TASK), cpus * _TASKS_OF_CPU))
 
 
 def _cost(blob: BlobInfo) -> int:
@@ -118,21 +128,20 @@ def _checked(blob: Any) -> BlobInfo:
 class _Blobs(Datasource):  # type: ignore[misc]  # Ray need not be installed where types are checked
     """Reads blobs. Ray makes its tasks."""
 
-    def __init__(self, blobs: list[BlobInfo], read: _Reader) -> None:
+    def __init__(self, groups: list[list[BlobInfo]], read: _Reader) -> None:
         super().__init__()
-        self._blobs = blobs
+        self._groups = groups
         self._read = read
 
     def get_name(self) -> str:
         return "ReadBlobs"
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(blob.size for blob in self._blobs)
+        return sum(blob.size for group in self._groups for blob in group)
 
     def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ReadTask]:  # noqa: ARG002 - Ray's
         tasks = []
-        count = min(parallelism, math.ceil(sum(map(_cost, self._blobs)) / _TASK))
-        for group in balance(self._blobs, count) or [[]]:
+        for group in self._groups:
             size = sum(blob.size for blob in group)
             known = BlockMetadata(num_rows=len(group), size_bytes=size, input_files=None, exec_stats=None)
             tasks.append(ReadTask(partial(self._read.blocks, group), known))
