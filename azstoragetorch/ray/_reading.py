@@ -94,6 +94,8 @@ def read_blobs(
 
 
 def _count_of_tasks(size: int) -> int:
+    if not ray.is_initialized():
+        ray.init()  # as Ray Data would do by itself
     cpus = int(ray.cluster_resources().get("CPU", 1))
     return max(math.ceil(size / _TASK), min(math.ceil(size / _SMALL_TASK), cpus * _TASKS_OF_CPU))
 
