@@ -108,7 +108,7 @@ class _Listing(Datasource):  # type: ignore[misc]  # Ray need not be installed w
 
 
 def _list(container: ContainerClient, shares: list[Share], listing: Listing) -> Iterator[Block]:
-    """In a worker: blocks with the blobs of *shares*. Each costs the process of the user some 10 ms."""
+    """In a worker: blocks with the blobs of *shares*. Each costs the process of the user some time, too."""
     names_filter = NameFilter(container.url, listing.rules)
     base = str(container.url)
     rows: tuple[list[str], list[int], list[str]] = ([], [], [])

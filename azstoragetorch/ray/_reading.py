@@ -28,7 +28,7 @@ from azstoragetorch.ray._sending import check_sendable, clients_below
 Transform: TypeAlias = Callable[[Blob], Mapping[str, Any]]
 
 _BLOCK = 64 * MiB  # of blobs, after which a task hands on a block; a worker holds about two
-_TASK = 64 * MiB  # of blobs at most: a task costs the process of the user some 10 ms, or more if it is busy
+_TASK = 64 * MiB  # of blobs at most; each task costs the process of the user some time, too
 _SMALL_TASK = 8 * MiB  # of blobs at least, so that the blobs of a task are in flight together
 _TASKS_OF_CPU = 4  # with fewer tasks, some CPUs would wait long for the last ones
 _REQUEST = 64 << 10  # bytes that could be read in the time that a request takes by itself

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from azstoragetorch.safetensors import iter_tensors
+from azstoragetorch.safetensors import iter_tensors, save_folder
+from recipes.access import credential_of_environment
 
 # Layers of which ranks hold rows, and layers of which they hold columns, as engines divide transformers.
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
@@ -49,3 +51,27 @@ def load_weights(
             target.copy_(tensor)
             loaded.add((renamed or {}).get(name, name))
     return loaded
+
+
+def tiny_weights() -> dict[str, torch.Tensor]:
+    """Weights with the names of a transformer's, for a try."""
+    layers = [f"model.layers.{number}.{name}" for number in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    return {f"{layer}.weight": torch.randn(64, 64) for layer in layers} | {"model.norm.weight": torch.ones(64)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List the weights of one rank as they arrive.")
+    parser.add_argument("url", help="a folder of safetensors; a SAS may be in it")
+    parser.add_argument("--create", action="store_true", help="first save tiny weights there")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--world", type=int, default=2)
+    arguments = parser.parse_args()
+    credential = credential_of_environment()
+    if arguments.create:
+        save_folder(tiny_weights(), arguments.url, credential=credential)
+    for name, tensor in weights(arguments.url, rank=arguments.rank, world=arguments.world, credential=credential):
+        print(f"{name}: {tuple(tensor.shape)}")
+
+
+if __name__ == "__main__":
+    main()

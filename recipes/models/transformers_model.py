@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from azstoragetorch import join_url
 from azstoragetorch.io import BlobIO
 from azstoragetorch.safetensors import load_into, save_folder, snapshot
+from recipes.access import credential_of_environment
 
 
 def load_pretrained(url: str, **options: Any) -> PreTrainedModel:
@@ -47,3 +49,23 @@ def save_pretrained(model: PreTrainedModel, url: str, **options: Any) -> None:
             with BlobIO(join_url(url, path.name), "wb", **options) as blob:
                 blob.write(path.read_bytes())
     save_folder(model, url, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Save a tiny model to blobs, load it, and compare what both compute.")
+    parser.add_argument("url", help="a folder for the model; a SAS may be in it")
+    arguments = parser.parse_args()
+    credential = credential_of_environment()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=100, **size)).eval()
+    save_pretrained(made, arguments.url, credential=credential)
+    loaded = load_pretrained(arguments.url, credential=credential)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        is_same = torch.equal(made(tokens).logits, loaded(tokens).logits)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    print(f"{parameters} parameters; both models compute {'the same' if is_same else 'something else'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,10 @@ from tests.azurite.container import Container
 from tests.docs.pages import ROOT
 
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^((?:python|torchrun) .*-m recipes\.(?!frameworks\.).+)$", PAGE, re.MULTILINE)
-WITH_FRAMEWORKS = re.findall(r"^(python -m recipes\.frameworks\..+)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(
+    r"^((?:python|torchrun) .*-m recipes\.(?!frameworks\.|models\.transformers).+)$", PAGE, re.MULTILINE
+)
+WITH_FRAMEWORKS = re.findall(r"^(python -m recipes\.(?:frameworks|models\.transformers).+)$", PAGE, re.MULTILINE)
 
 
 def test_every_recipe_has_a_row_and_a_section() -> None:
@@ -70,5 +72,6 @@ def test_it_runs_as_printed(container: Container, tmp_path: Path, command: str) 
         "checkpoints.train": "step 100: loss",
         "checkpoints.lora": "step 20: loss",
         "checkpoints.actors": "actor 2: step 8",
+        "models.serving": "model.layers.1.mlp.down_proj.weight: (64, 32)",
     }
     assert next(text for name, text in expected.items() if name in command) in result.stdout

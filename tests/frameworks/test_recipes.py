@@ -17,6 +17,7 @@ EXPECTED = {
     "lightning": ["0 epochs are in blobs", "2 epochs are in blobs"],
     "litdata": ["1000 samples"],
     "ray": ["1797 images in ", "; the loss went down"],
+    "transformers_model": ["both models compute the same"],
     "transformers": ["step 6; in blobs: checkpoint-4, checkpoint-6", "/checkpoint-6\n"],
     "webdataset": ["1000 samples from 10 shards"],
 }
