@@ -62,8 +62,8 @@ format: $(DEV)  ## apply style and formatting
 	$(BIN)/ruff format
 
 types: $(DEV)  ## check types for the oldest and the newest Python; ALL=1 adds the versions in between
-	$(BIN)/mypy --python-version 3.10
-	$(foreach minor,$(if $(ALL),11 12 13),$(BIN)/mypy --python-version 3.$(minor) &&) $(BIN)/mypy --python-version 3.14
+	$(foreach minor,$(if $(ALL),11 12 13),$(BIN)/mypy --python-version 3.$(minor) &&) true
+	$(BIN)/mypy --python-version 3.10 & oldest=$$!; $(BIN)/mypy --python-version 3.14; newest=$$?; wait $$oldest && exit $$newest
 
 check: lint types test  ## run lint, types, and test
 

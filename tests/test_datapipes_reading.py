@@ -355,7 +355,7 @@ def read_shard(rank: int, world: int, store: str, url: str, key: Any, workers: i
 
 @needs_torchs_pipes  # its DataLoader gives all ranks one seed for `shuffle`; the stand-in requests it
 @pytest.mark.timeout(600)  # every worker is spawned in every epoch, and imports torch
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_two_ranks_read_each_sample_once(container: Container, tmp_path: Path, workers: int) -> None:
     for number in range(10):
         container.put(f"{number:04d}", b"x")

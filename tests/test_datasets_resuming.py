@@ -147,8 +147,10 @@ def test_a_map_style_dataset_continues_with_the_sampler_of_a_stateful_loader(url
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.slow
-@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "context",
+    [pytest.param("spawn", marks=pytest.mark.exhaustive), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
 def test_a_stateful_loader_with_spawned_workers_continues_exactly(url: str, context: str) -> None:
     def loader() -> Any:
         return StatefulDataLoader(make(url), 3, num_workers=2, collate_fn=list, multiprocessing_context=context)

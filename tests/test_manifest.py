@@ -395,7 +395,7 @@ def test_a_shuffled_dataset_has_the_same_order_as_one_of_a_listing(
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
 def test_workers_and_ranks_divide_the_rows(filled: Container, shuffle: bool, context: str) -> None:
     url = make(filled)
     seen = []

@@ -161,7 +161,10 @@ ACTS: dict[str, tuple[Callable[[Job], int], int]] = {"save": (Job.save, 2), "loa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("is_shared", [False, True], ids=["own writer", "same writer"])
+@pytest.mark.parametrize(
+    "is_shared",
+    [pytest.param(False, marks=pytest.mark.exhaustive, id="own writer"), pytest.param(True, id="same writer")],
+)
 def test_a_handler_saves_and_loads_at_every_line(
     service: FaultService, jobs: Callable[[], Job], act: str, is_shared: bool
 ) -> None:

@@ -225,7 +225,7 @@ assert idle_connections() <= QUICK.max_connections
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ten_thousand_blobs_leave_memory_and_sockets_as_they_were(fault_service: FaultService) -> None:

@@ -111,7 +111,7 @@ def slow_service(service: FaultService) -> FaultService:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "torch.save" else [pytest.mark.slow]) for name in WRITES]
+    "name", [pytest.param(name, marks=[] if name == "torch.save" else [pytest.mark.exhaustive]) for name in WRITES]
 )
 def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name: str, how: signal.Signals) -> None:
     """The blob is the old one or, if the commit was sent, the complete new one; the process ends at once."""
@@ -145,7 +145,10 @@ def test_a_write_that_is_ended_changes_nothing(fault_service: FaultService, name
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("read", "an epoch of workers") else [pytest.mark.slow]) for name in READS],
+    [
+        pytest.param(name, marks=[] if name in ("read", "an epoch of workers") else [pytest.mark.exhaustive])
+        for name in READS
+    ],
 )
 def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: signal.Signals) -> None:
     """In the main process, together with its workers."""
@@ -162,7 +165,9 @@ def test_a_read_that_is_ended_ends(fault_service: FaultService, name: str, how: 
         wait_until(lambda: service.open_connections == 0)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)]
+)
 def test_a_worker_that_is_ended_ends_the_epoch(fault_service: FaultService, how: signal.Signals) -> None:
     """With an error that names the worker; the other worker also ends."""
     service = slow_service(fault_service)

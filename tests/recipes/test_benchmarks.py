@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, azurite: Any) -> Path:
     return folder / "results.jsonl"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_case_has_its_figures(results: Path) -> None:
     setup, *runs = [json.loads(line) for line in results.read_text().splitlines()]
     assert setup["record"] == "setup"

@@ -59,7 +59,7 @@ def test_a_short_demo_tells_the_whole_story() -> None:
     check_story(told, stopped_in=2, epochs=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_make_demo_learns_to_read_digits() -> None:
     if shutil.which("make") is None or Path(sys.prefix) != ROOT / ".venv":

@@ -18,9 +18,10 @@ def text_of(outputs: list[Any]) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("has_sas", [False, True])
+@pytest.mark.parametrize(
+    "has_sas", [pytest.param(False, marks=pytest.mark.exhaustive), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_it_runs_from_top_to_bottom(container: Container, monkeypatch: pytest.MonkeyPatch, has_sas: bool) -> None:
     """On an Azurite that it starts itself, and on a container whose URL has a SAS."""
     monkeypatch.delenv("AZURE_CONTAINER_URL", raising=False)
