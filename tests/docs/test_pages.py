@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -24,9 +25,13 @@ SIGNED_IN = {"start/credentials.md", "start/install.md"}  # these show how to si
 WIDTH = 76  # columns of code that fit on the page; longer lines would have to be scrolled
 
 
-@pytest.mark.slow
+def marked(page: str) -> Any:
+    """Examples of the reference are simple, and run before a release; those of the other pages more often."""
+    return pytest.param(page, marks=pytest.mark.exhaustive if page.startswith("reference/") else pytest.mark.slow)
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", [page for page in WITH_PYTHON if page not in SIGNED_IN])
+@pytest.mark.parametrize("page", [marked(page) for page in WITH_PYTHON if page not in SIGNED_IN])
 def test_its_python_runs(page: str, emulator_container: Container, tmp_path: Path) -> None:
     """On the emulator, by a reader who has no account."""
     run_page(PAGES[page], emulator_container, tmp_path)

@@ -59,13 +59,14 @@ def _is_slow(row: Row, operation: str) -> bool:
     return row.name not in _QUICK_ROWS and takes_long
 
 
+_SIMILAR = {"readinto", "small reads", "torch.save, one block", "epoch"}  # to "read all", "torch.save", and "pipes"
 _slow = itertools.count()
 
 
 def _marks(row: Row, operation: str) -> list[pytest.MarkDecorator]:
-    """Slow cells are many: four of five run only when the page is written."""
+    """Cells are many: of the slow ones four of five, and of similar ones all but one, run when the page is written."""
     if not _is_slow(row, operation):
-        return []
+        return [pytest.mark.exhaustive] if row.name not in _QUICK_ROWS and operation in _SIMILAR else []
     return [pytest.mark.slow] if next(_slow) % 5 == 0 else [pytest.mark.slow, pytest.mark.exhaustive]
 
 

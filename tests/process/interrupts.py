@@ -17,7 +17,7 @@ operation runs once for each place, with *do* carried out there. *do* is not tra
 interrupted, as by real signals. All places are visited before the failures are raised, with the first ones by name.
 
 A sweep over many places takes minutes. Unless the environment variable ``SWEEP`` is ``all`` (`make exhaustive` sets
-it), only every third one of them is visited, beginning with one that depends on the test's name: always the same ones.
+it), only every fifth one of them is visited, beginning with one that depends on the test's name: always the same ones.
 
 An exception that *do* raises comes out of the interrupted line, like KeyboardInterrupt from a handler; `Run.error` is
 what came out of *act*. A visit that takes over `limit` seconds fails as a hang, with the stack at that moment.
@@ -45,7 +45,7 @@ from tests.support import collect_garbage
 
 S = TypeVar("S")
 _SHOWN = 3  # failures that are shown in full
-_FEW, _SHARE = 60, 3  # places of which all are visited; of more every third one is
+_FEW, _SHARE = 60, 5  # places of which all are visited; of more every fifth one is
 
 
 @dataclass(frozen=True, slots=True)
