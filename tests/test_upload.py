@@ -165,7 +165,8 @@ class TestRequests:
 
     def test_blocks_are_staged_at_once(self, service: FaultService) -> None:
         service.script("put_block", [Together(QUICK.max_concurrency)], repeat=True)
-        with open_writer(service) as blob:
+        transfer = replace(QUICK, max_connections=19)  # an engine whose threads no other test uses
+        with open_writer(service, transfer=transfer) as blob:
             blob.write(content(8 * 65536))
         assert service.peak_active == QUICK.max_concurrency
 
