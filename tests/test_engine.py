@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import random
 import sys
 import threading
@@ -54,6 +55,52 @@ class TestThreads:
             for _ in range(limit):
                 engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
             together.wait(60)
+
+    @pytest.mark.parametrize("is_counted_on", [False, True])
+    def test_a_task_that_counts_on_a_thread_that_takes_another_gets_one_of_its_own(self, is_counted_on: bool) -> None:
+        """It is submitted just after a resting thread has taken a task, as by a finalizer in that thread."""
+        meanwhile: deque[Callable[[], object]] = deque()
+
+        class Tasks(queue.SimpleQueue[tuple[Callable[[], object], bool]]):
+            def get(self, block: bool = True, timeout: float | None = None) -> tuple[Callable[[], object], bool]:
+                task = super().get(block, timeout)
+                meanwhile.popleft()() if meanwhile else None
+                return task
+
+        engine = Engine(3, MiB)
+        engine._tasks = Tasks()
+        engine.submit(int)
+        wait_until(lambda: len(engine._resting) == 1)
+        gate, ran = threading.Event(), threading.Event()
+        meanwhile.append(lambda: engine.submit(ran.set))
+        if is_counted_on:
+            engine.submit(gate.wait)
+        else:
+            engine._tasks.put((gate.wait, False))  # by a submitter that looked before the thread rested
+        assert ran.wait(60)
+        gate.set()
+        for _ in range(10):  # no task counts on a thread that does not exist
+            together = threading.Barrier(4)
+            for _ in range(3):
+                engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
+            together.wait(60)
+
+    def test_no_task_counts_on_a_thread_that_does_not_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the order in which the threads switch."""
+        monkeypatch.setattr("azstoragetorch._engine.threads._IDLE_THREAD_SECONDS", 0.02)
+        engine, before, interval = Engine(8, MiB), thread_count(), sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(5000):
+                engine.map(lambda _item, _scope: None, range(4), 4)
+        finally:
+            sys.setswitchinterval(interval)
+        wait_until(lambda: thread_count() <= before)
+        assert not engine._resting
+        together = threading.Barrier(9)
+        for _ in range(8):
+            engine.submit(lambda: together.wait(60))
+        together.wait(60)
 
     def test_no_more_threads_than_allowed(self) -> None:
         engine = Engine(3, MiB)

@@ -3,13 +3,18 @@
 `submit` takes no lock, so a signal handler can call it inside any other code, even inside `submit`. Tasks are in a
 queue that allows this. Two things decide whether to start a thread. Each thread holds a permit, and ``_permits`` has
 as many as there are threads. ``_resting`` has a token for each thread that waits for a task, minus one for each queued
-task that counts on such a thread. They decide only when to start a thread. Every task is run because of the order of
-steps: a thread that exits first returns its permit and then looks for tasks once more, and a submitter enqueues its
-task before it looks whether one more thread is permitted. So at least one of the two sees the other.
+task that counts on such a thread. Every task is run because of the order of steps: a thread that exits first returns
+its permit and then looks for tasks once more, and a submitter enqueues its task before it looks whether one more thread
+is permitted. So at least one of the two sees the other.
+
+A waiting thread that gets a task which did not count on it takes a token back. There may be none: another task has
+counted on this thread since it got its own. It then starts a thread in its place, and the token that it could not take
+is a debt. The next token is not added, but pays the debt. So ``_resting`` minus ``_owed`` is always the number of
+waiting threads minus that of the tasks that count on them, and no task counts on a thread that does not exist.
 
 An interrupt between any two steps loses nothing that lasts. The table has permits under weak references, so one that an
 interrupted frame drops is not in it any more. A resting token that is lost lets one more thread start, if one is
-permitted.
+permitted. Only threads of the engine, which nothing interrupts, enter debts.
 
 Threads are started with ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module while it
 waits for the new thread, and a handler that runs at that moment would wait forever. The threads are like daemon
@@ -92,6 +97,7 @@ class Engine:
         self._retired: deque[Callable[[], object]] = deque()
         self._permits: dict[weakref.ref[_Permit], None] = {}
         self._resting: deque[None] = deque()
+        self._owed: deque[None] = deque()
         self._growth = Growth(threads, time.monotonic, bytes_moved)
 
     def concurrency(self, config: TransferConfig) -> int | Growth:
@@ -173,10 +179,15 @@ class Engine:
         else:
             task, is_counted_on = self._tasks.get_nowait()
         if is_counted_on and not is_resting:
-            self._resting.append(None)  # the thread that it counted on keeps resting
-        elif is_resting and not is_counted_on:
-            _took_one(self._resting)  # this thread rests no more
+            self._add_resting()  # the thread that it counted on keeps resting
+        elif is_resting and not is_counted_on and not _took_one(self._resting):
+            self._owed.append(None)
+            self._start_thread()
         return task
+
+    def _add_resting(self) -> None:
+        if not _took_one(self._owed):
+            self._resting.append(None)
 
     def _work(self, permit: _Permit) -> None:
         """What a thread of the engine does: tasks, until none has come for a while."""
@@ -189,7 +200,7 @@ class Engine:
                 if is_resting:
                     held = self._renewed(held)
                 else:
-                    self._resting.append(None)
+                    self._add_resting()
                 is_resting = True
                 continue
             is_resting = False
@@ -203,7 +214,7 @@ class Engine:
         self._permits.pop(weakref.ref(permit), None)
         another = None if self._tasks.empty() else self._permit()
         if another is not None:
-            self._resting.append(None)
+            self._add_resting()
         return another
 
 
