@@ -165,8 +165,7 @@ class TestRequests:
 
     def test_blocks_are_staged_at_once(self, service: FaultService) -> None:
         service.script("put_block", [Together(QUICK.max_concurrency)], repeat=True)
-        transfer = replace(QUICK, max_connections=19)  # an engine whose threads no other test uses
-        with open_writer(service, transfer=transfer) as blob:
+        with open_writer(service) as blob:
             blob.write(content(8 * 65536))
         assert service.peak_active == QUICK.max_concurrency
 
