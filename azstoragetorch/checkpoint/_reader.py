@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
+from azure.core.exceptions import AzureError
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -30,8 +31,6 @@ from azstoragetorch.checkpoint._sharing import (
 )
 from azstoragetorch.checkpoint._storage import FolderStorage
 from azstoragetorch.exceptions import CheckpointError, CheckpointNotFoundError
-
-log = logging.getLogger("azstoragetorch")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,20 @@ class _Unread(Metadata):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name) if name.startswith("__") else self.reason
+
+
+class _WithoutTraceback(logging.Filter):
+    """Makes torch's record about metadata that could not be read one line. The error itself is raised later."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.module == "state_dict_loader" and isinstance(error, CheckpointError | AzureError):
+            record.msg, record.args = "%s %s", (record.msg, str(error).partition("\n")[0])
+            record.exc_info = record.exc_text = None
+        return True
+
+
+_without_traceback = _WithoutTraceback()
 
 
 class BlobStorageReader(FolderStorage, StorageReader):
@@ -162,6 +175,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
             AzureError: the service refused the request, or could not be reached.
         """
         rank = kwargs.get("rank")
+        root = logging.getLogger()  # torch's loader uses it
+        root.removeFilter(_without_traceback)
         before, self._failure = self._failure, None
         if rank is not None and before is not None and not isinstance(before, CheckpointNotFoundError):
             self._failure = before
@@ -171,10 +186,9 @@ class BlobStorageReader(FolderStorage, StorageReader):
             self._check_version(version)
         except Exception as error:
             is_missing = isinstance(error, CheckpointNotFoundError)
-            if not is_missing:
-                log.warning("%s: the metadata could not be read: %s", self.checkpoint_id, error)
             if rank is None:
                 self._failure = error
+                root.addFilter(_without_traceback)
                 raise
             return _Unread(before if is_missing and before is not None else error)
         if metadata.storage_meta is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -460,7 +461,7 @@ def test_refused_metadata_is_not_taken_for_missing(fault_service: FaultService, 
 def test_why_metadata_cannot_be_read_is_what_torch_raises(
     fault_service: FaultService, url: str, caplog: pytest.LogCaptureFixture, planner: Any, status: int, error: Any
 ) -> None:
-    """Not an AssertionError of torch; and torch logs one failure, not a second one that follows from it."""
+    """Not an AssertionError of torch; and torch logs one failure, in one line, not another that follows from it."""
     fault_service.script(Match("get_blob", path="metadata"), [Status(status)] * 100)
     state_dict: dict[str, Any] = {} if isinstance(planner, _EmptyStateDictLoadPlanner) else {"x": torch.zeros(3)}
     with pytest.raises(dcp.CheckpointException) as caught:
@@ -468,6 +469,10 @@ def test_why_metadata_cannot_be_read_is_what_torch_raises(
     assert type(reason(caught.value)) is error
     assert str(caught.value).strip().splitlines()[-1].startswith(f"{error.__module__}.{error.__name__}: ")
     assert "Rank local metadata is not found" not in caplog.text
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert all(record.exc_info is None and "\n" not in record.getMessage() for record in warnings)
+    assert len(warnings) == str(caplog.text).count("Global metadata is not found")
+    assert not logging.getLogger().filters
 
 
 def test_what_is_there_instead_of_a_checkpoint_is_said(fault_service: FaultService, url: str) -> None:
