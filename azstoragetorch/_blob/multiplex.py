@@ -95,7 +95,8 @@ class Multiplexer:
         turn = self._turns.get(None)
         if turn is None:
             return False
-        if turn.owner is not None and turn.owner.thread == threading.get_ident():
+        owner = turn.owner
+        if owner is not None and owner.thread == threading.get_ident():
             return True
         return time.monotonic() - max(turn.began, self._last_step) > _STUCK_SECONDS
 
@@ -171,9 +172,10 @@ class Multiplexer:
 
     def _start(self) -> None:
         """Start the thread if it is not running."""
-        turn, me = self._turns.setdefault(None, _Turn()), _Owner(0)
+        turn = self._turns.get(None) or self._turns.setdefault(None, _Turn())
         if turn.is_started:
             return
+        me = _Owner(0)
         with on_error(partial(self._fail_all, turn, me)):
             if start_thread(partial(self._run, turn)):
                 turn.is_started = True

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 from azstoragetorch._blob.secret import Secret
@@ -427,10 +428,12 @@ def _advice(text: str) -> str:
     return f"{left}Expected {_FORMS}"
 
 
+@lru_cache(maxsize=256)  # a sample needs it for the request and for its URL
 def _encode_name(name: str) -> str:
     return name if _PLAIN.fullmatch(name) else quote(name, safe="~/")  # faster than quote for most names
 
 
+@lru_cache(maxsize=256)
 def _encode_container(name: str) -> str:
     return name if _PLAIN_CONTAINER.fullmatch(name) else quote(name, safe="$")
 
