@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import ssl
+import time
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from azure.core.exceptions import ServiceResponseError
 
 from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._blob.head import Stream
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults import FaultService
 from tests.faults.faults import Fault, Match, SlowBytes, Stall, Torn, TornReset
@@ -54,6 +58,61 @@ def test_a_silent_request_is_hedged(service: FaultService, fault: Stall) -> None
     assert rule.fired
     assert (metrics() - before).hedges_won >= 1
     service.wait_until_idle()
+
+
+RECORD = 16 << 10
+
+
+class Records(ssl.SSLSocket):
+    """A socket that returns *arriving*, one for each call; None is a timeout."""
+
+    def __init__(self, *arriving: bytes | None) -> None:
+        self.arriving = list(arriving)
+
+    def recv_into(self, buffer: Any, *_: Any) -> int:
+        data = self.arriving.pop(0)
+        if data is None:
+            raise TimeoutError("slow")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def gettimeout(self) -> float:
+        return 5.0
+
+
+def stream(*arriving: bytes | None, on_silence: Any = None) -> tuple[Stream, Records]:
+    socket = Records(*arriving)
+    return Stream(SimpleNamespace(socket=socket), on_silence), socket  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [b"c" * RECORD, b"c" * 7, b""])
+def test_one_call_receives_many_records(last: bytes) -> None:
+    target = bytearray(3 * RECORD)
+    found, socket = stream(b"a" * RECORD, b"b" * RECORD, last, b"", b"next")
+    whole = b"a" * RECORD + b"b" * RECORD + last
+    assert found.readinto(memoryview(target)) == len(whole)
+    assert target.startswith(whole)
+    assert b"next" in socket.arriving
+
+
+def test_a_silence_between_records_is_noticed_by_the_next_call() -> None:
+    """At once: it does not wait for the timeout a second time."""
+    began, silences = time.monotonic(), list[float]()
+    found, _ = stream(b"a" * RECORD, None, b"b", on_silence=silences.append)
+    target = memoryview(bytearray(3 * RECORD))
+    assert found.readinto(target) == RECORD
+    assert not silences
+    assert found.readinto(target) == 1
+    assert -5.0 <= silences[0] - began <= 240.0 - 5.0
+
+
+def test_and_is_an_error_without_anybody_to_notice() -> None:
+    found, socket = stream(b"a" * RECORD, None, b"b")
+    target = memoryview(bytearray(3 * RECORD))
+    assert found.readinto(target) == RECORD
+    with pytest.raises(TimeoutError):
+        found.readinto(target)
+    assert socket.arriving == [b"b"]
 
 
 SMALL = {f"{number:02d}": content(1 + number * 2_500, number) for number in range(40)}

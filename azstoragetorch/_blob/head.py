@@ -5,17 +5,20 @@ from __future__ import annotations
 import http.client
 import io
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from azstoragetorch._blob.connection import Connection
-from azstoragetorch._engine.config import KiB
+from azstoragetorch._engine.config import KiB, MiB
 from azstoragetorch._engine.scope import on_error
 
 _NUMBER = re.compile(r"[0-9]{1,19}")  # no size is longer, and Python refuses to parse thousands of digits
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: (.*))?")
+_RECORD_BYTES = 16 * KiB  # of a TLS record, at most
+_MOST_AT_ONCE, _MOST_SECONDS = 1 * MiB, 0.05  # received at once over TLS
 _MOST_KEYS = 256  # of headers that are remembered
 _MAX_FIELDS, _MAX_LINE = 200, 64 * KiB  # of a response: headers, and bytes of one
 
@@ -33,6 +36,8 @@ class Stream(io.RawIOBase):
         self._socket = connection.socket
         self._on_silence = on_silence
         self._early = early
+        self._is_tls = isinstance(connection.socket, ssl.SSLSocket)
+        self._silent_since: float | None = None
 
     def readable(self) -> bool:
         """Whether it can be read: `io.BufferedReader` asks."""
@@ -45,18 +50,46 @@ class Stream(io.RawIOBase):
             target[:count] = self._early[:count]
             self._early = self._early[count:]
             return count
-        try:
-            return self._socket.recv_into(target)
-        except TimeoutError:
-            if self._on_silence is None:
-                raise
-            since = time.monotonic() - (self._socket.gettimeout() or 0.0)
+        received = self._receive(target)
+        return self._receive_more(target, received) if received == _RECORD_BYTES and self._is_tls else received
+
+    def _receive(self, target: Any) -> int:
+        since, self._silent_since = self._silent_since, None
+        if since is None:
+            try:
+                return self._socket.recv_into(target)
+            except TimeoutError:
+                if self._on_silence is None:
+                    raise
+                since = self._begin_of_silence()
+        if self._on_silence is None:
+            raise TimeoutError("timed out")
         while True:
             self._on_silence(since)
             try:
                 return self._socket.recv_into(target)
             except TimeoutError:
                 pass
+
+    def _receive_more(self, target: Any, received: int) -> int:
+        """Receive further TLS records: a call returns one, of at most 16 KiB.
+
+        The layers above would take as long for each as decrypting it. They have to see when a body slows down. So this
+        takes a moment only, and leaves a silence to the next call.
+        """
+        size, end = min(len(target), _MOST_AT_ONCE), time.monotonic() + _MOST_SECONDS
+        try:
+            while received < size and time.monotonic() < end:
+                more = self._socket.recv_into(target[received:size])
+                if not more:
+                    break
+                received += more
+        except TimeoutError:
+            self._silent_since = self._begin_of_silence()
+        return received
+
+    def _begin_of_silence(self) -> float:
+        return time.monotonic() - (self._socket.gettimeout() or 0.0)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """A buffered reader: http.client asks a socket for one."""
