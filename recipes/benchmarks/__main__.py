@@ -141,7 +141,11 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
         if base in (first, far):
             yield {"case": "write", "base": base, "name": "written", "size": sizes.large}
             yield {"case": "save", "base": base, "name": "saved.pt", "state": "few", "size": sizes.large}
+        if base in (first, slow) or options.bases[base].startswith("https"):
+            name = "model/model.safetensors"
+            yield {"case": "tensors", "base": base, "name": name, "state": "many", "size": sizes.model}
         if base in (first, slow):
+            yield {"case": "tensors-load", "base": base, "name": name, "state": "many", "size": sizes.model}
             yield {"case": "load", "base": base, "name": "model.pt", "state": "many", "size": sizes.model}
             yield {"case": "stream", "base": base, "name": "half", "size": sizes.large // 2}
             yield {"case": "ranges", "base": base, "name": "half", "size": sizes.large // 2, "count": sizes.ranges}
@@ -172,6 +176,7 @@ def preparations(options: Options) -> Iterator[dict[str, Any]]:
     for size in (4096, *sizes.steps):
         yield {"what": "blob", "name": f"step-{size}", "size": size}
     yield {"what": "state", "name": "model.pt", "state": "many", "size": sizes.model}
+    yield {"what": "tensors", "name": "model/model.safetensors", "state": "many", "size": sizes.model}
     for count in (*sizes.counts, sizes.samples):
         yield {"what": "samples", "name": f"samples-{count}/", "count": count, "size": 0}
 

@@ -10,10 +10,13 @@ import base64
 import io
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -125,9 +128,27 @@ class Ours(_BlobIO):
 
         dcp.load(state, storage_reader=BlobStorageReader(f"{self.place.url}/{name}", **self.options), no_dist=True)
 
+    def save_tensors(self, name: str, state: dict[str, Any]) -> None:
+        from azstoragetorch.safetensors import save_file
+
+        save_file(state, f"{self.place.url}/{name}", **self.options)
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        from azstoragetorch.safetensors import load_file
+
+        return load_file(f"{self.place.url}/{name}", **self.options)
+
+    def tensors_into(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        from azstoragetorch.safetensors import HuggingFaceBlobReader
+
+        folder = f"{self.place.url}/{name.rpartition('/')[0]}"
+        dcp.load(state, storage_reader=HuggingFaceBlobReader(folder, **self.options), no_dist=True)
+
 
 class Sdk:
-    requirements = ("azure-storage-blob",)
+    requirements = ("azure-storage-blob", "safetensors")
     title = "azure-storage-blob"
 
     def __init__(self, place: Place) -> None:
@@ -158,6 +179,27 @@ class Sdk:
         import torch
 
         return torch.load(io.BytesIO(self.container.download_blob(name, max_concurrency=CONCURRENCY).readall()))
+
+    @contextmanager
+    def downloaded(self, name: str) -> Iterator[Path]:
+        """A local copy."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name.rpartition("/")[2])
+            with path.open("wb") as file:
+                self.container.download_blob(name, max_concurrency=CONCURRENCY).readinto(file)
+            yield path
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        with self.downloaded(name) as path:
+            return load_file(path)
+
+    def tensors_into(self, name: str, state: dict[str, Any]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        with self.downloaded(name) as path:
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path.parent)), no_dist=True)
 
     def samples(self, prefix: str) -> int:
         names = self.container.list_blob_names(name_starts_with=prefix)
@@ -336,6 +378,29 @@ class Obstore:
         return sum(len(batch) for batch in obstore.list(self.store, prefix or None))
 
 
+class RunAI:
+    """Its client reaches only accounts of Azure: with a token of the environment, or the key or SAS that it gets."""
+
+    requirements = ("runai-model-streamer[azure]",)
+    title = "run:ai streamer"
+
+    def __init__(self, place: Place) -> None:
+        host = urlsplit(place.account_url).netloc
+        os.environ["AZURE_STORAGE_ACCOUNT_NAME"] = host.partition(".")[0]
+        if place.sas:
+            os.environ["AZURE_STORAGE_SAS_TOKEN"] = place.sas
+        self.container = place.container
+        if host.endswith(".blob.core.windows.net"):
+            self.tensors = self._tensors
+
+    def _tensors(self, name: str) -> dict[str, Any]:
+        from runai_model_streamer import SafetensorsStreamer
+
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_file(f"az://{self.container}/{name}")
+            return dict(streamer.get_tensors())
+
+
 LIBRARIES: dict[str, Callable[[Place], Any]] = {
     "ours": Ours,
     "filesystem": FileSystem,
@@ -343,12 +408,14 @@ LIBRARIES: dict[str, Callable[[Place], Any]] = {
     "sdk": Sdk,
     "adlfs": Adlfs,
     "obstore": Obstore,
+    "runai": RunAI,
 }
 _DISTRIBUTIONS = {
     "ours": "azstoragetorch",
     "filesystem": "azstoragetorch",
     "published": "azstoragetorch",
     "sdk": "azure-storage-blob",
+    "runai": "runai-model-streamer",
 }
 
 

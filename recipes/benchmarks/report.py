@@ -12,12 +12,10 @@ from typing import Any
 from recipes.benchmarks.libraries import LIBRARIES
 
 MiB = 1 << 20
-COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"} | {
-    "filesystem": "#00a2ad"
-}
-DARK = {"ours": "#4da3ff", "published": "#ff8a5c", "sdk": "#b0aaa8", "adlfs": "#b79ae6", "obstore": "#8bc34a"} | {
-    "filesystem": "#4cd3dc"
-}
+COLORS = {"ours": "#0067b8", "published": "#d83b01", "sdk": "#7a7574", "adlfs": "#8764b8", "obstore": "#498205"}
+COLORS |= {"filesystem": "#00a2ad", "runai": "#c30052"}
+DARK = {"ours": "#4da3ff", "published": "#ff8a5c", "sdk": "#b0aaa8", "adlfs": "#b79ae6", "obstore": "#8bc34a"}
+DARK |= {"filesystem": "#4cd3dc", "runai": "#ff6f9f"}
 INK = "#242424"  # text, axes and grid
 DARK_INK = "#cfd0d0"
 PALETTES = (COLORS | {"ink": INK}, DARK | {"ink": DARK_INK})
@@ -28,6 +26,8 @@ WHAT = {
     "write": "write {size}",
     "save": "torch.save, {size} in 16 tensors",
     "load": "torch.load, {size} in 318 tensors",
+    "tensors": "safetensors, {size} in 318 tensors",
+    "tensors-load": "safetensors into a state dict, {size}",
     "samples": "dataset of {count} blobs of 110 KB",
     "names": "list {count} blobs",
     "stream": "read {size}, 1 MiB at a time",
@@ -36,6 +36,7 @@ WHAT = {
     "checkpoint-save": "distributed checkpoint saved, {size}",
     "checkpoint-load": "distributed checkpoint loaded, {size}",
 }
+MOVED = ("read", "write", "save", "load", "tensors", "tensors-load")  # cases that move many bytes
 
 INTRODUCTION = """\
 The same tasks with azstoragetorch and with the libraries that you might use instead. Measured on {date} on {cpus}
@@ -82,7 +83,8 @@ LIMITS = """\
   number, and 32 concurrent samples where the user writes the loop. Each may be faster when tuned.
 - **Unequal work.** Reading with obstore leaves the data in 16 pieces. The SDK, adlfs, and obstore have no dataset:
   theirs is a loop over a thread pool or a batch call, without a DataLoader. Checkpoints with adlfs use torch's
-  FsspecWriter and FsspecReader.
+  FsspecWriter and FsspecReader. The SDK downloads a safetensors file, which the library safetensors or torch's
+  HuggingFaceStorageReader then maps into memory.
 - **No safety.** The figures do not show that a failed write commits nothing, or that a read never mixes versions.
 - **One process.** No case uses several ranks or workers.
 """
@@ -189,7 +191,7 @@ def describe(found: Results, plots: list[str], results: str, scale: dict[str, An
             "",
         ]
     parts += [HOW]
-    parts += table(found, found.cases("read", "write", "save", "load"), "rate", "MiB/s", is_more_better=True)
+    parts += table(found, found.cases(*MOVED), "rate", "MiB/s", is_more_better=True)
     if plots:
         parts += ["", *figure(plots[0], "Throughput by case and library", found, "read", "write", "save", "load")]
     parts += ["", "## Many blobs, listing, checkpoints, latency", ""]
@@ -203,15 +205,11 @@ def describe(found: Results, plots: list[str], results: str, scale: dict[str, An
     parts += [""]
     parts += table(found, found.cases("latency"), lambda run: 1000 / run["rate"], "ms a read", is_more_better=False)
     parts += ["", "## What it costs", "", "CPU seconds of the client per GiB transferred:", ""]
-    moved = found.cases("read", "write", "save", "load", "checkpoint-save", "checkpoint-load")
+    moved = found.cases(*MOVED, "checkpoint-save", "checkpoint-load")
     moved = [case for case in moved if case.get("size", 0) >= 32 * MiB or setup.get("tiny")]
-    moved = moved or found.cases("read", "write", "save", "load")
+    moved = moved or found.cases(*MOVED)
     parts += table(found, moved, lambda run: run["cpu_seconds"] / run["amount"] * 1024, "s/GiB", is_more_better=False)
-    parts += [
-        "",
-        MEMORY,
-        "",
-    ]
+    parts += ["", MEMORY, ""]
     first = [case for case in moved if case["base"] == found.bases[0]]
     parts += table(found, first, "peak_mib", "MiB", is_more_better=False)
     if len(plots) > 1:

@@ -58,6 +58,7 @@ def make(library: Any, command: dict[str, Any]) -> tuple[Timed, str] | None:
         "load": "load",
         "checkpoint-save": "checkpoint_save",
         "checkpoint-load": "checkpoint_load",
+        "tensors-load": "tensors_into",
     }.get(case, case)
     if not hasattr(library, needs):
         return None
@@ -107,9 +108,19 @@ def make(library: Any, command: dict[str, Any]) -> tuple[Timed, str] | None:
         library.checkpoint_load(name, target)
         return nbytes(target) / MiB
 
+    def tensors() -> float:
+        return expect(nbytes(library.tensors(name)), nbytes(state_of(command["state"], size))) / MiB
+
+    def tensors_load() -> float:
+        import torch
+
+        target = {key: torch.empty_like(tensor) for key, tensor in state_of(command["state"], size).items()}
+        library.tensors_into(name, target)
+        return nbytes(target) / MiB
+
     if case == "write":
         content(size)
-    if case in ("save", "checkpoint-save", "checkpoint-load"):
+    if case in ("save", "checkpoint-save", "checkpoint-load", "tensors", "tensors-load"):
         state_of(command["state"], size)
     if case == "checkpoint-load" and command.get("first"):
         library.checkpoint_save(name, dict(state_of(command["state"], size)))
@@ -132,6 +143,8 @@ def prepare(library: Any, command: dict[str, Any]) -> None:
             library.write(command["name"], content(size))
         case "state":
             library.save(command["name"], state_of(command["state"], size))
+        case "tensors":
+            library.save_tensors(command["name"], state_of(command["state"], size))
         case "samples":
             from concurrent.futures import ThreadPoolExecutor
 

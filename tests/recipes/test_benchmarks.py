@@ -22,11 +22,13 @@ from tests.support import ROOT
 ALL = {"read", "write", "save", "load", "samples", "names", "latency", "concurrency", "stream", "ranges"} | {
     "checkpoint-save",
     "checkpoint-load",
+    "tensors",
+    "tensors-load",
 }
 UNSUPPORTED = {
     "ours": {"ranges"},
     "sdk": {"checkpoint-save", "checkpoint-load", "stream", "ranges"},
-    "filesystem": {"checkpoint-save", "checkpoint-load", "concurrency"},
+    "filesystem": {"checkpoint-save", "checkpoint-load", "concurrency", "tensors", "tensors-load"},
 }
 
 
