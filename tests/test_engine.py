@@ -603,9 +603,10 @@ def task(scope):
     finally:
         running.discard(threading.get_ident())
 
-armed = False
-def interrupt(*_):
-    if armed:
+def interrupt(_signal, frame):
+    while frame is not None and frame.f_code is not Engine.map.__code__:
+        frame = frame.f_back
+    if frame is not None:
         raise KeyboardInterrupt
 
 signal.signal(signal.SIGALRM, interrupt)
@@ -613,13 +614,10 @@ randomness = random.Random(int(sys.argv[1]))
 interrupted = 0
 end = time.monotonic() + float(sys.argv[2])
 while time.monotonic() < end:
-    armed = True
     signal.setitimer(signal.ITIMER_REAL, randomness.uniform(0.0001, 0.004), randomness.uniform(0.0001, 0.001))
     try:
         engine.map(lambda task, scope: task(scope), [task] * 8, 4)
-        armed = False
     except KeyboardInterrupt:
-        armed = False
         interrupted += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert not running, "tasks still run in memory that the caller may free"

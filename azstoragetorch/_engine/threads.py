@@ -234,6 +234,9 @@ class _Map(Generic[T, R]):
     and a helper whose turn comes too late takes nothing.
 
     One thread at a time draws from the list, since a generator cannot be entered twice.
+
+    Interrupts may come one after the other. So a handler of one only remembers it: an interrupt that comes in a handler
+    would skip the rest of it. The loop around it then does what is to be done, where the next interrupt is handled.
     """
 
     def __init__(
@@ -259,17 +262,19 @@ class _Map(Generic[T, R]):
 
     def run(self, wanted: int) -> list[R]:
         """The caller's share, and the wait for the rest."""
-        me = object()
+        me, interrupt = object(), None
         self._wanted = wanted
         try:
-            try:
-                if self._growth is not None:
-                    self._growth.begin(self)
-                self._take_part(wanted - 1, me)
-                self._wait(me)
-            except BaseException as error:  # noqa: BLE001 - an interrupt between two lines of these
-                self._fail(error)
-                self._wait(me)
+            while True:
+                try:
+                    if interrupt is None:
+                        self._begin(wanted, me)
+                    else:
+                        self._fail(interrupt)
+                    self._wait(me)
+                    break
+                except BaseException as error:  # noqa: BLE001 - an interrupt between two lines of these
+                    interrupt = error
             if self._errors:
                 raise self._first_error()  # in no variable: its traceback refers to this frame
             self._scope.check()  # cancelled from outside: what is left was not done
@@ -280,24 +285,26 @@ class _Map(Generic[T, R]):
             self._function = None
             self._items = iter(())  # a helper whose turn has not come refers to this, but not to the caller's memory
 
-    def _take_part(self, helpers: int, me: object) -> None:
-        try:
-            for _ in range(helpers):
-                self._engine.submit(self._help)
-            self._help(me)
-        except BaseException as error:  # noqa: BLE001 - an interrupt; raised when no call runs any more
-            self._fail(error)
+    def _begin(self, wanted: int, me: object) -> None:
+        if self._growth is not None:
+            self._growth.begin(self)
+        for _ in range(wanted - 1):
+            self._engine.submit(self._help)
+        self._help(me)
 
     def _wait(self, me: object) -> None:
         """Return when no call runs, whatever interrupts the wait."""
+        interrupt = None
         while True:
             try:
+                if interrupt is not None:
+                    self._fail(interrupt)
                 self._is_closed = True
                 self._helpers.discard(me)
                 self._bell.wait_until(lambda: not self._helpers)
                 return
             except BaseException as error:  # noqa: BLE001, PERF203 - raised when no call runs any more
-                self._fail(error)
+                interrupt = error
 
     def _first_error(self) -> BaseException:
         return next((error for error in self._errors if not isinstance(error, Cancelled)), self._errors[0])
