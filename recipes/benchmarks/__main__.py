@@ -83,6 +83,8 @@ class Worker:
     def __init__(self, library: str, python: str, options: Options) -> None:
         self._command = [python, str(HERE / "worker.py"), library]
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if python != sys.executable:
+            self._environment.pop("PYTHONPATH", None)  # this package would take the place of the published one
         if options.sas:
             self._environment["BENCHMARK_SAS"] = options.sas
         if options.ca_file:

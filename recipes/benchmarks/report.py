@@ -282,7 +282,7 @@ def table(
         cells = []
         for name, value in values.items():
             text = "failed" if value is None and found.failure(name, **case) else number(value)
-            cells.append(f"**{text}**" if name == "ours" else text)
+            cells.append(f"**{text}**" if name == "ours" and text != "-" else text)
         lines.append(
             f"| {name_of(case)} | {case['base']} | " + " | ".join(cells) + f" | {ratio(values, is_more_better)} |"
         )
@@ -290,8 +290,8 @@ def table(
 
 
 def ratio(values: dict[str, float | None], is_more_better: bool) -> str:
-    ours = values.get("ours")
-    others = [value for name, value in values.items() if name != "ours" and value is not None]
+    ours = values.get("ours") or values.get("filesystem")
+    others = [value for name, value in values.items() if name not in ("ours", "filesystem") and value is not None]
     other = values.get("published")
     if other is None and others:
         other = max(others) if is_more_better else min(others)
