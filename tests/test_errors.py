@@ -14,10 +14,11 @@ FRAME = "Signature not valid in the specified time frame: Start [{}] - Expiry [{
 EARLY, MIDDLE, LATE = (f"Mon, 01 Jan 2024 0{hour}:00:00 GMT" for hour in (1, 2, 3))
 
 
-def refusal(code: str, detail: str = "", status: int = 403) -> str:
+def refusal(code: str, detail: str = "", status: int = 403, *, anonymous: bool = False) -> str:
     tag = f"<AuthenticationErrorDetail>{detail}</AuthenticationErrorDetail>" if detail else ""
     body = f"<Error><Code>{code}</Code><Message>Refused.\nRequestId:1</Message>{tag}</Error>".encode()
-    return str(service_error(verb="GET", url="https://h/c/b", status=status, reason="Forbidden", headers={}, body=body))
+    refused = {"status": status, "reason": "Forbidden", "headers": {}, "body": body, "anonymous": anonymous}
+    return str(service_error(verb="GET", url="https://h/c/b", **refused))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,14 @@ def test_why_a_signature_or_token_was_not_accepted(detail: str, words: list[str]
     assert "firewall" not in text
     assert "lacks the permission" not in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_source_that_the_service_cannot_read_is_not_about_the_request_itself(status: int) -> None:
+    assert "No credential was sent" in refusal("BlobNotFound", status=status, anonymous=True)
+    text = refusal("CannotVerifyCopySource", status=status, anonymous=True)
+    assert "could not read the source" in text
+    assert "No credential was sent" not in text
 
 
 @pytest.mark.parametrize(

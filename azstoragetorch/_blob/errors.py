@@ -53,6 +53,8 @@ _HINTS_OF_CODES = {
     "AuthorizationServiceMismatch": "The SAS is for another service than Blob Storage (ss=).",
     "KeyBasedAuthenticationNotPermitted": "The account accepts neither account keys nor a SAS signed with one: use an "
     "identity.",
+    "CannotVerifyCopySource": "The service itself could not read the source of the copy: it does not exist, or the "
+    "credential that was sent for it does not allow reading it.",
     "UnauthorizedBlobOverwrite": "The SAS allows creating blobs but not overwriting them: it needs the "
     "permission write (w).",
 }
@@ -86,7 +88,7 @@ def service_error(
     code = headers.get("x-ms-error-code") or _tag(body, b"Code") or ""
     message = _line(_tag(body, b"Message"))
     detail = _LONG_CODE.sub("[redacted]", _line(_tag(body, b"AuthenticationErrorDetail")))
-    if anonymous and status in (401, 403, 404):
+    if anonymous and status in (401, 403, 404) and code != "CannotVerifyCopySource":  # that is about another blob
         hint = _ANONYMOUS_HINT
     else:
         hint = _hint_of(detail) or _HINTS_OF_CODES.get(code) or _HINTS.get(status, "")
