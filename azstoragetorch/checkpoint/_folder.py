@@ -306,17 +306,18 @@ class Folder:
 
     def _not_found(self, name: str, rank: int | None) -> CheckpointNotFoundError:
         """The error for a folder without a checkpoint, with the reason that its listing suggests."""
-        why = "there is no checkpoint here"
+        why, above = "there is no checkpoint here", self.url.rpartition("/")[0] if self.address.blob else self.url
+        step = f"; to see which checkpoints there are, run: azstoragetorch checkpoint ls {above}"
         try:
             for page in self._container.pages(prefix=self.address.blob):
                 if self.address.blob in page.names:
-                    why = "this is a blob, not the folder of a checkpoint; pass the URL of the folder"
+                    why, step = "this is a blob, not the folder of a checkpoint", "; pass the URL of the folder"
                 elif any(found.startswith(self.prefix) for found in page.names):
                     why = "there are blobs but no complete checkpoint: a save is in progress or was interrupted"
                 break
         except (AzureError, ValueError):
             pass  # not everybody may list
-        return CheckpointNotFoundError(f"{self.url}: {why} (no {name!r})", checkpoint=self.url, rank=rank)
+        return CheckpointNotFoundError(f"{self.url}: {why} (no {name!r}){step}", checkpoint=self.url, rank=rank)
 
     def __repr__(self) -> str:
         return f"Folder({self.url!r})"

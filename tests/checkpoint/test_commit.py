@@ -481,6 +481,8 @@ def test_what_is_there_instead_of_a_checkpoint_is_said(fault_service: FaultServi
         with pytest.raises(CheckpointNotFoundError, match=told) as caught:
             BlobStorageReader(url, credential=False).read_metadata()
         assert caught.value.checkpoint == url
+        step = "pass the URL of the folder" if name == "run" else f"run: azstoragetorch checkpoint ls {url[:-4]}"
+        assert str(caught.value).endswith(step)
         fault_service.delete("data", name)
 
 
