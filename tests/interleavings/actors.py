@@ -256,8 +256,10 @@ def started(name: str) -> Memory:
         memory = _run_alone(memory, 7, lambda: save("step-1", 1))
     if name in ("leftovers", "a checkpoint and leftovers"):
         memory = _run_alone(memory, 8, lambda: _put(f"step-1/{OLD}"))
-    if name in ("a checkpoint with digests", "a base"):
+    if name in ("a checkpoint with digests", "a base", "a base and leftovers"):
         memory = _run_alone(memory, 7, lambda: delta("step-1", 1))
+    if name == "a base and leftovers":
+        memory = _run_alone(memory, 8, lambda: _put(f"step-2/{OLD}"))
     if name == "two checkpoints":
         memory = _run_alone(memory, 7, lambda: save("step-1", 1))
         memory = _run_alone(memory, 8, lambda: save("step-2", 2))

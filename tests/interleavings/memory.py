@@ -38,8 +38,12 @@ class Wire:
     def is_write(self) -> bool:
         return self.method in ("PUT", "DELETE")
 
+    @property
+    def is_staging(self) -> bool:
+        return self.method == "PUT" and self.query.get("comp") == ["block"]
+
     def __str__(self) -> str:
-        return f"{'LIST' if self.is_listing else self.method} {self.name}"
+        return f"{'LIST' if self.is_listing else 'STAGE' if self.is_staging else self.method} {self.name}"
 
 
 class Answer:
@@ -152,7 +156,7 @@ class Memory:
         stored = self.blobs.get(request.name)
         is_new_only = request.headers.get("if-none-match") == "*"
         wanted = request.headers.get("if-match")
-        if request.method == "PUT" and request.query.get("comp") == ["block"]:
+        if request.is_staging:
             return self._stage(request)
         if request.method == "PUT":
             if is_new_only and stored is not None:
@@ -201,9 +205,11 @@ class Memory:
             found = self.blobs.get(unquote(source.partition("?")[0].split("/", 5)[5]))
             if found is None:
                 return _refusal(404, "CannotVerifyCopySource")
-            if request.headers["x-ms-source-if-match"] != found.etag:
+            if request.headers.get("x-ms-source-if-match", found.etag) != found.etag:
                 return _refusal(412, "SourceConditionNotMet")
             first, last = request.headers["x-ms-source-range"].removeprefix("bytes=").split("-")
+            if int(last) >= len(found.data):
+                return _refusal(416, "InvalidRange")
             data = found.data[int(first) : int(last) + 1]
         (block_id,) = request.query["blockid"]
         blocks = {**dict(self.staged.get(request.name, ())), block_id: data}

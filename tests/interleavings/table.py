@@ -72,7 +72,10 @@ DELTAS = [
 
 _IN_ONE_FOLDER = (DELTA, SAVE, LOAD, CLEAN, CLEAN_ALL, DELETE)
 _AROUND_THE_BASE = (DELTA_OF, SAVE_BASE, DELETE_BASE, CLEAN_BASE, KEEP_ONE)
+STAGED = Combination((DELTA_OF, CLEAN_ALL, CLEAN_ALL), "a base and leftovers", "step-2")
+"""A first save that stages blocks, as of all actors only those with a base do, in a folder that is swept twice."""
 DELTA_THREES = [
+    STAGED,
     *(
         Combination((DELTA, *others), "a checkpoint with digests")
         for others in itertools.combinations_with_replacement(_IN_ONE_FOLDER, 2)

@@ -15,12 +15,12 @@ import pytest
 from azure.core.exceptions import AzureError
 
 from azstoragetorch._blob.client import BlobClient
-from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _save, _writer
+from azstoragetorch.checkpoint import BlobStorageReader, _cleaning, _commit, _folder, _save, _writer
 
-from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, KEEP, LOAD, RANKS, SAVE, Programs, predictable
+from .actors import ASYNC, CLEAN, CLEAN_ALL, DELETE, DELTA, DELTA_OF, KEEP, LOAD, RANKS, SAVE, Programs, predictable
 from .explorer import Fault, Tally, replaced_transport
 from .memory import Memory
-from .table import DELTA_THREES, DELTAS, Combination, combinations, explore_all, wander_once
+from .table import DELTAS, STAGED, Combination, combinations, explore_all, wander_once
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,10 @@ def test_two_saves_with_a_lost_answer_or_a_death_at_any_request(pair: Combinatio
     assert explore_all(pair, faults=True).violations == []
 
 
-@pytest.mark.parametrize("pair", DELTAS, ids=str)
+FIRST_SWEPT = Combination((DELTA_OF, CLEAN_ALL), "a base", "step-2")
+
+
+@pytest.mark.parametrize("pair", [*DELTAS, FIRST_SWEPT], ids=str)
 def test_a_save_with_a_base_in_every_order(pair: Combination) -> None:
     """What it composes is what was saved, also while the base is replaced or deleted."""
     tally = explore_all(pair, faults=False)
@@ -90,10 +93,25 @@ def test_three_at_once_in_random_orders_with_random_faults(programs: Programs) -
         assert wander_once(randomness, programs).violations == []
 
 
-def test_three_at_once_with_a_base_in_random_orders_with_random_faults() -> None:
-    randomness, programs = random.Random(20261127), Programs()
-    for _ in range(20):
-        assert wander_once(randomness, programs, DELTA_THREES).violations == []
+LISTED_WHILE_STAGED = [
+    (2, "GET run/step-2/.metadata"),  # a cleaner has listed what an interrupted save left
+    (0, "PUT run/step-2/__0_0"),  # a block is copied from the base, and its blob is not committed yet
+    (1, "DELETE"),  # another cleaner has listed that blob, too, and has put up its fence
+]
+
+
+@pytest.mark.parametrize("faults", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_a_fence_stays_while_blocks_are_staged(faults: bool) -> None:
+    """The first cleaner replaces that fence and lifts its own; the save would commit what the second one deletes."""
+    tally = explore_all(STAGED, faults=faults, first=LISTED_WHILE_STAGED)
+    assert tally.violations == []
+    assert tally.runs > 100
+
+
+def test_a_fence_that_is_lifted_while_blocks_are_staged_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = _folder.Folder.names
+    monkeypatch.setattr(_folder.Folder, "names", lambda folder, **_: names(folder))
+    assert explore_all(STAGED, faults=False, first=LISTED_WHILE_STAGED).violations
 
 
 FENCED_WHEN_TAKEN_BACK = [
