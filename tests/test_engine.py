@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +44,25 @@ def thread_count() -> int:
 
 def run_all(engine: Engine, tasks: Sequence[Callable[[Scope], None]], at_most: int, scope: Scope | None = None) -> None:
     engine.map(lambda task, inner: task(inner), tasks, at_most, scope)
+
+
+class _Halt:
+    """A place in the code where the first thread that comes there, once this is armed, waits."""
+
+    def __init__(self) -> None:
+        self.is_armed = False
+        self._arrived, self._gate = threading.Event(), threading.Event()
+
+    def here(self, *, when: bool) -> None:
+        if when and self.is_armed:
+            self._arrived.set()
+            assert self._gate.wait(60)
+
+    def wait(self) -> None:
+        assert self._arrived.wait(60)
+
+    def go_on(self) -> None:
+        self._gate.set()
 
 
 class TestThreads:
@@ -84,6 +104,57 @@ class TestThreads:
             for _ in range(3):
                 engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
             together.wait(60)
+
+    def test_a_task_that_counts_on_a_thread_that_ends_is_run(self) -> None:
+        """One of two threads takes a task, the other one ends, and a third task counts on one of them."""
+        takes, ends, puts = (_Halt() for _ in range(3))
+        has_looked = threading.Event()
+
+        class Tasks(queue.SimpleQueue[Any]):
+            def get(self, block: bool = True, timeout: float | None = None) -> Any:
+                task = super().get(block, timeout)
+                if task is None:
+                    raise queue.Empty  # it has waited for long
+                takes.here(when=not task[1])
+                return task
+
+            def put(self, task: Any, *_: Any) -> None:
+                puts.here(when=task is not None and task[1])
+                super().put(task)
+
+            def empty(self) -> bool:
+                has_looked.set()
+                return super().empty()
+
+        class Permits(dict[Any, None]):
+            def pop(self, key: Any, *default: Any) -> None:
+                ends.here(when=bool(default))
+                super().pop(key, *default)
+
+        engine = Engine(2, MiB)
+        engine._tasks, engine._permits = Tasks(), Permits()
+        together, gate, ran = threading.Barrier(2), threading.Event(), threading.Event()
+        for _ in range(2):
+            engine.submit(lambda: together.wait(60))
+        wait_until(lambda: len(engine._resting) == 2)
+        takes.is_armed = ends.is_armed = puts.is_armed = True
+        engine._tasks.put((lambda: gate.wait(300), False))  # by a submitter that looked before the threads rested
+        takes.wait()
+        engine._tasks.put(None)
+        ends.wait()
+        submitter = threading.Thread(target=engine.submit, args=(ran.set,))
+        submitter.start()
+        puts.wait()
+        takes.go_on()
+        wait_until(lambda: bool(engine._owed))
+        ends.go_on()
+        assert has_looked.wait(60)
+        puts.go_on()
+        submitter.join(60)
+        try:
+            assert ran.wait(60)
+        finally:
+            gate.set()
 
     def test_no_task_counts_on_a_thread_that_does_not_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever the order in which the threads switch."""

@@ -68,8 +68,10 @@ class Records(ssl.SSLSocket):
 
     def __init__(self, *arriving: bytes | None) -> None:
         self.arriving = list(arriving)
+        self.asked: list[int] = []
 
     def recv_into(self, buffer: Any, *_: Any) -> int:
+        self.asked.append(len(buffer))
         data = self.arriving.pop(0)
         if data is None:
             raise TimeoutError("slow")
@@ -93,6 +95,19 @@ def test_one_call_receives_many_records(last: bytes) -> None:
     assert found.readinto(memoryview(target)) == len(whole)
     assert target.startswith(whole)
     assert b"next" in socket.arriving
+
+
+def test_a_caller_may_pass_a_bytearray() -> None:
+    """Of which a slice is a copy: `io.RawIOBase.read` does it."""
+    found, _ = stream(b"a" * RECORD, b"b" * RECORD, b"")
+    assert found.read(2 * RECORD) == b"a" * RECORD + b"b" * RECORD
+
+
+def test_what_is_buffered_does_not_wait_for_what_is_behind_a_response() -> None:
+    """A buffer of a record or more would be filled with several, also after the last byte of a body."""
+    found, socket = stream(b"head", None)
+    assert found.makefile("rb").read(4) == b"head"
+    assert socket.asked == [8 << 10]
 
 
 def test_a_silence_between_records_is_noticed_by_the_next_call() -> None:

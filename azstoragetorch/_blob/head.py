@@ -50,6 +50,7 @@ class Stream(io.RawIOBase):
             target[:count] = self._early[:count]
             self._early = self._early[count:]
             return count
+        target = memoryview(target)
         received = self._receive(target)
         return self._receive_more(target, received) if received == _RECORD_BYTES and self._is_tls else received
 
@@ -93,7 +94,7 @@ class Stream(io.RawIOBase):
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """A buffered reader: http.client asks a socket for one."""
-        return io.BufferedReader(self)
+        return io.BufferedReader(self, 8 * KiB)  # less than a record: it never waits for what is behind a response
 
 
 class Headers(Mapping[str, str]):

@@ -10,11 +10,13 @@ is permitted. So at least one of the two sees the other.
 A waiting thread that gets a task which did not count on it takes a token back. There may be none: another task has
 counted on this thread since it got its own. It then starts a thread in its place, and the token that it could not take
 is a debt. The next token is not added, but pays the debt. So ``_resting`` minus ``_owed`` is always the number of
-waiting threads minus that of the tasks that count on them, and no task counts on a thread that does not exist.
+waiting threads minus that of the tasks that count on them, and no task counts on a thread that does not exist. If no
+thread was permitted when a debt was entered, a waiting thread that would exit stays for it.
 
-An interrupt between any two steps loses nothing that lasts. The table has permits under weak references, so one that an
-interrupted frame drops is not in it any more. A resting token that is lost lets one more thread start, if one is
-permitted. Only threads of the engine, which nothing interrupts, enter debts.
+An interrupt between any two steps loses no task of another caller. The table has permits under weak references, so one
+that an interrupted frame drops is not in it any more. A resting token that is lost keeps one waiting thread from
+exiting, and lets one more start, if one is permitted. Only threads of the engine enter debts, and nothing interrupts
+those.
 
 Threads are started with ``_thread.start_new_thread``. `threading.Thread.start` holds a lock of its module while it
 waits for the new thread, and a handler that runs at that moment would wait forever. The threads are like daemon
@@ -180,9 +182,12 @@ class Engine:
             task, is_counted_on = self._tasks.get_nowait()
         if is_counted_on and not is_resting:
             self._add_resting()  # the thread that it counted on keeps resting
-        elif is_resting and not is_counted_on and not _took_one(self._resting):
-            self._owed.append(None)
-            self._start_thread()
+        elif is_resting and not is_counted_on:
+            if not _took_one(self._resting):
+                self._owed.append(None)
+                self._start_thread()
+            elif not self._tasks.empty():  # the token may have been that of the thread that one of them counts on
+                self._start_thread()
         return task
 
     def _add_resting(self) -> None:
@@ -212,7 +217,7 @@ class Engine:
         if not _took_one(self._resting):
             return permit  # a task that counts on it is about to be there
         self._permits.pop(weakref.ref(permit), None)
-        another = None if self._tasks.empty() else self._permit()
+        another = None if self._tasks.empty() and not self._owed else self._permit()
         if another is not None:
             self._add_resting()
         return another
@@ -236,7 +241,9 @@ class _Map(Generic[T, R]):
     One thread at a time draws from the list, since a generator cannot be entered twice.
 
     Interrupts may come one after the other. So a handler of one only remembers it: an interrupt that comes in a handler
-    would skip the rest of it. The loop around it then does what is to be done, where the next interrupt is handled.
+    would skip the rest of it. The loop around it then does what is to be done, where the next interrupt is handled. The
+    jump back of a loop is all that remains, and no handler covers it: an interrupt at exactly that instruction leaves
+    the inner loop for that of `run`, a second one for its ``finally``, which waits once more.
     """
 
     def __init__(
@@ -280,6 +287,10 @@ class _Map(Generic[T, R]):
             self._scope.check()  # cancelled from outside: what is left was not done
             return [self._results[number] for number in range(len(self._results))]
         finally:
+            self._is_closed = True
+            if self._helpers:  # an interrupt came at the jump back of the loop, which no `try` covers
+                self._scope.cancel()
+                self._wait(me)
             self._errors.clear()
             self._results = {}
             self._function = None
