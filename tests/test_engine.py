@@ -360,6 +360,29 @@ class TestRunAll:
         del payload, fail
         wait_until(lambda: gc.collect() >= 0 and gone() is None)
 
+    def test_an_interrupted_transfer_leaves_no_reference_cycle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What its calls refer to is free at once, not when the collector comes."""
+
+        class Payload:
+            pass
+
+        def interrupted(_task: object) -> None:
+            raise KeyboardInterrupt
+
+        def transfer() -> weakref.ref[Payload]:
+            payload = Payload()
+            with pytest.raises(KeyboardInterrupt):
+                engine.map(lambda _item, _scope, _payload=payload: None, [1, 2], 2)  # type: ignore[misc]
+            return weakref.ref(payload)
+
+        engine = Engine(2, MiB)
+        monkeypatch.setattr(engine, "submit", interrupted)
+        gc.disable()
+        try:
+            assert transfer()() is None
+        finally:
+            gc.enable()
+
 
 class TestScope:
     def test_cancelling_interrupts_what_is_held_and_nothing_else(self) -> None:

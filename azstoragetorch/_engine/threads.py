@@ -278,6 +278,7 @@ class _Map(Generic[T, R]):
                         self._begin(wanted, me)
                     else:
                         self._fail(interrupt)
+                    interrupt = None  # its traceback refers to this frame
                     self._wait(me)
                     break
                 except BaseException as error:  # noqa: BLE001 - an interrupt between two lines of these
@@ -287,7 +288,7 @@ class _Map(Generic[T, R]):
             self._scope.check()  # cancelled from outside: what is left was not done
             return [self._results[number] for number in range(len(self._results))]
         finally:
-            self._is_closed = True
+            self._is_closed, interrupt = True, None
             if self._helpers:  # an interrupt came at the jump back of the loop, which no `try` covers
                 self._scope.cancel()
                 self._wait(me)
@@ -310,6 +311,7 @@ class _Map(Generic[T, R]):
             try:
                 if interrupt is not None:
                     self._fail(interrupt)
+                    interrupt = None  # its traceback refers to this frame
                 self._is_closed = True
                 self._helpers.discard(me)
                 self._bell.wait_until(lambda: not self._helpers)
