@@ -65,7 +65,7 @@ class Place:
 
 @dataclass(slots=True)
 class Run:
-    """One visit: whether the place was reached, and what came out of *act*."""
+    """One visit: whether the place was reached outside a finalizer, and what came out of *act*."""
 
     place: Place
     was_reached: bool = False
@@ -290,7 +290,10 @@ class _Unraisable:
         sys.unraisablehook = self._before
 
     def _note(self, what: sys.UnraisableHookArgs) -> None:
-        if what.exc_value is None or what.exc_value is not self._tracer.raised:
+        run = self._tracer.run
+        if run is not None and what.exc_value is not None and what.exc_value is self._tracer.raised:
+            run.was_reached = False  # it interrupted the finalizer, and nothing else
+        else:
             self.seen.append(f"{what.err_msg or 'in'} {what.object!r}: {what.exc_value!r}")
 
 
