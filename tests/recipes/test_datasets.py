@@ -50,7 +50,7 @@ def test_a_sas_in_the_url_will_do(container: Container) -> None:
 
 
 def start(
-    container: Container, ranks: int, workers: int = 2, module: str = "recipes.datasets.distributed"
+    container: Container, ranks: int, workers: int = 2, module: str = "tests.recipes.finishing"
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", module, container.url, "--workers", str(workers)]
