@@ -159,14 +159,14 @@ class TestThreads:
     def test_no_task_counts_on_a_thread_that_does_not_exist(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever the order in which the threads switch."""
         monkeypatch.setattr("azstoragetorch._engine.threads._IDLE_THREAD_SECONDS", 0.02)
-        engine, before, interval = Engine(8, MiB), thread_count(), sys.getswitchinterval()
+        engine, interval = Engine(8, MiB), sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         try:
             for _ in range(5000):
                 engine.map(lambda _item, _scope: None, range(4), 4)
         finally:
             sys.setswitchinterval(interval)
-        wait_until(lambda: thread_count() <= before)
+        wait_until(lambda: not engine._permits)  # all threads have ended
         assert not engine._resting
         together = threading.Barrier(9)
         for _ in range(8):
