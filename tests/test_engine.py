@@ -46,6 +46,14 @@ def run_all(engine: Engine, tasks: Sequence[Callable[[Scope], None]], at_most: i
     engine.map(lambda task, inner: task(inner), tasks, at_most, scope)
 
 
+def run_at_once(engine: Engine, count: int) -> None:
+    """Return when *count* tasks, which wait for each other, have run."""
+    together = threading.Barrier(count + 1)
+    for _ in range(count):
+        engine.submit(lambda: together.wait(60))
+    together.wait(60)
+
+
 class _Halt:
     """A place in the code where the first thread that comes there, once this is armed, waits."""
 
@@ -71,10 +79,7 @@ class TestThreads:
         """An idle thread is never counted twice, so no task waits while another thread is allowed."""
         engine = Engine(limit, MiB)
         for _ in range(300):
-            together = threading.Barrier(limit + 1)
-            for _ in range(limit):
-                engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
-            together.wait(60)
+            run_at_once(engine, limit)
 
     @pytest.mark.parametrize("is_counted_on", [False, True])
     def test_a_task_that_counts_on_a_thread_that_takes_another_gets_one_of_its_own(self, is_counted_on: bool) -> None:
@@ -100,10 +105,7 @@ class TestThreads:
         assert ran.wait(60)
         gate.set()
         for _ in range(10):  # no task counts on a thread that does not exist
-            together = threading.Barrier(4)
-            for _ in range(3):
-                engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
-            together.wait(60)
+            run_at_once(engine, 3)
 
     def test_a_task_that_counts_on_a_thread_that_ends_is_run(self) -> None:
         """One of two threads takes a task, the other one ends, and a third task counts on one of them."""
@@ -168,10 +170,7 @@ class TestThreads:
             sys.setswitchinterval(interval)
         wait_until(lambda: not engine._permits)  # all threads have ended
         assert not engine._resting
-        together = threading.Barrier(9)
-        for _ in range(8):
-            engine.submit(lambda: together.wait(60))
-        together.wait(60)
+        run_at_once(engine, 8)
 
     def test_no_more_threads_than_allowed(self) -> None:
         engine = Engine(3, MiB)
@@ -207,10 +206,7 @@ class TestThreads:
         engine = Engine(4, MiB)
         before = thread_count()
         for _ in range(5):
-            together = threading.Barrier(5)
-            for _ in range(4):
-                engine.submit(lambda together=together: together.wait(60))  # type: ignore[misc]
-            together.wait(60)
+            run_at_once(engine, 4)
             wait_until(lambda: thread_count() <= before)
 
     def test_work_continues_where_no_thread_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +222,7 @@ class TestThreads:
             engine.submit(lambda: done.append(0))
             run_all(engine, [lambda _: done.append(1), lambda _: done.append(2)], 4)
             assert done == [0, 1, 2]
-        together = threading.Barrier(5)
-        for _ in range(4):
-            engine.submit(lambda: together.wait(60))
-        together.wait(60)
+        run_at_once(engine, 4)
 
     def test_an_engine_is_shared_by_all_with_the_same_limits(self) -> None:
         one = engine_for(TransferConfig(max_connections=3, memory_limit=7 * MiB))

@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MiB = 1 << 20
 PREFIX = "azstoragetorch-benchmarks"
+MODEL = "model/model.safetensors"
 SHORT = 3.0  # seconds; a first run that is shorter only warms up
 
 
@@ -144,10 +145,9 @@ def cases(options: Options) -> Iterator[dict[str, Any]]:
             yield {"case": "write", "base": base, "name": "written", "size": sizes.large}
             yield {"case": "save", "base": base, "name": "saved.pt", "state": "few", "size": sizes.large}
         if base in (first, slow) or options.bases[base].startswith("https"):
-            name = "model/model.safetensors"
-            yield {"case": "tensors", "base": base, "name": name, "state": "many", "size": sizes.model}
+            yield {"case": "tensors", "base": base, "name": MODEL, "state": "many", "size": sizes.model}
         if base in (first, slow):
-            yield {"case": "tensors-load", "base": base, "name": name, "state": "many", "size": sizes.model}
+            yield {"case": "tensors-load", "base": base, "name": MODEL, "state": "many", "size": sizes.model}
             yield {"case": "load", "base": base, "name": "model.pt", "state": "many", "size": sizes.model}
             yield {"case": "stream", "base": base, "name": "half", "size": sizes.large // 2}
             yield {"case": "ranges", "base": base, "name": "half", "size": sizes.large // 2, "count": sizes.ranges}
@@ -178,7 +178,7 @@ def preparations(options: Options) -> Iterator[dict[str, Any]]:
     for size in (4096, *sizes.steps):
         yield {"what": "blob", "name": f"step-{size}", "size": size}
     yield {"what": "state", "name": "model.pt", "state": "many", "size": sizes.model}
-    yield {"what": "tensors", "name": "model/model.safetensors", "state": "many", "size": sizes.model}
+    yield {"what": "tensors", "name": MODEL, "state": "many", "size": sizes.model}
     for count in (*sizes.counts, sizes.samples):
         yield {"what": "samples", "name": f"samples-{count}/", "count": count, "size": 0}
 
