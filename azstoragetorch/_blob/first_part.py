@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ssl import SSLWantReadError
 
 from azstoragetorch._blob import takeover
@@ -22,6 +22,7 @@ from azstoragetorch._engine.metrics import count, count_answer
 from azstoragetorch._engine.scope import Hold, Scope
 
 MAX_HEAD_BYTES = 16 << 10  # of a response: status line and headers
+_NOTHING = memoryview(b"")
 KIND = "GET"  # the kind of these requests for `Hedging`: `service` uses the same one
 
 
@@ -40,7 +41,7 @@ class FirstPart:
     done: Callable[[BlobVersion, bytes], None]
     failed: Callable[[], None]
     data: bytes = b""
-    missing: memoryview = field(default_factory=lambda: memoryview(b""))  # of *data*
+    missing: memoryview = _NOTHING  # of *data*
     is_over: bool = False
 
     def end(self, attempt: Attempt, *, is_good: bool) -> None:
@@ -67,7 +68,7 @@ class FirstPart:
         self.is_over = True
         self.takeover.owner = None  # reference cycles would keep the caller's memory
         self.takeover.attempts.clear()
-        self.data, self.missing = b"", memoryview(b"")
+        self.data, self.missing = b"", _NOTHING
         return done, failed
 
 
@@ -124,13 +125,15 @@ class Attempt(takeover.Attempt):
         return True
 
     def _take_head(self, arrived: memoryview) -> None:
+        before = len(self._head)
         self._head += arrived
-        head, end, body = self._head.partition(b"\r\n\r\n")
-        if not end:
+        end = self._head.find(b"\r\n\r\n")
+        if end < 0:
             if len(self._head) > MAX_HEAD_BYTES:
                 raise UnfitError("the head is too long")
             return
-        found, request_id = self._parse(head)
+        found, request_id = self._parse(self._head[:end])
+        body = arrived[end + 4 - before :]
         size = min(self.read.length, found.size)
         if len(body) > found.length or size == 1 > len(body):
             raise UnfitError("the body is not as long as declared")
@@ -138,7 +141,7 @@ class Attempt(takeover.Attempt):
         self.read.takeover.begin(self, found, request_id)
         self._take_body(body, size)
 
-    def _take_body(self, body: bytes, size: int) -> None:
+    def _take_body(self, body: memoryview, size: int) -> None:
         """Take what has arrived of the body with its head."""
         read, takeover = self.read, self.read.takeover
         known = min(len(body), takeover.skip)
@@ -146,7 +149,7 @@ class Attempt(takeover.Attempt):
         body = body[known:]
         if not read.data:
             if len(body) == size:
-                read.data, takeover.reached = body, size
+                read.data, takeover.reached = bytes(body), size
                 return
             read.data, read.missing = bytes_to_fill(size)
         read.missing[: len(body)] = body
