@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from itertools import pairwise
 import pytest
 
 from azstoragetorch import TransferConfig
-from azstoragetorch._engine.growth import FIRST, Growth
+from azstoragetorch._engine.growth import FIRST, Growth, Progress
 from azstoragetorch._engine.scope import Scope
 from azstoragetorch._engine.threads import Engine, engine_for
 from tests.faults.faults import Match, Together
@@ -28,12 +29,24 @@ class Transfer:
 
 
 class Simulation:
-    """A process whose transfers have as many calls in flight as `Growth` says. *rate_of* is that of all, in bytes/s."""
+    """A process whose transfers have as many calls in flight as `Growth` says.
 
-    def __init__(self, rate_of: Callable[[int], float], most: int = 64) -> None:
+    *rate_of* that number is the rate of all in bytes/s, and *busy_of* it is the number of threads that have something
+    to decrypt.
+    """
+
+    def __init__(
+        self,
+        rate_of: Callable[[int], float],
+        busy_of: Callable[[int], float] = lambda _count: 0.0,
+        *,
+        most: int = 64,
+        cores: int = 2,
+    ) -> None:
         self.rate_of = rate_of
-        self.now = self.moved = 0.0
-        self.growth = Growth(most, lambda: self.now, lambda: self.moved)
+        self.busy_of = busy_of
+        self.now = self.moved = self.tls_seconds = 0.0
+        self.growth = Growth(most, cores, lambda: self.now, lambda: Progress(self.moved, self.tls_seconds))
         self.limits = [self.growth.limit]
         """Each one that was in force, in order."""
         self.calls: dict[int, int] = {}
@@ -51,7 +64,8 @@ class Simulation:
                 heapq.heappush(ends, self.now + PART * limit / self.rate_of(limit))
             if not parts:
                 self.growth.end(transfer)
-            self.now = heapq.heappop(ends)
+            active, before, self.now = len(ends), self.now, heapq.heappop(ends)
+            self.tls_seconds += self.busy_of(active) * (self.now - before)
             self.moved += PART
             limit = self.growth.called(transfer)
             if limit != self.limits[-1]:
@@ -86,7 +100,7 @@ def test_it_never_exceeds_the_connections() -> None:
     simulation = Simulation(each(60 * MB), most=20)
     simulation.transfer(1000)
     assert simulation.limits == [16, 20]
-    assert Growth(4, lambda: 0.0, lambda: 0.0).limit == 4
+    assert Growth(4, 2, lambda: 0.0, Progress).limit == 4
 
 
 def test_it_stays_where_the_network_is_full() -> None:
@@ -134,6 +148,55 @@ def test_a_network_that_becomes_wider_is_noticed() -> None:
     assert simulation.growth.limit == 64
 
 
+def machine(rate: float) -> Callable[[int], float]:
+    """A machine that is the limit, whatever the number of requests."""
+    return lambda _count: rate
+
+
+def ready(share: float) -> Callable[[int], float]:
+    """Each thread has something to decrypt for *share* of its time."""
+    return lambda count: share * count
+
+
+@pytest.mark.parametrize(
+    ("cores", "limits"), [(1, [16, 5, 3]), (2, [16, 5, 3]), (3, [16, 8, 5, 4]), (64, [16, 10, 7, 6, 5])]
+)
+def test_fewer_suffice_where_the_machine_is_the_limit(cores: int, limits: list[int]) -> None:
+    simulation = Simulation(machine(1000 * MB), ready(0.85), cores=cores)
+    simulation.transfer(64)
+    assert simulation.limits == limits
+    simulation.transfer(500)
+    assert simulation.limits == limits
+
+
+def test_a_network_that_becomes_the_limit_gets_all_of_them_soon() -> None:
+    simulation = Simulation(machine(1000 * MB), ready(0.85))
+    simulation.transfer(200)
+    assert simulation.growth.limit == 3
+    simulation.rate_of, simulation.busy_of = each(60 * MB), ready(0.04)
+    simulation.transfer(60)
+    assert simulation.growth.limit >= 16
+
+
+def test_threads_that_wait_for_the_network_are_not_in_the_way() -> None:
+    simulation = Simulation(each(60 * MB), ready(0.02))
+    for _ in range(3):
+        simulation.transfer(300)
+    assert simulation.limits == [16, 24, 36, 54, 64]
+
+
+def test_what_was_found_about_the_machine_is_forgotten() -> None:
+    """The next transfer may be one from a slower service, and too short to be measured."""
+    simulation = Simulation(machine(1000 * MB), ready(0.85))
+    simulation.transfer(200)
+    simulation.now += 9
+    simulation.growth.begin(Transfer())
+    assert simulation.growth.limit == 3
+    simulation.now += 11
+    simulation.growth.begin(Transfer())
+    assert simulation.growth.limit == 16
+
+
 def test_short_transfers_change_nothing() -> None:
     """Their beginning and their end are most of them."""
     simulation = Simulation(each(60 * MB))
@@ -143,7 +206,7 @@ def test_short_transfers_change_nothing() -> None:
 
 
 def test_one_transfer_is_measured_at_a_time() -> None:
-    growth = Growth(64, lambda: 0.0, lambda: 0.0)
+    growth = Growth(64, 2, lambda: 0.0, Progress)
     one, other = Transfer(), Transfer()
     growth.begin(one)
     growth.begin(other)
@@ -158,8 +221,10 @@ def test_one_transfer_is_measured_at_a_time() -> None:
 class Scripted(Growth):
     """Has the test say how many run at once, and notes that a map was told."""
 
+    limit = 0
+
     def __init__(self, first: int) -> None:
-        super().__init__(64, lambda: 0.0, lambda: 0.0)
+        super().__init__(64, 2, lambda: 0.0, Progress)
         self.limit = first
         self.told_three = threading.Event()
 
@@ -234,9 +299,9 @@ def test_a_read_grows(fault_service: FaultService, monkeypatch: pytest.MonkeyPat
     fault_service.put("c", "blob", data)
     transfer = replace(QUICK, max_concurrency="auto", max_connections=30, memory_limit=64 << 20)
     engine = engine_for(transfer)
-    ticks = iter(range(1000))
-    counted = iter(range(0, 1_000_000, 1000))
-    monkeypatch.setattr(engine, "_growth", Growth(30, lambda: float(next(ticks)), lambda: float(next(counted)) ** 2))
+    ticks, counted = itertools.count(), itertools.count(step=1000)
+    growth = Growth(30, 2, lambda: float(next(ticks)), lambda: Progress(float(next(counted)) ** 2))
+    monkeypatch.setattr(engine, "_growth", growth)
     rule = fault_service.script(Match("get_blob", nth=50), [Together(24)] * 24)
     with taking():
         assert blob_client(fault_service.blob_url("c", "blob"), transfer).read()[0] == data

@@ -64,14 +64,17 @@ RECORD = 16 << 10
 
 
 class Records(ssl.SSLSocket):
-    """A socket that returns *arriving*, one for each call; None is a timeout."""
+    """A socket that returns *arriving*, one for each call; None is a silence as long as the timeout."""
 
     def __init__(self, *arriving: bytes | None) -> None:
         self.arriving = list(arriving)
         self.asked: list[int] = []
+        self.timeouts = [5.0]
 
     def recv_into(self, buffer: Any, *_: Any) -> int:
         self.asked.append(len(buffer))
+        if self.arriving[0] is None and not self.timeouts[-1]:
+            raise ssl.SSLWantReadError
         data = self.arriving.pop(0)
         if data is None:
             raise TimeoutError("slow")
@@ -79,7 +82,10 @@ class Records(ssl.SSLSocket):
         return len(data)
 
     def gettimeout(self) -> float:
-        return 5.0
+        return self.timeouts[-1]
+
+    def settimeout(self, value: float | None) -> None:
+        self.timeouts.append(value or 0.0)
 
 
 def stream(*arriving: bytes | None, on_silence: Any = None) -> tuple[Stream, Records]:
@@ -94,7 +100,23 @@ def test_one_call_receives_many_records(last: bytes) -> None:
     whole = b"a" * RECORD + b"b" * RECORD + last
     assert found.readinto(memoryview(target)) == len(whole)
     assert target.startswith(whole)
-    assert b"next" in socket.arriving
+    assert socket.arriving[-1] == b"next"
+
+
+def test_what_has_not_arrived_is_waited_for_with_the_timeout() -> None:
+    found, socket = stream(b"a" * RECORD, b"b" * 5, None, b"c")
+    assert found.readinto(memoryview(bytearray(3 * RECORD))) == RECORD + 5
+    assert socket.timeouts == [5.0, 0.0, 5.0]
+    assert socket.arriving == [b"c"]
+
+
+def test_the_time_for_what_has_arrived_is_counted(service: FaultService, fault_service: FaultService) -> None:
+    fault_service.put("c", "b", DATA)
+    before = metrics()
+    assert read(fault_service) == DATA
+    assert (metrics() - before).tls_seconds == 0
+    assert read(service) == DATA
+    assert (metrics() - before).tls_seconds > 0
 
 
 def test_a_caller_may_pass_a_bytearray() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._engine.config import KiB, MiB
+from azstoragetorch._engine.metrics import count
 from azstoragetorch._engine.scope import on_error
 
 _NUMBER = re.compile(r"[0-9]{1,19}")  # no size is longer, and Python refuses to parse thousands of digits
@@ -78,16 +79,36 @@ class Stream(io.RawIOBase):
         The layers above would take as long for each as decrypting it. They have to see when a body slows down. So this
         takes a moment only, and leaves a silence to the next call.
         """
-        size, end = min(len(target), _MOST_AT_ONCE), time.monotonic() + _MOST_SECONDS
+        size, end, is_open = min(len(target), _MOST_AT_ONCE), time.monotonic() + _MOST_SECONDS, True
         try:
-            while received < size and time.monotonic() < end:
-                more = self._socket.recv_into(target[received:size])
-                if not more:
-                    break
+            while is_open and received < size and time.monotonic() < end:
+                more, is_open = self._receive_arrived(target[received:size])
                 received += more
+                if is_open and received < size:
+                    more = self._socket.recv_into(target[received:size])
+                    received, is_open = received + more, more > 0
         except TimeoutError:
             self._silent_since = self._begin_of_silence()
         return received
+
+    def _receive_arrived(self, target: Any) -> tuple[int, bool]:
+        """Receive the TLS records that have arrived; their bytes, and whether the connection is open.
+
+        The time for it is counted: it is not the network that takes it.
+        """
+        sock, received, more, began = self._socket, 0, 1, time.perf_counter()
+        timeout = sock.gettimeout()
+        sock.settimeout(0.0)
+        try:
+            while more and received < len(target):
+                more = sock.recv_into(target[received:])
+                received += more
+        except ssl.SSLWantReadError:
+            pass
+        finally:
+            sock.settimeout(timeout)
+            count("tls_seconds", time.perf_counter() - began)
+        return received, more > 0
 
     def _begin_of_silence(self) -> float:
         return time.monotonic() - (self._socket.gettimeout() or 0.0)

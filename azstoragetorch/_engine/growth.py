@@ -6,11 +6,16 @@ bandwidth rises by a good part of what the added connections could carry, the ne
 tried. Otherwise the former number is restored, and the next experiment comes much later. An experiment is not even made
 while single connections are fast, since then something else is the limit: this machine, or all of the network.
 
+If this machine is the limit, fewer are faster: threads that all have something to decrypt take the cores and the
+interpreter lock from each other. How many have something at a time follows from the time that they spend on it, summed
+over threads. The number of requests is reduced to as many as it takes for about one such thread for each core, and is
+raised again when threads wait for the network.
+
 Bandwidth is that of the whole process, in calls of one transfer: those after the first round, when the requests of the
 former number have ended. Calls begin together at first, and so they end together: only whole rounds are measured. Only
 a transfer that always has something to request is measured, and one at a time. All transfers of an engine use what was
 found. Attributes are changed by the transfer that is measured, one call at a time. An interrupt, or a second transfer
-that begins at the same moment, spoils one measurement: a number of requests that is between `FIRST` and the number of
+that begins at the same moment, spoils one measurement: a number of requests that is between `_FEWEST` and the number of
 connections in any case.
 """
 
@@ -19,6 +24,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 FIRST = 16
 _STEP = 1.5  # an experiment has this multiple of the requests
@@ -26,30 +32,60 @@ _WORTH = 0.5  # of the bandwidth that the added connections could carry; less is
 _FAST = 80e6  # bytes/s of one connection, from which on more of them are not tried
 _ROUNDS = 2  # calls of each connection that are measured
 _PAUSE, _LONGEST_PAUSE = 60.0, 3600.0  # seconds after an experiment that failed
+_CHECK, _SHORTEST = 8, 0.01  # calls, and seconds, from which it is computed how many threads had something to decrypt
+_FEWEST, _MANY = 2, 4  # threads that decrypt; of more, even with more cores, most wait for the interpreter lock
+_STALE_SECONDS = 10.0  # the next transfer may be one from a slower service
+
+
+class Progress(NamedTuple):
+    """What all transfers of the process have done."""
+
+    moved: float = 0.0
+    """Bytes sent and received."""
+    tls_seconds: float = 0.0
+    """Time for receiving what had arrived over TLS, summed over threads."""
 
 
 class Growth:
-    """The number of requests at once of each transfer of an engine that makes at most *most*.
+    """The number of requests at once of each transfer of an engine.
 
-    *clock* returns seconds, and *moved* the bytes that the process has sent and received.
+    Args:
+        most: The largest number.
+        cores: Threads that this machine can run at once.
+        clock: Returns the time in seconds.
+        progress: Returns what the process has done.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float], moved: Callable[[], float]) -> None:
-        self.limit = min(FIRST, most)
+    def __init__(self, most: int, cores: int, clock: Callable[[], float], progress: Callable[[], Progress]) -> None:
         self._most = most
+        self._enough = min(max(_FEWEST, cores), _MANY)
         self._clock = clock
-        self._moved = moved
-        self._found = self.limit  # without an experiment
+        self._progress = progress
+        self._tried = min(FIRST, most)
+        self._found = self._tried  # without an experiment
         self._rate = 0.0  # bytes/s with that
+        self._share = 0.0  # of the time of a request, in which there is something to decrypt
         self._measured: weakref.ref[object] | None = None  # the transfer
         self._calls = 0  # since the limit changed
-        self._first_mark = self._mark = (0.0, 0.0)  # time and bytes after the first round, and after the last one
+        self._first_mark = self._mark = (0.0, Progress())  # after the first round, and after the last one
+        self._checked = (-math.inf, Progress())  # time and progress when `_share` was computed, or a transfer began
+        self._unchecked = 0  # calls since then
         self._try_at, self._pause = -math.inf, _PAUSE
+
+    @property
+    def limit(self) -> int:
+        """How many requests of one transfer run at once."""
+        useful = self._tried if not self._share else math.ceil(self._enough / self._share)
+        return min(self._tried, max(_FEWEST, useful))
 
     def begin(self, transfer: object) -> None:
         """*transfer* has begun. It is measured unless another one is."""
         if self._measured is None or self._measured() is None:
-            self._measured, self._calls = weakref.ref(transfer), 0
+            self._measured, self._calls, self._unchecked = weakref.ref(transfer), 0, 0
+            now = self._clock()
+            if now - self._checked[0] > _STALE_SECONDS:
+                self._share = 0.0
+            self._checked = now, self._progress()
 
     def end(self, transfer: object) -> None:
         """*transfer* has nothing left to request."""
@@ -63,24 +99,40 @@ class Growth:
         if self._measured is None or self._measured() is not transfer:
             return self.limit
         self._calls += 1
-        if self._calls % self.limit == 0:
-            self._mark = self._clock(), self._moved()
+        self._unchecked += 1
+        if self._unchecked >= _CHECK and self._check():
+            self._calls = 0
+        elif self._calls % self.limit == 0:
+            self._mark = self._clock(), self._progress()
             if self._calls == self.limit:
                 self._first_mark = self._mark
             elif self._calls >= (1 + _ROUNDS) * self.limit:
                 self._conclude()
         return self.limit
 
+    def _check(self) -> bool:
+        """Compute `_share`; whether that has changed the limit."""
+        limit, now, (since, before) = self.limit, self._clock(), self._checked
+        if now - since < _SHORTEST:
+            return False
+        progress = self._progress()
+        self._checked, self._unchecked = (now, progress), 0
+        busy = (progress.tls_seconds - before.tls_seconds) / (now - since)
+        self._share = (self._share + min(busy / limit, 1.0)) / 2
+        return self.limit != limit
+
     def _conclude(self) -> None:
-        (since, before), (now, moved) = self._first_mark, self._mark
-        rate = (moved - before) / max(now - since, 1e-6)
         self._calls = 0
-        added = self.limit / self._found - 1
+        if self.limit < self._tried:
+            return  # this machine is the limit
+        (since, before), (now, progress) = self._first_mark, self._mark
+        rate = (progress.moved - before.moved) / max(now - since, 1e-6)
+        added = self._tried / self._found - 1
         if added and rate < self._rate * (1 + _WORTH * added):
-            self.limit = self._found
+            self._tried = self._found
             self._try_at = now + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             return
-        self._found, self._rate = self.limit, rate
-        if now >= self._try_at and rate < _FAST * self.limit:
-            self.limit = min(self._most, math.ceil(_STEP * self.limit))
+        self._found, self._rate = self._tried, rate
+        if now >= self._try_at and rate < _FAST * self._tried:
+            self._tried = min(self._most, math.ceil(_STEP * self._tried))

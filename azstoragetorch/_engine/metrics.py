@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 
+from azstoragetorch._engine.growth import Progress
 from azstoragetorch._engine.process import PerProcess
 
 _SHORTEST = 50e-6  # seconds; the upper end of the first bucket
@@ -43,6 +44,8 @@ class Metrics:
         blocked_seconds: Time in which callers waited for the network, summed over threads.
         transform_seconds: Time in ``transform`` of datasets, including the time that it waited for the network.
         throttled_seconds: Time in which requests were not sent because the service throttles, summed over threads.
+        tls_seconds: Time for receiving and decrypting large bodies after they had arrived over TLS, summed over
+            threads. It includes the time that these threads waited for a core or the interpreter lock.
         pace: Requests that may be sent to the service in a second at the moment; of several services that throttle, to
             the slowest. Infinite if none throttles. In a difference, the value of the later snapshot.
         latencies: Responses by the time until their first byte, in buckets; see `latency`.
@@ -62,6 +65,7 @@ class Metrics:
     blocked_seconds: float = 0.0
     transform_seconds: float = 0.0
     throttled_seconds: float = 0.0
+    tls_seconds: float = 0.0
     pace: float = math.inf
     latencies: tuple[int, ...] = field(default=(0,) * _BUCKETS, repr=False)
 
@@ -165,10 +169,10 @@ def metrics() -> Metrics:
     return replace(counters.total(), pace=min(list(counters.paces.values()), default=math.inf))
 
 
-def bytes_moved() -> float:
-    """Bytes of bodies that this process has received and sent."""
+def progress() -> Progress:
+    """What this process has transferred so far, for `Growth`."""
     found = _counters.get().total()
-    return found.bytes_received + found.bytes_sent
+    return Progress(found.bytes_received + found.bytes_sent, found.tls_seconds)
 
 
 def count(name: str, amount: float = 1) -> None:

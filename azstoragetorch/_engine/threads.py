@@ -26,6 +26,7 @@ threads: the interpreter does not wait for them at exit, because only closing a 
 from __future__ import annotations
 
 import _thread
+import os
 import queue
 import sys
 import threading
@@ -41,7 +42,7 @@ from azstoragetorch._engine.budget import Budget, BufferPool
 from azstoragetorch._engine.config import TransferConfig
 from azstoragetorch._engine.growth import Growth
 from azstoragetorch._engine.job import Bell
-from azstoragetorch._engine.metrics import bytes_moved
+from azstoragetorch._engine.metrics import progress
 from azstoragetorch._engine.process import PerProcess, here
 from azstoragetorch._engine.scope import Cancelled, Scope
 
@@ -50,6 +51,10 @@ R = TypeVar("R")
 
 _IDLE_BUFFER_BYTES = 256 << 20  # kept for reuse over all sizes; the rest goes back to the system
 _IDLE_THREAD_SECONDS = 30.0
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_thread(work: Callable[[], None]) -> bool:
@@ -100,7 +105,7 @@ class Engine:
         self._permits: dict[weakref.ref[_Permit], None] = {}
         self._resting: deque[None] = deque()
         self._owed: deque[None] = deque()
-        self._growth = Growth(threads, time.monotonic, bytes_moved)
+        self._growth = Growth(threads, _usable_cores(), time.monotonic, progress)
 
     def concurrency(self, config: TransferConfig) -> int | Growth:
         """What `map` is to take as *at_most* for the requests of one transfer."""
