@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import threading
@@ -279,6 +280,18 @@ def test_only_a_transfer_that_always_has_something_to_request_is_measured(monkey
     assert not begun
     engine.map(lambda number, _scope: number, range(17), growth)
     assert len(begun) == 1
+
+
+def test_a_transfer_whose_error_is_kept_is_measured_no_longer() -> None:
+    """The traceback of the error refers to the transfer."""
+    engine = Engine(4, 1 << 20)
+    growth = engine.concurrency(TransferConfig())
+    assert isinstance(growth, Growth)
+    with pytest.raises(ZeroDivisionError) as kept:
+        engine.map(lambda number, _scope: 1 // (number - 5), range(40), growth)
+    gc.collect()
+    assert growth._measured is None
+    assert kept.tb is not None
 
 
 def test_a_number_means_this_number() -> None:

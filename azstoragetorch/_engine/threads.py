@@ -297,6 +297,8 @@ class _Map(Generic[T, R]):
             if self._helpers:  # an interrupt came at the jump back of the loop, which no `try` covers
                 self._scope.cancel()
                 self._wait(me)
+            if self._growth is not None:
+                self._growth.end(self)  # a traceback that is kept refers to it
             self._errors.clear()
             self._results = {}
             self._function = None
