@@ -900,6 +900,20 @@ class TestUpdates:
             assert shared.get() == value
         assert shared.get() == (values[-1] if values else "first")
 
+    def test_the_end_of_an_interpreter_is_silent(self) -> None:
+        """It clears the globals of modules, perhaps before the last object goes away."""
+        program = (
+            "import os, sys, azstoragetorch._blob.secret as module\n"
+            "shared, names = module.SharedString('x'), vars(module)\n"
+            "fd = shared._fd\n"
+            "names.update(dict.fromkeys([name for name in names if name != '__builtins__']))\n"
+            "sys.unraisablehook = lambda found: print(found.exc_value)\n"
+            "del shared\n"
+            "try: os.fstat(fd)\n"
+            "except (OSError, TypeError): print('closed')"
+        )
+        assert run_python(program) == "closed\n"
+
 
 class TestBadValues:
     """Values that cannot be sent are refused when they are passed, and the error names the argument."""

@@ -15,7 +15,7 @@ import re
 import struct
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from multiprocessing.context import get_spawning_popen
@@ -182,10 +182,13 @@ class SharedString:
             if self.get() == value:  # otherwise another thread has written at the same time: try again
                 return
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # At exit, the globals of this module can be gone before.
         if (fd := getattr(self, "_fd", None)) is not None:
-            with suppress(OSError):
-                os.close(fd)
+            try:  # noqa: SIM105 - `suppress` is one of them
+                close(fd)
+            except OSError:
+                pass
 
 
 def _digest(version: int, data: bytes) -> bytes:
