@@ -7,6 +7,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -196,6 +197,50 @@ def test_what_was_found_about_the_machine_is_forgotten() -> None:
     simulation.now += 11
     simulation.growth.begin(Transfer())
     assert simulation.growth.limit == 16
+
+
+@pytest.mark.parametrize("parts", [4, 7])
+def test_short_transfers_do_not_keep_it(parts: int) -> None:
+    """They are too short to find that threads wait for the network again."""
+    simulation = Simulation(machine(1000 * MB), ready(0.85))
+    simulation.transfer(200)
+    simulation.rate_of, simulation.busy_of = each(60 * MB), ready(0.04)
+    for _ in range(12):
+        simulation.now += 1
+        simulation.transfer(parts)
+    assert simulation.growth.limit == 16
+
+
+def test_a_long_transfer_without_tls_after_one_with_it() -> None:
+    """A share that is halved again and again gets so small that a division by it overflows."""
+    simulation = Simulation(machine(1000 * MB), ready(0.85))
+    simulation.transfer(200)
+    simulation.busy_of = ready(0.0)
+    simulation.transfer(9000)
+    assert simulation.growth.limit == 16
+
+
+class Ended(Growth):
+    """The measured transfer ends, on another thread, right after it was looked up."""
+
+    _looked_up: weakref.ref[object] | None = None
+
+    @property
+    def _measured(self) -> weakref.ref[object] | None:
+        found, self._looked_up = self._looked_up, None
+        return found
+
+    @_measured.setter
+    def _measured(self, value: weakref.ref[object] | None) -> None:
+        self._looked_up = value
+
+
+@pytest.mark.parametrize("step", ["begin", "called", "end"])
+def test_another_thread_ends_the_measured_transfer(step: str) -> None:
+    growth, transfer = Ended(64, 2, lambda: 0.0, Progress), Transfer()
+    growth.begin(transfer)
+    getattr(growth, step)(transfer)
+    assert growth.limit == 16
 
 
 def test_short_transfers_change_nothing() -> None:

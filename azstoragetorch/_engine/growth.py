@@ -70,33 +70,35 @@ class Growth:
         self._first_mark = self._mark = (0.0, Progress())  # after the first round, and after the last one
         self._checked = (-math.inf, Progress())  # time and progress when `_share` was computed, or a transfer began
         self._unchecked = 0  # calls since then
+        self._shared_at = -math.inf  # time when `_share` was computed: a short transfer does not do that
         self._try_at, self._pause = -math.inf, _PAUSE
 
     @property
     def limit(self) -> int:
         """How many requests of one transfer run at once."""
-        useful = self._tried if not self._share else math.ceil(self._enough / self._share)
-        return min(self._tried, max(_FEWEST, useful))
+        if self._share * self._tried <= self._enough:  # a share of almost zero would divide to infinity
+            return self._tried
+        return min(self._tried, max(_FEWEST, math.ceil(self._enough / self._share)))
 
     def begin(self, transfer: object) -> None:
         """*transfer* has begun. It is measured unless another one is."""
-        if self._measured is None or self._measured() is None:
+        if self._transfer() is None:
             self._measured, self._calls, self._unchecked = weakref.ref(transfer), 0, 0
             now = self._clock()
-            if now - self._checked[0] > _STALE_SECONDS:
+            if now - self._shared_at > _STALE_SECONDS:
                 self._share = 0.0
             self._checked = now, self._progress()
 
     def end(self, transfer: object) -> None:
         """*transfer* has nothing left to request."""
-        if self._measured is not None and self._measured() is transfer:
+        if self._transfer() is transfer:
             self._measured = None
             if self._calls >= 2 * self.limit:  # one round is better than nothing
                 self._conclude()
 
     def called(self, transfer: object) -> int:
         """A call of *transfer* has returned; how many are to run at once from now on."""
-        if self._measured is None or self._measured() is not transfer:
+        if self._transfer() is not transfer:
             return self.limit
         self._calls += 1
         self._unchecked += 1
@@ -110,13 +112,18 @@ class Growth:
                 self._conclude()
         return self.limit
 
+    def _transfer(self) -> object:
+        """The transfer that is measured, if any."""
+        measured = self._measured  # another thread may set it to None between two reads
+        return None if measured is None else measured()
+
     def _check(self) -> bool:
         """Compute `_share`; whether that has changed the limit."""
         limit, now, (since, before) = self.limit, self._clock(), self._checked
         if now - since < _SHORTEST:
             return False
         progress = self._progress()
-        self._checked, self._unchecked = (now, progress), 0
+        self._checked, self._unchecked, self._shared_at = (now, progress), 0, now
         busy = (progress.tls_seconds - before.tls_seconds) / (now - since)
         self._share = (self._share + min(busy / limit, 1.0)) / 2
         return self.limit != limit
