@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import ssl
 import time
@@ -14,6 +15,7 @@ import pytest
 from azure.core.exceptions import ServiceResponseError
 
 from azstoragetorch import TransferConfig, metrics
+from azstoragetorch._blob import head
 from azstoragetorch._blob.head import Stream
 from azstoragetorch._samples.prefetch import OrderedPrefetch
 from tests.faults import FaultService
@@ -64,9 +66,14 @@ RECORD = 16 << 10
 
 
 class Records(ssl.SSLSocket):
-    """A socket that returns *arriving*, one for each call; None is a silence as long as the timeout."""
+    """A socket that returns *arriving*, one for each call; None is a silence as long as the timeout.
 
-    def __init__(self, *arriving: bytes | None) -> None:
+    An error is raised.
+    """
+
+    unready: type[ssl.SSLError] = ssl.SSLWantReadError
+
+    def __init__(self, *arriving: bytes | BaseException | None) -> None:
         self.arriving = list(arriving)
         self.asked: list[int] = []
         self.timeouts = [5.0]
@@ -74,10 +81,12 @@ class Records(ssl.SSLSocket):
     def recv_into(self, buffer: Any, *_: Any) -> int:
         self.asked.append(len(buffer))
         if self.arriving[0] is None and not self.timeouts[-1]:
-            raise ssl.SSLWantReadError
+            raise self.unready
         data = self.arriving.pop(0)
         if data is None:
             raise TimeoutError("slow")
+        if isinstance(data, BaseException):
+            raise data
         buffer[: len(data)] = data
         return len(data)
 
@@ -88,7 +97,7 @@ class Records(ssl.SSLSocket):
         self.timeouts.append(value or 0.0)
 
 
-def stream(*arriving: bytes | None, on_silence: Any = None) -> tuple[Stream, Records]:
+def stream(*arriving: bytes | BaseException | None, on_silence: Any = None) -> tuple[Stream, Records]:
     socket = Records(*arriving)
     return Stream(SimpleNamespace(socket=socket), on_silence), socket  # type: ignore[arg-type]
 
@@ -103,11 +112,31 @@ def test_one_call_receives_many_records(last: bytes) -> None:
     assert socket.arriving[-1] == b"next"
 
 
-def test_what_has_not_arrived_is_waited_for_with_the_timeout() -> None:
+@pytest.mark.parametrize("unready", [ssl.SSLWantReadError, ssl.SSLWantWriteError])
+def test_what_has_not_arrived_is_waited_for_with_the_timeout(unready: type[ssl.SSLError]) -> None:
+    """A key update of the peer is answered, which can have to wait as well."""
     found, socket = stream(b"a" * RECORD, b"b" * 5, None, b"c")
+    socket.unready = unready
     assert found.readinto(memoryview(bytearray(3 * RECORD))) == RECORD + 5
     assert socket.timeouts == [5.0, 0.0, 5.0]
     assert socket.arriving == [b"c"]
+
+
+def test_records_that_never_cease_are_left_to_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above see in time that a body of tiny records is slow."""
+    ticks = itertools.count(step=0.01)
+    monkeypatch.setattr(head, "time", SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter))
+    found, socket = stream(b"a" * RECORD, *[b"b"] * 100)
+    assert RECORD < found.readinto(memoryview(bytearray(3 * RECORD))) < RECORD + 10
+    assert socket.timeouts == [5.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("error", [ssl.SSLError("bad record"), ConnectionResetError(), KeyboardInterrupt()], ids=repr)
+def test_an_error_restores_the_timeout(error: BaseException) -> None:
+    found, socket = stream(b"a" * RECORD, error)
+    with pytest.raises(type(error)):
+        found.readinto(memoryview(bytearray(3 * RECORD)))
+    assert socket.timeouts == [5.0, 0.0, 5.0]
 
 
 def test_the_time_for_what_has_arrived_is_counted(service: FaultService, fault_service: FaultService) -> None:

@@ -79,20 +79,22 @@ class Stream(io.RawIOBase):
         The layers above would take as long for each as decrypting it. They have to see when a body slows down. So this
         takes a moment only, and leaves a silence to the next call.
         """
-        size, end, is_open = min(len(target), _MOST_AT_ONCE), time.monotonic() + _MOST_SECONDS, True
+        size, end = min(len(target), _MOST_AT_ONCE), time.monotonic() + _MOST_SECONDS
+        is_open, waits = True, False
         try:
             while is_open and received < size and time.monotonic() < end:
-                more, is_open = self._receive_arrived(target[received:size])
-                received += more
-                if is_open and received < size:
+                if waits:
                     more = self._socket.recv_into(target[received:size])
-                    received, is_open = received + more, more > 0
+                    is_open = more > 0
+                else:
+                    more, is_open = self._receive_arrived(target[received:size], end)
+                received, waits = received + more, not waits
         except TimeoutError:
             self._silent_since = self._begin_of_silence()
         return received
 
-    def _receive_arrived(self, target: Any) -> tuple[int, bool]:
-        """Receive the TLS records that have arrived; their bytes, and whether the connection is open.
+    def _receive_arrived(self, target: Any, end: float) -> tuple[int, bool]:
+        """Receive the TLS records that have arrived, until *end*; their bytes, and whether the connection is open.
 
         The time for it is counted: it is not the network that takes it.
         """
@@ -100,10 +102,10 @@ class Stream(io.RawIOBase):
         timeout = sock.gettimeout()
         sock.settimeout(0.0)
         try:
-            while more and received < len(target):
+            while more and received < len(target) and time.monotonic() < end:
                 more = sock.recv_into(target[received:])
                 received += more
-        except ssl.SSLWantReadError:
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # the latter if the peer wants new keys
             pass
         finally:
             sock.settimeout(timeout)
