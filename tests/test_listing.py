@@ -20,7 +20,7 @@ from azure.core.exceptions import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azstoragetorch._blob.listing import Page, _match_page, _parse_page, list_pages, parse_page
+from azstoragetorch._blob.listing import Page, _match_page, _next_marker, _parse_page, list_pages, parse_page
 from azstoragetorch._blob.url import parse_container_url
 from azstoragetorch._engine.threads import engine_for
 from tests.azurite.container import Container
@@ -283,6 +283,46 @@ def test_the_fast_way_and_the_parser_see_the_same_page(items: list[str], marker:
     fast = _match_page(raw)
     assert fast is None or fast == expected
     assert parse_page(raw, CONTAINER) == expected
+
+
+def page_xml(items: str, end: str) -> bytes:
+    return f"<EnumerationResults><Blobs>{items}</Blobs>{end}</EnumerationResults>".encode()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<NextMarker>m&amp;1</NextMarker>",
+        "\n <NextMarker>m&#38;1</NextMarker>\n",
+        "<NextMarker x='1'>m&amp;1</NextMarker>",
+        "<NextMarker>m&amp;1</NextMarker >",
+        "<NextMarker><![CDATA[m&1]]></NextMarker>",
+        "<!-- <NextMarker>x</NextMarker> --><NextMarker>m&amp;1</NextMarker>",
+        "<Other /><NextMarker>m&amp;1</NextMarker>",
+    ],
+)
+def test_a_marker_in_any_form_is_the_one_of_the_next_page(end: str) -> None:
+    """If it was overlooked the listing would end early, without an error."""
+    item = "<Blob><Name>a</Name><Properties><Etag>0x1</Etag><Content-Length>1</Content-Length></Properties></Blob>"
+    raw = page_xml(item, end)
+    assert parse_page(raw, CONTAINER).marker == "m&1"
+    assert _next_marker(raw, CONTAINER) == "m&1"
+    before = page_xml(item, "").replace(b"<Blobs>", f"{end}<Blobs>".encode())
+    assert _next_marker(before, CONTAINER) == "m&1"
+
+
+@pytest.mark.parametrize("marker", [b"&#99999999;", b"&unknown;", b"\xff"])
+def test_a_marker_that_cannot_be_read_is_an_error(marker: bytes) -> None:
+    raw = page_xml("", "<NextMarker>here</NextMarker>").replace(b"here", marker)
+    with pytest.raises(ServiceResponseError, match="listing that cannot be read"):
+        _next_marker(raw, CONTAINER)
+
+
+def test_an_odd_tag_does_not_hide_a_blob() -> None:
+    sizes = "<Content-Length>1</Content-Length></Properties>"
+    one = f"<Blob><Name>a</Name><Properties><Etag>0x1</Etag>{sizes}<Metadata><k>Blob></k></Metadata></Blob >"
+    other = f"<Blob x='1'><Name>b</Name><Properties><Etag >0x1</Etag >{sizes.replace('Length>', 'Length >')}</Blob >"
+    assert parse_page(page_xml(one + other, "<NextMarker />"), CONTAINER).names == ["a", "b"]
 
 
 def test_the_fast_way_is_taken_for_ordinary_pages(service: FaultService) -> None:

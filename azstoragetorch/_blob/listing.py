@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from urllib.parse import quote, unquote
@@ -29,7 +30,7 @@ _SIZE = re.compile(rb"<Content-Length>(\d+)</Content-Length>")
 _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
 _MODIFIED = re.compile(rb"<Last-Modified>([^<]*)</Last-Modified>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
-_MARKER = re.compile(rb"<NextMarker>([^<]*)</NextMarker>")
+_END = re.compile(rb"</Blobs>\s*(?:<NextMarker>([^<\r]*)</NextMarker>|<NextMarker ?/>)\s*</EnumerationResults>\s*")
 # What only the XML parser handles, besides elements with attributes, such as encoded names, which the expressions above
 # do not match: directory markers, in lower case, and markup that hides text from the expressions.
 _DIRECTORY_MARKS = (b"hdi_isfolder", b"<resourcetype>directory")
@@ -100,7 +101,7 @@ def list_pages(
         while fetching is not None:
             raw = fetching.result()
             fetching = None
-            following = _next_marker(raw)
+            following = _next_marker(raw, container)
             if following:
                 if following in markers:
                     raise _repeated(container)
@@ -158,17 +159,18 @@ def _match_page(raw: bytes) -> Page | None:
     if any(mark in lower for mark in _DIRECTORY_MARKS):
         return None
     names, sizes, etags = _NAME.findall(raw), _SIZE.findall(raw), _ETAG.findall(raw)
-    if not raw.count(b"Blob>") == 2 * len(names) == 2 * len(sizes) == 2 * len(etags):  # both tags of each
+    if not len(names) == len(sizes) == len(etags) == raw.count(b"</Blob>") == raw.count(b"Blob>") - len(names):
         return None
     prefixes: list[bytes] = []
     if b"BlobPrefix" in raw:
         prefixes = _PREFIX.findall(raw)
         if not len(prefixes) == raw.count(b"<BlobPrefix") == raw.count(b"</BlobPrefix>"):
             return None
-    if not names and not prefixes:
+    marker = _match_marker(raw)
+    if marker is None or not (names or prefixes):
         return None
     try:
-        return Page(_texts(names), list(map(int, sizes)), _quoted(_texts(etags)), _texts(prefixes), _next_marker(raw))
+        return Page(_texts(names), list(map(int, sizes)), _quoted(_texts(etags)), _texts(prefixes), marker)
     except ValueError:  # not UTF-8, or an odd reference
         return None
 
@@ -204,10 +206,19 @@ def _quoted(etags: list[str]) -> list[str]:
     return [etag if etag.startswith('"') else f'"{etag}"' for etag in etags]
 
 
-def _next_marker(raw: bytes) -> str:
-    # After the blobs, since their metadata can have an entry with that name.
-    found = _MARKER.search(raw, max(0, raw.rfind(b"</Blobs>")))
-    return _unescape(found.group(1).decode("utf-8", "replace")) if found else ""
+def _next_marker(raw: bytes, container: BlobURL) -> str:
+    found = _match_marker(raw)
+    return found if found is not None else _parse_xml(raw, container).findtext("NextMarker") or ""
+
+
+def _match_marker(raw: bytes) -> str | None:
+    """The marker of the next page; None if the end of the page has another form than the expression is made for."""
+    found = _END.fullmatch(raw, max(0, raw.rfind(b"</Blobs>")))
+    if found is None:
+        return None
+    with suppress(ValueError):  # not UTF-8, or an odd reference
+        return _texts([found[1]])[0] if found[1] else ""
+    return None
 
 
 def list_containers(service: Service, account: BlobURL) -> list[ContainerEntry]:
