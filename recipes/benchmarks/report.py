@@ -369,10 +369,10 @@ def draw(found: Results, folder: Path) -> list[Path]:
         made.append(path)
 
     large = [case for case in found.cases("read", "write", "save", "load") if not is_step(found, case)]
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.6 * len(large)))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.6 * len(large)), layout="constrained")
     bars(axes, found, large, "rate")
     axes.set_xlabel("MiB/s")
-    axes.legend(loc="center right")
+    figure.legend(loc="outside lower center", ncols=2)
     finish(figure, "throughput.svg")
 
     first = [case for case in large if case["base"] == found.bases[0]]
@@ -414,10 +414,11 @@ def is_step(found: Results, case: dict[str, Any]) -> bool:
 
 
 def bars(axes: Any, found: Results, cases: list[dict[str, Any]], what: Any) -> None:
-    height = 0.8 / max(1, len(found.libraries))
-    for place, name in enumerate(found.libraries):
-        values = [found.median(what, name, **case) or 0 for case in cases]
-        positions = [row + (place - (len(found.libraries) - 1) / 2) * height for row in range(len(cases))]
+    measured = {name: [found.median(what, name, **case) or 0 for case in cases] for name in found.libraries}
+    measured = {name: values for name, values in measured.items() if any(values)}
+    height = 0.8 / max(1, len(measured))
+    for place, (name, values) in enumerate(measured.items()):
+        positions = [row + (place - (len(measured) - 1) / 2) * height for row in range(len(cases))]
         axes.barh(positions, values, height, label=TITLES[name], color=COLORS[name])
     axes.set_yticks(range(len(cases)), [textwrap.fill(f"{name_of(case)}, {case['base']}", 20) for case in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)
