@@ -31,10 +31,7 @@ _ETAG = re.compile(rb"<Etag>([^<]*)</Etag>")
 _MODIFIED = re.compile(rb"<Last-Modified>([^<]*)</Last-Modified>")
 _PREFIX = re.compile(rb"<BlobPrefix><Name>([^<]+)</Name>")
 _END = re.compile(rb"</Blobs>\s*(?:<NextMarker>([^<\r]*)</NextMarker>|<NextMarker ?/>)\s*</EnumerationResults>\s*")
-# What only the XML parser handles, besides elements with attributes, such as encoded names, which the expressions above
-# do not match: directory markers, in lower case, and markup that hides text from the expressions.
-_DIRECTORY_MARKS = (b"hdi_isfolder", b"<resourcetype>directory")
-_HIDING_MARKS = (b"\r", b"\0", b"<!")
+_DIRECTORY_MARKS = (b"hdi_isfolder", b"<resourcetype>directory")  # in lower case
 _ODD_REFERENCE = re.compile("&(?!amp;|lt;|gt;|quot;|apos;)")
 _REFERENCE = re.compile("&(?:#([0-9]+)|#x([0-9a-fA-F]+)|(amp|lt|gt|quot|apos));")
 _CHARACTERS = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
@@ -152,8 +149,10 @@ def _fetch_list(service: Service, container: BlobURL, query: str, scope: Scope |
 
 def _match_page(raw: bytes) -> Page | None:
     """The page, parsed with the expressions; None if it has another form than the one that they are made for."""
+    # Only the XML parser handles markup that hides text from the expressions, and directory markers. It also gets pages
+    # that have elements with attributes, such as encoded names: the expressions do not match those.
     # Searching 3 MB takes longer than anything else here, and longest for a string that begins with a frequent byte.
-    if any(mark[-1:] in raw and mark in raw for mark in _HIDING_MARKS):
+    if b"\r" in raw or b"\0" in raw or (b"!" in raw and b"<!" in raw):
         return None
     lower = raw.lower()
     if any(mark in lower for mark in _DIRECTORY_MARKS):

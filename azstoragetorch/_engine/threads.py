@@ -298,7 +298,7 @@ class _Map(Generic[T, R]):
                 self._scope.cancel()
                 self._wait(me)
             if self._growth is not None:
-                self._growth.end(self)  # a traceback that is kept refers to it
+                self._growth.end(self)  # which would go on measuring this while the traceback of an error is kept
             self._errors.clear()
             self._results = {}
             self._function = None
