@@ -1,19 +1,18 @@
 """The errors of azstoragetorch.
 
-.. code-block:: text
+* :class:`AZStorageTorchError`: the base class
 
-    Exception
-    └── AZStorageTorchError
-        ├── FatalBlobIOWriteError          a write failed; nothing will be committed
-        ├── BlobChangedError               a blob was overwritten while it was being read
-        ├── ClientRequestIdMismatchError   a response belongs to another request
-        ├── ManifestError                  a manifest is damaged, or lists another container
-        ├── SafetensorsError               a safetensors model cannot be read or written
-        ├── WeightsError                   published weights cannot be published or followed
-        └── CheckpointError                a checkpoint cannot be saved, loaded, or managed
-            ├── CheckpointConflictError    another save was committed during this one
-            ├── CheckpointExistsError      the folder has a checkpoint, and overwrite=False
-            └── CheckpointNotFoundError    no checkpoint, or an incomplete one
+  * :class:`FatalBlobIOWriteError`: a write failed, and nothing will be committed
+  * :class:`BlobChangedError`: a blob was overwritten while it was being read
+  * :class:`ClientRequestIdMismatchError`: a response belongs to another request
+  * :class:`ManifestError`: a manifest is damaged, or lists another container
+  * :class:`SafetensorsError`: a safetensors model cannot be read or written
+  * :class:`WeightsError`: published weights cannot be published or followed
+  * :class:`CheckpointError`: a checkpoint cannot be saved, loaded, or managed
+
+    * :class:`CheckpointConflictError`: another save was committed during this one
+    * :class:`CheckpointExistsError`: the folder has a checkpoint, and ``overwrite=False``
+    * :class:`CheckpointNotFoundError`: there is no checkpoint, or an incomplete one
 
 Errors of the service are raised as the matching ``azure.core.exceptions`` types (``ResourceNotFoundError``,
 ``ClientAuthenticationError``, ``ServiceResponseError``, ...), which users of Azure already catch. All of these errors

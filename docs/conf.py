@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,33 @@ def hide_overloads(_app: Any) -> None:
         analyzer.overloads.clear()
 
 
+# On a phone, long names in tables and in the links to the pages before and after break at their joints: after a dot, a
+# slash, or an underscore, and between the words of camel case. Without <wbr>, browsers break them anywhere.
+CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
+TEXT = re.compile(r">[^<]+<")
+NAME = re.compile(r"[\w./-]{10,}")
+JOINT = re.compile(r"(?<=\w[._/])(?=[A-Za-z]{2})|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def with_breaks(text: str) -> str:
+    return NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), text)
+
+
+def break_cell(cell: re.Match[str]) -> str:
+    return TEXT.sub(lambda text: with_breaks(text[0]), cell[0])
+
+
+def break_names(_app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
+    """Add places where names can break to the tables of a page, and to the titles of its neighbors."""
+    if "body" in context:
+        context["body"] = CELL.sub(break_cell, context["body"])
+    for neighbor in ("prev", "next"):
+        if context.get(neighbor):
+            context[neighbor] = {**context[neighbor], "title": with_breaks(context[neighbor]["title"])}
+
+
 def setup(app: Any) -> None:
     app.connect("builder-inited", hide_overloads)
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-signature", show_signature)
+    app.connect("html-page-context", break_names)

@@ -264,7 +264,7 @@ class _FileSystem:
 
 class FileSystem(_FileSystem):
     requirements = ()
-    title = "azstoragetorch, fsspec"
+    title = "azstoragetorch (fsspec)"
 
     def __init__(self, place: Place) -> None:
         from azstoragetorch.filesystem import AzureBlobFileSystem

@@ -36,7 +36,13 @@ WHAT = {
     "checkpoint-save": "distributed checkpoint saved, {size}",
     "checkpoint-load": "distributed checkpoint loaded, {size}",
 }
-MOVED = ("read", "write", "save", "load", "tensors", "tensors-load")  # cases that move many bytes
+# Cases that move many bytes, by table: each table has columns for the libraries that have the function.
+MOVED = (
+    ("read", "write", "save", "load"),
+    ("tensors", "tensors-load"),
+    ("checkpoint-save", "checkpoint-load"),
+)
+COUNTED = {"samples/s, names/s": ("samples", "names"), "ranges/s": ("ranges",)}
 
 INTRODUCTION = """\
 The same tasks with azstoragetorch and with the libraries that you might use instead. Measured on {date} on {cpus}
@@ -44,9 +50,10 @@ CPUs ({cpu}, {system}, Python {python}) against {where}. Versions: {versions_of}
 
 HOW = """\
 Each figure is the median of several runs. The libraries took turns, run by run, each in a separate process. The first
-run of each library is a warm-up, and is not counted if it was short. A dash means that a library has no such
-function. *Ratio* is azstoragetorch divided by the published azstoragetorch 0.2, or by the best of the others if 0.2
-has no such function.
+run of each library is a warm-up, and is not counted if it was short. If a library does not have a function, the row has
+a dash, or the table has no column for the library. *azstoragetorch (fsspec)* is the file system of this package.
+*Ratio* is azstoragetorch divided by the published azstoragetorch 0.2, or by the best of the others if 0.2 does not
+have the function.
 
 > Compare figures within a row only: the absolute values are those of one machine and one server.
 
@@ -55,8 +62,8 @@ has no such function.
 
 MEMORY = """\
 Peak memory over all runs, in addition to the memory of the process before, in MiB. Reading includes the data that is
-read. Memory that an allocator kept from earlier cases is not visible, so the table shows the server that was measured
-first:"""
+read. Memory that an allocator kept from earlier cases is not visible, so these are the figures of the server that was
+measured first:"""
 
 AGAIN = """\
 Every run is a line of JSON in [results.jsonl]({results}). `make bench` creates the virtual environments, runs all
@@ -144,9 +151,9 @@ class Results:
 PAST_ONE_MACHINE = """\
 Listing {names:,} names with {workers} workers, **simulated**: the division of the listing is that of
 `azstoragetorch.manifest.list_part`, and the service and the clock are a program. A core parses {rate:,.0f} names a
-second, as in the fastest run above, and the next page is fetched meanwhile. *Imbalance* is the time until the last
-worker is through, divided by what each of them worked on average; *requests* are compared with the fewest that can
-return so many names:"""
+second, as in the fastest run above, while the next page is fetched. The times are those until the last worker has
+finished, for two latencies of a request. *Imbalance* is this time divided by the average time that a worker works;
+*requests* is the number of requests divided by the fewest that can return so many names:"""
 
 NOT_DIVIDED = """\
 Folders divide a listing. The blobs of one folder are listed by one worker, which the last row shows;
@@ -174,7 +181,9 @@ def describe(found: Results, plots: list[str], results: str, scale: dict[str, An
     is_azurite = server == "azurite"
     where = "Azurite, the emulator" if is_azurite else server or ", ".join(found.bases)
     versions = ", ".join(
-        f"{TITLES[name].removesuffix(' 0.2')} {setup['versions'][name].split(',')[0]}" for name in found.libraries
+        f"{TITLES[name].removesuffix(' 0.2')} {setup['versions'][name].split(',')[0]}"
+        for name in found.libraries
+        if name != "filesystem"  # which is part of this package
     )
     python = setup["versions"]["ours"].rpartition("Python ")[2]
     parts = [
@@ -191,34 +200,22 @@ def describe(found: Results, plots: list[str], results: str, scale: dict[str, An
             "",
         ]
     parts += [HOW]
-    parts += table(found, found.cases(*MOVED), "rate", "MiB/s", is_more_better=True)
+    for names in (*MOVED, ("stream",)):
+        parts += table(found, found.cases(*names), "rate", "MiB/s", is_more_better=True)
     if plots:
-        parts += ["", *figure(plots[0], "Throughput by case and library", found, "read", "write", "save", "load")]
-    parts += ["", "## Many blobs, listing, checkpoints, latency", ""]
-    parts += table(
-        found,
-        found.cases("samples", "names", "checkpoint-save", "checkpoint-load", "stream", "ranges"),
-        "rate",
-        "samples/s, names/s, ranges/s, MiB/s",
-        is_more_better=True,
-    )
-    parts += [""]
+        parts += figure(plots[0], "Throughput by case and library", found, "read", "write", "save", "load")
+    parts += ["## Many blobs, listing, latency", ""]
+    for unit, names in COUNTED.items():
+        parts += table(found, found.cases(*names), "rate", unit, is_more_better=True)
     parts += table(found, found.cases("latency"), lambda run: 1000 / run["rate"], "ms a read", is_more_better=False)
-    parts += ["", "## What it costs", "", "CPU seconds of the client per GiB transferred:", ""]
-    moved = found.cases(*MOVED, "checkpoint-save", "checkpoint-load")
-    moved = [case for case in moved if case.get("size", 0) >= 32 * MiB or setup.get("tiny")]
-    moved = moved or found.cases(*MOVED)
-    parts += table(found, moved, lambda run: run["cpu_seconds"] / run["amount"] * 1024, "s/GiB", is_more_better=False)
-    parts += ["", MEMORY, ""]
-    first = [case for case in moved if case["base"] == found.bases[0]]
-    parts += table(found, first, "peak_mib", "MiB", is_more_better=False)
+    parts += costs(found)
     if len(plots) > 1:
-        parts += ["", *figure(plots[1], "CPU and memory by case and library", found, "read", "save", "load")]
-    parts += ["", "## Scaling", ""]
+        parts += figure(plots[1], "CPU and memory by case and library", found, "read", "save", "load")
+    parts += ["## Scaling", ""]
     if len(plots) > 2:
         caption = "Rate by requests at once, by size of the blob and by number of blobs"
         parts += figure(plots[2], caption, found, "concurrency", "read", "samples")
-    parts += ["", *scaling(found), ""]
+    parts += [*scaling(found), ""]
     if scale is not None:
         parts += ["## Past one machine", "", PAST_ONE_MACHINE.format(**scale), "", *simulation(scale), ""]
         parts += [NOT_DIVIDED, ""]
@@ -234,9 +231,29 @@ def describe(found: Results, plots: list[str], results: str, scale: dict[str, An
     if failures:
         parts += ["These cases failed and have no figure:", "", *(f"- {text}" for text in failures), ""]
     if found.left_out:
-        names = sorted({f"{name_of(case)} ({case['base']})" for case in found.left_out})
-        parts += ["These cases were skipped for lack of time:", "", *(f"- {name}" for name in names), ""]
+        skipped = sorted({f"{name_of(case)} ({case['base']})" for case in found.left_out})
+        parts += ["These cases were skipped for lack of time:", "", *(f"- {name}" for name in skipped), ""]
     return "\n".join(parts)
+
+
+def cpu_per_gib(run: dict[str, Any]) -> float:
+    return float(run["cpu_seconds"] / run["amount"] * 1024)
+
+
+def costs(found: Results) -> list[str]:
+    """CPU time and memory of the cases that move enough bytes to tell."""
+    is_tiny = found.setup.get("tiny")
+    large = [[case for case in found.cases(*names) if case["size"] >= 32 * MiB or is_tiny] for names in MOVED]
+    if not any(large):
+        large = [found.cases(*names) for names in MOVED]
+    parts = ["## What it costs", "", "CPU seconds of the client per GiB transferred:", ""]
+    for cases in large:
+        parts += table(found, cases, cpu_per_gib, "s/GiB", is_more_better=False)
+    parts += [MEMORY, ""]
+    for cases in large:
+        first = [case for case in cases if case["base"] == found.bases[0]]
+        parts += table(found, first, "peak_mib", "MiB", is_more_better=False)
+    return parts
 
 
 def wrapped(command: str) -> str:
@@ -247,7 +264,7 @@ def wrapped(command: str) -> str:
 def figure(path: str, caption: str, found: Results, *cases: str) -> list[str]:
     if not found.cases(*cases):
         return []
-    return [f"![{caption}]({path})"]
+    return [f"![{caption}]({path})", ""]
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -270,23 +287,26 @@ def table(
     *,
     is_more_better: bool,
 ) -> list[str]:
-    """Rows of cases, columns of libraries, and the ratio."""
+    """Rows of cases, columns of the libraries that have figures, and the ratio."""
+    rows = [(case, {name: found.median(what, name, **case) for name in found.libraries}) for case in cases]
+    rows = [(case, values) for case, values in rows if any(value is not None for value in values.values())]
+    failed = {name: [found.failure(name, **case) is not None for case, _ in rows] for name in found.libraries}
+    names = [name for name in found.libraries if any(failed[name]) or any(row[name] is not None for _, row in rows)]
+    if not rows:
+        return []
     lines = [
-        f"| {unit} | server | " + " | ".join(TITLES[name] for name in found.libraries) + " | ratio |",
-        "|---|---|" + "--:|" * (len(found.libraries) + 1),
+        f"| {unit} | server | " + " | ".join(TITLES[name] for name in names) + " | ratio |",
+        "|---|---|" + "--:|" * (len(names) + 1),
     ]
-    for case in cases:
-        values = {name: found.median(what, name, **case) for name in found.libraries}
-        if not any(value is not None for value in values.values()):
-            continue
+    for place, (case, values) in enumerate(rows):
         cells = []
-        for name, value in values.items():
-            text = "failed" if value is None and found.failure(name, **case) else number(value)
+        for name in names:
+            text = "failed" if values[name] is None and failed[name][place] else number(values[name])
             cells.append(f"**{text}**" if name == "ours" and text != "-" else text)
         lines.append(
             f"| {name_of(case)} | {case['base']} | " + " | ".join(cells) + f" | {ratio(values, is_more_better)} |"
         )
-    return lines
+    return [*lines, ""]
 
 
 def ratio(values: dict[str, float | None], is_more_better: bool) -> str:
@@ -329,7 +349,7 @@ def scaling(found: Results) -> list[str]:
 def simulation(scale: dict[str, Any]) -> list[str]:
     """The figures of a simulation by `recipes.benchmarks.scale`."""
     first, *others = map(str, scale["latencies"])
-    columns = [f"s at {float(latency) * 1000:g} ms a request" for latency in (first, *others)]
+    columns = [f"s, at {float(latency) * 1000:g} ms" for latency in (first, *others)]
     lines = [
         f"| {scale['names']:,} names in | {' | '.join(columns)} | imbalance | requests |",
         "|---|" + "--:|" * (len(columns) + 2),
@@ -377,7 +397,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
 
     first = [case for case in large if case["base"] == found.bases[0]]
     figure, pair = plt.subplots(2, 1, figsize=(WIDTH, 2 * (0.6 + 0.6 * len(first))), layout="constrained")
-    bars(pair[0], found, first, lambda run: run["cpu_seconds"] / run["amount"] * 1024)
+    bars(pair[0], found, first, cpu_per_gib)
     bars(pair[1], found, first, "peak_mib")
     pair[0].set_xlabel("CPU seconds a GiB")
     pair[1].set_xlabel("peak memory, MiB")
@@ -427,6 +447,8 @@ def bars(axes: Any, found: Results, cases: list[dict[str, Any]], what: Any) -> N
 
 def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) -> None:
     """One line a library, on the last base that has several points."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     points = {(run["base"], run[by]) for run in found.runs if run["case"] == case and by in run}
     counts = {base: sum(1 for point in points if point[0] == base) for base in found.bases}
     base = max(found.bases, key=lambda name: (counts[name], found.bases.index(name)))
@@ -442,8 +464,9 @@ def lines(axes: Any, found: Results, case: str, by: str, label: str, unit: str) 
         axes.set_xticks(steps, [size_of(step) if by == "size" else str(step) for step in steps])
         axes.tick_params(axis="x", which="major", rotation=30 if by == "size" else 0)
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # several labels, although it may span one decade
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"{label} ({base})")
     axes.set_ylabel(unit)
     axes.grid()

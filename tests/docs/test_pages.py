@@ -117,7 +117,8 @@ def test_the_architecture_page_shows_every_room() -> None:
     """Each module below the faces has a row in the table of its package, alone or with its neighbors."""
     packages = ("_engine", "_blob", "_files", "_samples", "_tensors")
     rooms = {path.stem for name in packages for path in (ROOT / "azstoragetorch" / name).glob("*.py")} - {"__init__"}
-    firsts = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGES["architecture.md"], re.MULTILINE)
+    tables = PAGES["architecture.md"].partition("## The engine")[2]
+    firsts = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", tables, re.MULTILINE)
     assert {name for first in firsts for name in re.findall(r"\w+", first)} == rooms
 
 

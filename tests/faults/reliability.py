@@ -39,6 +39,8 @@ PATIENCE = 240.0  # seconds for one cell; the published connector retries for mo
 AT_ONCE = 24  # most of a cell is waiting
 
 Outcome = tuple[str, float]  # the outcome and the seconds that it took
+_MARKS = {RIGHT: "\N{CHECK MARK}"}
+_ERROR, _WRONG = "E", "\N{BALLOT X}"  # short, so that a phone shows thirteen columns
 Found = dict[tuple[str, str, bool], list[Outcome]]  # by row, operation, and whether the fault is permanent
 
 
@@ -126,9 +128,9 @@ def measure(cell: Cell, pool: SimpleQueue[Peer], context: ssl.SSLContext) -> Out
                 if outcome == RIGHT and found != "new":
                     outcome = f"LOST ({found})"
                 elif outcome != RIGHT and found not in ("old", "new"):
-                    outcome += ", DAMAGED BLOB"
+                    outcome += " (DAMAGED BLOB)"
                 elif outcome != RIGHT and found == "new":
-                    outcome += ", but written"
+                    outcome += " (but written)"
             return (outcome if rule.fired else "-"), seconds
     finally:
         pool.put(peer)
@@ -165,13 +167,14 @@ def read_report(path: Path) -> Found:
 
 def summary(outcomes: list[Outcome]) -> str:
     """The distinct outcomes, with the longest time if it is notable."""
-    names = sorted(dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-"), key=_is_bad, reverse=True)
+    distinct = dict.fromkeys(outcome for outcome, _ in outcomes if outcome != "-")
+    names = [_MARKS.get(outcome, outcome) for outcome in sorted(distinct, key=_is_bad, reverse=True)]
     longest = max((seconds for _, seconds in outcomes), default=0.0)
-    return ", ".join(names) + (f" ({longest:.0f} s)" if longest >= 5 else "") if names else "-"
+    return ", ".join(names) + (f" {longest:.0f}\N{NO-BREAK SPACE}s" if longest >= 5 else "") if names else "-"
 
 
 def _is_bad(outcome: str) -> bool:
-    return outcome == "no end" or any(word.isupper() for word in outcome.replace(",", "").split())
+    return outcome in ("no end", _WRONG) or any(word.isupper() for word in outcome.split())
 
 
 def table(found: Found, operations: list[str], is_always: bool) -> Iterator[str]:
@@ -181,7 +184,7 @@ def table(found: Found, operations: list[str], is_always: bool) -> Iterator[str]
     for row in ROWS:
         cells = [found.get((row.name, operation, is_always), []) for operation in operations]
         texts = [summary([(_shortened(name), seconds) for name, seconds in cell]) if cell else "" for cell in cells]
-        errors = dict.fromkeys(name.split(",")[0] for cell in cells for name, _ in cell if _is_error(name))
+        errors = dict.fromkeys(name.partition(" (")[0] for cell in cells for name, _ in cell if _is_error(name))
         if any(texts):
             yield f"| {row.name} | " + " | ".join([*texts, ", ".join(errors)]) + " |"
 
@@ -191,7 +194,9 @@ def _is_error(outcome: str) -> bool:
 
 
 def _shortened(outcome: str) -> str:
-    return outcome.replace(outcome.split(",")[0], "error") if _is_error(outcome) else outcome
+    if outcome.isupper():
+        return _WRONG
+    return outcome.replace(outcome.partition(" (")[0], _ERROR) if _is_error(outcome) else outcome
 
 
 def side_by_side(ours: Found, theirs: Found) -> Iterator[str]:
@@ -237,10 +242,11 @@ verified: the data is exact or the named error is raised; the operation ends wit
 the container holds the old content or the new content, complete, as torch reads it; and all connections and memory
 are released. {runs} runs, all with the expected result, with torch {torch} and azure-storage-blob {sdk}.
 
-- *Now and then*: the fault hits a few requests, about every other one. `right` means that the data is exact.
-- *Always*: the fault hits every request of one kind. An operation that cannot succeed soon raises the error in the
-  last column.
-- A cell with several results covers several kinds of requests, such as listing and reading.
+- *Now and then*: the fault hits a few requests, about every other one.
+- *Always*: the fault hits every request of one kind.
+- ✓: the operation succeeds, and the data is exact. E: the operation raises the error in the last column. A cell with
+  both covers several kinds of requests, such as listing and reading. An empty cell: the operation makes no such
+  request.
 - For `torch.save`, the error is the cause of a `FatalBlobIOWriteError`. For `torch.distributed.checkpoint`, it is
   part of the `CheckpointException` that torch raises.
 
@@ -255,10 +261,12 @@ are released. {runs} runs, all with the expected result, with torch {torch} and 
 ## The published connector with the same faults
 
 azstoragetorch 0.2.0 with the same server, in the operations that it has. Its retries cannot be configured, and it
-waits 15 s before the first, so it takes longer by design. Times are given from 5 s on. `WRONG BYTES` means that it
-returned data that the blob never held, or only part of the data, without an error. `no end` means that it was stopped
-after {patience:.0f} s. Where the published connector is `right` and this package raises an error, the published
-connector does not check what is wrong (Content-Range, ETag), or waits longer (a stall).
+waits 15 s before the first, so it takes longer by design. A time at the end of a cell is the longest, if that is 5 s
+or more. `WRONG BYTES` means that it returned data that the blob never held, or only part of the data, without an
+error, and `SAMPLES TWICE` that it returned samples again; ✗ stands for both. `no end` means that it was stopped after
+{patience:.0f} s. `but written` means that the blob has the new content although the save raised an error. Where the
+published connector succeeds (✓) and this package raises an error, the published connector does not check what is
+wrong (Content-Range, ETag), or waits longer (a stall).
 
 {counts}
 
@@ -293,7 +301,7 @@ def several_jobs() -> str:
 def page(ours: Found, soak: str, theirs: Found) -> str:
     shared = list(PEER_OPERATIONS)
     ours_count, theirs_count = count(ours, shared), count(theirs, shared)
-    counts = ["| outcomes in the operations that both have | this package | published |", "|---|---|---|"]
+    counts = ["| outcomes in the operations that both have | this package | published |", "|---|--:|--:|"]
     counts += [
         f"| {sort} | {ours_count[sort]} | {theirs_count[sort]} |" for sort in sorted({*ours_count, *theirs_count})
     ]

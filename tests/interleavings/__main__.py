@@ -37,11 +37,11 @@ make interleavings
 ```
 
 | actor | actor | orders | states | requests | violations |
-|---|---|---|---|---|---|
+|---|---|--:|--:|--:|--:|
 {rows}
 
 Three actors of any of these kinds at once, in random orders, half of them with a random fault: {random:,} orders,
-{random_steps:,} requests, 0 violations. Three of which one at least saves with a base, in the same way:
+{random_steps:,} requests, 0 violations. Three actors of which at least one saves with a base, in the same way:
 {deltas:,} orders, {delta_steps:,} requests, 0 violations.
 
 """

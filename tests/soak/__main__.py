@@ -159,7 +159,7 @@ def main(seconds: float) -> int:
         get_temp_dir()  # that of multiprocessing is removed at exit
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)  # of this process and its children only
         soak = Soak(str(service.figures()["url"]), folder / "cache")
-        rows = [row(field.name.replace("_", " ") for field in fields(Figures)), "|---" * len(fields(Figures)) + "|"]
+        rows = [row(field.name.replace("_", " ") for field in fields(Figures)), "|--:" * len(fields(Figures)) + "|"]
         say("\n".join(rows))
         found: list[Figures] = []
         begin, items = time.monotonic(), 0
