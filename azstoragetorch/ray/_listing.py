@@ -27,7 +27,7 @@ Share: TypeAlias = "str | Page"
 _TASKS = 256  # at most
 _BLOCK = 50_000  # rows, after which a task hands on a block
 _CPUS = 0.5  # of a task, which waits for the service half of the time
-_SCHEMA = pa.schema([("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+SCHEMA = pa.schema([("url", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
 
 
 def list_blobs(  # noqa: D417 - described by AzureBlobFileLister
@@ -104,7 +104,7 @@ class _Listing(Datasource):  # type: ignore[misc]  # Ray need not be installed w
     def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[ReadTask]:  # noqa: ARG002 - Ray's
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         reads = [partial(_list, self._container, group, self._listing) for group in self._groups]
-        return [ReadTask(read, unknown, _SCHEMA) for read in reads]
+        return [ReadTask(read, unknown, SCHEMA) for read in reads]
 
 
 def _list(container: ContainerClient, shares: list[Share], listing: Listing) -> Iterator[Block]:
@@ -119,7 +119,7 @@ def _list(container: ContainerClient, shares: list[Share], listing: Listing) -> 
             rows[1].extend(sizes)
             rows[2].extend(etags)
             if len(rows[0]) >= _BLOCK:
-                yield pa.table(list(rows), schema=_SCHEMA)
+                yield pa.table(list(rows), schema=SCHEMA)
                 rows = ([], [], [])
     names_filter.warn()
-    yield pa.table(list(rows), schema=_SCHEMA)
+    yield pa.table(list(rows), schema=SCHEMA)
