@@ -60,8 +60,8 @@ class BlobCheckpointIO(CheckpointIO):  # type: ignore[misc]  # Lightning need no
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists.
         root: The local folder that stands for *url*: pass the same one as ``dirpath`` of ``ModelCheckpoint``.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL.

@@ -56,7 +56,7 @@ class BlobDownloader(Downloader):  # type: ignore[misc]  # litdata need not be i
     ``storage_options`` of the dataset can have these entries:
 
     - ``account_url``: the URL of the account, for ``azure://<container>/<folder>``.
-    - ``credential``: as for :class:`~azstoragetorch.io.BlobIO`, such as an ``AzureSasCredential``.
+    - ``credential``: same as for :class:`~azstoragetorch.io.BlobIO`, such as an ``AzureSasCredential``.
     - ``transfer``: a :class:`azstoragetorch.TransferConfig`.
 
     Raises:
@@ -106,7 +106,7 @@ class BlobDownloader(Downloader):  # type: ignore[misc]  # litdata need not be i
         """Return *length* bytes of a blob from *offset* on, by one request; called by litdata.
 
         Raises:
-            AzureError: as for `download_file`.
+            AzureError: same as for `download_file`.
         """
         if length <= 0:
             return b""
@@ -120,7 +120,7 @@ class BlobDownloader(Downloader):  # type: ignore[misc]  # litdata need not be i
         """Write a whole blob to *fileobj*; called by litdata.
 
         Raises:
-            AzureError: as for `download_file`.
+            AzureError: same as for `download_file`.
         """
         get_stream(self._client(remote_filepath), fileobj, _no_hooks())
 
@@ -128,7 +128,7 @@ class BlobDownloader(Downloader):  # type: ignore[misc]  # litdata need not be i
         """Return a whole blob; called by litdata.
 
         Raises:
-            AzureError: as for `download_file`.
+            AzureError: same as for `download_file`.
         """
         client = self._client(remote_filepath)
         return (await asyncio.get_running_loop().run_in_executor(None, client.read))[0]

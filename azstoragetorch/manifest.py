@@ -143,17 +143,17 @@ def make_manifest(
         blobs: Do not list, but take these, which were listed elsewhere, in any order: by `list_part` in many processes,
             for example. They are read once; *prefix* and the rules for names do not apply.
         overwrite: Replace a manifest. Jobs that still read the previous one then fail, so dated folders are better.
-        invalid_names: As for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
+        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
         progress: Called with the number of blobs listed so far.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`, for both URLs.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`, for both URLs.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ResourceExistsError: there is a manifest, and *overwrite* is False.
         ManifestError: the report is truncated, damaged, or limited to other blobs.
         ValueError: a URL is not valid.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     _need_pyarrow()
     root, folder = parse_container_url(container_url), folder_of_manifest(manifest_url)
@@ -224,7 +224,7 @@ def list_part(
     credential: Credential = None,
     transfer: TransferConfig | None = None,
 ) -> Iterator[list[BlobInfo] | str]:
-    """List a part of a container, and give away parts of it, for an engine that runs many tasks.
+    """List a part of a container, and hand out parts of it, for an engine that runs many tasks.
 
     Yields lists of blobs, one for each response of the service, and prefixes: what begins with such a prefix is not
     listed here, and another task has to list it by the same function. Together, the tasks list each blob once.
@@ -236,15 +236,15 @@ def list_part(
         container_url: The container.
         prefix: The part: all blobs whose names begin with it.
         at_most: Responses (5,000 names each) after which the rest is divided.
-        into: Number of parts to divide the rest into, about.
-        invalid_names: As for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
+        into: Approximate number of parts to divide the rest into.
+        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError: the URL is not that of a container, or a number is below 1.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     for name, value in (("at_most", at_most), ("into", into)):
         if value < 1:
@@ -295,12 +295,12 @@ def verify_manifest(
         manifest_url: The folder of the manifest.
         container_url: The container that it must list.
         progress: Called with the number of rows read so far.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ManifestError: it is truncated, damaged, lists a name twice, or lists another container. The message says which.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     _need_pyarrow()
     manifest = open_manifest(manifest_url, container_url=container_url, credential=credential, transfer=transfer)
@@ -324,12 +324,12 @@ def compare_manifest(
         manifest_url: The folder of the manifest.
         other_url: The folder of the second manifest; by default, the container is listed.
         at_most: How many changes to return; all are counted.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ManifestError: a manifest is truncated or damaged, or the two list different containers.
-        AzureError: the service refused, or could not be reached.
+        AzureError: the service refused the request, or could not be reached.
     """
     _need_pyarrow()
     manifest = open_manifest(manifest_url, credential=credential, transfer=transfer)

@@ -162,9 +162,9 @@ class BlobLister(_BlobNode[_Listed]):
         masks: `fnmatch` patterns, one of which must match.
         recursive: False lists one level only.
         invalid_names: ``"skip"`` or ``"raise"``, as for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
-        include_folder_markers: As for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        include_folder_markers: Same as for :class:`azstoragetorch.datapipes.AzureBlobFileLister`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
     """
 
     def __init__(
@@ -214,8 +214,8 @@ class BlobManifestLister(_BlobNode[_Blobs]):
         manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
         container_url: The container that the manifest must list; required if it is in another account.
         if_changed: ``"raise"``, or ``"read"`` to yield :class:`BlobInfo`, whose blobs are read as they are now.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class _Sharded(_Run):
 
 
 class BlobSharder(_Node[T, _Sharded]):
-    """Yields every n-th item of *source*: the share of this rank.
+    """Yields every n-th item of *source*: this rank's share.
 
     Args:
         source: The node to draw from; it must yield the same items on every rank.
@@ -322,9 +322,9 @@ class BlobReader(_Node[tuple[str, bytes], _Reads]):
     Args:
         source: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
         concurrency: Concurrent requests; by default ``transfer.max_connections``.
-        memory_limit: Bytes in flight at most; by default ``transfer.memory_limit``.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        memory_limit: Maximum bytes in flight; by default ``transfer.memory_limit``.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError, TypeError: an argument is out of range.

@@ -59,8 +59,8 @@ class BlobStorageConfig(StorageConfig):  # type: ignore[misc]  # need not be ins
 
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL, or is a snapshot or version.

@@ -53,8 +53,8 @@ class BlobCheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transfor
             time need separate folders.
         keep: How many checkpoints to keep in blobs: the last ones, and the best one that the ``Trainer`` knows. Older
             ones are deleted after a new one is complete, as is what interrupted saves left behind. By default, all.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL, or *keep* is less than 1.

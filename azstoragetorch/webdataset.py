@@ -45,8 +45,9 @@ def register(
 
     Args:
         _worker: Ignored; the number of the worker that ``worker_init_fn`` gets.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. It is sent to hosts of Azure Storage and to trusted ones.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. It is sent to hosts of Azure Storage and to trusted
+            ones.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         TypeError: an argument has the wrong type.

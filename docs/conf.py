@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 import azstoragetorch
 
@@ -121,26 +123,31 @@ def add_contents(_app: Any, page: str, source: list[str]) -> None:
             source[0] += "\n".join(["", "```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```", ""])
 
 
-# Users get objects of these classes from functions and methods, so their constructors are private.
+# Users get objects of these classes from functions, methods, and frameworks, so their constructors are private.
 NOT_CONSTRUCTED = {
     "azstoragetorch.datasets.Blob",
     "azstoragetorch.datasets.BlobDataset",
     "azstoragetorch.datasets.IterableBlobDataset",
+    "azstoragetorch.litdata.BlobDownloader",
+    "azstoragetorch.torch_checkpointing.BlobStorage",
 }
 
 
 def show_signature(
-    _app: Any, _what: str, name: str, _object: Any, _options: Any, signature: str | None, returns: str | None
+    _app: Any, _what: str, name: str, value: Any, _options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
     """Hide private constructors, and show the default values of a configuration, which come from the environment."""
     if name in NOT_CONSTRUCTED:
         return "", returns
+    if signature == "(*args: Any, **kwargs: Any)":  # of the mock that stands for the base class
+        own = signature_of(value.__init__, bound_method=True)
+        return stringify_signature(own, show_return_annotation=False), returns
     if name == "azstoragetorch.TransferConfig" and signature:
         for setting in fields(azstoragetorch.TransferConfig):
             if setting.default_factory is not MISSING:
-                value = setting.default_factory()
-                is_size = isinstance(value, int) and value >= 1 << 20
-                signature = signature.replace("<factory>", f"{value >> 20} << 20" if is_size else repr(value), 1)
+                default = setting.default_factory()
+                is_size = isinstance(default, int) and default >= 1 << 20
+                signature = signature.replace("<factory>", f"{default >> 20} << 20" if is_size else repr(default), 1)
     return signature, returns
 
 
@@ -152,29 +159,36 @@ def hide_overloads(_app: Any) -> None:
         analyzer.overloads.clear()
 
 
-# On a phone, long names in tables and in the links to the pages before and after break at their joints: after a dot, a
-# slash, or an underscore, and between the words of camel case. Without <wbr>, browsers break them anywhere.
-CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
+# On a phone, long names break at their joints: after a dot, a slash, or an underscore, and between the words of camel
+# case. Without <wbr>, browsers break them anywhere. In a sentence, only very long names break; others move to the next
+# line.
+CELL = re.compile(r"<(t[dh]|h1)\b.*?</\1>", re.DOTALL)
+CODE = re.compile(r'<code class="[^"]*literal.*?</code>|<dt class="sig .*?</dt>|<pre>.*?</pre>', re.DOTALL)
+URL = re.compile(r"\w+://[^\s<]+")
 TEXT = re.compile(r">[^<]+<")
-NAME = re.compile(r"[\w./-]{10,}")
 JOINT = re.compile(r"(?<=\w[._/])(?=[A-Za-z]{2})|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+SLASH = re.compile(r"(?<=\w/)(?=&lt;|\w)|(?<=://)(?=&lt;)")
 
 
-def with_breaks(text: str) -> str:
-    return NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]), text)
+def with_breaks(html: str, shortest: int = 10) -> str:
+    """*html* with places where URLs and names of *shortest* letters or more can break."""
 
+    def in_text(text: re.Match[str]) -> str:
+        names = re.sub(rf"[\w./-]{{{shortest},}}", lambda name: JOINT.sub("<wbr>", name[0]), text[0])
+        return URL.sub(lambda url: SLASH.sub("<wbr>", url[0]), names)
 
-def break_cell(cell: re.Match[str]) -> str:
-    return TEXT.sub(lambda text: with_breaks(text[0]), cell[0])
+    return TEXT.sub(in_text, html)
 
 
 def break_names(_app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
-    """Add places where names can break to the tables of a page, and to the titles of its neighbors."""
-    if "body" in context:
-        context["body"] = CELL.sub(break_cell, context["body"])
+    """Add places where names can break to a page, and to the titles of its neighbors."""
+    body = context.get("body", "")
+    body = CODE.sub(lambda code: with_breaks(code[0], shortest=24), body)
+    context["body"] = CELL.sub(lambda cell: with_breaks(cell[0]), body)
     for neighbor in ("prev", "next"):
         if context.get(neighbor):
-            context[neighbor] = {**context[neighbor], "title": with_breaks(context[neighbor]["title"])}
+            title = with_breaks(f">{context[neighbor]['title']}<")[1:-1]
+            context[neighbor] = {**context[neighbor], "title": title}
 
 
 def setup(app: Any) -> None:

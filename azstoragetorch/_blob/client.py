@@ -168,7 +168,7 @@ class BlobClient(_Client):
         """The index tags of the blob.
 
         Raises:
-            AzureError: the service refused, or cannot be reached. Reading tags needs a separate permission.
+            AzureError: the service refused the request, or cannot be reached. Reading tags needs a separate permission.
         """
         return read_tags(self.service, self.url, scope)
 
@@ -368,7 +368,8 @@ class AccountClient(_Client):
         """List the containers, in the order of the service.
 
         Raises:
-            AzureError: the service refused, or cannot be reached. A SAS for one container does not allow it.
+            AzureError: the service refused the request, or cannot be reached. A SAS for one container does not
+                allow it.
         """
         return list_containers(self.service, self.url)
 

@@ -50,7 +50,7 @@ class CredentialHolder:
         credential: The credential.
         sas: The SAS of the URL, which takes precedence, as in the SDK.
         trusted_url: The URL that the user passed together with *credential*, so it may be sent to its host.
-        is_shared: As for `Secret`.
+        is_shared: Same as for `Secret`.
     """
 
     def __init__(

@@ -138,7 +138,7 @@ class TransferConfig:
         hedge_after: Seconds without a byte after which a request that can be repeated is sent once more, on another
             connection; the response that begins first is used. ``"auto"`` derives them from the times that other
             requests took, None turns it off. In the environment variable: ``auto``, ``none`` or seconds.
-        hedge_budget: Requests that are sent once more, as a share of all requests, at most; 0 turns it off.
+        hedge_budget: The maximum share of requests that are sent once more; 0 turns it off.
         validate_content: Check an MD5 of every part read, and let the service check one of every block written.
             Parts are then at most 4 MiB. TLS already protects bytes in flight.
         trusted_hosts: Hosts outside Azure that get the credential even if only a list of URLs, a listing, or a

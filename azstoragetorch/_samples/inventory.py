@@ -87,7 +87,7 @@ class Inventory:
 
         Raises:
             ManifestError: a file is missing, truncated, or damaged.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         names_filter = NameFilter(container, rules)
         start = f"{container.container}/"

@@ -65,7 +65,7 @@ class Manifest:
 
         Raises:
             ManifestError: the part is truncated, damaged, or missing.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         number, place = self.description.locate(index)
         return self._part(number).row(place)

@@ -147,7 +147,7 @@ class Writing:
         Raises:
             ManifestError: a name is there twice.
             ResourceExistsError: there is a manifest, and *create_only* is set.
-            AzureError: the service refused, or could not be reached. No new manifest was made.
+            AzureError: the service refused the request, or could not be reached. No new manifest was made.
         """
         with on_error(self._discard):
             total, parts = in_order(source, self._write_parts, is_sorted=is_sorted)

@@ -39,7 +39,7 @@ class PinnedBlob:
         Raises:
             TruncatedError: the blob is shorter.
             BlobChangedError: the blob no longer has the pinned version.
-            AzureError: the service refused, or could not be reached.
+            AzureError: the service refused the request, or could not be reached.
         """
         if span.start < self._head.nbytes:
             known = self._head[span.start : span.stop]

@@ -63,8 +63,8 @@ def keep_last(
         base_url: URL of the folder that contains the folders of the checkpoints.
         count: How many to keep, at least 1.
         dry_run: Delete nothing, and return what would be deleted.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *count* is less than 1.

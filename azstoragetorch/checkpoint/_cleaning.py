@@ -91,8 +91,9 @@ def clean(
         url: URL of a folder.
         min_age: Seconds since the save began, by the clock of the process that saved. Data of younger saves is kept.
         dry_run: Delete nothing, and return what would be deleted.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. It must allow reading, writing, listing, and deleting.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. It must allow reading, writing, listing, and
+            deleting.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         CheckpointError: a ``.metadata`` cannot be read, so the blobs that it refers to are unknown; nothing was

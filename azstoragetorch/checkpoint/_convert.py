@@ -39,17 +39,17 @@ def load_keys(
             dict such as ``"model"`` or ``"model.layer"``. None loads all entries.
         weights_only: Load entries other than tensors as `torch.load` does with ``weights_only=True``, which runs no
             code from the checkpoint. Pass False only for a checkpoint that you trust.
-        credential: As for :class:`BlobStorageReader`.
-        transfer: As for :class:`BlobStorageReader`.
-        progress: As for :class:`BlobStorageReader`.
-        verify: As for :class:`BlobStorageReader`.
+        credential: Same as for :class:`BlobStorageReader`.
+        transfer: Same as for :class:`BlobStorageReader`.
+        progress: Same as for :class:`BlobStorageReader`.
+        verify: Same as for :class:`BlobStorageReader`.
 
     Returns:
         The state dict, nested as it was saved.
 
     Raises:
         KeyError: one of *keys* matches nothing.
-        CheckpointError, AzureError: as for :class:`BlobStorageReader`.
+        CheckpointError, AzureError: same as for :class:`BlobStorageReader`.
     """
     reader = BlobStorageReader(url, credential=credential, transfer=transfer, progress=progress, verify=verify)
     wanted = None if keys is None else {keys} if isinstance(keys, str) else set(keys)
@@ -158,10 +158,10 @@ def checkpoint_to_torch_save(
     Args:
         url: URL of the checkpoint's folder.
         blob_url: URL of the blob to write or overwrite.
-        weights_only: As for :func:`load_keys`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        verify: As for :class:`BlobStorageReader`.
+        weights_only: Same as for :func:`load_keys`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        verify: Same as for :class:`BlobStorageReader`.
 
     Raises:
         CheckpointError, AzureError: the checkpoint cannot be read.
@@ -189,11 +189,11 @@ def torch_save_to_checkpoint(
         blob_url: URL of the blob.
         url: URL of the checkpoint's folder.
         weights_only: Load the blob as `torch.load` does with ``weights_only=True``, which runs no code from the blob.
-        overwrite: As for :class:`BlobStorageWriter`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        base: As for :class:`BlobStorageWriter`.
-        digests: As for :class:`BlobStorageWriter`.
+        overwrite: Same as for :class:`BlobStorageWriter`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        base: Same as for :class:`BlobStorageWriter`.
+        digests: Same as for :class:`BlobStorageWriter`.
 
     Raises:
         TypeError: the blob does not contain a dict.

@@ -31,7 +31,7 @@ def write_blob(folder: Folder, encoder: Encoder, base: Base | None, concurrency:
 
     Raises:
         Exception: what the encoder raised.
-        FatalBlobIOWriteError: the service refused, or could not be reached. The blob is not there.
+        FatalBlobIOWriteError: the service refused the request, or could not be reached. The blob is not there.
     """
     transfer = folder.transfer
     single = min(_SINGLE, 3 * transfer.block_size // 2)

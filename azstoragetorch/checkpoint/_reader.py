@@ -88,8 +88,8 @@ class BlobStorageReader(FolderStorage, StorageReader):
     Args:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists. ``checkpoint_id`` of
             ``dcp.load`` selects another folder in the same account.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
             a load uses in addition to the tensors themselves.
         version: Load only this save: the ``save_id`` in the ``storage_meta`` of the metadata that ``dcp.save``
             returned, or the ETag of ``.metadata``. By default, the current checkpoint.

@@ -143,8 +143,8 @@ def enable_urls(*, credential: Credential = None, transfer: TransferConfig | Non
     URL to its debug log.
 
     Args:
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         TypeError: an argument has the wrong type.

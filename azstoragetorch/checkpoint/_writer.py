@@ -79,8 +79,8 @@ class BlobStorageWriter(FolderStorage, StorageWriter):
             ``dcp.save`` selects another folder in the same account. Later saves without ``checkpoint_id`` use that
             folder too, as with torch's writers. Pass it to every save if a signal handler may save with the same
             writer.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. With ``validate_content``, the service
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`. With ``validate_content``, the service
             checks an MD5 of every block.
         overwrite: Replace an existing checkpoint. If False, raise an error instead, before anything is uploaded.
         blobs_per_rank: Number of blobs over which a rank distributes its data. By default, one for each concurrent

@@ -85,7 +85,7 @@ def inspect(session: Session, url: BlobURL) -> None:
 @click.option("--from", "kind", type=click.Choice(["checkpoint", "torch-save", "safetensors"]), help="What SOURCE is.")
 @click.option("--to", "goal", type=click.Choice(["checkpoint", "torch-save", "safetensors"]), help="What to write.")
 @click.option("--only-tensors", is_flag=True, help="Leave out entries that are not tensors.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="The size of a safetensors file at most.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="The maximum size of a safetensors file.")
 @click.option("--overwrite", is_flag=True, help="Replace the model or checkpoint in the folder TARGET.")
 @common
 def convert(

@@ -70,8 +70,8 @@ class AzureBlobFileListerIterDataPipe(_Lister):
         invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"`` it,
             with one warning at the end of the listing, or ``"raise"`` a ValueError.
         include_folder_markers: Whether to yield empty blobs whose names end in a slash, which tools create as folders.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -111,8 +111,8 @@ class AzureBlobManifestListerIterDataPipe(IterDataPipe[BlobInfo]):
         manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
         container_url: The container that the manifest must list; required if it is in another account.
         if_changed: ``"raise"``, or ``"read"`` to yield :class:`BlobInfo`, whose blobs are read as they are now.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError, TypeError: an argument is wrong.

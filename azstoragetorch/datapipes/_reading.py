@@ -100,8 +100,8 @@ class AzureBlobFileOpenerIterDataPipe(Reading):
         prefetch: How many blobs to open ahead; 0 opens each in its turn. The default is as many as fit into
             a quarter of ``transfer.memory_limit`` (16 with the defaults). 1 or 2 are enough for large shards.
         encoding: Encoding of text.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError: *mode* is unknown.
@@ -158,9 +158,9 @@ class AzureBlobFileLoaderIterDataPipe(Reading):
 
     Args:
         source_datapipe: Yields URLs, :class:`BlobInfo` or :class:`BlobRange`.
-        prefetch: How many items to have in flight at most; the default is twice ``transfer.max_connections``.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        prefetch: Maximum number of items in flight; the default is twice ``transfer.max_connections``.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     The length is that of the source.
     """
@@ -200,8 +200,8 @@ class BlobRangeSplitterIterDataPipe(IterDataPipe[BlobRange]):
         align: How records are separated. ``None``: ranges can be cut anywhere. Bytes: the delimiter that ends a record,
             such as ``b"\n"`` for JSON Lines and CSV without quoted line breaks (with CRLF, the ``\r`` is kept). An
             integer: the length of each record in bytes.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError, TypeError: *chunk_size* or *align* is wrong.

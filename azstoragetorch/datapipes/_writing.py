@@ -35,8 +35,8 @@ class AzureBlobSaverIterDataPipe(IterDataPipe[str]):
             stream, which is read to its end and left open.
         filepath_fn: Returns the URL of the blob for *name*; by default, *name* is the URL.
         overwrite: If False, raise ``ResourceExistsError`` if the blob exists, and leave it unchanged.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Iterating raises ``TypeError`` if the source yields something other than a pair or, with the URL, data that
     is not bytes, and :class:`~azstoragetorch.exceptions.FatalBlobIOWriteError` if the service refuses a write. The
@@ -121,11 +121,11 @@ class BlobTarShardWriterIterDataPipe(IterDataPipe[str]):
         url_pattern: URL of the tars with ``{shard}`` for their number from 0, for example
             ``".../train-{shard:06d}.tar"``; ``{worker}`` is the number of the DataLoader worker and rank, and is
             required if there are several.
-        max_size: Bytes of a tar at most, including headers. A single sample that is larger gets a separate tar.
-        max_count: Samples in a tar at most.
+        max_size: Maximum bytes of a tar, including headers. A single sample that is larger gets a separate tar.
+        max_count: Maximum number of samples in a tar.
         overwrite: If False, raise ``ResourceExistsError`` if the blob exists, and leave it unchanged.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: As for :class:`~azstoragetorch.io.BlobIO`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.
 
     Raises:
         ValueError: *url_pattern* has no ``{shard}``, or a limit is below 1.

@@ -124,7 +124,7 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
         """Create a dataset of the blobs at the given URLs, in their order.
 
         Args:
-            blob_urls: As for `BlobDataset.from_blob_urls`. The same holds for ``credential``, ``transform``,
+            blob_urls: Same as for `BlobDataset.from_blob_urls`. The same holds for ``credential``, ``transform``,
                 ``transfer``, ``cache_dir``, and ``cache_bytes``.
             shuffle: Whether to permute the sequence; by default False. `set_epoch` chooses another permutation.
             seed: Seed of the permutation, by default 0; must be the same on all ranks.
@@ -185,10 +185,10 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
         Args:
             container_url: URL of the container; a SAS in it is respected.
-            prefix: As for `BlobDataset.from_container_url`; so are ``invalid_names``,
+            prefix: Same as for `BlobDataset.from_container_url`; so are ``invalid_names``,
                 ``include_folder_markers``, ``share_listing``, and ``group``. A shared listing is made at once.
             progress: Called in the process that lists, with the number of blobs listed so far.
-            credential: As for `from_blob_urls`; so are all other arguments.
+            credential: Same as for `from_blob_urls`; so are all other arguments.
 
         Raises:
             ValueError: the URL is not the URL of a container, or an option is out of range.
@@ -249,8 +249,8 @@ class IterableBlobDataset(torch.utils.data.IterableDataset[T_co]):
 
         Args:
             manifest_url: The folder of the manifest; see :func:`azstoragetorch.manifest.make_manifest`.
-            container_url: As for `BlobDataset.from_manifest`; so is ``if_changed``.
-            credential: As for `from_blob_urls`; so are all other arguments.
+            container_url: Same as for `BlobDataset.from_manifest`; so is ``if_changed``.
+            credential: Same as for `from_blob_urls`; so are all other arguments.
 
         Raises:
             ResourceNotFoundError: the manifest does not exist.

@@ -87,7 +87,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         Args:
             blob_urls: One URL or an iterable of URLs, which is read once. A SAS, ``snapshot`` or ``versionid`` in a URL
                 is respected.
-            credential: As for `azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
+            credential: Same as for `azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
             transform: Turns a `Blob` into a sample; called in the process that requests the sample.
             transfer: How to transfer; its ``memory_limit`` bounds what is fetched ahead.
             cache_dir: Keep blobs in this folder, and read them from there the next time. Any number of processes can
@@ -139,9 +139,9 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
         Args:
             container_url: URL of the container; a SAS in it is respected.
             prefix: Only blobs whose names begin with it; by default, all blobs.
-            credential: As for `from_blob_urls`.
-            transform: As for `from_blob_urls`.
-            transfer: As for `from_blob_urls`.
+            credential: Same as for `from_blob_urls`.
+            transform: Same as for `from_blob_urls`.
+            transfer: Same as for `from_blob_urls`.
             progress: Called with the number of blobs listed so far, after every response of the service.
             invalid_names: What to do with a listed blob whose name cannot be requested, such as ``a/../b``: ``"skip"``
                 it (the default), with one warning that counts them, or ``"raise"`` a ValueError.
@@ -151,8 +151,8 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
                 Collective: every rank of the group has to create the dataset. An error of rank 0 is raised on all
                 ranks; if rank 0 dies, the process group ends the waiting, at the latest with its timeout.
             group: The process group whose rank 0 lists; by default, all ranks.
-            cache_dir: As for `from_blob_urls`, except that the listing has the versions.
-            cache_bytes: As for `from_blob_urls`.
+            cache_dir: Same as for `from_blob_urls`, except that the listing has the versions.
+            cache_bytes: Same as for `from_blob_urls`.
 
         Raises:
             ValueError: the URL is not the URL of a container, or an option is out of range.
@@ -208,11 +208,11 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
                 manifest, so that a manifest cannot choose where the credential is sent.
             if_changed: What to do about a blob that was overwritten after the manifest was made: ``"raise"``
                 ``BlobChangedError`` when it is read (the default), or ``"read"`` it as it is now.
-            credential: As for `from_blob_urls`. Used for the manifest and the blobs.
-            transform: As for `from_blob_urls`.
-            transfer: As for `from_blob_urls`.
-            cache_dir: As for `from_container_url`.
-            cache_bytes: As for `from_blob_urls`.
+            credential: Same as for `from_blob_urls`. Used for the manifest and the blobs.
+            transform: Same as for `from_blob_urls`.
+            transfer: Same as for `from_blob_urls`.
+            cache_dir: Same as for `from_container_url`.
+            cache_bytes: Same as for `from_blob_urls`.
 
         Raises:
             ResourceNotFoundError: the manifest does not exist.

@@ -105,7 +105,7 @@ class Listings(Base):
         """Whether a file or directory exists.
 
         Raises:
-            OSError: the service refused, or cannot be reached.
+            OSError: the service refused the request, or cannot be reached.
         """
         try:
             self.info(path)

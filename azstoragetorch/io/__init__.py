@@ -58,7 +58,7 @@ class BlobIO(_BinaryFile):
         credential: ``None`` for :class:`azure.identity.DefaultAzureCredential`, ``False`` for anonymous access, or a
             ``TokenCredential``, ``AzureSasCredential`` or ``AzureNamedKeyCredential``. A SAS in the URL takes
             precedence.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: the URL or the mode is not valid; a snapshot or version was opened for writing; a token would be

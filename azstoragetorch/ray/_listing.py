@@ -48,15 +48,15 @@ def list_blobs(  # noqa: D417 - described by AzureBlobFileLister
 
     Args:
         url: URL of a container, a folder, a blob, or the beginning of names.
-        masks: As for :class:`~azstoragetorch.datapipes.AzureBlobFileLister`; so are *invalid_names* and
+        masks: Same as for :class:`~azstoragetorch.datapipes.AzureBlobFileLister`; so are *invalid_names* and
             *include_folder_markers*.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. With None, each worker signs in from its environment. A
-            SAS or account key reaches the workers only in :func:`azstoragetorch.share_credentials`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        concurrency: How many tasks to run at once at most; by default, Ray decides.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. With None, each worker signs in from its
+            environment. A SAS or account key reaches the workers only in :func:`azstoragetorch.share_credentials`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        concurrency: Maximum number of concurrent tasks; by default, Ray decides.
 
     Raises:
-        ResourceNotFoundError: nothing is there. (A container without any blob is an empty dataset.)
+        ResourceNotFoundError: *url* does not exist. (A container without any blob is an empty dataset.)
         ValueError: *url* is not a valid URL.
         TypeError: an argument has the wrong type, or the credential cannot be sent to a worker.
         AzureError: the service refused the request, or could not be reached.

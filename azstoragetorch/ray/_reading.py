@@ -56,15 +56,15 @@ def read_blobs(
             millions of blobs.
         transform: Called with a :class:`~azstoragetorch.datasets.Blob`, returns a row: a mapping of names to values
             that Ray can store, such as numbers, strings, bytes, and NumPy arrays. Ray pickles the function.
-        masks: As for `list_blobs`; only for a URL.
-        credential: As for `list_blobs`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. It is for each worker: its
+        masks: Same as for `list_blobs`; only for a URL.
+        credential: Same as for `list_blobs`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`. It is for each worker: its
             ``max_connections`` and ``memory_limit`` are of one process.
-        concurrency: How many tasks to run at once at most; by default, Ray decides.
+        concurrency: Maximum number of concurrent tasks; by default, Ray decides.
         num_cpus: CPUs that Ray reserves for a task; by default, one.
 
     Raises:
-        ResourceNotFoundError: nothing is there.
+        ResourceNotFoundError: there is nothing at the URL.
         ValueError: a URL is not valid.
         TypeError: an argument has the wrong type, or the credential cannot be sent to a worker.
         AzureError: the service refused the request, or could not be reached.

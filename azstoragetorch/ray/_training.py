@@ -26,9 +26,9 @@ def checkpoint_storage(
 
     Args:
         url: URL of a container or folder.
-        credential: As for `list_blobs`; see :doc:`the guide on file systems </guide/filesystem>` for what is used if it
-            is None.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for `list_blobs`; see :doc:`the guide on file systems </guide/filesystem>` for what is used
+            if it is None.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL.

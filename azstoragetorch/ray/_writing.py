@@ -54,20 +54,20 @@ def write_shards(
 
     Each sample is in exactly one shard when the call returns, also if workers died and Ray ran tasks again. A shard is
     written completely or not at all, and its name has a digest of its content. If the call raises, the shards that it
-    wrote are deleted, and nothing else. Each job that writes needs a folder of its own.
+    wrote are deleted, and nothing else. Each job that writes needs a separate folder.
 
     Args:
         samples: A Ray dataset, such as one of `read_blobs`.
         url: URL of the folder. Its permissions must include listing and deleting.
-        max_size: Bytes of a shard at most, including headers. A worker holds one shard in memory. A single sample that
+        max_size: Maximum bytes of a shard, including headers. A worker holds one shard in memory. A single sample that
             is larger gets a separate shard.
-        max_count: Samples in a shard at most.
+        max_count: Maximum number of samples in a shard.
         overwrite: Whether the shards that are in the folder are replaced. They are deleted after all new ones have been
             written. Shards with the same content stay, so a job that was killed can be started again. By default, a
             folder that has shards is an error.
-        credential: As for `list_blobs`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        concurrency: How many tasks to run at once at most; by default, Ray decides.
+        credential: Same as for `list_blobs`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        concurrency: Maximum number of concurrent tasks; by default, Ray decides.
 
     Raises:
         ResourceExistsError: there are shards in the folder, and *overwrite* is not set.

@@ -84,10 +84,10 @@ def checkpoint_to_safetensors(
         url: URL of the checkpoint's folder.
         folder_url: URL of the folder to write.
         only_tensors: Leave out entries that are not tensors, which otherwise are an error.
-        max_shard_size: As for :func:`save_folder`.
-        overwrite: As for :func:`save_folder`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        max_shard_size: Same as for :func:`save_folder`.
+        overwrite: Same as for :func:`save_folder`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The names of the files.
@@ -132,9 +132,9 @@ def safetensors_to_checkpoint(
     Args:
         folder_url: URL of the folder, of an index in it, or of a file.
         url: URL of the checkpoint's folder.
-        overwrite: As for :class:`~azstoragetorch.checkpoint.BlobStorageWriter`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        overwrite: Same as for :class:`~azstoragetorch.checkpoint.BlobStorageWriter`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: the model cannot be read.
@@ -179,10 +179,10 @@ def torch_save_to_safetensors(
         blob_url: URL of the blob.
         folder_url: URL of the folder to write.
         only_tensors: Leave out entries that are not tensors, which otherwise are an error.
-        max_shard_size: As for :func:`save_folder`.
-        overwrite: As for :func:`save_folder`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        max_shard_size: Same as for :func:`save_folder`.
+        overwrite: Same as for :func:`save_folder`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The names of the files.
@@ -270,8 +270,8 @@ def safetensors_to_torch_save(
     Args:
         folder_url: URL of the folder, of an index in it, or of a file.
         blob_url: URL of the blob to write or overwrite.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`; used for both URLs.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: the model cannot be read.

@@ -36,10 +36,10 @@ class HuggingFaceBlobReader(BlobStorageReader):
 
     Args:
         url: URL of the folder. ``checkpoint_id`` of ``dcp.load`` selects another folder in the same account.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        load_once_per: As for :class:`~azstoragetorch.checkpoint.BlobStorageReader`.
-        process_group: As for :class:`~azstoragetorch.checkpoint.BlobStorageReader`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        load_once_per: Same as for :class:`~azstoragetorch.checkpoint.BlobStorageReader`.
+        process_group: Same as for :class:`~azstoragetorch.checkpoint.BlobStorageReader`.
         progress: Called with the bytes done and planned on this rank, from any thread but one call at a time.
 
     Loading raises :class:`~azstoragetorch.exceptions.SafetensorsError`,

@@ -54,8 +54,8 @@ class HuggingFaceBlobWriter(FolderStorage, StorageWriter):
         fqn_to_index_mapping: The number of the file, from 1, for each name. By default, one file for each rank.
         save_distributed: Ranks store parts of tensors. Otherwise, a tensor that is sharded is an error.
         enable_consolidation: Ranks store parts of tensors, which are then put together.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Saving raises :class:`~azstoragetorch.exceptions.SafetensorsError`, and errors of the service. With more than one
     rank, torch wraps them, on all ranks, in its ``CheckpointException``.

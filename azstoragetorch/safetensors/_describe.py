@@ -51,11 +51,11 @@ def describe_model(url: str, *, credential: Credential = None, transfer: Transfe
 
     Args:
         url: URL of a file, which ends in ``.safetensors``, of a folder, or of an index in it.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
-        SafetensorsError: as for :func:`load_model_folder`.
+        SafetensorsError: same as for :func:`load_model_folder`.
     """
     model = open_model(url, credential, transfer)
     names = {file.url: file.client.url.blob.rpartition("/")[2] for file in model.files}

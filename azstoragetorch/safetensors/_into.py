@@ -51,10 +51,10 @@ def load_into(
         strict: Raise an error if names are missing or unexpected. Tied tensors, which share memory, need only one of
             their names.
         cast: Convert elements to the types of *target*. Otherwise a type that differs is an error.
-        shard: As for `load_file`: *target* has only this part of each tensor.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
-        progress: As for `load_file`.
+        shard: Same as for `load_file`: *target* has only this part of each tensor.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
+        progress: Same as for `load_file`.
 
     Returns:
         The names that were not loaded; both lists are empty if *strict*.

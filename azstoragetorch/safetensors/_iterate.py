@@ -56,17 +56,17 @@ def iter_tensors(
         url: URL of a file, which ends in ``.safetensors``, of a folder, or of an index in it.
         names: Only these; None is all.
         device: Where the tensors are created, as for `torch.device`.
-        dtype: As for `load_file`.
-        shard: As for `load_file`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        dtype: Same as for `load_file`.
+        shard: Same as for `load_file`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         An iterator over pairs of a name and a tensor. The headers are read, and *names* are checked, before this
         function returns.
 
     Raises:
-        SafetensorsError: as for `load_model_folder`.
+        SafetensorsError: same as for `load_model_folder`.
         BlobChangedError: a file was overwritten meanwhile; raised by the iterator.
     """
     parts = sharding(shard)

@@ -51,8 +51,8 @@ def load_file(
             process group call this function together. Each fetches about an equal part, which is sent to the others.
             Ranks may load different shards, but of the same tensors.
         process_group: The ranks that load together; by default, all of the job.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`. ``memory_limit`` bounds the memory that
             is used in addition to the tensors.
         progress: Called with the bytes done and planned, from any thread but one call at a time.
 
@@ -91,15 +91,15 @@ def load_model_folder(
 
     Args:
         url: URL of the folder, or of an index in it.
-        device: As for `load_file`.
-        names: As for `load_file`.
-        dtype: As for `load_file`.
-        shard: As for `load_file`.
-        shared: As for `load_file`.
-        process_group: As for `load_file`.
-        credential: As for `load_file`.
-        transfer: As for `load_file`.
-        progress: As for `load_file`.
+        device: Same as for `load_file`.
+        names: Same as for `load_file`.
+        dtype: Same as for `load_file`.
+        shard: Same as for `load_file`.
+        shared: Same as for `load_file`.
+        process_group: Same as for `load_file`.
+        credential: Same as for `load_file`.
+        transfer: Same as for `load_file`.
+        progress: Same as for `load_file`.
 
     Returns:
         The tensors by name.

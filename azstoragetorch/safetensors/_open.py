@@ -61,8 +61,8 @@ class safe_open:  # noqa: N801 - the name in the package safetensors
     Args:
         url: URL of the file, in any of the forms that :doc:`the guide </guide/urls>` lists.
         device: Where tensors are created, as for `torch.device`.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: the blob is not a valid safetensors file.

@@ -40,8 +40,8 @@ def save_file(
         tensors: Dense tensors by name.
         url: URL of the blob, which is overwritten if it exists.
         metadata: Strings by key, stored in the header.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         SafetensorsError: one of *tensors* cannot be stored in a safetensors file: its type, sparse, a DTensor.

@@ -65,13 +65,13 @@ def save_folder(
         tensors: Tensors by name, or a module, whose state dict is saved. Of tensors of a module that share memory,
             such as tied weights, only the first is saved; :func:`load_into` fills both.
         url: URL of the folder.
-        max_shard_size: Bytes of one file at most, such as ``"5GB"`` or ``"500MiB"``; a larger tensor is in a
+        max_shard_size: Maximum size of one file, such as ``"5GB"`` or ``"500MiB"``; a larger tensor is in a
             separate file.
         metadata: Strings by key, stored in the header of each file. ``{"format": "pt"}`` by default, which transformers
             expects.
         overwrite: Replace the model in the folder. If False, raise an error instead, before anything is uploaded.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The names of the files.

@@ -36,8 +36,8 @@ def snapshot(
         url: URL of the folder.
         folder: The local folder, which is created if it does not exist.
         ignore: Patterns of names that are not downloaded; by default, files of weights.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Returns:
         The local folder.

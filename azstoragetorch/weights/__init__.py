@@ -21,8 +21,8 @@ def subscribe(url: str, *, credential: Credential = None, transfer: TransferConf
 
     Args:
         url: URL of the folder.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. It must allow reading.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. It must allow reading.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL, or names a snapshot.

@@ -57,8 +57,9 @@ class Publisher:
         url: URL of the folder, in any of the forms that :doc:`the guide </guide/urls>` lists.
         full_every: Publish everything with every so many calls, at least 1. Subscribers that start or that miss a
             delta fetch the last full blob and all deltas after it.
-        credential: As for :class:`~azstoragetorch.io.BlobIO`. It must allow reading, writing, listing, and deleting.
-        transfer: How to transfer; see :class:`azstoragetorch.TransferConfig`.
+        credential: Same as for :class:`~azstoragetorch.io.BlobIO`. It must allow reading, writing, listing, and
+            deleting.
+        transfer: Transfer settings; see :class:`azstoragetorch.TransferConfig`.
 
     Raises:
         ValueError: *url* is not a valid URL, or names a snapshot; *full_every* is less than 1.
