@@ -143,7 +143,7 @@ def make_manifest(
         blobs: Do not list, but take these, which were listed elsewhere, in any order: by `list_part` in many processes,
             for example. They are read once; *prefix* and the rules for names do not apply.
         overwrite: Replace a manifest. Jobs that still read the previous one then fail, so dated folders are better.
-        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
+        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
         progress: Called with the number of blobs listed so far.
         credential: Same as for :class:`~azstoragetorch.io.BlobIO`, for both URLs.
@@ -237,7 +237,7 @@ def list_part(
         prefix: The part: all blobs whose names begin with it.
         at_most: Responses (5,000 names each) after which the rest is divided.
         into: Approximate number of parts to divide the rest into.
-        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`; so is ``include_folder_markers``.
+        invalid_names: Same as for :class:`azstoragetorch.datasets.BlobDataset`.
         include_folder_markers: Whether to list empty blobs whose names end in a slash.
         credential: Same as for :class:`~azstoragetorch.io.BlobIO`.
         transfer: Same as for :class:`~azstoragetorch.io.BlobIO`.

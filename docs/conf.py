@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +164,22 @@ def hide_overloads(_app: Any) -> None:
 # case. Without <wbr>, browsers break them anywhere. In a sentence, only very long names break; others move to the next
 # line.
 CELL = re.compile(r"<(t[dh]|h1)\b.*?</\1>", re.DOTALL)
-CODE = re.compile(r'<code class="[^"]*literal.*?</code>|<dt class="sig .*?</dt>|<pre>.*?</pre>', re.DOTALL)
+CODE = re.compile(r'<code class="[^"]*literal.*?</code>|<dt class="sig .*?</dt>', re.DOTALL)
+EXAMPLE = re.compile(r"<pre>.*?</pre>", re.DOTALL)
 URL = re.compile(r"\w+://[^\s<]+")
+NAME = re.compile(r"[\w./-]+")
 TEXT = re.compile(r">[^<]+<")
 JOINT = re.compile(r"(?<=\w[._/])(?=[A-Za-z]{2})|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-SLASH = re.compile(r"(?<=\w/)(?=&lt;|\w)|(?<=://)(?=&lt;)")
+SLASH = re.compile(r"(?<=[\w;]/)(?=&lt;|\w|\.)|(?<=@)(?=&lt;)|(?<=;\.)(?=\w)")
+CALL = re.compile(r'(?<=\(</span>)|(?<=\)</span>)(?=<span class="o">\.)')
+NARROW = re.compile(r"(?<=://)(?=&lt;)|(?<=\w{4}\()(?=\w)")
 
 
-def with_breaks(html: str, shortest: int = 10) -> str:
-    """*html* with places where URLs and names of *shortest* letters or more can break."""
+def with_breaks(html: str, shortest: float = inf) -> str:
+    """*html* with places where URLs and names of *shortest* characters or more can break."""
 
     def in_text(text: re.Match[str]) -> str:
-        names = re.sub(rf"[\w./-]{{{shortest},}}", lambda name: JOINT.sub("<wbr>", name[0]), text[0])
+        names = NAME.sub(lambda name: JOINT.sub("<wbr>", name[0]) if len(name[0]) >= shortest else name[0], text[0])
         return URL.sub(lambda url: SLASH.sub("<wbr>", url[0]), names)
 
     return TEXT.sub(in_text, html)
@@ -183,11 +188,12 @@ def with_breaks(html: str, shortest: int = 10) -> str:
 def break_names(_app: Any, _page: str, _template: str, context: dict[str, Any], _doctree: Any) -> None:
     """Add places where names can break to a page, and to the titles of its neighbors."""
     body = context.get("body", "")
-    body = CODE.sub(lambda code: with_breaks(code[0], shortest=24), body)
-    context["body"] = CELL.sub(lambda cell: with_breaks(cell[0]), body)
+    body = EXAMPLE.sub(lambda example: CALL.sub("<wbr>", with_breaks(example[0])), body)
+    body = CODE.sub(lambda code: with_breaks(code[0], 24), body)
+    context["body"] = CELL.sub(lambda cell: NARROW.sub("<wbr>", with_breaks(cell[0], 10)), body)
     for neighbor in ("prev", "next"):
         if context.get(neighbor):
-            title = with_breaks(f">{context[neighbor]['title']}<")[1:-1]
+            title = with_breaks(f">{context[neighbor]['title']}<", 16)[1:-1]
             context[neighbor] = {**context[neighbor], "title": title}
 
 
