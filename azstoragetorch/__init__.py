@@ -76,7 +76,7 @@ def share_credentials() -> AbstractContextManager[None]:
             blobs = azstoragetorch.ray.read_blobs(url, credential=AzureSasCredential(sas))
 
     What counts is where the object is created, not where it is pickled. It applies to everything of this package that
-    is created in the context by the same thread, for good: also to copies that are made of it later, and on the other
+    is created in the context by the same thread, permanently: also to copies that are made later, and on the other
     machine. Objects that were created outside are not affected.
 
     **Risk.** The secret is in the pickle as plain text; nothing encrypts it. Anyone who can read the pickle can use it:

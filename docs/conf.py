@@ -129,6 +129,7 @@ NOT_CONSTRUCTED = {
     "azstoragetorch.datasets.Blob",
     "azstoragetorch.datasets.BlobDataset",
     "azstoragetorch.datasets.IterableBlobDataset",
+    "azstoragetorch.filesystem.AzureBlobFile",
     "azstoragetorch.litdata.BlobDownloader",
     "azstoragetorch.torch_checkpointing.BlobStorage",
 }
@@ -140,7 +141,7 @@ def show_signature(
     """Hide private constructors, and show the default values of a configuration, which come from the environment."""
     if name in NOT_CONSTRUCTED:
         return "", returns
-    if signature == "(*args: Any, **kwargs: Any)":  # of the mock that stands for the base class
+    if signature in ("(*args: Any, **kwargs: Any)", "(*args, **kwargs)"):  # of a base class or metaclass, or a mock
         own = signature_of(value.__init__, bound_method=True)
         return stringify_signature(own, show_return_annotation=False), returns
     if name == "azstoragetorch.TransferConfig" and signature:

@@ -19,7 +19,7 @@ class BlobInfo(NamedTuple):
 
 
 class ManifestBlob(BlobInfo):
-    """A blob in a manifest. Readers raise ``BlobChangedError`` if its ETag is another one now."""
+    """A blob in a manifest. Readers raise ``BlobChangedError`` if its ETag has changed."""
 
     __slots__ = ()
 

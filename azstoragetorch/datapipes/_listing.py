@@ -89,8 +89,8 @@ class AzureBlobFileListerIterDataPipe(_Lister):
 class AzureBlobInfoListerIterDataPipe(_Lister):
     """Yields a :class:`BlobInfo` ``(url, size, etag)`` for each blob.
 
-    Otherwise like :class:`AzureBlobFileLister`. Use it to select blobs by size before they are read. Readers after
-    it know how much memory a blob needs, and fetch more blobs at once.
+    Otherwise, it is like :class:`AzureBlobFileLister`. Use it to select blobs by size before they are read. Readers
+    after it know how much memory a blob needs, and fetch more blobs at once.
     """
 
     def __iter__(self) -> Iterator[BlobInfo]:

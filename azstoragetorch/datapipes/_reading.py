@@ -174,7 +174,7 @@ class AzureBlobFileLoaderIterDataPipe(Reading):
 class AzureBlobFileReaderIterDataPipe(Reading):
     """Yields ``(url, data)`` with all bytes of each blob, which DataLoader can collate.
 
-    Otherwise like :class:`AzureBlobFileLoader`.
+    Otherwise, it is like :class:`AzureBlobFileLoader`.
     """
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:

@@ -89,7 +89,7 @@ class BlobDataset(torch.utils.data.Dataset[T_co]):
                 is respected.
             credential: Same as for `azstoragetorch.io.BlobIO`. A SAS in a URL takes precedence.
             transform: Turns a `Blob` into a sample; called in the process that requests the sample.
-            transfer: How to transfer; its ``memory_limit`` bounds what is fetched ahead.
+            transfer: Transfer settings; their ``memory_limit`` bounds what is fetched ahead.
             cache_dir: Keep blobs in this folder, and read them from there the next time. Any number of processes can
                 share it. Blobs larger than ``transfer.part_size`` are kept if one ``read()`` reads them from beginning
                 to end. Without a listing, each cache lookup makes a request for the version of the blob.

@@ -15,9 +15,9 @@ class AzureBlobFileSystem(Changes):
     are not percent-encoded. A path that names another account is refused. A path can end in ``?versionid=...`` or
     ``?snapshot=...`` with the time that the service shows, to read an older state.
 
-    Instances can be shared between threads and used in forked processes. A pickle takes the credential along, but no
-    secret, except into a child process that is being started: elsewhere account keys, SAS, and client secrets are taken
-    from the environment again.
+    Instances can be shared between threads and used in forked processes. A pickle contains the credential, but
+    a secret only if it is for a child process that is being started. Elsewhere, account keys, SAS, and client secrets
+    are read from the environment again.
 
     Args:
         account_name: The name of the account. Default: the environment variable ``AZURE_STORAGE_ACCOUNT_NAME``.
@@ -33,7 +33,7 @@ class AzureBlobFileSystem(Changes):
         client_secret: Its secret.
         account_host: The host of the account, if it is not ``<account_name>.blob.core.windows.net``; also a URL such
             as ``http://127.0.0.1:10000/devstoreaccount1``.
-        transfer: How to transfer: a :class:`azstoragetorch.TransferConfig`, or a dict of its arguments.
+        transfer: Transfer settings: a :class:`azstoragetorch.TransferConfig`, or a dict of its arguments.
         options: ``use_listings_cache``, ``listings_expiry_time`` and ``max_paths`` of fsspec's cache of listings, which
             only `ls` and `walk` use, and ``skip_instance_cache``.
 

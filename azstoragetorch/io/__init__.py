@@ -280,11 +280,11 @@ class BlobIO(_BinaryFile):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close. When writing, upload the rest and commit: when `close` returns, the blob has the new content.
+        """Close the blob. When writing, upload the rest and commit: when `close` returns, the blob has the new content.
 
-        Closing while an exception is propagating that was raised after the opening, as ``finally`` does, or
-        `io.TextIOWrapper` when its ``with`` block fails, commits nothing and warns. To commit in an exception handler,
-        use the blob's own ``with`` block there.
+        While an exception that was raised after the opening is propagating, closing commits nothing and warns. This
+        happens in ``finally``, and if the ``with`` block of an `io.TextIOWrapper` fails. To commit in an exception
+        handler, use the blob's own ``with`` block there.
 
         Finalizers do not close a writer: when a wrapper such as `io.TextIOWrapper` is dropped, the writer stays open
         for code that still refers to it. If there is no such code, the write is aborted.

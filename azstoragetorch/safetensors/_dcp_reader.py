@@ -32,7 +32,7 @@ class HuggingFaceBlobReader(BlobStorageReader):
 
     What torch's ``HuggingFaceStorageReader`` is for local folders. The state dict may be spread over ranks: each rank
     fetches only the bytes of its shards. Files that several ranks wrote, by :class:`HuggingFaceBlobWriter` or by
-    torch's ``HuggingFaceStorageWriter``, are put together. Everything is of the versions whose headers were read.
+    torch's ``HuggingFaceStorageWriter``, are put together. All data is from the versions whose headers were read.
 
     Args:
         url: URL of the folder. ``checkpoint_id`` of ``dcp.load`` selects another folder in the same account.

@@ -188,7 +188,7 @@ class HuggingFaceBlobWriter(FolderStorage, StorageWriter):
         return [WriteResult(item.index, tensors[item.index.fqn].nbytes, name) for item in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make what was written a model; called by torch on the coordinator when all ranks have succeeded.
+        """Commit the files as a model; called by torch on the coordinator when all ranks have succeeded.
 
         Raises:
             SafetensorsError: another save was committed in the meantime; this one has no effect.

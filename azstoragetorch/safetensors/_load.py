@@ -61,7 +61,7 @@ def load_file(
 
     Raises:
         SafetensorsError: the blob is not a valid safetensors file, it does not have one of *names*, or torch does not
-            have the type of a tensor; or a rank that loads together with this one failed.
+            have the type of a tensor; or another rank of a shared load failed.
         BlobChangedError: the file was overwritten while it was read.
         ResourceNotFoundError: the blob does not exist.
     """

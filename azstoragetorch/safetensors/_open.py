@@ -22,7 +22,7 @@ from azstoragetorch.safetensors._slices import box_of_index
 class TensorSlice:
     """A tensor of a file, of which an index reads a part; `safe_open.get_slice` returns it.
 
-    ``part[2:4]`` reads only these rows. Of ``part[:, 2:4]`` it reads what takes the least time: parts of rows that lie
+    ``part[2:4]`` reads only these rows. For ``part[:, 2:4]``, it does what takes the least time: parts of rows that lie
     close together are fetched with what is between them.
     """
 
@@ -92,7 +92,7 @@ class safe_open:  # noqa: N801 - the name in the package safetensors
         return list(self._opened.tensors)
 
     def offset_keys(self) -> list[str]:
-        """As `keys`; the package safetensors has both."""
+        """Same as `keys`; the package safetensors has both."""
         return self.keys()
 
     def metadata(self) -> dict[str, str] | None:
@@ -123,7 +123,7 @@ class safe_open:  # noqa: N801 - the name in the package safetensors
         return TensorSlice(self, self._opened.select([name])[name])
 
     def close(self) -> None:
-        """Forget the file; tensors that were read stay."""
+        """Close the file; tensors that were read stay valid."""
         self._model = None
 
     def _read(self, wanted: dict[str, tuple[Stored, Box]]) -> dict[str, torch.Tensor]:
