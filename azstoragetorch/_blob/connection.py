@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from azstoragetorch._engine.config import MiB, TransferConfig
@@ -44,8 +45,7 @@ def length_of(body: Body) -> int:
     return memoryview(body).nbytes if isinstance(body, (bytes, memoryview)) else sum(piece.nbytes for piece in body)
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """The server and the timeouts of a connection. Connections of the same origin are interchangeable."""
 
     scheme: str
@@ -59,6 +59,15 @@ class Origin:
         return cls(scheme, host, config.connect_timeout, config.read_timeout)
 
 
+def _waker_of(found: weakref.ref[Connection]) -> Callable[[], None]:
+    def wake() -> None:
+        connection = found()
+        if connection is not None:
+            connection.interrupt()
+
+    return wake
+
+
 class Connection:
     """One connection to an origin, direct or through a proxy."""
 
@@ -70,6 +79,12 @@ class Connection:
         self._was_closed = False  # `close` was called by the request that owns the connection
         self._wakers: dict[object, None] = {}  # calls of `interrupt` that may be using the socket
         self.idle_since = 0.0
+        self.wake = _waker_of(weakref.ref(self))
+        """A call of `interrupt` for a scope, which does not keep the connection open.
+
+        An interrupt between two lines can lose a connection. Its finalizer closes it then, also while the scope lives.
+        """
+        self._host = f"Host: {origin.host}"
         self._prefix = ""  # of the request target: a proxy for plain HTTP needs the whole URL
         self.proxy_headers: Mapping[str, str] = {}
         self._http = self._make()
@@ -149,9 +164,10 @@ class Connection:
             self._timeout = seconds
 
     def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
-        lines = [f"{method} {target} HTTP/1.1", f"Host: {self.origin.host}", "Accept-Encoding: identity"]
+        lines = [f"{method} {target} HTTP/1.1", self._host, "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
+        if self.proxy_headers:
+            lines += [f"{name}: {value}" for name, value in self.proxy_headers.items()]
         text = "\r\n".join(lines)
         head = text.encode("latin-1", "ignore")
         # The only control characters allowed are the line breaks between these lines. One in a value, for example in an
@@ -221,20 +237,6 @@ class Connection:
             self._wakers.pop(me, None)
             if self._was_closed and not self._wakers:
                 self._http.close()
-
-    def waker(self) -> Callable[[], None]:
-        """A call of `interrupt` for a scope, which does not keep the connection open.
-
-        An interrupt between two lines can lose a connection. Its finalizer closes it then, also while the scope lives.
-        """
-        found = weakref.ref(self)
-
-        def wake() -> None:
-            connection = found()
-            if connection is not None:
-                connection.interrupt()
-
-        return wake
 
     def close(self) -> None:
         """Close the socket, or leave that to an `interrupt` that is using it. Called by the request that owns it."""

@@ -12,10 +12,11 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from http.client import HTTPException
+from types import MappingProxyType
 
 from azstoragetorch._blob.connection import Connection
 from azstoragetorch._blob.download import BlobVersion
@@ -95,10 +96,11 @@ class Multiplexer:
         turn = self._turns.get(None)
         if turn is None:
             return False
-        owner = turn.owner
+        owner = turn.owner()
         if owner is not None and owner.thread == threading.get_ident():
             return True
-        return time.monotonic() - max(turn.began, self._last_step) > _STUCK_SECONDS
+        limit = time.monotonic() - _STUCK_SECONDS
+        return self._last_step < limit and turn.began < limit
 
     def begin(
         self,
@@ -116,14 +118,15 @@ class Multiplexer:
         If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
         if no thread can be started.
         """
-        is_admitted = not self.is_stuck() and service.admission.enter_now()
-        connection = take_idle(service.origin) if is_admitted else None
+        is_free = service.admission.pacing.is_free
+        may_send = not self.is_stuck() and (is_free or service.admission.enter_now())
+        connection = take_idle(service.origin) if may_send else None
         if connection is None:
             return False
-        hold = scope.holding(connection.waker())
+        hold = scope.holding(connection.wake)
         try:
             hold.__enter__()
-            target, headers = service.sign(url, {"x-ms-range": ByteRange(0, length).header})
+            target, headers = service.sign(url, _headers_for(length))
             descriptor = connection.begin(target, headers).fileno()
         except BaseException as error:
             hold.leave()
@@ -131,7 +134,7 @@ class Multiplexer:
             if isinstance(error, (Cancelled, OSError)):
                 return False
             raise
-        hedging = service.hedging if service.admission.pacing.is_free else None
+        hedging = service.hedging if is_free else None
         takeover = Takeover(hedging, KIND, headers, self._drop)
         read = FirstPart(takeover, target, length, scope, service.note_status, done, failed)
         try:
@@ -184,7 +187,7 @@ class Multiplexer:
 
     def _fail_all(self, turn: _Turn, me: _Owner) -> None:
         """Fail all reads and end *turn*, if *me* has taken it. After an interrupt, call it again."""
-        while turn.owner is me and self._turns.setdefault(None, turn) is turn:
+        while turn.owner() is me and self._turns.setdefault(None, turn) is turn:
             for attempt in list(self._reads.values()):
                 self._end(attempt, is_good=False)
             self._turns.pop(None, None)
@@ -282,6 +285,11 @@ class Multiplexer:
             self._epoll.unregister(descriptor)
 
 
+@lru_cache(maxsize=16)
+def _headers_for(length: int) -> Mapping[str, str]:
+    return MappingProxyType({"x-ms-range": ByteRange(0, length).header})
+
+
 def _log_apart(message: str, *values: object) -> None:
     """Log on another thread: a logging handler can hold a lock, and the thread of the multiplexer must not wait."""
     if log.isEnabledFor(logging.DEBUG):
@@ -311,7 +319,6 @@ class _Turn:
         """Take it for *me*; return False if it was taken before."""
         return self._owners.setdefault(None, me) is me
 
-    @property
     def owner(self) -> _Owner | None:
         """Who has taken it."""
         return self._owners.get(None)

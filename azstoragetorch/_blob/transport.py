@@ -300,7 +300,7 @@ def send(
 def _take(pool: Pool, origin: Origin, scope: Scope, *, is_new: bool = False) -> tuple[Connection, Hold]:
     """A connection, and what makes *scope* interrupt it."""
     connection = pool.take(origin, is_new=is_new)
-    return connection, scope.holding(connection.waker())
+    return connection, scope.holding(connection.wake)
 
 
 def _exchange(connection: Connection, sent: Sent, race: Race | None) -> HTTPResponse:

@@ -40,7 +40,7 @@ from functools import partial
 from typing import Any, Generic, TypedDict, TypeVar
 
 from azstoragetorch._engine.process import Process, here
-from azstoragetorch._engine.scope import Cancelled, on_error
+from azstoragetorch._engine.scope import Cancelled
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class Job(Generic[R]):
         """
         token = _Token(threading.get_ident())
         reopen = partial(self._reopen, token)
-        with on_error(reopen):
+        try:
             if self._state.setdefault("claim", token) is not token:
                 return True
             is_stuck = start(self._succeed, reopen)
@@ -192,6 +192,9 @@ class Job(Generic[R]):
                 token.is_stuck = is_stuck
                 token.thread = 0  # from here on this thread may wait for it
                 return True
+        except BaseException:
+            reopen()
+            raise
         reopen()
         return False
 

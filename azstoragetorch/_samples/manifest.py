@@ -144,7 +144,6 @@ class Manifest:
         Raises:
             ValueError: its name cannot be requested.
         """
-        _ = self.data.service  # made once for all blobs
         return self.data.at(self.data.url.with_blob(row.name))
 
     def checked(self, client: BlobClient, row: Row, if_changed: IfChanged) -> BlobClient:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -32,15 +31,12 @@ class Prefetched(Generic[T, R]):
     until it ends, the item until the consumer is through with it.
     """
 
-    __slots__ = ("_job", "_on_use", "_work", "item", "loan")
+    __slots__ = ("_job", "_prefetch", "item", "loan")
 
-    def __init__(
-        self, item: T, work: Callable[[T], R], on_use: Callable[[], None], job: Job[R] | None, loan: Loan | None
-    ) -> None:
+    def __init__(self, prefetch: OrderedPrefetch[T, R], item: T, job: Job[R] | None, loan: Loan | None) -> None:
         self.item = item
         self.loan = loan
-        self._work = work
-        self._on_use = on_use
+        self._prefetch = prefetch
         self._job = job
 
     def result(self) -> R:
@@ -49,11 +45,11 @@ class Prefetched(Generic[T, R]):
         Raises:
             BaseException: whatever the work raised.
         """
-        self._on_use()
+        self._prefetch._on_use()  # noqa: SLF001 - of this module
         job = self._job
         if job is None:
             with timed("blocked_seconds"):
-                return self._work(self.item)
+                return self._prefetch._do(self.item)  # noqa: SLF001
         if job.has_result:
             return job.result()
         with on_error(self.give_up), timed("blocked_seconds"):
@@ -67,22 +63,13 @@ class Prefetched(Generic[T, R]):
 
 
 class _Beginning(Generic[T, R]):
-    """Work that is begun without a thread that waits for it. It refers to the loan until it ends."""
+    """Work that *start* begins without a thread that waits for it. This refers to the loan until it ends."""
 
-    __slots__ = ("_done", "_engine", "_failed", "_item", "_job", "_loan", "_prefetch", "_start")
+    __slots__ = ("_done", "_failed", "_item", "_job", "_loan", "_prefetch", "_start")
 
-    def __init__(
-        self,
-        prefetch: OrderedPrefetch[T, R],
-        start: Start[T, R],
-        engine: Engine,
-        item: T,
-        job: Job[R],
-        loan: Loan,
-    ) -> None:
+    def __init__(self, prefetch: OrderedPrefetch[T, R], start: Start[T, R], item: T, job: Job[R], loan: Loan) -> None:
         self._prefetch = prefetch
         self._start = start
-        self._engine = engine
         self._item = item
         self._job = job
         self._loan = loan
@@ -99,7 +86,7 @@ class _Beginning(Generic[T, R]):
 
     def _fail(self) -> None:
         self._failed()
-        self._engine.submit(self._job.run)
+        self._prefetch._engine.current().submit(self._job.run)  # noqa: SLF001
 
 
 class OrderedPrefetch(Generic[T, R]):
@@ -208,18 +195,19 @@ class OrderedPrefetch(Generic[T, R]):
             if loan is None and self._window and self._queue:
                 return  # room comes when the items before are through
             job = Job(partial(self._do_on_loan, item, loan)) if loan is not None else None
-            self._queue.append(Prefetched(item, self._do, self._on_use, job, loan))
+            self._queue.append(Prefetched(self, item, job, loan))
             self._pulled.popleft()
             if job is not None and loan is not None:
                 self._begin(engine, item, job, loan)
 
     def _begin(self, engine: Engine, item: T, job: Job[R], loan: Loan) -> None:
         start = self._start
-        if start is not None:
-            with suppress(Exception):  # the thread meets it again, and `result` raises it
-                if job.hand_over(_Beginning(self, start, engine, item, job, loan)):
-                    return
-        engine.submit(job.run)
+        try:
+            is_begun = start is not None and job.hand_over(_Beginning(self, start, item, job, loan))
+        except Exception:  # noqa: BLE001 - the thread meets it again, and `result` raises it
+            is_begun = False
+        if not is_begun:
+            engine.submit(job.run)
 
     def _do(self, item: T) -> R:
         return self._work(item, self._scope)

@@ -184,7 +184,6 @@ class Contents:
             return self._listed_blob(self._manifest, self._manifest.row(index))
         catalog = self.catalog
         container = self._containers[catalog.container_index(index)]
-        _ = container.service  # made once for all blobs
         client = container.at(catalog.url(index))
         size, etag = catalog.size(index), catalog.etag(index)
         return Blob(self._cached(client, size, etag), size, etag)
