@@ -54,6 +54,10 @@ class Simulation:
         self.calls: dict[int, int] = {}
         """Calls that began, by the limit in force."""
 
+    def slow_down(self) -> None:
+        """From now on the network is the limit, and the machine has little to do."""
+        self.rate_of, self.busy_of = each(60 * MB), ready(0.04)
+
     def transfer(self, parts: int, transfer: object = None) -> None:
         transfer = transfer or Transfer()
         self.growth.begin(transfer)
@@ -171,11 +175,21 @@ def test_fewer_suffice_where_the_machine_is_the_limit(cores: int, limits: list[i
     assert simulation.limits == limits
 
 
+def test_threads_that_wait_for_the_work_of_others_are_not_reduced() -> None:
+    """A busy thread of the program holds the interpreter lock: fewer threads would get it even more rarely."""
+    simulation = Simulation(machine(50 * MB), ready(0.98))
+    simulation.transfer(200)
+    assert simulation.growth.limit >= 16
+    simulation.rate_of = machine(1000 * MB)
+    simulation.transfer(200)
+    assert simulation.growth.limit == 3
+
+
 def test_a_network_that_becomes_the_limit_gets_all_of_them_soon() -> None:
     simulation = Simulation(machine(1000 * MB), ready(0.85))
     simulation.transfer(200)
     assert simulation.growth.limit == 3
-    simulation.rate_of, simulation.busy_of = each(60 * MB), ready(0.04)
+    simulation.slow_down()
     simulation.transfer(60)
     assert simulation.growth.limit >= 16
 
@@ -204,7 +218,7 @@ def test_short_transfers_do_not_keep_it(parts: int) -> None:
     """They are too short to find that threads wait for the network again."""
     simulation = Simulation(machine(1000 * MB), ready(0.85))
     simulation.transfer(200)
-    simulation.rate_of, simulation.busy_of = each(60 * MB), ready(0.04)
+    simulation.slow_down()
     for _ in range(12):
         simulation.now += 1
         simulation.transfer(parts)

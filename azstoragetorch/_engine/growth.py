@@ -11,6 +11,11 @@ interpreter lock from each other. How many have something at a time follows from
 over threads. The number of requests is reduced to as many as it takes for about one such thread for each core, and is
 raised again when threads wait for the network.
 
+Threads also wait for the interpreter lock while another thread of the program runs Python code. Then more of them are
+faster, since each one that waits is one more chance to get the lock. So the number is reduced only if the threads do
+decrypt, which shows in their bandwidth. (Their CPU time would show it as well, but to read its clock takes 4 % of the
+bandwidth.)
+
 Bandwidth is that of the whole process, in calls of one transfer: those after the first round, when the requests of the
 former number have ended. Calls begin together at first, and so they end together: only whole rounds are measured. Only
 a transfer that always has something to request is measured, and one at a time. All transfers of an engine use what was
@@ -34,6 +39,7 @@ _ROUNDS = 2  # calls of each connection that are measured
 _PAUSE, _LONGEST_PAUSE = 60.0, 3600.0  # seconds after an experiment that failed
 _CHECK, _SHORTEST = 8, 0.01  # calls, and seconds, from which it is computed how many threads had something to decrypt
 _FEWEST, _MANY = 2, 4  # threads that decrypt; of more, even with more cores, most wait for the interpreter lock
+_DECRYPTED = 200e6  # bytes/s, a fraction of what a core decrypts; with less, threads wait for something else
 _STALE_SECONDS = 10.0  # the next transfer may be one from a slower service
 
 
@@ -125,7 +131,12 @@ class Growth:
         progress = self._progress()
         self._checked, self._unchecked, self._shared_at = (now, progress), 0, now
         busy = (progress.tls_seconds - before.tls_seconds) / (now - since)
+        if progress.moved - before.moved < _DECRYPTED * (now - since):
+            busy = 0.0
         self._share = (self._share + min(busy / limit, 1.0)) / 2
+        if 4 * busy > self._enough and limit < self._tried:
+            # One more at a time: with a few too many, each one waits for all others.
+            self._share = max(self._share, self._enough / (limit + 1))
         return self.limit != limit
 
     def _conclude(self) -> None:
