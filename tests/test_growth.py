@@ -185,6 +185,16 @@ def test_threads_that_wait_for_the_work_of_others_are_not_reduced() -> None:
     assert simulation.growth.limit == 3
 
 
+def test_the_number_rises_one_by_one_while_the_machine_decrypts() -> None:
+    """With a few too many, threads wait for each other, and the number would swing between too few and too many."""
+    simulation = Simulation(machine(1000 * MB), ready(0.85))
+    simulation.transfer(200)
+    assert simulation.limits == [16, 5, 3]
+    simulation.busy_of = ready(0.3)
+    simulation.transfer(200)
+    assert simulation.limits == [16, 5, 3, 4, 5, 6, 7]
+
+
 def test_a_network_that_becomes_the_limit_gets_all_of_them_soon() -> None:
     simulation = Simulation(machine(1000 * MB), ready(0.85))
     simulation.transfer(200)

@@ -118,9 +118,8 @@ class Multiplexer:
         If it returns True, exactly one of *done* and *failed* is called: later on another thread, or before the return
         if no thread can be started.
         """
-        is_free = service.admission.pacing.is_free
-        may_send = not self.is_stuck() and (is_free or service.admission.enter_now())
-        connection = take_idle(service.origin) if may_send else None
+        is_admitted = not self.is_stuck() and service.admission.enter_now()
+        connection = take_idle(service.origin) if is_admitted else None
         if connection is None:
             return False
         hold = scope.holding(connection.wake)
@@ -134,7 +133,7 @@ class Multiplexer:
             if isinstance(error, (Cancelled, OSError)):
                 return False
             raise
-        hedging = service.hedging if is_free else None
+        hedging = service.hedging if service.admission.pacing.is_free else None
         takeover = Takeover(hedging, KIND, headers, self._drop)
         read = FirstPart(takeover, target, length, scope, service.note_status, done, failed)
         try:

@@ -40,6 +40,7 @@ _PAUSE, _LONGEST_PAUSE = 60.0, 3600.0  # seconds after an experiment that failed
 _CHECK, _SHORTEST = 8, 0.01  # calls, and seconds, from which it is computed how many threads had something to decrypt
 _FEWEST, _MANY = 2, 4  # threads that decrypt; of more, even with more cores, most wait for the interpreter lock
 _DECRYPTED = 200e6  # bytes/s, a fraction of what a core decrypts; with less, threads wait for something else
+_NETWORK = 4  # with fewer threads that decrypt, by this factor, the network is the limit
 _STALE_SECONDS = 10.0  # the next transfer may be one from a slower service
 
 
@@ -134,7 +135,7 @@ class Growth:
         if progress.moved - before.moved < _DECRYPTED * (now - since):
             busy = 0.0
         self._share = (self._share + min(busy / limit, 1.0)) / 2
-        if 4 * busy > self._enough and limit < self._tried:
+        if busy > self._enough / _NETWORK and limit < self._tried:
             # One more at a time: with a few too many, each one waits for all others.
             self._share = max(self._share, self._enough / (limit + 1))
         return self.limit != limit

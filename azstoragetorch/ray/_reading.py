@@ -126,11 +126,14 @@ def _grouped(most: int, table: pa.Table) -> pa.Table:
     missing = set(SCHEMA.names) - set(table.column_names)
     if missing:
         raise ValueError(f"blobs: the dataset has no column {', '.join(sorted(missing))}: pass one of list_blobs")
-    columns = (table[name].to_pylist() for name in SCHEMA.names)
-    blobs = [BlobInfo(*row) for row in zip(*columns, strict=True)]
+    blobs = _blobs_of(table[name] for name in SCHEMA.names)
     groups = balance(blobs, math.ceil(sum(map(_cost, blobs)) / most))
     lists = [[[getattr(blob, name) for blob in group] for group in groups] for name in SCHEMA.names]
     return pa.table(lists, pa.schema([(field.name, pa.list_(field.type)) for field in SCHEMA]))
+
+
+def _blobs_of(columns: Iterable[pa.Array]) -> list[BlobInfo]:
+    return [BlobInfo(*row) for row in zip(*(column.to_pylist() for column in columns), strict=True)]
 
 
 def _checked(blob: Any) -> BlobInfo:
@@ -172,8 +175,7 @@ class _Reader:
 
     def of_groups(self, table: pa.Table) -> Iterator[dict[str, Any]]:
         """The rows for the blobs in *table*, which has a group of blobs in each row, as columns."""
-        columns = (table[name].combine_chunks().flatten().to_pylist() for name in SCHEMA.names)
-        return self._columns([BlobInfo(*row) for row in zip(*columns, strict=True)])
+        return self._columns(_blobs_of(table[name].combine_chunks().flatten() for name in SCHEMA.names))
 
     def blocks(self, blobs: list[BlobInfo]) -> Iterator[Block]:
         """The rows for *blobs*, as blocks."""
