@@ -190,9 +190,9 @@ def test_the_number_rises_one_by_one_while_the_machine_decrypts() -> None:
     simulation = Simulation(machine(1000 * MB), ready(0.85))
     simulation.transfer(200)
     assert simulation.limits == [16, 5, 3]
-    simulation.busy_of = ready(0.3)
+    simulation.busy_of = ready(0.18)
     simulation.transfer(200)
-    assert simulation.limits == [16, 5, 3, 4, 5, 6, 7]
+    assert simulation.limits == [16, 5, *range(3, 13)]
 
 
 def test_a_network_that_becomes_the_limit_gets_all_of_them_soon() -> None:
